@@ -1,0 +1,25 @@
+from setuptools import find_packages, setup
+
+TEST = ["pytest>=8", "ruff>=0.8", "hypothesis>=6"]
+
+setup(
+    name="xfuser",
+    version="1.0.0",
+    description="Runs Diffusers pipelines on many devices: two lines wrap a pipeline, torchrun starts it",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["xfuser", "xfuser.*"]),
+    package_data={"xfuser": ["py.typed", "assets/**/*"]},
+    install_requires=[
+        "torch>=2.6",
+        "diffusers>=0.36",
+        "transformers>=4.57",
+        "accelerate>=1.0",
+        "safetensors>=0.4",
+        "yunchang>=0.6.4",
+    ],
+    extras_require={"flash-attn": ["flash-attn>=2.6"], "test": TEST},
+    entry_points={"console_scripts": ["xdit=xfuser.cli:main"]},
+)
