@@ -1,0 +1,63 @@
+"""The one place that knows which device and which communication backend this machine has."""
+
+import resource
+import sys
+
+import torch
+
+
+def device_type() -> str:
+    """The accelerator's type as torch names it, or ``"cpu"`` where there is none."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator.type if accelerator else "cpu"
+
+
+def device(local_rank: int) -> torch.device:
+    """The device of the rank with this index on its node; the CPU where there is no accelerator."""
+    kind = device_type()
+    return torch.device(kind) if kind == "cpu" else torch.device(kind, local_rank % torch.accelerator.device_count())
+
+
+def backend() -> str:
+    """The torch.distributed backend of this machine's device: nccl on CUDA, gloo on the CPU."""
+    return torch.distributed.get_default_backend_for_device(device_type())
+
+
+def use(local_rank: int) -> None:
+    """Make this rank's device the current one (nothing to do on the CPU)."""
+    if device_type() != "cpu":
+        torch.accelerator.set_device_index(device(local_rank).index)
+
+
+def synchronize() -> None:
+    """Wait for the device's queued work (the CPU has none)."""
+    if device_type() != "cpu":
+        torch.accelerator.synchronize()
+
+
+def default_dtype() -> torch.dtype:
+    """What a pipeline is loaded in when nothing is asked: bfloat16 on an accelerator, float32 on the CPU."""
+    return torch.float32 if device_type() == "cpu" else torch.bfloat16
+
+
+def rng_states() -> list[torch.Tensor]:
+    """States of the default random generators, as byte tensors: the CPU's, then the accelerator's."""
+    states = [torch.get_rng_state()]
+    if device_type() != "cpu":
+        states.append(torch.get_device_module(device_type()).get_rng_state())
+    return states
+
+
+def set_rng_states(states: list[torch.Tensor]) -> None:
+    """Put back what :func:`rng_states` returned (here or on another rank)."""
+    torch.set_rng_state(states[0])
+    if len(states) > 1:
+        torch.get_device_module(device_type()).set_rng_state(states[1])
+
+
+def peak_memory() -> int:
+    """Bytes at the high-water mark: allocated by torch on an accelerator, resident (RSS) on the CPU."""
+    if device_type() != "cpu":
+        return torch.get_device_module(device_type()).max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,28 @@
+"""A rank that fails says why and dies at once, so that its launcher ends the others and nothing hangs."""
+
+import os
+import sys
+import time
+from types import TracebackType
+
+RANK_ZERO_SPEAKS_FIRST = 3.0  # seconds
+
+
+def fail_together() -> None:
+    """Let an uncaught exception end this process at once, when it is one rank of several (``RANK`` is set).
+
+    A ``ValueError`` is mostly the same on all ranks: ranks other than 0 wait a moment with theirs, in which rank
+    0's exit makes the launcher end them unheard; one that is alone in its error is still heard.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and sys.excepthook is not _report_and_exit:
+        _report_and_exit.previous = sys.excepthook
+        sys.excepthook = _report_and_exit
+
+
+def _report_and_exit(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if issubclass(kind, ValueError) and os.environ.get("RANK", "0") != "0":
+        time.sleep(RANK_ZERO_SPEAKS_FIRST)
+    _report_and_exit.previous(kind, error, trace)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)  # interpreter shutdown could wait for collectives that never complete

@@ -1,0 +1,253 @@
+"""A process group as one rank sees it: who is in it, and the collectives over it."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from xfuser.core import device as devices
+
+
+class GroupCoordinator:
+    """One of the groups that partition the world, from the view of the calling rank.
+
+    Every rank of the world must construct it with the same ``group_ranks`` (a list of lists of global ranks), in
+    the same order relative to other coordinators. Ranks given to and returned from its methods (``src``, ``dst``)
+    count within the group unless they are called global.
+
+    Attributes:
+        rank, local_rank: global rank, and the rank within the node.
+        ranks, world_size, rank_in_group: members (global ranks), their number, this rank's place among them.
+        device_group: the ``torch.distributed`` process group.
+        device: where this rank's tensors live.
+    """
+
+    def __init__(self, group_ranks: list[list[int]], local_rank: int, torch_distributed_backend: str) -> None:
+        self.rank = dist.get_rank()
+        self.local_rank = local_rank
+        self.device = devices.device(local_rank)
+        self.ranks, self.device_group = own_group(group_ranks, torch_distributed_backend)
+        self.world_size = len(self.ranks)
+        self.rank_in_group = self.ranks.index(self.rank)
+
+    @property
+    def first_rank(self) -> int:
+        """Global rank of the group's first member."""
+        return self.ranks[0]
+
+    @property
+    def last_rank(self) -> int:
+        """Global rank of the group's last member."""
+        return self.ranks[-1]
+
+    @property
+    def is_first_rank(self) -> bool:
+        return self.rank == self.first_rank
+
+    @property
+    def is_last_rank(self) -> bool:
+        return self.rank == self.last_rank
+
+    @property
+    def next_rank(self) -> int:
+        """Global rank of the member after this one, around the group."""
+        return self.ranks[(self.rank_in_group + 1) % self.world_size]
+
+    @property
+    def prev_rank(self) -> int:
+        """Global rank of the member before this one, around the group."""
+        return self.ranks[(self.rank_in_group - 1) % self.world_size]
+
+    def all_reduce(self, x: torch.Tensor, op: dist.ReduceOp = dist.ReduceOp.SUM) -> torch.Tensor:
+        """Reduce ``x`` over the group, in place where it is contiguous; returns the result."""
+        if self.world_size == 1:
+            return x
+        x = x.contiguous()
+        dist.all_reduce(x, op=op, group=self.device_group)
+        return x
+
+    def all_gather(
+        self, x: torch.Tensor, dim: int = 0, separate_tensors: bool = False, sizes: list[int] | None = None
+    ) -> torch.Tensor | list[torch.Tensor]:
+        """Gather ``x`` from all members, in group order.
+
+        Members may differ in their size along ``dim`` alone. ``sizes`` gives these sizes where the caller knows
+        them, and saves an exchange. Returns one tensor concatenated along ``dim``, or the list of parts.
+        """
+        dim = dim % x.dim()
+        if self.world_size == 1:
+            return [x] if separate_tensors else x
+        if sizes is None:
+            sizes = self._sizes_along(x, dim)
+        # Ragged parts travel padded to the longest: gloo's all_gather takes equal shapes only.
+        parts = self._all_gather_even(_pad_rows(x.movedim(dim, 0), max(sizes)))
+        parts = [part[:size].movedim(0, dim) for part, size in zip(parts, sizes, strict=True)]
+        return parts if separate_tensors else torch.cat(parts, dim=dim)
+
+    def _sizes_along(self, x: torch.Tensor, dim: int) -> list[int]:
+        mine = torch.tensor([x.shape[dim]], device=x.device)
+        return [int(size) for size in self._all_gather_even(mine)]
+
+    def _all_gather_even(self, x: torch.Tensor) -> list[torch.Tensor]:
+        x = x.contiguous()
+        parts = [torch.empty_like(x) for _ in self.ranks]
+        dist.all_gather(parts, x, group=self.device_group)
+        return parts
+
+    def broadcast(self, x: torch.Tensor, src: int = 0) -> torch.Tensor:
+        """Member ``src``'s ``x`` on every member; other members give a tensor of the same shape to write into."""
+        if self.world_size == 1:
+            return x
+        buffer = x.contiguous()
+        dist.broadcast(buffer, src=self.ranks[src], group=self.device_group)
+        return x if buffer is x else x.copy_(buffer)
+
+    def broadcast_object(self, obj: Any = None, src: int = 0) -> Any:
+        """Member ``src``'s picklable object, on every member."""
+        return self.broadcast_object_list([obj], src)[0]
+
+    def broadcast_object_list(self, objects: list[Any], src: int = 0) -> list[Any]:
+        """Member ``src``'s list of picklable objects, written into every member's list of that length."""
+        if self.world_size > 1:
+            dist.broadcast_object_list(
+                objects, src=self.ranks[src], group=self.device_group, device=self._object_device()
+            )
+        return objects
+
+    def all_gather_object(self, obj: Any) -> list[Any]:
+        """Each member's picklable object, in group order."""
+        objects = [None] * self.world_size
+        dist.all_gather_object(objects, obj, group=self.device_group)
+        return objects
+
+    def broadcast_tensor_dict(self, tensors: dict[str, Any] | None = None, src: int = 0) -> dict[str, Any]:
+        """Member ``src``'s dict on every member; values that are no tensors are pickled."""
+        if self.world_size == 1:
+            return tensors
+        described = None
+        if self.rank_in_group == src:
+            described = {name: _describe(value) for name, value in tensors.items()}
+        described = self.broadcast_object(described, src)
+        result = {}
+        for name, value in described.items():
+            if isinstance(value, _TensorShape):
+                mine = self.rank_in_group == src
+                full = tensors[name] if mine else torch.empty(value.shape, dtype=value.dtype, device=self.device)
+                value = self.broadcast(full, src)
+            result[name] = value
+        return result
+
+    def send(self, x: torch.Tensor, dst: int | None = None) -> None:
+        """Send ``x`` to member ``dst`` (the next one by default); returns when ``x`` may be reused."""
+        dist.send(x.contiguous(), self._global(dst, self.next_rank), group=self.device_group)
+
+    def recv(self, size: torch.Size, dtype: torch.dtype, src: int | None = None) -> torch.Tensor:
+        """Receive a tensor of this shape from member ``src`` (the previous one by default)."""
+        x = torch.empty(size, dtype=dtype, device=self.device)
+        dist.recv(x, self._global(src, self.prev_rank), group=self.device_group)
+        return x
+
+    def isend(self, x: torch.Tensor, dst: int | None = None) -> dist.Work:
+        """Start sending contiguous ``x``. Keep ``x`` and the handle until ``wait()``: gloo drops an unheld send."""
+        if not x.is_contiguous():
+            raise ValueError("isend needs a contiguous tensor: its buffer must outlive the call")
+        return dist.isend(x, self._global(dst, self.next_rank), group=self.device_group)
+
+    def irecv(self, x: torch.Tensor, src: int | None = None) -> dist.Work:
+        """Start receiving into contiguous ``x``, which holds the data once the handle's ``wait()`` returns."""
+        return dist.irecv(x, self._global(src, self.prev_rank), group=self.device_group)
+
+    def all_to_all(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Send ``inputs[i]`` to member i, return what each member sent here; any shapes, one dtype and rank count.
+
+        All tensors must have the same number of dimensions.
+        """
+        if self.world_size == 1:
+            return list(inputs)
+        shapes = torch.tensor([list(x.shape) for x in inputs], device=inputs[0].device)
+        incoming = torch.empty_like(shapes)
+        dist.all_to_all_single(incoming, shapes, group=self.device_group)
+        received = [torch.Size(shape) for shape in incoming.tolist()]
+        counts = [shape.numel() for shape in received]
+        buffer = inputs[0].new_empty(sum(counts))
+        dist.all_to_all_single(
+            buffer,
+            torch.cat([x.reshape(-1) for x in inputs]),
+            counts,
+            [x.numel() for x in inputs],
+            group=self.device_group,
+        )
+        return [part.view(shape) for part, shape in zip(buffer.split(counts), received, strict=True)]
+
+    def barrier(self) -> None:
+        """Wait until every member has come here."""
+        dist.barrier(group=self.device_group)
+
+    def destroy(self) -> None:
+        """Release the process group."""
+        if self.device_group is not None:
+            dist.destroy_process_group(self.device_group)
+            self.device_group = None
+
+    def _global(self, member: int | None, default: int) -> int:
+        return default if member is None else self.ranks[member]
+
+    def _object_device(self) -> torch.device:
+        return torch.device("cpu") if dist.get_backend(self.device_group) == "gloo" else self.device
+
+
+class SequenceParallelGroupCoordinator(GroupCoordinator):
+    """The sequence-parallel group, with the Ulysses and the ring group that it is the product of.
+
+    Its rank r is Ulysses rank ``r % ulysses_world_size`` of ring position ``r // ulysses_world_size``.
+    """
+
+    def __init__(
+        self,
+        group_ranks: list[list[int]],
+        local_rank: int,
+        torch_distributed_backend: str,
+        ulysses_ranks: list[list[int]],
+        ring_ranks: list[list[int]],
+    ) -> None:
+        super().__init__(group_ranks, local_rank, torch_distributed_backend)
+        ulysses, self.ulysses_group = own_group(ulysses_ranks, torch_distributed_backend)
+        ring, self.ring_group = own_group(ring_ranks, torch_distributed_backend)
+        self.ulysses_world_size, self.ulysses_rank = len(ulysses), ulysses.index(self.rank)
+        self.ring_world_size, self.ring_rank = len(ring), ring.index(self.rank)
+
+    def destroy(self) -> None:
+        for name in ("ulysses_group", "ring_group"):
+            if getattr(self, name) is not None:
+                dist.destroy_process_group(getattr(self, name))
+                setattr(self, name, None)
+        super().destroy()
+
+
+def own_group(group_ranks: list[list[int]], backend: str) -> tuple[list[int], dist.ProcessGroup]:
+    """Make a process group for each list of ranks; return the one that the calling rank is in."""
+    own = None
+    for ranks in group_ranks:
+        group = dist.new_group(ranks, backend=backend)
+        if dist.get_rank() in ranks:
+            own = ranks, group
+    if own is None:
+        raise ValueError(f"rank {dist.get_rank()} is in none of the groups {group_ranks}")
+    return own
+
+
+class _TensorShape:
+    """Stands for a tensor while a dict's description travels."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self.shape, self.dtype = x.shape, x.dtype
+
+
+def _describe(value: Any) -> Any:
+    return _TensorShape(value) if isinstance(value, torch.Tensor) else value
+
+
+def _pad_rows(x: torch.Tensor, rows: int) -> torch.Tensor:
+    if x.shape[0] == rows:
+        return x
+    return torch.cat([x, x.new_zeros(rows - x.shape[0], *x.shape[1:])])

@@ -1,0 +1,239 @@
+"""The process groups of this process: set once, asked for anywhere, raising where they are not set.
+
+Ranks are laid out with tensor parallelism innermost, then Ulysses, ring, PipeFusion, CFG, and data parallelism
+outermost, so that the methods which talk most are nearest neighbours:
+
+    rank = (((dp * CFG + cfg) * PP + pp) * RING + ring) * ULYSSES + ulysses) * TP + tp
+"""
+
+import os
+
+import torch.distributed as dist
+
+from xfuser.core import device as devices
+from xfuser.core.distributed.failure import fail_together
+from xfuser.core.distributed.group_coordinator import GroupCoordinator, SequenceParallelGroupCoordinator
+from xfuser.core.distributed.utils import DEFAULT_ORDER, RankGenerator, split_sequence_group
+
+_groups: dict[str, GroupCoordinator] = {}
+_joined = False  # the default process group was there before us, so it is not ours to destroy
+
+
+def _group(name: str, made_by: str) -> GroupCoordinator:
+    if name not in _groups:
+        raise RuntimeError(f"the {name} group is not initialised: call {made_by} first (xDiTParallel does)")
+    return _groups[name]
+
+
+def init_distributed_environment(
+    world_size: int = -1,
+    rank: int = -1,
+    distributed_init_method: str = "env://",
+    local_rank: int = -1,
+    backend: str | None = None,
+) -> None:
+    """Join or start the default process group, and make the world group.
+
+    A process group that exists already is joined. Otherwise one is started from the arguments, from torchrun's
+    environment, or, where there is neither, for this process alone. ``backend`` is the device's by default.
+    """
+    global _joined
+    if "world" in _groups:
+        return
+    fail_together()
+    _joined = dist.is_initialized()
+    if not _joined:
+        _init_process_group(world_size, rank, distributed_init_method, local_rank, backend)
+    local_rank = _local_rank(local_rank)
+    devices.use(local_rank)
+    ranks = list(range(dist.get_world_size()))
+    _groups["world"] = GroupCoordinator([ranks], local_rank, backend or dist.get_backend())
+
+
+def _init_process_group(world_size: int, rank: int, method: str, local_rank: int, backend: str | None) -> None:
+    backend = backend or devices.backend()
+    devices.use(_local_rank(local_rank))
+    if world_size == -1 and rank == -1 and method == "env://" and "RANK" not in os.environ:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    else:
+        dist.init_process_group(backend, init_method=method, world_size=world_size, rank=rank)
+
+
+def _local_rank(local_rank: int) -> int:
+    if local_rank != -1:
+        return local_rank
+    if "LOCAL_RANK" in os.environ:
+        return int(os.environ["LOCAL_RANK"])
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def initialize_model_parallel(
+    data_parallel_degree: int = 1,
+    classifier_free_guidance_degree: int = 1,
+    sequence_parallel_degree: int | None = None,
+    ulysses_degree: int = 1,
+    ring_degree: int = 1,
+    tensor_parallel_degree: int = 1,
+    pipeline_parallel_degree: int = 1,
+    backend: str | None = None,
+) -> None:
+    """Make the groups of every kind of parallelism; the degrees' product must be the world size.
+
+    ``sequence_parallel_degree`` is ``ulysses_degree * ring_degree`` and need not be given.
+    """
+    world = get_world_group()
+    if model_parallel_is_initialized():
+        raise RuntimeError("the parallel groups are initialised already: call destroy_model_parallel() first")
+    sp = ulysses_degree * ring_degree
+    if sequence_parallel_degree not in (None, sp):
+        raise ValueError(
+            f"sequence_parallel_degree={sequence_parallel_degree} must be ulysses_degree={ulysses_degree}"
+            f" * ring_degree={ring_degree}"
+        )
+    degrees = {
+        "tp": tensor_parallel_degree,
+        "sp": sp,
+        "pp": pipeline_parallel_degree,
+        "cfg": classifier_free_guidance_degree,
+        "dp": data_parallel_degree,
+    }
+    if min(degrees.values()) < 1:
+        raise ValueError(f"degrees must be 1 or more, given {degrees}")
+    grid = RankGenerator(**degrees, order=DEFAULT_ORDER)
+    if grid.world_size != world.world_size:
+        raise ValueError(f"the product of {degrees} is {grid.world_size}, the world has {world.world_size} ranks")
+    backend = backend or dist.get_backend()
+    for token in ("dp", "cfg", "pp", "tp"):
+        _groups[token] = GroupCoordinator(grid.get_ranks(token), world.local_rank, backend)
+    split = [split_sequence_group(ranks, ulysses_degree) for ranks in grid.get_ranks("sp")]
+    _groups["sp"] = SequenceParallelGroupCoordinator(
+        grid.get_ranks("sp"),
+        world.local_rank,
+        backend,
+        ulysses_ranks=[ranks for ulysses, _ in split for ranks in ulysses],
+        ring_ranks=[ranks for _, ring in split for ranks in ring],
+    )
+
+
+def model_parallel_is_initialized() -> bool:
+    """Whether the groups of :func:`initialize_model_parallel` are there."""
+    return "sp" in _groups
+
+
+def destroy_model_parallel() -> None:
+    """Release all groups but the world's; :func:`initialize_model_parallel` may then make others."""
+    for name in [name for name in _groups if name != "world"]:
+        _groups.pop(name).destroy()
+
+
+def destroy_distributed_environment() -> None:
+    """Release every group, and the default process group if :func:`init_distributed_environment` started it."""
+    destroy_model_parallel()
+    world = _groups.pop("world", None)
+    if world is None:
+        return
+    world.destroy()
+    if not _joined:
+        dist.destroy_process_group()
+
+
+def get_world_group() -> GroupCoordinator:
+    """All ranks."""
+    return _group("world", "init_distributed_environment()")
+
+
+def get_dp_group() -> GroupCoordinator:
+    """The ranks that hold the same place in each data-parallel replica."""
+    return _group("dp", "initialize_model_parallel()")
+
+
+def get_cfg_group() -> GroupCoordinator:
+    """The ranks that share the branches of classifier-free guidance."""
+    return _group("cfg", "initialize_model_parallel()")
+
+
+def get_sp_group() -> SequenceParallelGroupCoordinator:
+    """The ranks that share one sequence."""
+    return _group("sp", "initialize_model_parallel()")
+
+
+def get_pp_group() -> GroupCoordinator:
+    """The stages of one pipeline."""
+    return _group("pp", "initialize_model_parallel()")
+
+
+def get_tp_group() -> GroupCoordinator:
+    """The ranks that share the weights of one layer."""
+    return _group("tp", "initialize_model_parallel()")
+
+
+def get_data_parallel_world_size() -> int:
+    return get_dp_group().world_size
+
+
+def get_data_parallel_rank() -> int:
+    return get_dp_group().rank_in_group
+
+
+def get_classifier_free_guidance_world_size() -> int:
+    return get_cfg_group().world_size
+
+
+def get_classifier_free_guidance_rank() -> int:
+    return get_cfg_group().rank_in_group
+
+
+def get_sequence_parallel_world_size() -> int:
+    return get_sp_group().world_size
+
+
+def get_sequence_parallel_rank() -> int:
+    return get_sp_group().rank_in_group
+
+
+def get_ulysses_parallel_world_size() -> int:
+    return get_sp_group().ulysses_world_size
+
+
+def get_ulysses_parallel_rank() -> int:
+    return get_sp_group().ulysses_rank
+
+
+def get_ring_parallel_world_size() -> int:
+    return get_sp_group().ring_world_size
+
+
+def get_ring_parallel_rank() -> int:
+    return get_sp_group().ring_rank
+
+
+def get_tensor_model_parallel_world_size() -> int:
+    return get_tp_group().world_size
+
+
+def get_tensor_model_parallel_rank() -> int:
+    return get_tp_group().rank_in_group
+
+
+def get_pipeline_parallel_world_size() -> int:
+    return get_pp_group().world_size
+
+
+def get_pipeline_parallel_rank() -> int:
+    return get_pp_group().rank_in_group
+
+
+def is_pipeline_first_stage() -> bool:
+    return get_pp_group().is_first_rank
+
+
+def is_pipeline_last_stage() -> bool:
+    return get_pp_group().is_last_rank
+
+
+def is_dp_last_group() -> bool:
+    """Whether this rank is the last of its data-parallel replica: the one that holds the replica's images.
+
+    That is the last rank in each of the sequence, CFG and pipeline groups.
+    """
+    return all(group().is_last_rank for group in (get_sp_group, get_cfg_group, get_pp_group))

@@ -1,0 +1,47 @@
+"""The rank grid: which ranks form a group for each kind of parallelism."""
+
+import torch
+
+DEFAULT_ORDER = "tp-sp-pp-cfg-dp"
+
+
+def split_sizes(total: int, parts: int) -> list[int]:
+    """Sizes of ``parts`` consecutive shares of ``total`` items that differ by one at most, larger ones first."""
+    base, extra = divmod(total, parts)
+    return [base + (i < extra) for i in range(parts)]
+
+
+class RankGenerator:
+    """All groups of a world from one grid of ranks.
+
+    ``order`` names the dimensions from the innermost (neighbouring ranks) to the outermost. A group of a token
+    such as ``"sp"`` holds the ranks that differ in that dimension alone; tokens joined by ``-`` (``"tp-sp"``)
+    vary together.
+    """
+
+    def __init__(
+        self, tp: int, sp: int, pp: int, cfg: int, dp: int, order: str = DEFAULT_ORDER, rank_offset: int = 0
+    ) -> None:
+        degrees = {"tp": tp, "sp": sp, "pp": pp, "cfg": cfg, "dp": dp}
+        self.order = order.lower().split("-")
+        if sorted(self.order) != sorted(degrees):
+            raise ValueError(f"order {order!r} must name each of {', '.join(degrees)} once")
+        self.world_size = tp * sp * pp * cfg * dp
+        outermost_first = [degrees[token] for token in reversed(self.order)]
+        self._grid = torch.arange(rank_offset, rank_offset + self.world_size).reshape(outermost_first)
+
+    def get_ranks(self, token: str) -> list[list[int]]:
+        """The groups of ``token``, each a list of global ranks, in rank order."""
+        axes = sorted(len(self.order) - 1 - self.order.index(name) for name in token.split("-"))
+        rest = [axis for axis in range(len(self.order)) if axis not in axes]
+        grid = self._grid.permute(*rest, *axes)
+        size = 1
+        for axis in axes:
+            size *= self._grid.shape[axis]
+        return grid.reshape(-1, size).tolist()
+
+
+def split_sequence_group(ranks: list[int], ulysses: int) -> tuple[list[list[int]], list[list[int]]]:
+    """A sequence group's Ulysses groups (neighbours) and ring groups (every ``ulysses``-th rank)."""
+    ulysses_groups = [ranks[i : i + ulysses] for i in range(0, len(ranks), ulysses)]
+    return ulysses_groups, [list(group) for group in zip(*ulysses_groups, strict=True)]
