@@ -1,0 +1,70 @@
+"""Replaces ``torch.nn.functional.scaled_dot_product_attention`` inside chosen attention modules, and only there."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+Attend = Callable[..., torch.Tensor]
+
+
+class _Interception(TorchFunctionMode):
+    """Active during one call of one attention module; counts what it replaced."""
+
+    def __init__(self, attend: Attend) -> None:
+        super().__init__()
+        self._attend = attend
+        self._busy = False
+        self.count = 0
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is not F.scaled_dot_product_attention or self._busy:
+            return func(*args, **(kwargs or {}))
+        self.count += 1
+        self._busy = True
+        try:
+            return self._attend(*args, **(kwargs or {}))
+        finally:
+            self._busy = False
+
+
+@contextmanager
+def intercepted(modules: dict[str, nn.Module], attend: Callable[[str], Attend]) -> Iterator[None]:
+    """Within the context, each of ``modules`` computes its attention by ``attend(name)``.
+
+    The replacement takes the arguments of ``scaled_dot_product_attention``. A module whose processor does not
+    call that function exactly once per forward raises a ValueError: its attention would not be the one intended.
+    """
+    active: list[_Interception] = []
+    handles = []
+    for name, module in modules.items():
+        handles.append(module.register_forward_pre_hook(partial(_enter, active, attend(name))))
+        handles.append(module.register_forward_hook(partial(_leave, active, name), always_call=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _enter(active: list[_Interception], attend: Attend, module: nn.Module, args: tuple) -> None:
+    mode = _Interception(attend)
+    mode.__enter__()
+    active.append(mode)
+
+
+def _leave(active: list[_Interception], name: str, module: nn.Module, args: tuple, output: Any) -> None:
+    mode = active.pop()
+    mode.__exit__(None, None, None)
+    if mode.count != 1 and output is not None:  # None: the forward raised, and says so itself
+        processor = type(getattr(module, "processor", module)).__name__
+        raise ValueError(
+            f"{name}: {processor} called scaled_dot_product_attention {mode.count} times in one forward, and must"
+            " call it once. Set a processor that uses it (pipe.transformer.set_default_attn_processor(), or"
+            " set_attention_backend('native')), and unload IP-adapters"
+        )

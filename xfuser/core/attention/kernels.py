@@ -1,0 +1,196 @@
+"""Attention kernels that return the log-sum-exp (LSE), which the ring needs to merge partial results.
+
+Tensors are ``[B, H, S, D]``; the LSE is float32 ``[B, H, Sq]``. A key mask is additive and ``[B|1, H|1, 1, Sk]``.
+"""
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+
+from xfuser.core import device as devices
+from xfuser.logger import logger
+
+aten = torch.ops.aten
+HALF = (torch.float16, torch.bfloat16)
+MATH_SCORES = 1 << 24  # elements of the score matrix that the plain kernel holds at once
+
+Result = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A way to compute attention with its LSE.
+
+    Attributes:
+        missing: why it cannot be had on this machine, or None where it can.
+        takes: whether it can run these q, k, v, mask.
+        run: ``(q, k, v, mask, scale) -> (out, lse)``.
+    """
+
+    missing: Callable[[], str | None]
+    takes: Callable[..., bool]
+    run: Callable[..., Result]
+
+
+def attention_math(q, k, v, mask, scale) -> Result:
+    """Any device, dtype, head size and mask, in float32; by chunks of queries to bound the score matrix."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    keys, values = k.float(), v.float()
+    rows = max(1, MATH_SCORES // max(1, q.shape[0] * q.shape[1] * k.shape[2]))
+    outs, lses = [], []
+    for queries in q.float().split(rows, dim=2):
+        scores = (queries * scale) @ keys.mT
+        if mask is not None:
+            scores = scores + mask.float()
+        lse = scores.logsumexp(dim=-1)
+        weights = (scores - lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1)).exp()
+        outs.append(weights @ values)
+        lses.append(lse)
+    return torch.cat(outs, dim=2).to(q.dtype), torch.cat(lses, dim=2)
+
+
+def _flash_on_cpu(q, k, v, mask, scale) -> Result:
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # anything else gives NaN
+    mask = None if mask is None else mask.to(q.dtype)
+    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask, scale=scale)
+    if mask is not None:  # rows without any key come back with an LSE of 0
+        dead = (mask == -torch.inf).all(dim=-1)
+        out, lse = out.masked_fill(dead.unsqueeze(-1), 0.0), lse.masked_fill(dead, -torch.inf)
+    return out, lse
+
+
+def _flash_on_cpu_takes(q, k, v, mask) -> bool:
+    # Lengths of zero end the process with SIGFPE in this operator; it has no grouped heads.
+    return q.device.type == "cpu" and 0 not in (*q.shape, *k.shape) and q.shape[-1] == v.shape[-1] and _same_heads(q, k)
+
+
+def _aten_flash(q, k, v, mask, scale) -> Result:
+    return aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)[:2]
+
+
+def _aten_efficient(q, k, v, mask, scale) -> Result:
+    out, lse = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, scale=scale)[:2]
+    return out, lse[:, :, : q.shape[2]]  # its LSE is padded
+
+
+def _aten_cudnn(q, k, v, mask, scale) -> Result:
+    out, lse = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, scale=scale)[:2]
+    return out, lse.reshape(q.shape[:3])
+
+
+def _on_accelerator(q, k, v, mask) -> bool:
+    return (
+        q.device.type != "cpu"
+        and mask is None
+        and 0 not in (*q.shape, *k.shape)
+        and q.shape[-1] % 8 == 0
+        and q.shape[-1] == v.shape[-1]
+        and _same_heads(q, k)
+    )
+
+
+def _half_on_accelerator(q, k, v, mask) -> bool:
+    return _on_accelerator(q, k, v, mask) and q.dtype in HALF and q.shape[-1] <= 256
+
+
+def _same_heads(q: torch.Tensor, k: torch.Tensor) -> bool:
+    return q.shape[1] == k.shape[1]
+
+
+def _from_yunchang(attn_type: str) -> Callable[..., Result]:
+    """A CUDA kernel by yunchang's selection (``[B, S, H, D]`` layout)."""
+
+    def run(q, k, v, mask, scale) -> Result:
+        from yunchang.kernels import AttnType, select_flash_attn_impl
+
+        kernel = select_flash_attn_impl(AttnType.from_string(attn_type), stage="fwd-only")
+        q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        out, lse = kernel(
+            q, k, v, dropout_p=0.0, softmax_scale=scale, causal=False, window_size=(-1, -1), softcap=0.0,
+            alibi_slopes=None, return_softmax=False,
+        )  # fmt: skip
+        return out.transpose(1, 2), lse
+
+    return run
+
+
+def _needs_accelerator() -> str | None:
+    return "no accelerator on this machine" if devices.device_type() == "cpu" else None
+
+
+def _needs_package(package: str) -> Callable[[], str | None]:
+    def missing() -> str | None:
+        absent = importlib.util.find_spec(package) is None
+        return f"the package {package} is not installed" if absent else _needs_accelerator()
+
+    return missing
+
+
+def _flash(q, k, v, mask, scale) -> Result:
+    return (_flash_on_cpu if q.device.type == "cpu" else _aten_flash)(q, k, v, mask, scale)
+
+
+def _flash_takes(q, k, v, mask) -> bool:
+    return _flash_on_cpu_takes(q, k, v, mask) or _half_on_accelerator(q, k, v, mask)
+
+
+def _never_missing() -> None:
+    return None
+
+
+# In the order of preference for "auto".
+KERNELS: dict[str, Kernel] = {
+    "flash_attn_3": Kernel(_needs_package("flash_attn_interface"), _half_on_accelerator, _from_yunchang("fa3")),
+    "flash_attn": Kernel(_needs_package("flash_attn"), _half_on_accelerator, _from_yunchang("fa")),
+    "cudnn": Kernel(_needs_accelerator, _half_on_accelerator, _aten_cudnn),
+    "flash": Kernel(_never_missing, _flash_takes, _flash),
+    "efficient": Kernel(_needs_accelerator, _on_accelerator, _aten_efficient),
+    "math": Kernel(_never_missing, lambda q, k, v, mask: _same_heads(q, k), attention_math),
+}
+AUTO = ("flash_attn_3", "flash_attn", "flash", "efficient", "math")
+
+
+def available_backends() -> list[str]:
+    """Names that ``--attention_backend`` takes on this machine."""
+    return ["auto", "sdpa", *(name for name, kernel in KERNELS.items() if kernel.missing() is None)]
+
+
+def check_backend(name: str) -> None:
+    """Raise a ValueError where the backend is unknown or cannot be had here."""
+    if name in available_backends():
+        return
+    why = KERNELS[name].missing() if name in KERNELS else "unknown"
+    raise ValueError(f"attention_backend={name!r}: {why}; here there are {', '.join(available_backends())}")
+
+
+def attention(q, k, v, mask=None, scale=None, backend: str = "auto") -> torch.Tensor:
+    """Attention alone: torch's own choice of kernel, or the one of ``backend``; shapes as in this module."""
+    if 0 in (*q.shape, k.shape[2]):
+        return q.new_zeros(*q.shape[:3], v.shape[-1])
+    if backend in ("auto", "sdpa"):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    return attention_with_lse(q, k, v, mask, scale, backend)[0]
+
+
+def attention_with_lse(q, k, v, mask=None, scale=None, backend: str = "auto") -> Result:
+    """Attention and its LSE from the first kernel that takes the tensors: ``backend``, then the others."""
+    for name in AUTO if backend in ("auto", "sdpa") else (backend, "math"):
+        kernel = KERNELS[name]
+        if kernel.missing() is None and kernel.takes(q, k, v, mask):
+            if name == "math" and backend not in ("auto", "sdpa", "math"):
+                _warn_fallback(backend, tuple(q.shape), str(q.dtype), mask is not None)
+            return kernel.run(q, k, v, mask, scale)
+    raise ValueError(f"no attention kernel takes queries {tuple(q.shape)} with keys {tuple(k.shape)}")
+
+
+@cache
+def _warn_fallback(backend: str, shape: tuple[int, ...], dtype: str, masked: bool) -> None:
+    logger.warning(
+        "attention backend %s does not take %s %s%s: the plain kernel runs instead",
+        backend, dtype, shape, " with a mask" if masked else "",
+    )  # fmt: skip

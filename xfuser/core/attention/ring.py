@@ -1,0 +1,79 @@
+"""Ring attention: key/value blocks travel around the ring while each rank attends to the one that it holds.
+
+Ring Attention, arXiv 2310.01889; partial results are merged by their log-sum-exp.
+"""
+
+import torch
+import torch.distributed as dist
+
+from xfuser.core.attention.kernels import attention_with_lse
+
+
+def ring_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lengths: list[int],
+    group: dist.ProcessGroup,
+    *,
+    masks: list[torch.Tensor] | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Attention of this rank's queries to the keys of the whole ring.
+
+    Args:
+        q, k, v: this rank's rows, ``[B, H, S_local, D]``.
+        lengths: key rows of each ring rank.
+        masks: the additive key mask of each ring rank's block, ``[B|1, H|1, 1, length]``.
+
+    Returns:
+        ``[B, H, S_local, Dv]`` in q's dtype; sums are kept in float32.
+    """
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    out, lse = None, None
+    for step in range(size):
+        owner = (rank - step) % size
+        coming = _Shift(k, v, lengths[(owner - 1) % size], group) if step + 1 < size else None
+        if lengths[owner] and q.numel():
+            mask = masks[owner] if masks else None
+            out, lse = merge(out, lse, *attention_with_lse(q, k, v, mask, scale, backend))
+        if coming:
+            k, v = coming.wait()
+    if out is None:
+        return q.new_zeros(*q.shape[:3], v.shape[-1])
+    return out.to(q.dtype)
+
+
+def merge(out, lse, block_out, block_lse):
+    """Join two partial attentions over disjoint keys: ``out`` ``[B, H, S, D]``, ``lse`` ``[B, H, S]``."""
+    if out is None:
+        return block_out.float(), block_lse
+    total = torch.logaddexp(lse, block_lse)
+    weight = (block_lse - total).exp().nan_to_num(0.0)  # rows without a key in either block
+    return torch.lerp(out, block_out.float(), weight.unsqueeze(-1)), total
+
+
+class _Shift:
+    """K and V on their way to the next rank, and those of the previous rank on their way here, as one message."""
+
+    def __init__(self, k: torch.Tensor, v: torch.Tensor, incoming_length: int, group: dist.ProcessGroup) -> None:
+        ranks, rank = dist.get_process_group_ranks(group), dist.get_rank(group)
+        self._k_shape = (*k.shape[:2], incoming_length, k.shape[3])
+        self._v_shape = (*v.shape[:2], incoming_length, v.shape[3])
+        counts = [k.shape[0] * k.shape[1] * incoming_length * x.shape[3] for x in (k, v)]
+        self._sent = torch.cat([k.reshape(-1), v.reshape(-1)])
+        self._received = k.new_empty(sum(counts))
+        self._counts = counts
+        ops = []
+        if self._sent.numel():
+            ops.append(dist.P2POp(dist.isend, self._sent, ranks[(rank + 1) % len(ranks)], group))
+        if self._received.numel():
+            ops.append(dist.P2POp(dist.irecv, self._received, ranks[rank - 1], group))
+        self._works = dist.batch_isend_irecv(ops) if ops else []
+
+    def wait(self) -> tuple[torch.Tensor, torch.Tensor]:
+        for work in self._works:
+            work.wait()
+        k, v = self._received.split(self._counts)
+        return k.view(self._k_shape), v.view(self._v_shape)
