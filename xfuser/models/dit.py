@@ -1,0 +1,9 @@
+"""DiT-XL (arXiv 2212.09748): class-conditional, no text."""
+
+from xfuser.models.plan import ModelPlan
+
+DIT = ModelPlan(
+    blocks=("transformer_blocks",),
+    attention={"attn1": ("image",)},
+    head="proj_out_2",
+)

@@ -1,0 +1,12 @@
+"""Flux.1: joint attention, text tokens first, in double- and single-stream blocks; rotary tables over both."""
+
+from xfuser.models.plan import ModelPlan, Tokens
+
+FLUX = ModelPlan(
+    blocks=("transformer_blocks", "single_transformer_blocks"),
+    attention={"attn": ("text", "image")},
+    text="encoder_hidden_states",
+    per_token={"image_rotary_emb": Tokens(("text", "image"), dim=0)},
+    residuals=("controlnet_block_samples", "controlnet_single_block_samples"),
+    unbatched=("img_ids", "txt_ids"),
+)

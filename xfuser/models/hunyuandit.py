@@ -1,0 +1,11 @@
+"""HunyuanDiT 1.1 and 1.2 (arXiv 2405.08748): text by cross-attention, rotary tables, long skips."""
+
+from xfuser.models.plan import ModelPlan, Tokens
+
+HUNYUAN_DIT = ModelPlan(
+    blocks=("blocks",),
+    attention={"attn1": ("image",)},
+    per_token={"image_rotary_emb": Tokens(("image",), dim=0)},
+    residuals=("controlnet_block_samples",),
+    unbatched=("image_rotary_emb",),
+)

@@ -1,0 +1,9 @@
+"""PixArt-alpha (arXiv 2310.00426) and PixArt-Sigma (arXiv 2403.04692): text by cross-attention."""
+
+from xfuser.models.plan import ModelPlan, Tokens
+
+PIXART = ModelPlan(
+    blocks=("transformer_blocks",),
+    attention={"attn1": ("image",)},
+    per_token={"attention_mask": Tokens(("image",), dim=-1)},
+)

@@ -1,0 +1,10 @@
+"""Stable Diffusion 3 and 3.5 (arXiv 2403.03206): joint attention, image tokens first; 3.5 has image-only attn2."""
+
+from xfuser.models.plan import ModelPlan
+
+SD3 = ModelPlan(
+    blocks=("transformer_blocks",),
+    attention={"attn": ("image", "text"), "attn2": ("image",)},
+    text="encoder_hidden_states",
+    residuals=("block_controlnet_hidden_states",),
+)
