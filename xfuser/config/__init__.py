@@ -1,0 +1,15 @@
+"""What a run is asked to do: flags, and the checked configuration made from them."""
+
+from xfuser.config.args import xFuserArgs
+from xfuser.config.config import EngineConfig, InputConfig, ModelConfig, ParallelConfig, RuntimeConfig
+from xfuser.config.parser import FlexibleArgumentParser
+
+__all__ = [
+    "EngineConfig",
+    "FlexibleArgumentParser",
+    "InputConfig",
+    "ModelConfig",
+    "ParallelConfig",
+    "RuntimeConfig",
+    "xFuserArgs",
+]

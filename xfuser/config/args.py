@@ -1,0 +1,234 @@
+"""The flags: every field of one dataclass is a flag, and its help, group and type stand beside it."""
+
+import argparse
+import os
+import typing
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from xfuser.config.config import EngineConfig, InputConfig, ModelConfig, ParallelConfig, RuntimeConfig
+from xfuser.config.parser import SwitchAction
+from xfuser.core import device as devices
+from xfuser.core.attention.kernels import available_backends, check_backend
+from xfuser.core.distributed import init_distributed_environment
+from xfuser.core.distributed.failure import fail_together
+
+DTYPES = {
+    "auto": None,
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+}
+SHIPPED_PIPELINE = os.path.join(os.path.dirname(os.path.dirname(__file__)), "assets", "shapes-256")
+
+
+def _flag(group: str, default: Any, help: str, nargs: str | None = None) -> Any:
+    return field(default=default, metadata={"group": group, "help": help, "nargs": nargs})
+
+
+def _model(default: Any, help: str) -> Any:
+    return _flag("Model Options", default, help)
+
+
+def _runtime(default: Any, help: str) -> Any:
+    return _flag("Runtime Options", default, help)
+
+
+def _parallel(default: Any, help: str, nargs: str | None = None) -> Any:
+    return _flag("Parallel Processing Options", default, help, nargs)
+
+
+def _input(default: Any, help: str, nargs: str | None = None) -> Any:
+    return _flag("Input Options", default, help, nargs)
+
+
+@dataclass
+class xFuserArgs:
+    """What a user may ask for; :meth:`create_config` checks it and turns it into configuration objects."""
+
+    model: str | None = _model(None, "Folder or hub name of a Diffusers pipeline; the shipped one if not given.")
+    download_dir: str | None = _model(None, "Folder for what is downloaded from the hub.")
+    trust_remote_code: bool = _model(False, "Allow a pipeline's own code from the hub.")
+
+    warmup_steps: int = _runtime(1, "Synchronous first steps of PipeFusion; no effect on other methods.")
+    use_parallel_vae: bool = _runtime(False, "Decode with the VAE spread over ranks (not available yet).")
+    use_torch_compile: bool = _runtime(False, "Compile the transformer (not available yet).")
+    use_onediff: bool = _runtime(False, "Refused: OneDiff is no longer maintained.")
+    seed: int = _runtime(42, "Seed of the noise.")
+    output_type: str = _runtime("pil", "What the pipeline returns: pil, pt, np or latent.")
+    attention_backend: str = _runtime(
+        "auto", "Attention kernel: auto, sdpa, flash, efficient, cudnn, math, flash_attn or flash_attn_3."
+    )
+    enable_model_cpu_offload: bool = _runtime(False, "Keep models on the CPU while they are not in use.")
+    enable_sequential_cpu_offload: bool = _runtime(False, "Keep layers on the CPU while they are not in use.")
+    enable_tiling: bool = _runtime(False, "Decode in tiles: less memory, close to the whole picture.")
+    enable_slicing: bool = _runtime(False, "Decode one image at a time: less memory.")
+    use_fp8_t5_encoder: bool = _runtime(False, "Store the T5 text encoder's weights in 8 bits.")
+    dtype: str = _runtime("auto", "Weights: float32, float16, bfloat16; auto is bfloat16 on a GPU, else float32.")
+
+    do_classifier_free_guidance: bool = _parallel(True, "Guide by the prompt (--no_... switches guidance off).")
+    use_cfg_parallel: bool = _parallel(False, "Compute guidance's two branches on two groups of ranks.")
+    use_split_batch: bool = _parallel(False, "Older name of --use_cfg_parallel.")
+    data_parallel_degree: int = _parallel(1, "Replicas among which the images are shared.")
+    ulysses_degree: int = _parallel(1, "Ranks that share a sequence by attention heads.")
+    ring_degree: int = _parallel(1, "Ranks that share a sequence by blocks of keys and values.")
+    pipefusion_parallel_degree: int = _parallel(1, "Stages of the transformer's blocks (not available yet).")
+    num_pipeline_patch: int | None = _parallel(None, "Patches of the image in PipeFusion (not available yet).")
+    attn_layer_num_for_pp: list[int] | None = _parallel(None, "Blocks of each stage (not available yet).", "+")
+    tensor_parallel_degree: int = _parallel(1, "Ranks that share each layer's weights (not available yet).")
+    split_scheme: str | None = _parallel(None, "How tensor parallelism cuts weights (not available yet).")
+
+    height: int | None = _input(None, "Height of the image in pixels; the model's own if not given.")
+    width: int | None = _input(None, "Width of the image in pixels; the model's own if not given.")
+    num_frames: int | None = _input(None, "Frames of a video; the model's own if not given.")
+    prompt: str | list[str] = _input("", "What to draw; several prompts draw several pictures.", "*")
+    negative_prompt: str | list[str] = _input("", "What not to draw: one for all prompts, or one each.", "*")
+    no_use_resolution_binning: bool = _input(False, "Draw the very size asked for, not the nearest trained one.")
+    num_inference_steps: int = _input(20, "Denoising steps.")
+    max_sequence_length: int = _input(256, "Longest prompt in tokens.")
+    guidance_scale: float = _input(3.5, "Strength of the guidance by the prompt.")
+    img_file_path: str | None = _input(None, "Picture to start from, for image-to-image pipelines.")
+
+    @staticmethod
+    def add_cli_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        """Add every field as a flag; returns the parser."""
+        groups: dict[str, Any] = {}
+        types = typing.get_type_hints(xFuserArgs)
+        for spec in fields(xFuserArgs):
+            group = spec.metadata["group"]
+            if group not in groups:
+                groups[group] = parser.add_argument_group(group)
+            options = {"default": spec.default, "help": _help(spec)}
+            if types[spec.name] is bool:
+                options["action"] = SwitchAction
+            else:
+                options |= {"type": _item_type(types[spec.name]), "nargs": spec.metadata["nargs"]}
+                options["metavar"] = spec.name.split("_")[-1].upper()
+            groups[group].add_argument(f"--{spec.name}", **options)
+        return parser
+
+    @classmethod
+    def from_cli_args(cls, args: argparse.Namespace) -> "xFuserArgs":
+        """From a parsed namespace; attributes that it lacks keep their default."""
+        return cls(**{spec.name: getattr(args, spec.name, spec.default) for spec in fields(cls)})
+
+    def create_config(self) -> tuple[EngineConfig, InputConfig]:
+        """Check everything, then join the run's process group; returns what :class:`xDiTParallel` takes.
+
+        Raises:
+            ValueError: for values that are wrong, do not fit together or the number of ranks, or ask for what is
+                not available. No process group exists then.
+        """
+        fail_together()
+        configs = self.checked(dist.get_world_size() if dist.is_initialized() else _launched_ranks())
+        init_distributed_environment()
+        return configs
+
+    def checked(self, world_size: int | None = None) -> tuple[EngineConfig, InputConfig]:
+        """As :meth:`create_config`, without touching process groups; any number of ranks where none is given."""
+        self._refuse_unavailable()
+        check_backend(self.attention_backend)
+        parallel = ParallelConfig(
+            dp_degree=self.data_parallel_degree,
+            cfg_degree=self._cfg_degree(),
+            ulysses_degree=self.ulysses_degree,
+            ring_degree=self.ring_degree,
+            pp_degree=self.pipefusion_parallel_degree,
+            tp_degree=self.tensor_parallel_degree,
+        )
+        parallel.check(parallel.world_size if world_size is None else world_size)
+        inputs = self._input_config()
+        inputs.check()
+        model = ModelConfig(self.model or SHIPPED_PIPELINE, self.download_dir, self.trust_remote_code)
+        return EngineConfig(model, self._runtime_config(), parallel), inputs
+
+    def _cfg_degree(self) -> int:
+        parallel = self.use_cfg_parallel or self.use_split_batch
+        if parallel and not self.do_classifier_free_guidance:
+            raise ValueError(
+                "use_cfg_parallel needs classifier-free guidance, which do_classifier_free_guidance=False switches"
+                " off: leave one of them away"
+            )
+        return 2 if parallel else 1
+
+    def _input_config(self) -> InputConfig:
+        return InputConfig(
+            prompt=self.prompt,
+            negative_prompt=self.negative_prompt,
+            height=self.height,
+            width=self.width,
+            num_frames=self.num_frames,
+            num_inference_steps=self.num_inference_steps,
+            guidance_scale=self.guidance_scale,
+            max_sequence_length=self.max_sequence_length,
+            use_resolution_binning=not self.no_use_resolution_binning,
+            do_classifier_free_guidance=self.do_classifier_free_guidance,
+            use_cfg_parallel=self._cfg_degree() > 1,
+            img_file_path=self.img_file_path,
+            seed=self.seed,
+            output_type=self.output_type,
+        )
+
+    def _runtime_config(self) -> RuntimeConfig:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype={self.dtype!r} is unknown; known are {', '.join(DTYPES)}")
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps={self.warmup_steps} must be 0 or more")
+        if self.enable_model_cpu_offload and self.enable_sequential_cpu_offload:
+            raise ValueError("enable_model_cpu_offload and enable_sequential_cpu_offload exclude each other")
+        return RuntimeConfig(
+            dtype=DTYPES[self.dtype] or devices.default_dtype(),
+            seed=self.seed,
+            output_type=self.output_type,
+            attention_backend=self.attention_backend,
+            warmup_steps=self.warmup_steps,
+            use_fp8_t5_encoder=self.use_fp8_t5_encoder,
+            enable_model_cpu_offload=self.enable_model_cpu_offload,
+            enable_sequential_cpu_offload=self.enable_sequential_cpu_offload,
+            enable_tiling=self.enable_tiling,
+            enable_slicing=self.enable_slicing,
+        )
+
+    def _refuse_unavailable(self) -> None:
+        if self.use_onediff:
+            raise ValueError("use_onediff: OneDiff is no longer maintained, and is not supported; leave it away")
+        refused = {
+            "use_parallel_vae": self.use_parallel_vae,
+            "use_torch_compile": self.use_torch_compile,
+            "pipefusion_parallel_degree": self.pipefusion_parallel_degree > 1,
+            "num_pipeline_patch": (self.num_pipeline_patch or 1) > 1,
+            "attn_layer_num_for_pp": self.attn_layer_num_for_pp,
+            "tensor_parallel_degree": self.tensor_parallel_degree > 1,
+            "split_scheme": self.split_scheme,
+        }
+        for name, asked in refused.items():
+            if asked:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is not available yet; what is: data_parallel_degree,"
+                    " use_cfg_parallel, ulysses_degree, ring_degree"
+                )
+
+
+def _launched_ranks() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _item_type(hint: Any) -> type:
+    """What a flag's value is parsed as: the first plain type in the field's annotation."""
+    while typing.get_args(hint):
+        hint = typing.get_args(hint)[0]
+    return hint
+
+
+def _help(spec: Any) -> str:
+    shown = spec.default not in (None, "", False)
+    text = spec.metadata["help"]
+    if spec.name == "attention_backend":
+        text += f" Here: {', '.join(available_backends())}."
+    return f"{text} (default: {spec.default})" if shown else text

@@ -1,0 +1,158 @@
+"""The checked configuration of a run."""
+
+import math
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+
+OUTPUT_TYPES = ("pil", "pt", "np", "latent")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which pipeline to load: a local folder or a hub name, and how."""
+
+    model: str
+    download_dir: str | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass
+class RuntimeConfig:
+    """How the pipeline runs on a device. Not frozen: scripts set ``dtype`` after the configuration is made."""
+
+    dtype: torch.dtype
+    seed: int = 42
+    output_type: str = "pil"
+    attention_backend: str = "auto"
+    warmup_steps: int = 1
+    use_fp8_t5_encoder: bool = False
+    enable_model_cpu_offload: bool = False
+    enable_sequential_cpu_offload: bool = False
+    enable_tiling: bool = False
+    enable_slicing: bool = False
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """The degrees of parallelism, whose product is the number of ranks."""
+
+    dp_degree: int = 1
+    cfg_degree: int = 1
+    ulysses_degree: int = 1
+    ring_degree: int = 1
+    pp_degree: int = 1
+    tp_degree: int = 1
+
+    @property
+    def sp_degree(self) -> int:
+        return self.ulysses_degree * self.ring_degree
+
+    @property
+    def world_size(self) -> int:
+        return self.dp_degree * self.cfg_degree * self.sp_degree * self.pp_degree * self.tp_degree
+
+    def check(self, world_size: int) -> None:
+        """Raise a ValueError unless the degrees multiply to ``world_size``."""
+        for flag, degree in self.degrees().items():
+            if degree < 1:
+                raise ValueError(f"{flag}={degree}: a degree is a whole number of 1 or more")
+        if self.world_size != world_size:
+            given = " * ".join(f"{flag}={degree}" for flag, degree in self.degrees().items() if degree > 1)
+            raise ValueError(
+                f"the degrees {given or '(all 1)'} multiply to {self.world_size}, but {world_size} ranks run."
+                f" With {world_size} rank{'s' * (world_size > 1)} you can choose: {legal_choices(world_size)}"
+            )
+
+    def degrees(self) -> dict[str, int]:
+        """The degrees by flag."""
+        return {
+            "data_parallel_degree": self.dp_degree,
+            "use_cfg_parallel": self.cfg_degree,
+            "ulysses_degree": self.ulysses_degree,
+            "ring_degree": self.ring_degree,
+            "pipefusion_parallel_degree": self.pp_degree,
+            "tensor_parallel_degree": self.tp_degree,
+        }
+
+    def __str__(self) -> str:
+        return (
+            f"dp{self.dp_degree}_cfg{self.cfg_degree}_ulysses{self.ulysses_degree}_ring{self.ring_degree}"
+            f"_tp{self.tp_degree}_pp{self.pp_degree}"
+        )
+
+
+def legal_choices(world_size: int, limit: int = 16) -> str:
+    """The products of data, CFG, Ulysses and ring degrees for this world size, in words."""
+    divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
+    cfg_degrees = [n for n in (1, 2) if world_size % n == 0]
+    choices = []
+    for cfg, dp, ring in product(cfg_degrees, divisors, divisors):
+        ulysses, rest = divmod(world_size, cfg * dp * ring)
+        if rest or not ulysses:
+            continue
+        named = {"cfg": cfg, "dp": dp, "ulysses": ulysses, "ring": ring}
+        choices.append(" x ".join(f"{name} {n}" for name, n in named.items() if n > 1) or "all degrees 1")
+    choices.sort(key=len)
+    more = f", and {len(choices) - limit} more" if len(choices) > limit else ""
+    return "; ".join(choices[:limit]) + more
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Model, runtime and parallel configuration of a wrapped pipeline."""
+
+    model_config: ModelConfig
+    runtime_config: RuntimeConfig
+    parallel_config: ParallelConfig
+
+    @property
+    def world_size(self) -> int:
+        return self.parallel_config.world_size
+
+
+@dataclass(frozen=True)
+class InputConfig:
+    """What to draw. Sizes are in pixels; None leaves a value to the pipeline."""
+
+    prompt: str | list[str] = ""
+    negative_prompt: str | list[str] = ""
+    height: int | None = None
+    width: int | None = None
+    num_frames: int | None = None
+    num_inference_steps: int = 20
+    guidance_scale: float = 3.5
+    max_sequence_length: int = 256
+    use_resolution_binning: bool = True
+    do_classifier_free_guidance: bool = True
+    use_cfg_parallel: bool = False
+    img_file_path: str | None = None
+    seed: int = 42
+    output_type: str = "pil"
+
+    @property
+    def batch_size(self) -> int:
+        """Number of prompts."""
+        return 1 if isinstance(self.prompt, str) else len(self.prompt)
+
+    def check(self) -> None:
+        """Raise a ValueError for values that no pipeline takes."""
+        for name in ("height", "width", "num_frames", "num_inference_steps", "max_sequence_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be 1 or more")
+        if not math.isfinite(self.guidance_scale):
+            raise ValueError(f"guidance_scale={self.guidance_scale} must be a finite number")
+        if self.output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type={self.output_type!r} is unknown; known are {', '.join(OUTPUT_TYPES)}")
+        self._check_negative_prompts()
+
+    def _check_negative_prompts(self) -> None:
+        if isinstance(self.negative_prompt, str):
+            return
+        count = len(self.negative_prompt)
+        if count not in (0, 1, self.batch_size):
+            raise ValueError(
+                f"{count} negative prompts for {self.batch_size} prompts: give one for all, or one for each"
+            )
