@@ -1,0 +1,75 @@
+"""From the input configuration to the arguments of a pipeline's call."""
+
+import inspect
+from dataclasses import fields
+from typing import Any
+
+import torch
+from diffusers.utils import load_image
+
+from xfuser.config import InputConfig
+
+
+def pipeline_arguments(pipe: Any, inputs: InputConfig) -> dict[str, Any]:
+    """Keyword arguments for ``pipe(...)``.
+
+    Raises:
+        ValueError: something was asked for that this pipeline does not take, or a prompt is missing.
+    """
+    takes = inspect.signature(type(pipe).__call__).parameters
+    asked = _plain(inputs) | _subject(pipe, inputs, takes) | _guidance(inputs, takes)
+    arguments = {name: value for name, value in asked.items() if name in takes and value is not None}
+    defaults = {spec.name: spec.default for spec in fields(InputConfig)}
+    for name, value in asked.items():
+        if name not in takes and value is not None and value != defaults.get(name):
+            raise ValueError(f"{type(pipe).__name__} takes no {name} (given: {value!r}); leave it away")
+    arguments["generator"] = torch.Generator("cpu").manual_seed(inputs.seed)
+    return arguments
+
+
+def _plain(inputs: InputConfig) -> dict[str, Any]:
+    names = ("height", "width", "num_frames", "num_inference_steps", "max_sequence_length", "output_type")
+    asked = {name: getattr(inputs, name) for name in names}
+    asked["use_resolution_binning"] = inputs.use_resolution_binning
+    asked["image"] = load_image(inputs.img_file_path) if inputs.img_file_path else None
+    return asked
+
+
+def _subject(pipe: Any, inputs: InputConfig, takes: Any) -> dict[str, Any]:
+    """Prompts, or the class labels that stand for them in class-conditional pipelines."""
+    prompts = [inputs.prompt] if isinstance(inputs.prompt, str) else list(inputs.prompt)
+    if not any(prompts):
+        raise ValueError('there is nothing to draw: give a prompt (--prompt "...")')
+    if "class_labels" in takes and "prompt" not in takes:
+        return {"class_labels": _class_labels(pipe, prompts)}
+    negative = inputs.negative_prompt
+    negative = [negative] if isinstance(negative, str) else list(negative)
+    negative = negative * len(prompts) if len(negative) == 1 else negative
+    return {"prompt": prompts, "negative_prompt": negative if any(negative) else None}
+
+
+def _class_labels(pipe: Any, prompts: list[str]) -> list[int]:
+    known = getattr(pipe, "labels", {})
+    labels = [int(prompt) if prompt.isdigit() else known.get(prompt) for prompt in prompts]
+    if None in labels:
+        unknown = prompts[labels.index(None)]
+        raise ValueError(
+            f"{type(pipe).__name__} draws classes, and knows none called {unknown!r}: give a class number, or one of"
+            f" its {len(known)} names{': ' + ', '.join(sorted(known)[:8]) + ', ...' if known else ''}"
+        )
+    return labels
+
+
+def _guidance(inputs: InputConfig, takes: Any) -> dict[str, Any]:
+    """Scales of classifier-free guidance; 1 switches it off. ``true_cfg_scale`` is the name where
+    ``guidance_scale`` means a distilled model's own input."""
+    distilled = "true_cfg_scale" in takes
+    scale = inputs.guidance_scale if inputs.do_classifier_free_guidance or distilled else 1.0
+    asked: dict[str, Any] = {"guidance_scale": scale}
+    if distilled and not inputs.do_classifier_free_guidance:
+        asked["true_cfg_scale"] = 1.0
+    elif distilled and inputs.use_cfg_parallel:
+        asked["true_cfg_scale"] = inputs.guidance_scale
+        if not any(inputs.negative_prompt):
+            asked["negative_prompt"] = [""] * inputs.batch_size
+    return asked

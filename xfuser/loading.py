@@ -1,0 +1,120 @@
+"""Loading a pipeline as the configuration asks."""
+
+import inspect
+import json
+import os
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+
+from xfuser.config import EngineConfig, InputConfig, ModelConfig
+from xfuser.core import device as devices
+from xfuser.core.distributed import get_world_group
+from xfuser.models.registry import PLANS, planned_models
+
+
+def load_pipeline(
+    engine_config: EngineConfig,
+    input_config: InputConfig | None = None,
+    pipeline_class: Any = DiffusionPipeline,
+) -> Any:
+    """The pipeline of ``engine_config.model_config``, in its dtype, on this rank's device or offloaded from it.
+
+    With ``input_config.img_file_path``, a text-to-image pipeline becomes its image-to-image variant.
+
+    Raises:
+        ValueError: there is no pipeline, none that is known, or it lacks what the configuration asks for.
+    """
+    model, runtime = engine_config.model_config, engine_config.runtime_config
+    check_model(model)
+    options: dict[str, Any] = {"torch_dtype": runtime.dtype, "cache_dir": model.download_dir}
+    if model.trust_remote_code:
+        options["trust_remote_code"] = True
+    try:
+        pipe = pipeline_class.from_pretrained(model.model, **options)
+    except OSError as error:
+        raise ValueError(f"model={model.model!r} is no Diffusers pipeline that can be loaded: {error}") from error
+    planned_models(pipe)
+    if input_config and input_config.img_file_path:
+        pipe = _image_to_image(pipe)
+    if runtime.use_fp8_t5_encoder:
+        _store_t5_in_fp8(pipe, runtime.dtype)
+    if runtime.enable_tiling:
+        _vae(pipe, "enable_tiling").enable_tiling()
+    if runtime.enable_slicing:
+        _vae(pipe, "enable_slicing").enable_slicing()
+    return _placed(pipe, engine_config)
+
+
+def check_model(model: ModelConfig) -> None:
+    """Raise a ValueError, without loading weights, for a folder that is no pipeline or has no known transformer."""
+    if not os.path.exists(model.model):
+        if os.path.isabs(model.model) or model.model.startswith("."):
+            raise ValueError(f"model={model.model!r} does not exist")
+        return  # a name on the hub
+    index = os.path.join(model.model, "model_index.json")
+    if not os.path.isfile(index):
+        raise ValueError(f"model={model.model!r} is no Diffusers pipeline: it has no model_index.json")
+    with open(index, encoding="utf-8") as file:
+        parts = json.load(file)
+    names = [part[1] for part in parts.values() if isinstance(part, list) and len(part) == 2 and part[1]]
+    classes = [getattr(diffusers, name, None) for name in names]
+    denoisers = [cls for cls in classes if inspect.isclass(cls) and _denoises(cls)]
+    if denoisers and not any(base.__name__ in PLANS for cls in denoisers for base in cls.__mro__):
+        raise ValueError(
+            f"model={model.model!r}: there is no plan for {', '.join(cls.__name__ for cls in denoisers)}. Known"
+            f" classes: {', '.join(PLANS)}. docs/adding_a_model.md shows how to add one"
+        )
+
+
+def _denoises(cls: type) -> bool:
+    return issubclass(cls, torch.nn.Module) and not cls.__name__.startswith("Autoencoder")
+
+
+def _image_to_image(pipe: Any) -> Any:
+    if "image" in inspect.signature(type(pipe).__call__).parameters:
+        return pipe
+    try:
+        return diffusers.AutoPipelineForImage2Image.from_pipe(pipe)
+    except ValueError as error:
+        raise ValueError(f"img_file_path: {type(pipe).__name__} has no image-to-image variant") from error
+
+
+def _vae(pipe: Any, ability: str) -> Any:
+    vae = getattr(pipe, "vae", None)
+    if not hasattr(vae, ability):
+        raise ValueError(f"{ability}: the VAE of {type(pipe).__name__} ({type(vae).__name__}) cannot do this")
+    return vae
+
+
+def _store_t5_in_fp8(pipe: Any, dtype: torch.dtype) -> None:
+    from diffusers.hooks import apply_layerwise_casting
+
+    encoders = [part for part in pipe.components.values() if type(part).__name__ == "T5EncoderModel"]
+    if not encoders:
+        raise ValueError(f"use_fp8_t5_encoder: {type(pipe).__name__} has no T5 text encoder")
+    for encoder in encoders:
+        # T5 reads the dtype of "wo" itself; norms and embeddings are small and sensitive.
+        apply_layerwise_casting(
+            encoder,
+            storage_dtype=torch.float8_e4m3fn,
+            compute_dtype=dtype,
+            skip_modules_pattern=[r"\bwo$", "norm", "shared", "embed", "relative_attention_bias"],
+        )
+
+
+def _placed(pipe: Any, engine_config: EngineConfig) -> Any:
+    runtime, local_rank = engine_config.runtime_config, get_world_group().local_rank
+    device = devices.device(local_rank)
+    offload = runtime.enable_model_cpu_offload or runtime.enable_sequential_cpu_offload
+    if not offload:
+        return pipe.to(device)
+    if device.type == "cpu":
+        raise ValueError("CPU offload needs an accelerator to offload from; this machine has none")
+    if runtime.enable_sequential_cpu_offload:
+        pipe.enable_sequential_cpu_offload(device=device)
+    else:
+        pipe.enable_model_cpu_offload(device=device)
+    return pipe

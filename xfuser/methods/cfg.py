@@ -1,0 +1,174 @@
+"""Classifier-free guidance (CFG) parallelism: the conditional and the unconditional branch on different ranks.
+
+Pipelines run the two branches in one of two ways. *Batched*: one call of the transformer with both in its batch; the
+batch is split. *Sequential*: two calls a step; one rank computes the first, the other the second, at the same time.
+Step 0 is computed without pairing, and shows which way this pipeline goes.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from xfuser.core.distributed import GroupCoordinator
+from xfuser.logger import logger
+from xfuser.methods.forward import Arguments, Call, Layer
+from xfuser.methods.rows import split_rows
+from xfuser.models.plan import ModelPlan
+
+
+class GuidanceParallel:
+    """CFG parallelism over one group, during one call of a pipeline."""
+
+    def __init__(self, group: GroupCoordinator) -> None:
+        self._group = group
+        self._index = 0  # of the next call of the transformer within the step
+        self._first_step: list[tuple[int, Any]] | None = []  # rows of each call and the shape of its output
+        self._paired: Any = None  # the output's shape, once it is known that calls come in pairs
+        self._pending: _Sent | _Promise | None = None
+
+    def layer(self, plan: ModelPlan) -> Layer:
+        """The layer of a transformer's forward that shares its work between the branches' ranks."""
+
+        def layer(call: Call, arguments: Arguments) -> Any:
+            index, self._index = self._index, self._index + 1
+            if self._paired is not None and index == 0:
+                return self._first_call(call, arguments)
+            if self._pending is not None:
+                return self._second_call(call, arguments)
+            rows = arguments[plan.image].shape[0]
+            output = split_rows(self._group, rows, call, arguments, plan.unbatched)
+            if self._first_step is not None:
+                self._first_step.append((rows, _blank(output)))
+            return output
+
+        return layer
+
+    def step_ends(self) -> None:
+        """To be called when the scheduler is about to step."""
+        self._index = 0
+        if self._pending is not None:  # one call alone, such as outside of a guidance interval
+            self._pending.settle()
+            self._pending = None
+        if self._first_step:
+            self._learn(self._first_step)
+            self._first_step = None
+
+    def close(self) -> None:
+        """To be called when the pipeline has returned or failed."""
+        if isinstance(self._pending, _Promise):
+            self._pending.release()
+
+    def _learn(self, calls: list[tuple[int, Any]]) -> None:
+        (rows, output), others = calls[0], calls[1:]
+        if not others and rows == 1:
+            logger.warning(
+                "CFG parallelism has nothing to split: this call runs no classifier-free guidance, and the %d ranks"
+                " of a CFG group compute the same. Use them for another method.",
+                self._group.world_size,
+            )
+        alike = len(others) == 1 and others[0][0] == rows and _shapes(others[0][1]) == _shapes(output)
+        if alike and rows % 2 and self._group.world_size == 2:  # splitting the rows is as good where they are even
+            self._paired = output
+
+    def _first_call(self, call: Call, arguments: Arguments) -> Any:
+        """Rank 0 computes and sends; rank 1 promises the result, and goes on to the second call at once."""
+        if self._group.rank_in_group == 0:
+            output = call(arguments)
+            self._pending = _Sent(output, self._group)
+        else:
+            output = _blank(self._paired)
+            self._pending = _Promise(output, self._group)
+            self._pending.guard()
+        return output
+
+    def _second_call(self, call: Call, arguments: Arguments) -> Any:
+        """Rank 1 computes and sends; rank 0 receives what it would have computed."""
+        first, self._pending = self._pending, None
+        if isinstance(first, _Promise):
+            first.release(arguments)
+            output = call(arguments)
+            _Sent(output, self._group).settle()
+        else:
+            output = _blank(self._paired)
+            _Promise(output, self._group).settle()
+        first.settle()
+        return output
+
+
+class _Sent:
+    """A copy of an output on its way to the other rank."""
+
+    def __init__(self, output: Any, group: GroupCoordinator) -> None:
+        self._copies = [x.clone(memory_format=torch.contiguous_format) for x in tree_leaves(output)]
+        self._works = [group.isend(x) for x in self._copies]
+
+    def settle(self) -> None:
+        for work in self._works:
+            work.wait()
+
+
+class _Promise:
+    """An output whose tensors are filled by the other rank, while this one computes something else.
+
+    A pipeline that takes views of the tensors notices nothing. For one that reads them early, the guard waits for
+    the data at that moment: slower, never wrong.
+    """
+
+    def __init__(self, output: Any, group: GroupCoordinator) -> None:
+        self._tensors = tree_leaves(output)
+        self._works: list[dist.Work] = [group.irecv(x) for x in self._tensors]
+        self._guard: _ReadGuard | None = None
+
+    def guard(self) -> None:
+        """From now on, reading the tensors waits for them."""
+        self._guard = _ReadGuard(self._tensors, self._wait)
+        self._guard.__enter__()
+
+    def release(self, arguments: Arguments | None = None) -> None:
+        """End the guard; the tensors are waited for if these arguments need them."""
+        if self._guard is not None:
+            if self._guard.concerns(arguments):
+                self._wait()
+            self._guard.__exit__(None, None, None)
+            self._guard = None
+
+    def settle(self) -> None:
+        self.release()
+        self._wait()
+
+    def _wait(self) -> None:
+        works, self._works = self._works, []
+        for work in works:
+            work.wait()
+
+
+class _ReadGuard(TorchDispatchMode):
+    """Calls ``before_read`` ahead of every operation, views apart, on memory of the given tensors."""
+
+    def __init__(self, tensors: list[torch.Tensor], before_read: Callable[[], None]) -> None:
+        super().__init__()
+        self._memory = {x.untyped_storage().data_ptr() for x in tensors}
+        self._before_read = before_read
+
+    def concerns(self, tree: Any) -> bool:
+        return any(
+            isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() in self._memory for x in tree_leaves(tree)
+        )
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if not func.is_view and self.concerns((args, kwargs)):
+            self._before_read()
+        return func(*args, **(kwargs or {}))
+
+
+def _blank(output: Any) -> Any:
+    """Uninitialised contiguous tensors in the shape of an output."""
+    return tree_map_only(torch.Tensor, lambda x: torch.empty(x.shape, dtype=x.dtype, device=x.device), output)
+
+
+def _shapes(output: Any) -> list[tuple[torch.Size, torch.dtype]]:
+    return [(x.shape, x.dtype) for x in tree_leaves(output)]

@@ -1,0 +1,45 @@
+"""Data parallelism: each replica computes its own images of the batch.
+
+The pipeline itself runs whole on every rank, so noise, schedulers and callbacks see the full batch and the result
+equals serial for every scheduler. What costs time is split: each forward of the transformer, and the VAE's decode.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+import torch
+
+from xfuser.core.distributed import GroupCoordinator
+from xfuser.methods.forward import Call, Layer
+from xfuser.methods.rows import split_rows
+from xfuser.models.plan import ModelPlan
+
+
+def data_parallel(group: GroupCoordinator, plan: ModelPlan) -> Layer:
+    """The layer of a transformer's forward that splits its batch over the replicas."""
+
+    def layer(call: Call, arguments: dict[str, Any]) -> Any:
+        return split_rows(group, arguments[plan.image].shape[0], call, arguments, plan.unbatched)
+
+    return layer
+
+
+@contextmanager
+def split_decode(vae: Any, group: GroupCoordinator) -> Iterator[None]:
+    """Within the context, ``vae.decode`` splits its batch over the group and returns the whole."""
+    original, own = vae.decode, vae.__dict__.get("decode")
+
+    @wraps(original)
+    def decode(z: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return split_rows(group, z.shape[0], lambda local: original(local["z"], *args, **kwargs), {"z": z})
+
+    vae.decode = decode
+    try:
+        yield
+    finally:
+        if own is None:
+            del vae.decode
+        else:
+            vae.decode = own

@@ -1,0 +1,72 @@
+"""Pictures, videos and latents to files."""
+
+import os
+import re
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from xfuser.logger import logger
+
+FRAMES_PER_SECOND = 16
+
+
+def media_of(output: Any) -> list[Any]:
+    """One entry per image or video of what a pipeline returned: PIL images, arrays ``[H, W, C]``, lists of frames,
+    or tensors."""
+    for name in ("images", "frames"):
+        if hasattr(output, name):
+            return list(getattr(output, name))
+    return list(output[0])
+
+
+def write_media(item: Any, directory: str, name: str) -> str:
+    """Write one image, video or latent into ``directory``, made if needed; returns the path.
+
+    Characters of ``name`` that are not safe in file names become ``_``.
+    """
+    os.makedirs(directory, exist_ok=True)
+    path = os.path.join(directory, re.sub(r"[^\w.-]+", "_", name).lstrip("."))
+    if isinstance(item, torch.Tensor) and not _looks_like_pictures(item):
+        save_file({"latents": item.detach().cpu().contiguous()}, f"{path}.safetensors")
+        return f"{path}.safetensors"
+    frames = _frames(item)
+    if len(frames) == 1:
+        frames[0].save(f"{path}.png")
+        return f"{path}.png"
+    return _write_video(frames, path)
+
+
+def _looks_like_pictures(x: torch.Tensor) -> bool:
+    """Whether a tensor is ``[C, H, W]`` or ``[F, C, H, W]`` in [0, 1] with 1 or 3 channels, as ``pt`` output is."""
+    return x.dim() in (3, 4) and x.shape[-3] in (1, 3) and float(x.min()) >= 0 and float(x.max()) <= 1
+
+
+def _frames(item: Any) -> list[Image.Image]:
+    if isinstance(item, Image.Image):
+        return [item]
+    if isinstance(item, torch.Tensor):
+        item = item.detach().float().cpu().movedim(-3, -1).numpy()
+    if isinstance(item, np.ndarray):
+        item = list(item[None] if item.ndim == 3 else item)
+    return [frame if isinstance(frame, Image.Image) else _picture(frame) for frame in item]
+
+
+def _picture(array: np.ndarray) -> Image.Image:
+    pixels = (array * 255).round().clip(0, 255).astype(np.uint8) if array.dtype != np.uint8 else array
+    return Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
+
+
+def _write_video(frames: list[Image.Image], path: str) -> str:
+    try:
+        from diffusers.utils import export_to_video
+
+        return export_to_video(frames, f"{path}.mp4", fps=FRAMES_PER_SECOND)
+    except (ImportError, OSError) as error:
+        logger.info("no video encoder (%s): a GIF is written", error)
+    delay = 1000 // FRAMES_PER_SECOND
+    frames[0].save(f"{path}.gif", save_all=True, append_images=frames[1:], duration=delay, loop=0)
+    return f"{path}.gif"

@@ -1,0 +1,222 @@
+"""xDiTParallel: the story of a wrapped call."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from typing import Any
+
+from xfuser.config import EngineConfig, InputConfig
+from xfuser.core import device as devices
+from xfuser.core.attention.kernels import check_backend
+from xfuser.core.distributed import (
+    destroy_model_parallel,
+    get_cfg_group,
+    get_dp_group,
+    get_pp_group,
+    get_sp_group,
+    get_tp_group,
+    get_world_group,
+    init_distributed_environment,
+    initialize_model_parallel,
+    model_parallel_is_initialized,
+)
+from xfuser.core.distributed.utils import split_sizes
+from xfuser.inputs import pipeline_arguments
+from xfuser.methods.cfg import GuidanceParallel
+from xfuser.methods.data import data_parallel, split_decode
+from xfuser.methods.forward import layered_forward
+from xfuser.methods.sequence import SequenceParallel
+from xfuser.models.registry import planned_models
+from xfuser.output import media_of, write_media
+
+
+class xDiTParallel:
+    """A Diffusers pipeline whose calls run on all ranks, and return what the pipeline returns on one.
+
+    The pipeline's own ``__call__`` runs on every rank. During a call, and only then, the forward of its transformer
+    is shared among the ranks by the methods that ``engine_config`` asks for; the pipeline is never modified. All
+    other attributes are the pipeline's, to read and to set.
+
+    Args:
+        pipe: a Diffusers pipeline with a transformer that has a plan (``xfuser.models``).
+        engine_config, input_config: from ``xFuserArgs.create_config()``.
+
+    Raises:
+        ValueError: the pipeline has no such transformer, or the degrees do not fit the number of ranks.
+    """
+
+    def __init__(self, pipe: Any, engine_config: EngineConfig, input_config: InputConfig | None = None) -> None:
+        if isinstance(pipe, xDiTParallel):
+            raise ValueError("this pipeline is wrapped already: call unwrap() on it first")
+        own = self.__dict__
+        own["_pipe"] = pipe
+        own["_models"] = planned_models(pipe)
+        own["_backend"] = engine_config.runtime_config.attention_backend
+        check_backend(own["_backend"])
+        own["engine_config"] = engine_config
+        own["input_config"] = input_config or InputConfig()
+        own["_output"] = None
+        _join_groups(engine_config)
+        own["_sp"] = get_sp_group()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the pipeline on all ranks; every rank returns the whole result."""
+        with self.active():
+            if get_world_group().world_size > 1:
+                _share_randomness(kwargs.get("generator"))
+            self.__dict__["_output"] = self._pipe(*args, **kwargs)
+        return self._output
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Within the context the transformer's forward is parallel, for denoising loops of one's own too."""
+        self._check_usable()
+        with ExitStack() as stack:
+            if get_world_group().world_size > 1:
+                stack.enter_context(_quiet_progress(self._pipe))
+                if getattr(self._pipe, "vae", None) is not None:
+                    stack.enter_context(split_decode(self._pipe.vae, get_world_group()))
+            guidance = GuidanceParallel(get_cfg_group()) if get_cfg_group().world_size > 1 else None
+            if guidance:
+                stack.callback(guidance.close)
+                stack.enter_context(_before_step(self._pipe, guidance.step_ends))
+            for model, plan in self._models.values():
+                layers = [guidance.layer(plan)] if guidance else []
+                if get_dp_group().world_size > 1:
+                    layers.append(data_parallel(get_dp_group(), plan))
+                if self._sp.world_size > 1 or self._backend not in ("auto", "sdpa"):
+                    sequence = SequenceParallel(model, plan, self._sp, self._backend)
+                    layers.append(sequence.layer)
+                    stack.enter_context(sequence.active())
+                if layers:
+                    stack.enter_context(layered_forward(model, layers))
+            yield
+
+    def save(self, directory: str, prefix: str = "xfuser") -> list[str]:
+        """Write the last call's images (PNG), videos (MP4, or GIF without an encoder) or latents (safetensors).
+
+        Each one is written by the first rank of the data-parallel replica that it belongs to, as
+        ``{prefix}_result_{degrees}_{index}``. Returns the paths that this rank wrote.
+        """
+        if self._output is None:
+            raise RuntimeError("there is nothing to save: call the pipeline first")
+        media = media_of(self._output)
+        sizes = split_sizes(len(media), get_dp_group().world_size)
+        start = sum(sizes[: get_dp_group().rank_in_group])
+        mine = range(start, start + sizes[get_dp_group().rank_in_group]) if _leads_replica() else ()
+        name = f"{prefix}_result_{self.engine_config.parallel_config}"
+        return [write_media(media[index], directory, f"{name}_{index}") for index in mine]
+
+    def call_arguments(self) -> dict[str, Any]:
+        """The keyword arguments that ``input_config`` stands for, as this pipeline takes them."""
+        return pipeline_arguments(self._pipe, self.input_config)
+
+    def unwrap(self) -> Any:
+        """Give the pipeline back; it is as it was before, and this wrapper is of no further use."""
+        pipe = self._pipe
+        self.__dict__["_pipe"] = None
+        return pipe
+
+    def to(self, *args: Any, **kwargs: Any) -> "xDiTParallel":
+        """Move the pipeline; returns the wrapper."""
+        self._pipe.to(*args, **kwargs)
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        pipe = self.__dict__.get("_pipe")
+        if pipe is None:
+            raise AttributeError(f"{name}: the pipeline was unwrapped")
+        return getattr(pipe, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._pipe, name, value)
+
+    def _check_usable(self) -> None:
+        if self._pipe is None:
+            raise RuntimeError("the pipeline was unwrapped: wrap it again, or call it itself")
+        if self._sp is not get_sp_group():
+            raise RuntimeError("the process groups were made anew since this wrap: wrap the pipeline again")
+
+
+def _join_groups(engine_config: EngineConfig) -> None:
+    """Make the groups that the configuration asks for, or use those that are there if they are the same."""
+    parallel = engine_config.parallel_config
+    init_distributed_environment()
+    parallel.check(get_world_group().world_size)
+    if model_parallel_is_initialized():
+        sp = get_sp_group()
+        there = [group().world_size for group in (get_dp_group, get_cfg_group, get_pp_group, get_tp_group)]
+        if [*there, sp.ulysses_world_size, sp.ring_world_size] == [
+            parallel.dp_degree,
+            parallel.cfg_degree,
+            parallel.pp_degree,
+            parallel.tp_degree,
+            parallel.ulysses_degree,
+            parallel.ring_degree,
+        ]:
+            return
+        destroy_model_parallel()
+    initialize_model_parallel(
+        data_parallel_degree=parallel.dp_degree,
+        classifier_free_guidance_degree=parallel.cfg_degree,
+        ulysses_degree=parallel.ulysses_degree,
+        ring_degree=parallel.ring_degree,
+        tensor_parallel_degree=parallel.tp_degree,
+        pipeline_parallel_degree=parallel.pp_degree,
+    )
+
+
+def _leads_replica() -> bool:
+    groups = (get_tp_group, get_sp_group, get_pp_group, get_cfg_group)
+    return all(group().is_first_rank for group in groups)
+
+
+def _share_randomness(generator: Any) -> None:
+    """Give every rank the random state of rank 0: of the generators passed, and of torch's default ones."""
+    generators = generator if isinstance(generator, list) else [generator] if generator is not None else []
+    states = get_world_group().broadcast_object((devices.rng_states(), [one.get_state() for one in generators]))
+    devices.set_rng_states(states[0])
+    for one, state in zip(generators, states[1], strict=True):
+        one.set_state(state)
+
+
+@contextmanager
+def _quiet_progress(pipe: Any) -> Iterator[None]:
+    """Progress bars on rank 0 only."""
+    if get_world_group().is_first_rank:
+        yield
+        return
+    absent = object()
+    before = pipe.__dict__.get("_progress_bar_config", absent)
+    pipe.set_progress_bar_config(**({} if before is absent else before) | {"disable": True})
+    try:
+        yield
+    finally:
+        if before is absent:
+            del pipe._progress_bar_config
+        else:
+            pipe._progress_bar_config = before
+
+
+@contextmanager
+def _before_step(pipe: Any, notify: Callable[[], None]) -> Iterator[None]:
+    """Within the context, ``notify`` is called ahead of each step of the pipeline's scheduler."""
+    scheduler = getattr(pipe, "scheduler", None)
+    if scheduler is None:
+        yield
+        return
+    original, own = scheduler.step, scheduler.__dict__.get("step")
+
+    @wraps(original)
+    def step(*args: Any, **kwargs: Any) -> Any:
+        notify()
+        return original(*args, **kwargs)
+
+    scheduler.step = step
+    try:
+        yield
+    finally:
+        if own is None:
+            del scheduler.step
+        else:
+            scheduler.step = own
