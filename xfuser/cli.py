@@ -1,0 +1,99 @@
+"""``xdit``: a picture from a prompt, on as many ranks as the degrees ask for."""
+
+import os
+import sys
+import time
+import uuid
+
+from xfuser.config import FlexibleArgumentParser, xFuserArgs
+from xfuser.core import device as devices
+from xfuser.core.distributed import destroy_distributed_environment, get_world_group
+from xfuser.loading import check_model, load_pipeline
+from xfuser.parallel import xDiTParallel
+
+
+def main() -> int:
+    """Entry point of the console script; returns the exit code."""
+    arguments = sys.argv[1:]
+    try:
+        options = parser().parse_args(arguments)
+        args = xFuserArgs.from_cli_args(options)
+        if "RANK" in os.environ:
+            draw(args, options.output_dir)
+            return 0
+        engine_config, inputs = args.checked()
+        check_model(engine_config.model_config)
+        if not any(inputs.prompt):
+            raise ValueError('there is nothing to draw: give --prompt "..."')
+    except ValueError as error:
+        if "RANK" in os.environ:
+            raise
+        print(f"xdit: ValueError: {error}", file=sys.stderr)
+        return 1
+    if engine_config.world_size > 1:
+        return launch(engine_config.world_size, arguments)
+    draw(args, options.output_dir)
+    return 0
+
+
+def parser() -> FlexibleArgumentParser:
+    """All flags of the library, and where to save."""
+    flags = FlexibleArgumentParser(
+        prog="xdit",
+        description="Draw a picture from a prompt, on as many processes as the product of the degrees.",
+        epilog='Example: xdit --prompt "a red circle above a blue square" --ulysses_degree 2',
+    )
+    flags.add_argument("--output_dir", default="results", help="Folder for the pictures (default: results).")
+    return xFuserArgs.add_cli_args(flags)
+
+
+def launch(ranks: int, arguments: list[str]) -> int:
+    """Start this command once per rank by torchrun's launcher; returns the exit code."""
+    import logging
+
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks tell their own errors
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=ranks,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        monitor_interval=0.1,
+    )
+    try:
+        elastic_launch(config, entrypoint=sys.executable)("-m", "xfuser.cli", *arguments)
+    except ChildFailedError:
+        return 1
+    return 0
+
+
+def draw(args: xFuserArgs, directory: str) -> None:
+    """One rank's run: load, wrap, call, save; rank 0 tells what came out."""
+    engine_config, input_config = args.create_config()
+    pipe = load_pipeline(engine_config, input_config)
+    pipe = xDiTParallel(pipe, engine_config, input_config)
+    call = pipe.call_arguments()
+    devices.synchronize()
+    start = time.perf_counter()
+    pipe(**call)
+    devices.synchronize()
+    seconds = time.perf_counter() - start
+    told = get_world_group().all_gather_object((pipe.save(directory, "xdit"), devices.peak_memory()))
+    if get_world_group().is_first_rank:
+        print("\n".join(path for paths, _ in told for path in paths))
+        peak = max(memory for _, memory in told) / 2**20
+        print(
+            f"{seconds:.2f} s for {input_config.num_inference_steps} steps on {engine_config.world_size}"
+            f" rank{'s' * (engine_config.world_size > 1)} ({devices.device_type()}), peak memory {peak:.0f} MiB a rank"
+        )
+    destroy_distributed_environment()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
