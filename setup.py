@@ -1,3 +1,5 @@
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 TEST = ["pytest>=8", "ruff>=0.8", "hypothesis>=6"]
@@ -6,7 +8,7 @@ setup(
     name="xfuser",
     version="1.0.0",
     description="Runs Diffusers pipelines on many devices: two lines wrap a pipeline, torchrun starts it",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",

@@ -22,9 +22,9 @@ def main() -> int:
             draw(args, options.output_dir)
             return 0
         engine_config, inputs = args.checked()
-        check_model(engine_config.model_config)
         if not any(inputs.prompt):
             raise ValueError('there is nothing to draw: give --prompt "..."')
+        check_model(engine_config.model_config)
     except ValueError as error:
         if "RANK" in os.environ:
             raise

@@ -53,9 +53,9 @@ def _class_labels(pipe: Any, prompts: list[str]) -> list[int]:
     labels = [int(prompt) if prompt.isdigit() else known.get(prompt) for prompt in prompts]
     if None in labels:
         unknown = prompts[labels.index(None)]
+        names = f", or a name such as {', '.join(sorted(known)[:5])}" if known else ""
         raise ValueError(
-            f"{type(pipe).__name__} draws classes, and knows none called {unknown!r}: give a class number, or one of"
-            f" its {len(known)} names{': ' + ', '.join(sorted(known)[:8]) + ', ...' if known else ''}"
+            f"{type(pipe).__name__} draws classes, and knows none called {unknown!r}: give a class number{names}"
         )
     return labels
 

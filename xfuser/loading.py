@@ -8,11 +8,14 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
+from packaging.version import Version
 
 from xfuser.config import EngineConfig, InputConfig, ModelConfig
 from xfuser.core import device as devices
 from xfuser.core.distributed import get_world_group
 from xfuser.models.registry import PLANS, planned_models
+
+DTYPE_ARGUMENT = "dtype" if Version(diffusers.__version__) >= Version("0.40") else "torch_dtype"
 
 
 def load_pipeline(
@@ -29,7 +32,7 @@ def load_pipeline(
     """
     model, runtime = engine_config.model_config, engine_config.runtime_config
     check_model(model)
-    options: dict[str, Any] = {"torch_dtype": runtime.dtype, "cache_dir": model.download_dir}
+    options: dict[str, Any] = {DTYPE_ARGUMENT: runtime.dtype, "cache_dir": model.download_dir}
     if model.trust_remote_code:
         options["trust_remote_code"] = True
     try:
@@ -78,8 +81,8 @@ def _image_to_image(pipe: Any) -> Any:
         return pipe
     try:
         return diffusers.AutoPipelineForImage2Image.from_pipe(pipe)
-    except ValueError as error:
-        raise ValueError(f"img_file_path: {type(pipe).__name__} has no image-to-image variant") from error
+    except ValueError:
+        raise ValueError(f"img_file_path: {type(pipe).__name__} has no image-to-image variant") from None
 
 
 def _vae(pipe: Any, ability: str) -> Any:

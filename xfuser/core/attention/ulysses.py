@@ -42,6 +42,7 @@ class HeadScatter:
 
     def wait(self) -> torch.Tensor:
         self._work.wait()
+        del self._send
         return self._received.permute(1, 2, 0, 3)
 
 

@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+import traceback
 from types import TracebackType
 
 RANK_ZERO_SPEAKS_FIRST = 3.0  # seconds
@@ -14,15 +15,16 @@ def fail_together() -> None:
     A ``ValueError`` is mostly the same on all ranks: ranks other than 0 wait a moment with theirs, in which rank
     0's exit makes the launcher end them unheard; one that is alone in its error is still heard.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and sys.excepthook is not _report_and_exit:
-        _report_and_exit.previous = sys.excepthook
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         sys.excepthook = _report_and_exit
 
 
 def _report_and_exit(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    if issubclass(kind, ValueError) and os.environ.get("RANK", "0") != "0":
+    rank = os.environ.get("RANK", "0")
+    if issubclass(kind, ValueError) and rank != "0":
         time.sleep(RANK_ZERO_SPEAKS_FIRST)
-    _report_and_exit.previous(kind, error, trace)
+    # torch.distributed's own hook may call this one with sys.stderr redirected to a buffer.
+    told = "".join(traceback.format_exception(kind, error, trace))
+    print(f"\nrank {rank} failed:\n{told}", file=sys.__stderr__, flush=True)
     sys.stdout.flush()
-    sys.stderr.flush()
     os._exit(1)  # interpreter shutdown could wait for collectives that never complete

@@ -1,0 +1,106 @@
+"""Flags and their checks."""
+
+import argparse
+import dataclasses
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from xfuser import FlexibleArgumentParser, xFuserArgs
+
+
+def parse(*flags):
+    args = xFuserArgs.add_cli_args(FlexibleArgumentParser(prog="test")).parse_args(list(flags))
+    return xFuserArgs.from_cli_args(args)
+
+
+def test_every_field_is_a_flag_with_help_in_a_group():
+    text = xFuserArgs.add_cli_args(FlexibleArgumentParser()).format_help()
+    for field in dataclasses.fields(xFuserArgs):
+        assert f"--{field.name}" in text
+    for group in ("Model Options", "Runtime Options", "Parallel Processing Options", "Input Options"):
+        assert group in text
+
+
+def test_dashes_underscores_and_opposites():
+    assert parse("--ulysses-degree", "2").ulysses_degree == 2
+    assert parse("--ulysses_degree=2").ulysses_degree == 2
+    assert parse("--use-cfg-parallel").use_cfg_parallel
+    assert not parse("--use_cfg_parallel", "--no-use-cfg-parallel").use_cfg_parallel
+    assert parse("--no_use_resolution_binning").no_use_resolution_binning
+    assert not parse("--use-resolution-binning").no_use_resolution_binning
+    assert parse("--prompt", "a cat", "a dog").prompt == ["a cat", "a dog"]
+    assert parse("--prompt=a--b").prompt == ["a--b"]
+
+
+def test_missing_attributes_keep_their_defaults():
+    args = xFuserArgs.from_cli_args(argparse.Namespace(seed=7))
+    assert args.seed == 7 and args.num_inference_steps == 20 and args.guidance_scale == 3.5
+
+
+def test_config_objects_carry_what_users_read():
+    engine, inputs = parse(
+        "--model", "folder", "--use_cfg_parallel", "--ulysses_degree", "2", "--ring_degree", "3", "--prompt", "x", "y",
+        "--height", "64", "--dtype", "bf16",
+    ).checked()  # fmt: skip
+    assert engine.model_config.model == "folder"
+    parallel = engine.parallel_config
+    assert (parallel.cfg_degree, parallel.sp_degree, parallel.ulysses_degree, parallel.ring_degree) == (2, 6, 2, 3)
+    assert (parallel.dp_degree, parallel.pp_degree, parallel.tp_degree) == (1, 1, 1)
+    assert parallel.world_size == engine.world_size == 12
+    assert engine.runtime_config.dtype is torch.bfloat16
+    engine.runtime_config.dtype = torch.float16
+    assert (inputs.prompt, inputs.height, inputs.width, inputs.batch_size) == (["x", "y"], 64, None, 2)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"ulysses_degree": 2}, r"multiply to 2, but 1 ranks? run.*choose: all degrees 1"),
+        ({"ring_degree": 0}, "ring_degree=0: a degree is a whole number of 1 or more"),
+        ({"data_parallel_degree": -2}, "data_parallel_degree=-2"),
+        ({"pipefusion_parallel_degree": 2}, "not available yet"),
+        ({"num_pipeline_patch": 4}, "not available yet"),
+        ({"attn_layer_num_for_pp": [1, 1]}, "not available yet"),
+        ({"tensor_parallel_degree": 2}, "not available yet"),
+        ({"split_scheme": "row"}, "not available yet"),
+        ({"use_parallel_vae": True}, "not available yet"),
+        ({"use_torch_compile": True}, "not available yet"),
+        ({"use_onediff": True}, "no longer maintained"),
+        ({"output_type": "jpeg"}, "'jpeg' is unknown; known are pil, pt, np, latent"),
+        ({"attention_backend": "best"}, "attention_backend='best': unknown; here there are auto, sdpa"),
+        ({"dtype": "int3"}, "dtype='int3' is unknown"),
+        ({"warmup_steps": -1}, "warmup_steps=-1"),
+        ({"height": 0}, "height=0 must be 1 or more"),
+        ({"num_inference_steps": 0}, "num_inference_steps=0"),
+        ({"prompt": ["a", "b", "c"], "negative_prompt": ["x", "y"]}, "2 negative prompts for 3 prompts"),
+        ({"use_cfg_parallel": True, "do_classifier_free_guidance": False}, "needs classifier-free guidance"),
+        ({"enable_model_cpu_offload": True, "enable_sequential_cpu_offload": True}, "exclude each other"),
+    ],
+)
+def test_bad_values_are_refused_before_any_process_group(fields, message):
+    with pytest.raises(ValueError, match=message):
+        xFuserArgs(**fields).create_config()
+    assert not dist.is_initialized()
+
+
+def test_refusal_lists_the_legal_choices(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ValueError) as refused:
+        xFuserArgs(ulysses_degree=3).checked(4)
+    for choice in ("cfg 2 x ulysses 2", "ulysses 4", "ring 4", "dp 2 x ring 2", "ulysses 2 x ring 2"):
+        assert choice in str(refused.value)
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="cuda kernels are there")
+@pytest.mark.parametrize("name", ["cudnn", "efficient", "flash_attn"])
+def test_unavailable_backends_say_why(name):
+    with pytest.raises(ValueError, match=r"(no accelerator|not installed).*here there are auto, sdpa, flash, math"):
+        xFuserArgs(attention_backend=name).checked()
+
+
+@pytest.mark.parametrize("flags", [("--height", "tall"), ("--no_such_flag",), ("--seed",)])
+def test_unreadable_flags_raise(flags):
+    with pytest.raises(ValueError, match="--help lists the flags"):
+        parse(*flags)

@@ -1,0 +1,134 @@
+"""Groups and collectives."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from xfuser.core import distributed
+from xfuser.core.distributed import RankGenerator
+from xfuser.core.distributed.utils import split_sequence_group, split_sizes
+
+
+def test_rank_order_is_tensor_sequence_pipeline_guidance_data():
+    grid = RankGenerator(tp=2, sp=4, pp=2, cfg=2, dp=2, order="tp-sp-pp-cfg-dp")
+    assert grid.world_size == 64
+    assert grid.get_ranks("tp")[:2] == [[0, 1], [2, 3]]
+    assert grid.get_ranks("sp")[0] == [0, 2, 4, 6]
+    assert grid.get_ranks("pp")[0] == [0, 8]
+    assert grid.get_ranks("cfg")[0] == [0, 16]
+    assert grid.get_ranks("dp")[0] == [0, 32]
+    assert grid.get_ranks("tp-sp")[0] == list(range(8))
+    for token in ("tp", "sp", "pp", "cfg", "dp"):
+        assert sorted(sum(grid.get_ranks(token), [])) == list(range(64))
+
+
+def test_ulysses_ranks_are_neighbours_and_ring_ranks_are_not():
+    assert split_sequence_group([0, 1, 2, 3], 2) == ([[0, 1], [2, 3]], [[0, 2], [1, 3]])
+
+
+def test_wrong_order_is_refused():
+    with pytest.raises(ValueError, match="must name each of"):
+        RankGenerator(1, 1, 1, 1, 1, order="tp-sp")
+
+
+@pytest.mark.parametrize(("total", "parts"), [(7, 3), (2, 4), (0, 2), (8, 2)])
+def test_shares_are_even_to_one(total, parts):
+    sizes = split_sizes(total, parts)
+    assert sum(sizes) == total and len(sizes) == parts and max(sizes) - min(sizes) <= 1
+
+
+def test_getters_raise_where_nothing_is_initialised():
+    for getter in (distributed.get_world_group, distributed.get_sp_group, distributed.get_ring_parallel_rank):
+        with pytest.raises(RuntimeError, match="not initialised: call"):
+            getter()
+    assert not distributed.model_parallel_is_initialized()
+
+
+def collectives():
+    distributed.init_distributed_environment()
+    group = distributed.get_world_group()
+    rank, size = group.rank_in_group, group.world_size
+    uneven = torch.arange(2.0 * (rank + 1)).reshape(rank + 1, 2) + 10 * rank
+    gathered = group.all_gather(uneven.T, dim=1)  # not contiguous, another length on each rank
+    expected = torch.cat([torch.arange(2.0 * (r + 1)).reshape(r + 1, 2) + 10 * r for r in range(size)]).T
+    assert torch.equal(gathered, expected)
+    parts = group.all_gather(torch.full((2, rank), float(rank)), dim=-1, separate_tensors=True)
+    assert [part.shape[1] for part in parts] == list(range(size))
+    assert group.all_reduce(torch.tensor([rank + 1.0])).item() == size * (size + 1) / 2
+    columns = torch.full((3, 2), float(rank)).T
+    assert torch.equal(group.broadcast(columns, src=1), torch.ones(2, 3))
+    assert group.broadcast_object({"from": rank}, src=size - 1) == {"from": size - 1}
+    assert group.broadcast_object_list([rank, "x"], src=1) == [1, "x"]
+    mixed = {"a": torch.arange(3), "n": 7, "s": "text"} if rank == 0 else None
+    mixed = group.broadcast_tensor_dict(mixed)
+    assert torch.equal(mixed["a"], torch.arange(3)) and mixed["n"] == 7 and mixed["s"] == "text"
+    swapped = group.all_to_all([torch.full((rank + 1, other), float(rank)) for other in range(size)])
+    assert [tuple(x.shape) for x in swapped] == [(r + 1, rank) for r in range(size)]
+    if rank == 0:
+        group.send(torch.arange(4.0), dst=1)
+    elif rank == 1:
+        assert torch.equal(group.recv(torch.Size([4]), torch.float32, src=0), torch.arange(4.0))
+    coming = torch.empty(2)
+    works = [group.isend(torch.full((2,), float(rank))), group.irecv(coming)]
+    for work in works:
+        work.wait()
+    assert coming[0].item() == (rank - 1) % size
+    group.barrier()
+    half = group.all_gather(torch.full((1,), float(rank), dtype=torch.bfloat16))
+    assert half.tolist() == list(range(size))
+    neighbours = (group.first_rank, group.last_rank, group.next_rank, group.prev_rank)
+    return (*neighbours, group.is_first_rank, group.is_last_rank)
+
+
+def test_collectives(pool):
+    for ranks in (1, 2, 3):
+        if ranks == 1:
+            continue
+        results = pool.run(ranks, collectives)
+        for rank, (first, last, after, before, is_first, is_last) in enumerate(results):
+            assert (first, last, after, before) == (0, ranks - 1, (rank + 1) % ranks, (rank - 1) % ranks)
+            assert (is_first, is_last) == (rank == 0, rank == ranks - 1)
+
+
+def places():
+    distributed.init_distributed_environment()
+    with_error = None
+    try:
+        distributed.initialize_model_parallel(ulysses_degree=3)
+    except ValueError as error:
+        with_error = str(error)
+    distributed.initialize_model_parallel(classifier_free_guidance_degree=2, ulysses_degree=2)
+    first = (
+        distributed.get_classifier_free_guidance_rank(),
+        distributed.get_ulysses_parallel_rank(),
+        distributed.get_sequence_parallel_world_size(),
+        distributed.is_dp_last_group(),
+        distributed.is_pipeline_first_stage() and distributed.is_pipeline_last_stage(),
+    )
+    distributed.destroy_model_parallel()
+    distributed.initialize_model_parallel(data_parallel_degree=2, sequence_parallel_degree=2, ring_degree=2)
+    second = (distributed.get_data_parallel_rank(), distributed.get_ring_parallel_rank())
+    return with_error, first, second, distributed.get_sp_group().ranks
+
+
+def test_groups_of_a_world_of_four(pool):
+    for rank, (refusal, first, second, ranks) in enumerate(pool.run(4, places)):
+        assert "is 3, the world has 4 ranks" in refusal
+        assert first == (rank // 2, rank % 2, 2, rank == 3, True)
+        assert second == (rank // 2, rank % 2)
+        assert ranks == [rank // 2 * 2, rank // 2 * 2 + 1]
+
+
+def test_one_process_needs_no_launcher():
+    code = (
+        "from xfuser.core.distributed import *\n"
+        "init_distributed_environment(); initialize_model_parallel()\n"
+        "assert get_world_group().world_size == 1 and get_tensor_model_parallel_rank() == 0\n"
+        "destroy_distributed_environment(); init_distributed_environment(); print('ok')"
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stdout.strip() == "ok", done.stderr
