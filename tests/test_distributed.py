@@ -22,7 +22,7 @@ def test_rank_order_is_tensor_sequence_pipeline_guidance_data():
     assert grid.get_ranks("dp")[0] == [0, 32]
     assert grid.get_ranks("tp-sp")[0] == list(range(8))
     for token in ("tp", "sp", "pp", "cfg", "dp"):
-        assert sorted(sum(grid.get_ranks(token), [])) == list(range(64))
+        assert sorted(rank for ranks in grid.get_ranks(token) for rank in ranks) == list(range(64))
 
 
 def test_ulysses_ranks_are_neighbours_and_ring_ranks_are_not():

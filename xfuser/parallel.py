@@ -188,7 +188,7 @@ def _quiet_progress(pipe: Any) -> Iterator[None]:
         return
     absent = object()
     before = pipe.__dict__.get("_progress_bar_config", absent)
-    pipe.set_progress_bar_config(**({} if before is absent else before) | {"disable": True})
+    pipe._progress_bar_config = ({} if before is absent else before) | {"disable": True}
     try:
         yield
     finally:
