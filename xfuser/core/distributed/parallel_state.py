@@ -3,7 +3,7 @@
 Ranks are laid out with tensor parallelism innermost, then Ulysses, ring, PipeFusion, CFG, and data parallelism
 outermost, so that the methods which talk most are nearest neighbours:
 
-    rank = (((dp * CFG + cfg) * PP + pp) * RING + ring) * ULYSSES + ulysses) * TP + tp
+    rank = ((((dp * CFG + cfg) * PP + pp) * RING + ring) * ULYSSES + ulysses) * TP + tp
 """
 
 import os
@@ -213,6 +213,11 @@ def get_tensor_model_parallel_world_size() -> int:
 
 def get_tensor_model_parallel_rank() -> int:
     return get_tp_group().rank_in_group
+
+
+# The shorter names go with those of the other methods, the longer ones are in wide use.
+get_tensor_parallel_world_size = get_tensor_model_parallel_world_size
+get_tensor_parallel_rank = get_tensor_model_parallel_rank
 
 
 def get_pipeline_parallel_world_size() -> int:
