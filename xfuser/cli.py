@@ -8,8 +8,7 @@ import uuid
 from xfuser.config import FlexibleArgumentParser, xFuserArgs
 from xfuser.core import device as devices
 from xfuser.core.distributed import destroy_distributed_environment, get_world_group
-from xfuser.loading import check_model, load_pipeline
-from xfuser.parallel import xDiTParallel
+from xfuser.models.registry import check_folder
 
 
 def main() -> int:
@@ -24,7 +23,7 @@ def main() -> int:
         engine_config, inputs = args.checked()
         if not any(inputs.prompt):
             raise ValueError('there is nothing to draw: give --prompt "..."')
-        check_model(engine_config.model_config)
+        check_folder(engine_config.model_config.model)
     except ValueError as error:
         if "RANK" in os.environ:
             raise
@@ -75,6 +74,9 @@ def launch(ranks: int, arguments: list[str]) -> int:
 
 def draw(args: xFuserArgs, directory: str) -> None:
     """One rank's run: load, wrap, call, save; rank 0 tells what came out."""
+    from xfuser.loading import load_pipeline  # these load Diffusers, which the launching process does not need
+    from xfuser.parallel import xDiTParallel
+
     engine_config, input_config = args.create_config()
     pipe = load_pipeline(engine_config, input_config)
     pipe = xDiTParallel(pipe, engine_config, input_config)

@@ -5,7 +5,7 @@ from dataclasses import fields
 from typing import Any
 
 import torch
-from diffusers.utils import load_image
+from diffusers.utils import is_bs4_available, is_ftfy_available, load_image
 
 from xfuser.config import InputConfig
 
@@ -23,6 +23,8 @@ def pipeline_arguments(pipe: Any, inputs: InputConfig) -> dict[str, Any]:
     for name, value in asked.items():
         if name not in takes and value is not None and value != defaults.get(name):
             raise ValueError(f"{type(pipe).__name__} takes no {name} (given: {value!r}); leave it away")
+    if "clean_caption" in takes:  # as the pipeline itself decides, without the warning
+        arguments["clean_caption"] = is_bs4_available() and is_ftfy_available()
     arguments["generator"] = torch.Generator("cpu").manual_seed(inputs.seed)
     return arguments
 

@@ -1,8 +1,6 @@
 """Loading a pipeline as the configuration asks."""
 
 import inspect
-import json
-import os
 from typing import Any
 
 import diffusers
@@ -10,10 +8,11 @@ import torch
 from diffusers import DiffusionPipeline
 from packaging.version import Version
 
-from xfuser.config import EngineConfig, InputConfig, ModelConfig
+from xfuser.config import EngineConfig, InputConfig
 from xfuser.core import device as devices
 from xfuser.core.distributed import get_world_group
-from xfuser.models.registry import PLANS, planned_models
+from xfuser.logger import quiet_libraries
+from xfuser.models.registry import check_folder, planned_models
 
 DTYPE_ARGUMENT = "dtype" if Version(diffusers.__version__) >= Version("0.40") else "torch_dtype"
 
@@ -31,12 +30,13 @@ def load_pipeline(
         ValueError: there is no pipeline, none that is known, or it lacks what the configuration asks for.
     """
     model, runtime = engine_config.model_config, engine_config.runtime_config
-    check_model(model)
+    check_folder(model.model)
     options: dict[str, Any] = {DTYPE_ARGUMENT: runtime.dtype, "cache_dir": model.download_dir}
     if model.trust_remote_code:
         options["trust_remote_code"] = True
     try:
-        pipe = pipeline_class.from_pretrained(model.model, **options)
+        with quiet_libraries():
+            pipe = pipeline_class.from_pretrained(model.model, **options)
     except OSError as error:
         raise ValueError(f"model={model.model!r} is no Diffusers pipeline that can be loaded: {error}") from error
     planned_models(pipe)
@@ -49,31 +49,6 @@ def load_pipeline(
     if runtime.enable_slicing:
         _vae(pipe, "enable_slicing").enable_slicing()
     return _placed(pipe, engine_config)
-
-
-def check_model(model: ModelConfig) -> None:
-    """Raise a ValueError, without loading weights, for a folder that is no pipeline or has no known transformer."""
-    if not os.path.exists(model.model):
-        if os.path.isabs(model.model) or model.model.startswith("."):
-            raise ValueError(f"model={model.model!r} does not exist")
-        return  # a name on the hub
-    index = os.path.join(model.model, "model_index.json")
-    if not os.path.isfile(index):
-        raise ValueError(f"model={model.model!r} is no Diffusers pipeline: it has no model_index.json")
-    with open(index, encoding="utf-8") as file:
-        parts = json.load(file)
-    names = [part[1] for part in parts.values() if isinstance(part, list) and len(part) == 2 and part[1]]
-    classes = [getattr(diffusers, name, None) for name in names]
-    denoisers = [cls for cls in classes if inspect.isclass(cls) and _denoises(cls)]
-    if denoisers and not any(base.__name__ in PLANS for cls in denoisers for base in cls.__mro__):
-        raise ValueError(
-            f"model={model.model!r}: there is no plan for {', '.join(cls.__name__ for cls in denoisers)}. Known"
-            f" classes: {', '.join(PLANS)}. docs/adding_a_model.md shows how to add one"
-        )
-
-
-def _denoises(cls: type) -> bool:
-    return issubclass(cls, torch.nn.Module) and not cls.__name__.startswith("Autoencoder")
 
 
 def _image_to_image(pipe: Any) -> Any:

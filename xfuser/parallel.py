@@ -22,6 +22,7 @@ from xfuser.core.distributed import (
 )
 from xfuser.core.distributed.utils import split_sizes
 from xfuser.inputs import pipeline_arguments
+from xfuser.logger import quiet_libraries
 from xfuser.methods.cfg import GuidanceParallel
 from xfuser.methods.data import data_parallel, split_decode
 from xfuser.methods.forward import layered_forward
@@ -73,6 +74,7 @@ class xDiTParallel:
         self._check_usable()
         with ExitStack() as stack:
             if get_world_group().world_size > 1:
+                stack.enter_context(quiet_libraries())
                 stack.enter_context(_quiet_progress(self._pipe))
                 if getattr(self._pipe, "vae", None) is not None:
                     stack.enter_context(split_decode(self._pipe.vae, get_world_group()))

@@ -1,0 +1,67 @@
+"""Plans fit the classes that they describe, and what has none is refused."""
+
+import inspect
+
+import diffusers
+import pytest
+import tiny
+import torch
+import torch.distributed as dist
+
+from xfuser import xDiTParallel, xFuserArgs
+from xfuser.models.registry import PLANS, plan_of
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_plan_names_what_is_there(family):
+    model = tiny.FAMILIES[family]().transformer
+    plan = plan_of(model)
+    forward = inspect.signature(model.forward).parameters
+    assert {plan.image, *plan.residuals, *plan.unbatched} <= set(forward)
+    assert model.get_submodule(plan.head) is not None
+    blocks = [block for name in plan.blocks for block in model.get_submodule(name)]
+    assert blocks
+    for block in blocks:
+        arguments = set(inspect.signature(block.forward).parameters)
+        assert {plan.image, *plan.per_token, *([plan.text] if plan.text else [])} <= arguments
+        assert any(getattr(block, name, None) is not None for name in plan.attention)
+
+
+def test_subclasses_share_the_plan():
+    class Mine(diffusers.FluxTransformer2DModel):
+        pass
+
+    assert plan_of(Mine.from_config(tiny.flux_transformer().config)) is PLANS["FluxTransformer2DModel"]
+
+
+def unet_pipeline():
+    unet = diffusers.UNet2DConditionModel(
+        block_out_channels=(4, 4), layers_per_block=1, norm_num_groups=2, cross_attention_dim=8, attention_head_dim=2,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    return diffusers.StableDiffusionPipeline(
+        vae=tiny.vae(4), text_encoder=tiny.clip(False), tokenizer=tiny.tokenizer(5), unet=unet,
+        scheduler=diffusers.DDIMScheduler(), safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False,
+    )  # fmt: skip
+
+
+def unknown_pipeline():
+    pipe = tiny.build("pixart_sigma")
+    pipe.components["transformer"] = pipe.transformer = torch.nn.Linear(1, 1)
+    return pipe
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (unet_pipeline, "no plan for UNet2DConditionModel. U-Nets are not supported. Known classes: DiTTr"),
+        (unknown_pipeline, "PixArtSigmaPipeline: there is no plan for Linear. Known .*docs/adding_a_model.md"),
+        (object, "object is no Diffusers pipeline"),
+    ],
+)
+def test_pipelines_without_a_plan_are_refused_before_any_group(make, message):
+    engine_config, _ = xFuserArgs().checked()
+    with pytest.raises(ValueError, match=message):
+        xDiTParallel(make(), engine_config)
+    assert not dist.is_initialized()
