@@ -4,15 +4,14 @@ The pipeline itself runs whole on every rank, so noise, schedulers and callbacks
 equals serial for every scheduler. What costs time is split: each forward of the transformer, and the VAE's decode.
 """
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
-import torch
-
 from xfuser.core.distributed import GroupCoordinator
-from xfuser.methods.forward import Call, Layer
+from xfuser.methods.forward import Call, Layer, arguments_of
 from xfuser.methods.rows import split_rows
 from xfuser.models.plan import ModelPlan
 
@@ -30,10 +29,13 @@ def data_parallel(group: GroupCoordinator, plan: ModelPlan) -> Layer:
 def split_decode(vae: Any, group: GroupCoordinator) -> Iterator[None]:
     """Within the context, ``vae.decode`` splits its batch over the group and returns the whole."""
     original, own = vae.decode, vae.__dict__.get("decode")
+    signature = inspect.signature(original)
+    latents = next(iter(signature.parameters))
 
     @wraps(original)
-    def decode(z: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        return split_rows(group, z.shape[0], lambda local: original(local["z"], *args, **kwargs), {"z": z})
+    def decode(*args: Any, **kwargs: Any) -> Any:
+        arguments = arguments_of(signature, args, kwargs)
+        return split_rows(group, arguments[latents].shape[0], lambda local: original(**local), arguments)
 
     vae.decode = decode
     try:

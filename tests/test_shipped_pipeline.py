@@ -1,0 +1,46 @@
+"""The pipeline that comes with the package draws what its prompts say, on one rank and on several."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import running
+from PIL import Image
+
+from xfuser.config.args import SHIPPED_PIPELINE
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "tiny_model"))
+
+import check
+import scenes
+
+PROMPTS = 24
+
+
+def test_checker_is_right_about_true_pictures():
+    rates = check.true_rates(200, seed=3)
+    assert rates["background and colours"] >= 0.97
+
+
+def draw(prompts):
+    pipe = running.wrap(running.loaded(SHIPPED_PIPELINE), {"data_parallel_degree": 2})
+    pictures = pipe(prompts, max_sequence_length=32, generator=running.seeded()).images
+    return [np.asarray(picture) for picture in pictures] if running.torch.distributed.get_rank() == 0 else None
+
+
+def test_backgrounds_and_colours_are_those_of_the_prompt(pool):
+    rng = np.random.default_rng(11)
+    asked = [scenes.sample_scene(rng, held_out=True) for _ in range(PROMPTS)]
+    pictures = pool.run(2, draw, [scenes.caption(scene) for scene in asked])[0]
+    verdicts = [check.check(Image.fromarray(one), scene) for one, scene in zip(pictures, asked, strict=True)]
+    assert np.mean([verdict["background"] and verdict["colours"] for verdict in verdicts]) >= 0.8
+
+
+def test_trained_weights_keep_parity(pool):
+    """In latents: the decoder amplifies the rounding of float32 threefold."""
+    call = {"prompt": "a red circle above a blue square", "num_inference_steps": 4, "output_type": "latent"}
+    call |= {"height": 208, "width": 272, "use_resolution_binning": False, "max_sequence_length": 31}
+    expected = running.bare(SHIPPED_PIPELINE, call)
+    for degrees in ({"ulysses_degree": 4}, {"use_cfg_parallel": True, "ring_degree": 2}):
+        for result in pool.run(4, running.wrapped, SHIPPED_PIPELINE, degrees, call):
+            assert running.error(result, expected) <= running.TOLERANCE
