@@ -72,11 +72,17 @@ def test_config_objects_carry_what_users_read():
         ({"attention_backend": "best"}, "attention_backend='best': unknown; here there are auto, sdpa"),
         ({"dtype": "int3"}, "dtype='int3' is unknown"),
         ({"warmup_steps": -1}, "warmup_steps=-1"),
-        ({"height": 0}, "height=0 must be 1 or more"),
+        ({"height": 0}, "height=0 must be a whole number of 1 or more"),
         ({"num_inference_steps": 0}, "num_inference_steps=0"),
         ({"prompt": ["a", "b", "c"], "negative_prompt": ["x", "y"]}, "2 negative prompts for 3 prompts"),
         ({"use_cfg_parallel": True, "do_classifier_free_guidance": False}, "needs classifier-free guidance"),
         ({"enable_model_cpu_offload": True, "enable_sequential_cpu_offload": True}, "exclude each other"),
+        ({"ulysses_degree": "2"}, "ulysses_degree='2': a degree is a whole number"),
+        ({"num_pipeline_patch": 0}, "not available yet"),
+        ({"height": 1.5}, "height=1.5 must be a whole number"),
+        ({"seed": 2**70}, "must fit into 64 bits"),
+        ({"prompt": None}, "prompt=None must be a text or a list of texts"),
+        ({"model": "/nowhere"}, "'/nowhere' does not exist"),
     ],
 )
 def test_bad_values_are_refused_before_any_process_group(fields, message):
@@ -98,6 +104,12 @@ def test_refusal_lists_the_legal_choices(monkeypatch):
 def test_unavailable_backends_say_why(name):
     with pytest.raises(ValueError, match=r"(no accelerator|not installed).*here there are auto, sdpa, flash, math"):
         xFuserArgs(attention_backend=name).checked()
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="expects a machine without cuda")
+def test_offload_needs_an_accelerator():
+    with pytest.raises(ValueError, match="CPU offload needs an accelerator"):
+        xFuserArgs(enable_model_cpu_offload=True).create_config()
 
 
 @pytest.mark.parametrize("flags", [("--height", "tall"), ("--no_such_flag",), ("--seed",)])

@@ -77,6 +77,8 @@ def collectives():
         work.wait()
     assert coming[0].item() == (rank - 1) % size
     group.barrier()
+    assert group.all_gather(torch.tensor(float(rank))).tolist() == list(range(size))
+    assert group.broadcast(torch.full((1,), float(rank)).expand(3)).tolist() == [0.0] * 3
     half = group.all_gather(torch.full((1,), float(rank), dtype=torch.bfloat16))
     assert half.tolist() == list(range(size))
     neighbours = (group.first_rank, group.last_rank, group.next_rank, group.prev_rank)

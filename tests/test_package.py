@@ -16,7 +16,7 @@ SOURCES = sorted((ROOT / "xfuser").rglob("*.py"))
 FLOORS = {  # each part and what it may import from the others
     "core": {"logger"},
     "models": set(),
-    "config": {"core"},
+    "config": {"core", "models"},
     "methods": {"core", "models", "logger"},
 }
 

@@ -4,34 +4,31 @@ import os
 import sys
 import time
 import uuid
+from typing import Any
 
 from xfuser.config import FlexibleArgumentParser, xFuserArgs
 from xfuser.core import device as devices
 from xfuser.core.distributed import destroy_distributed_environment, get_world_group
-from xfuser.models.registry import check_folder
 
 
 def main() -> int:
     """Entry point of the console script; returns the exit code."""
-    arguments = sys.argv[1:]
+    arguments, is_rank = sys.argv[1:], "RANK" in os.environ
     try:
         options = parser().parse_args(arguments)
         args = xFuserArgs.from_cli_args(options)
-        if "RANK" in os.environ:
-            draw(args, options.output_dir)
-            return 0
-        engine_config, inputs = args.checked()
-        if not any(inputs.prompt):
+        if not any(args.prompt):
             raise ValueError('there is nothing to draw: give --prompt "..."')
-        check_folder(engine_config.model_config.model)
+        ranks = args.checked()[0].world_size
+        if ranks > 1 and not is_rank:
+            return launch(ranks, arguments)
+        pipe, call = prepare(args)
     except ValueError as error:
-        if "RANK" in os.environ:
+        if is_rank:
             raise
         print(f"xdit: ValueError: {error}", file=sys.stderr)
         return 1
-    if engine_config.world_size > 1:
-        return launch(engine_config.world_size, arguments)
-    draw(args, options.output_dir)
+    draw(pipe, call, options.output_dir)
     return 0
 
 
@@ -72,27 +69,31 @@ def launch(ranks: int, arguments: list[str]) -> int:
     return 0
 
 
-def draw(args: xFuserArgs, directory: str) -> None:
-    """One rank's run: load, wrap, call, save; rank 0 tells what came out."""
+def prepare(args: xFuserArgs) -> tuple[Any, dict[str, Any]]:
+    """The wrapped pipeline on this rank, and the arguments of its call."""
     from xfuser.loading import load_pipeline  # these load Diffusers, which the launching process does not need
     from xfuser.parallel import xDiTParallel
 
     engine_config, input_config = args.create_config()
-    pipe = load_pipeline(engine_config, input_config)
-    pipe = xDiTParallel(pipe, engine_config, input_config)
-    call = pipe.call_arguments()
+    pipe = xDiTParallel(load_pipeline(engine_config, input_config), engine_config, input_config)
+    return pipe, pipe.call_arguments()
+
+
+def draw(pipe: Any, call: dict[str, Any], directory: str) -> None:
+    """One rank's part: call and save; rank 0 tells what came out."""
     devices.synchronize()
     start = time.perf_counter()
     pipe(**call)
     devices.synchronize()
     seconds = time.perf_counter() - start
-    told = get_world_group().all_gather_object((pipe.save(directory, "xdit"), devices.peak_memory()))
-    if get_world_group().is_first_rank:
+    world = get_world_group()
+    told = world.all_gather_object((pipe.save(directory, "xdit"), devices.peak_memory()))
+    if world.is_first_rank:
         print("\n".join(path for paths, _ in told for path in paths))
         peak = max(memory for _, memory in told) / 2**20
         print(
-            f"{seconds:.2f} s for {input_config.num_inference_steps} steps on {engine_config.world_size}"
-            f" rank{'s' * (engine_config.world_size > 1)} ({devices.device_type()}), peak memory {peak:.0f} MiB a rank"
+            f"{seconds:.2f} s for {call['num_inference_steps']} steps on {world.world_size}"
+            f" rank{'s' * (world.world_size > 1)} ({devices.device_type()}), peak memory {peak:.0f} MiB a rank"
         )
     destroy_distributed_environment()
 

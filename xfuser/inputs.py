@@ -63,15 +63,19 @@ def _class_labels(pipe: Any, prompts: list[str]) -> list[int]:
 
 
 def _guidance(inputs: InputConfig, takes: Any) -> dict[str, Any]:
-    """Scales of classifier-free guidance; 1 switches it off. ``true_cfg_scale`` is the name where
-    ``guidance_scale`` means a distilled model's own input."""
-    distilled = "true_cfg_scale" in takes
-    scale = inputs.guidance_scale if inputs.do_classifier_free_guidance or distilled else 1.0
-    asked: dict[str, Any] = {"guidance_scale": scale}
-    if distilled and not inputs.do_classifier_free_guidance:
-        asked["true_cfg_scale"] = 1.0
-    elif distilled and inputs.use_cfg_parallel:
-        asked["true_cfg_scale"] = inputs.guidance_scale
-        if not any(inputs.negative_prompt):
-            asked["negative_prompt"] = [""] * inputs.batch_size
-    return asked
+    """Scales of classifier-free guidance; 1 switches it off.
+
+    Where ``guidance_scale`` is the input of a distilled model, guidance is ``true_cfg_scale``, and runs if there is a
+    negative prompt.
+    """
+    guided = inputs.do_classifier_free_guidance
+    if "true_cfg_scale" not in takes:
+        return {"guidance_scale": inputs.guidance_scale if guided else 1.0}
+    negative = any(inputs.negative_prompt)
+    if inputs.use_cfg_parallel and not negative:
+        raise ValueError(
+            "use_cfg_parallel: this pipeline runs classifier-free guidance only with a negative prompt; give one"
+            " (--negative_prompt), or use the ranks for another method"
+        )
+    scale = inputs.guidance_scale if guided and negative else 1.0
+    return {"guidance_scale": inputs.guidance_scale, "true_cfg_scale": scale}

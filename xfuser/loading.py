@@ -12,7 +12,7 @@ from xfuser.config import EngineConfig, InputConfig
 from xfuser.core import device as devices
 from xfuser.core.distributed import get_world_group
 from xfuser.logger import quiet_libraries
-from xfuser.models.registry import check_folder, planned_models
+from xfuser.models.registry import planned_models
 
 DTYPE_ARGUMENT = "dtype" if Version(diffusers.__version__) >= Version("0.40") else "torch_dtype"
 
@@ -30,7 +30,6 @@ def load_pipeline(
         ValueError: there is no pipeline, none that is known, or it lacks what the configuration asks for.
     """
     model, runtime = engine_config.model_config, engine_config.runtime_config
-    check_folder(model.model)
     options: dict[str, Any] = {DTYPE_ARGUMENT: runtime.dtype, "cache_dir": model.download_dir}
     if model.trust_remote_code:
         options["trust_remote_code"] = True
@@ -89,8 +88,6 @@ def _placed(pipe: Any, engine_config: EngineConfig) -> Any:
     offload = runtime.enable_model_cpu_offload or runtime.enable_sequential_cpu_offload
     if not offload:
         return pipe.to(device)
-    if device.type == "cpu":
-        raise ValueError("CPU offload needs an accelerator to offload from; this machine has none")
     if runtime.enable_sequential_cpu_offload:
         pipe.enable_sequential_cpu_offload(device=device)
     else:

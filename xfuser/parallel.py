@@ -1,7 +1,7 @@
 """xDiTParallel: the story of a wrapped call."""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import wraps
 from typing import Any
 
@@ -18,14 +18,16 @@ from xfuser.core.distributed import (
     get_world_group,
     init_distributed_environment,
     initialize_model_parallel,
+    launched_world_size,
     model_parallel_is_initialized,
 )
-from xfuser.core.distributed.utils import split_sizes
+from xfuser.core.distributed.utils import share, split_sizes
 from xfuser.inputs import pipeline_arguments
 from xfuser.logger import quiet_libraries
 from xfuser.methods.cfg import GuidanceParallel
 from xfuser.methods.data import data_parallel, split_decode
-from xfuser.methods.forward import layered_forward
+from xfuser.methods.forward import layered_forward, replaced
+from xfuser.methods.refusals import refuse_mixed_rows, refuse_unsuited
 from xfuser.methods.sequence import SequenceParallel
 from xfuser.models.registry import planned_models
 from xfuser.output import media_of, write_media
@@ -51,7 +53,7 @@ class xDiTParallel:
             raise ValueError("this pipeline is wrapped already: call unwrap() on it first")
         own = self.__dict__
         own["_pipe"] = pipe
-        own["_models"] = planned_models(pipe)
+        planned_models(pipe)
         own["_backend"] = engine_config.runtime_config.attention_backend
         check_backend(own["_backend"])
         own["engine_config"] = engine_config
@@ -82,16 +84,18 @@ class xDiTParallel:
             if guidance:
                 stack.callback(guidance.close)
                 stack.enter_context(_before_step(self._pipe, guidance.step_ends))
-            for model, plan in self._models.values():
+            for model, plan in planned_models(self._pipe).values():
                 layers = [guidance.layer(plan)] if guidance else []
                 if get_dp_group().world_size > 1:
                     layers.append(data_parallel(get_dp_group(), plan))
+                if layers:
+                    layers.insert(0, refuse_mixed_rows(self._pipe))
                 if self._sp.world_size > 1 or self._backend not in ("auto", "sdpa"):
                     sequence = SequenceParallel(model, plan, self._sp, self._backend)
                     layers.append(sequence.layer)
                     stack.enter_context(sequence.active())
                 if layers:
-                    stack.enter_context(layered_forward(model, layers))
+                    stack.enter_context(layered_forward(model, [refuse_unsuited(model), *layers]))
             yield
 
     def save(self, directory: str, prefix: str = "xfuser") -> list[str]:
@@ -104,8 +108,7 @@ class xDiTParallel:
             raise RuntimeError("there is nothing to save: call the pipeline first")
         media = media_of(self._output)
         sizes = split_sizes(len(media), get_dp_group().world_size)
-        start = sum(sizes[: get_dp_group().rank_in_group])
-        mine = range(start, start + sizes[get_dp_group().rank_in_group]) if _leads_replica() else ()
+        mine = share(sizes, get_dp_group().rank_in_group) if _leads_replica() else ()
         name = f"{prefix}_result_{self.engine_config.parallel_config}"
         return [write_media(media[index], directory, f"{name}_{index}") for index in mine]
 
@@ -131,7 +134,10 @@ class xDiTParallel:
         return getattr(pipe, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._pipe, name, value)
+        if name in self.__dict__:
+            super().__setattr__(name, value)
+        else:
+            setattr(self._pipe, name, value)
 
     def _check_usable(self) -> None:
         if self._pipe is None:
@@ -143,8 +149,8 @@ class xDiTParallel:
 def _join_groups(engine_config: EngineConfig) -> None:
     """Make the groups that the configuration asks for, or use those that are there if they are the same."""
     parallel = engine_config.parallel_config
+    parallel.check(launched_world_size())
     init_distributed_environment()
-    parallel.check(get_world_group().world_size)
     if model_parallel_is_initialized():
         sp = get_sp_group()
         there = [group().world_size for group in (get_dp_group, get_cfg_group, get_pp_group, get_tp_group)]
@@ -182,43 +188,24 @@ def _share_randomness(generator: Any) -> None:
         one.set_state(state)
 
 
-@contextmanager
-def _quiet_progress(pipe: Any) -> Iterator[None]:
-    """Progress bars on rank 0 only."""
-    if get_world_group().is_first_rank:
-        yield
-        return
-    absent = object()
-    before = pipe.__dict__.get("_progress_bar_config", absent)
-    pipe._progress_bar_config = ({} if before is absent else before) | {"disable": True}
-    try:
-        yield
-    finally:
-        if before is absent:
-            del pipe._progress_bar_config
-        else:
-            pipe._progress_bar_config = before
+def _quiet_progress(pipe: Any) -> AbstractContextManager[None]:
+    """Within the context, only rank 0 shows a progress bar."""
+    before = getattr(pipe, "_progress_bar_config", {})
+    return replaced(
+        pipe, "_progress_bar_config", before if get_world_group().is_first_rank else before | {"disable": True}
+    )
 
 
-@contextmanager
-def _before_step(pipe: Any, notify: Callable[[], None]) -> Iterator[None]:
+def _before_step(pipe: Any, notify: Callable[[], None]) -> AbstractContextManager[None]:
     """Within the context, ``notify`` is called ahead of each step of the pipeline's scheduler."""
     scheduler = getattr(pipe, "scheduler", None)
     if scheduler is None:
-        yield
-        return
-    original, own = scheduler.step, scheduler.__dict__.get("step")
+        return nullcontext()
+    original = scheduler.step
 
     @wraps(original)
     def step(*args: Any, **kwargs: Any) -> Any:
         notify()
         return original(*args, **kwargs)
 
-    scheduler.step = step
-    try:
-        yield
-    finally:
-        if own is None:
-            del scheduler.step
-        else:
-            scheduler.step = own
+    return replaced(scheduler, "step", step)

@@ -7,14 +7,14 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from xfuser.config.config import EngineConfig, InputConfig, ModelConfig, ParallelConfig, RuntimeConfig
 from xfuser.config.parser import SwitchAction
 from xfuser.core import device as devices
 from xfuser.core.attention.kernels import available_backends, check_backend
-from xfuser.core.distributed import init_distributed_environment
+from xfuser.core.distributed import init_distributed_environment, launched_world_size
 from xfuser.core.distributed.failure import fail_together
+from xfuser.models.registry import check_folder
 
 DTYPES = {
     "auto": None,
@@ -126,7 +126,7 @@ class xFuserArgs:
                 not available. No process group exists then.
         """
         fail_together()
-        configs = self.checked(dist.get_world_size() if dist.is_initialized() else _launched_ranks())
+        configs = self.checked(launched_world_size())
         init_distributed_environment()
         return configs
 
@@ -146,6 +146,7 @@ class xFuserArgs:
         inputs = self._input_config()
         inputs.check()
         model = ModelConfig(self.model or SHIPPED_PIPELINE, self.download_dir, self.trust_remote_code)
+        check_folder(model.model)
         return EngineConfig(model, self._runtime_config(), parallel), inputs
 
     def _cfg_degree(self) -> int:
@@ -182,6 +183,8 @@ class xFuserArgs:
             raise ValueError(f"warmup_steps={self.warmup_steps} must be 0 or more")
         if self.enable_model_cpu_offload and self.enable_sequential_cpu_offload:
             raise ValueError("enable_model_cpu_offload and enable_sequential_cpu_offload exclude each other")
+        if (self.enable_model_cpu_offload or self.enable_sequential_cpu_offload) and devices.device_type() == "cpu":
+            raise ValueError("CPU offload needs an accelerator to offload from; this machine has none")
         return RuntimeConfig(
             dtype=DTYPES[self.dtype] or devices.default_dtype(),
             seed=self.seed,
@@ -202,7 +205,7 @@ class xFuserArgs:
             "use_parallel_vae": self.use_parallel_vae,
             "use_torch_compile": self.use_torch_compile,
             "pipefusion_parallel_degree": self.pipefusion_parallel_degree > 1,
-            "num_pipeline_patch": (self.num_pipeline_patch or 1) > 1,
+            "num_pipeline_patch": self.num_pipeline_patch not in (None, 1),
             "attn_layer_num_for_pp": self.attn_layer_num_for_pp,
             "tensor_parallel_degree": self.tensor_parallel_degree > 1,
             "split_scheme": self.split_scheme,
@@ -213,10 +216,6 @@ class xFuserArgs:
                     f"{name}={getattr(self, name)!r} is not available yet; what is: data_parallel_degree,"
                     " use_cfg_parallel, ulysses_degree, ring_degree"
                 )
-
-
-def _launched_ranks() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _item_type(hint: Any) -> type:

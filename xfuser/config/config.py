@@ -56,8 +56,8 @@ class ParallelConfig:
     def check(self, world_size: int) -> None:
         """Raise a ValueError unless the degrees multiply to ``world_size``."""
         for flag, degree in self.degrees().items():
-            if degree < 1:
-                raise ValueError(f"{flag}={degree}: a degree is a whole number of 1 or more")
+            if not isinstance(degree, int) or degree < 1:
+                raise ValueError(f"{flag}={degree!r}: a degree is a whole number of 1 or more")
         if self.world_size != world_size:
             given = " * ".join(f"{flag}={degree}" for flag, degree in self.degrees().items() if degree > 1)
             raise ValueError(
@@ -140,15 +140,22 @@ class InputConfig:
         """Raise a ValueError for values that no pipeline takes."""
         for name in ("height", "width", "num_frames", "num_inference_steps", "max_sequence_length"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be 1 or more")
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name}={value!r} must be a whole number of 1 or more")
+        if not -(2**63) <= self.seed < 2**64:
+            raise ValueError(f"seed={self.seed} must fit into 64 bits")
         if not math.isfinite(self.guidance_scale):
             raise ValueError(f"guidance_scale={self.guidance_scale} must be a finite number")
         if self.output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type={self.output_type!r} is unknown; known are {', '.join(OUTPUT_TYPES)}")
-        self._check_negative_prompts()
+        self._check_prompts()
 
-    def _check_negative_prompts(self) -> None:
+    def _check_prompts(self) -> None:
+        for name in ("prompt", "negative_prompt"):
+            value = getattr(self, name)
+            texts = [value] if isinstance(value, str) else value
+            if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+                raise ValueError(f"{name}={value!r} must be a text or a list of texts")
         if isinstance(self.negative_prompt, str):
             return
         count = len(self.negative_prompt)

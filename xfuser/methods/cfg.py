@@ -58,9 +58,9 @@ class GuidanceParallel:
             self._first_step = None
 
     def close(self) -> None:
-        """To be called when the pipeline has returned or failed."""
-        if isinstance(self._pending, _Promise):
-            self._pending.release()
+        """To be called when the pipeline has returned or failed: nothing on its way is left to the next call."""
+        if self._pending is not None:
+            self._pending.settle()
 
     def _learn(self, calls: list[tuple[int, Any]]) -> None:
         (rows, output), others = calls[0], calls[1:]

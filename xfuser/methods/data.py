@@ -5,13 +5,12 @@ equals serial for every scheduler. What costs time is split: each forward of the
 """
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from functools import wraps
 from typing import Any
 
 from xfuser.core.distributed import GroupCoordinator
-from xfuser.methods.forward import Call, Layer, arguments_of
+from xfuser.methods.forward import Call, Layer, arguments_of, replaced
 from xfuser.methods.rows import split_rows
 from xfuser.models.plan import ModelPlan
 
@@ -25,10 +24,9 @@ def data_parallel(group: GroupCoordinator, plan: ModelPlan) -> Layer:
     return layer
 
 
-@contextmanager
-def split_decode(vae: Any, group: GroupCoordinator) -> Iterator[None]:
+def split_decode(vae: Any, group: GroupCoordinator) -> AbstractContextManager[None]:
     """Within the context, ``vae.decode`` splits its batch over the group and returns the whole."""
-    original, own = vae.decode, vae.__dict__.get("decode")
+    original = vae.decode
     signature = inspect.signature(original)
     latents = next(iter(signature.parameters))
 
@@ -37,11 +35,4 @@ def split_decode(vae: Any, group: GroupCoordinator) -> Iterator[None]:
         arguments = arguments_of(signature, args, kwargs)
         return split_rows(group, arguments[latents].shape[0], lambda local: original(**local), arguments)
 
-    vae.decode = decode
-    try:
-        yield
-    finally:
-        if own is None:
-            del vae.decode
-        else:
-            vae.decode = own
+    return replaced(vae, "decode", decode)

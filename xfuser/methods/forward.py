@@ -3,7 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from torch import nn
@@ -23,13 +23,31 @@ def arguments_of(signature: inspect.Signature, args: tuple, kwargs: dict[str, An
 
 
 @contextmanager
-def layered_forward(module: nn.Module, layers: list[Layer]) -> Iterator[None]:
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Within the context, ``owner`` has its own attribute ``name``; afterwards all is as before."""
+    absent = object()
+    before = owner.__dict__.get(name, absent)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if before is absent:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, before)
+
+
+def layered_forward(module: nn.Module, layers: list[Layer]) -> AbstractContextManager[None]:
     """Within the context, ``module``'s forward runs inside ``layers``, the first one outermost.
 
     A layer is called as ``layer(call, arguments)``, and calls ``call(arguments)`` to go on, or not.
+
+    Raises:
+        RuntimeError: the module's forward is layered already.
     """
     original = module.forward
-    own = module.__dict__.get("forward")
+    if hasattr(original, "layers"):
+        raise RuntimeError(f"{type(module).__name__} runs in parallel already: active() and calls do not nest")
     signature = inspect.signature(original)
 
     def innermost(arguments: Arguments) -> Any:
@@ -43,14 +61,8 @@ def layered_forward(module: nn.Module, layers: list[Layer]) -> Iterator[None]:
     def forward(*args: Any, **kwargs: Any) -> Any:
         return call(arguments_of(signature, args, kwargs))
 
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own
+    forward.layers = layers
+    return replaced(module, "forward", forward)
 
 
 @contextmanager

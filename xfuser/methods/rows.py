@@ -7,7 +7,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from xfuser.core.distributed import GroupCoordinator
-from xfuser.core.distributed.utils import split_sizes
+from xfuser.core.distributed.utils import share, split_sizes
 
 
 def split_rows(
@@ -26,14 +26,14 @@ def split_rows(
     if group.world_size == 1 or rows < 2:
         return call(arguments)
     sizes = split_sizes(rows, group.world_size)
-    count = sizes[group.rank_in_group]
-    start = sum(sizes[: group.rank_in_group]) if count else 0
+    mine = share(sizes, group.rank_in_group)
+    computed = mine or range(1)
 
     def cut(x: torch.Tensor) -> torch.Tensor:
-        return x[start : start + max(1, count)] if x.dim() and x.shape[0] == rows else x
+        return x[computed.start : computed.stop] if x.dim() and x.shape[0] == rows else x
 
     local = {
         name: value if name in unbatched else tree_map_only(torch.Tensor, cut, value)
         for name, value in arguments.items()
     }
-    return tree_map_only(torch.Tensor, lambda x: group.all_gather(x[:count], dim=0, sizes=sizes), call(local))
+    return tree_map_only(torch.Tensor, lambda x: group.all_gather(x[: len(mine)], dim=0, sizes=sizes), call(local))

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from xfuser.core.attention.intercept import intercepted
+from xfuser.core.attention.kernels import attention
 from xfuser.core.attention.usp import usp_attention
 from xfuser.core.distributed import SequenceParallelGroupCoordinator
 from xfuser.core.distributed.utils import split_sizes
@@ -66,7 +67,8 @@ class SequenceParallel:
         backend: str = "auto",
     ) -> None:
         self._model, self._plan, self._group, self._backend = model, plan, group, backend
-        self._shares: TokenShares | None = None  # of the forward that is running
+        self._before_blocks = False
+        self._shares: TokenShares | None = None  # of the forward that is running; None where it is not split
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -86,6 +88,7 @@ class SequenceParallel:
         for name in self._plan.residuals:
             if arguments.get(name) is not None:
                 arguments[name] = tree_map_only(torch.Tensor, self._cut_residual, arguments[name])
+        self._before_blocks = True
         try:
             return call(arguments)
         finally:
@@ -105,10 +108,11 @@ class SequenceParallel:
         }
 
     def _enter_block(self, arguments: Arguments) -> None:
-        if self._shares is None:
+        if self._before_blocks:
+            self._before_blocks = False
             self._cut_streams(arguments)
         for name, tokens in self._plan.per_token.items():
-            if arguments.get(name) is not None:
+            if self._shares and arguments.get(name) is not None:
                 arguments[name] = tree_map_only(
                     torch.Tensor, lambda x, tokens=tokens: self._shares.cut_table(x, tokens), arguments[name]
                 )
@@ -116,16 +120,26 @@ class SequenceParallel:
     def _cut_streams(self, arguments: Arguments) -> None:
         """Before the first block that runs: leave this rank's rows of the streams."""
         image, text = self._plan.image, self._plan.text
+        if not self._splits(arguments[image]):
+            return
         text_rows = arguments[text].shape[1] if text else 0
         self._shares = TokenShares(self._group, arguments[image].shape[1], text_rows)
         arguments[image] = self._shares.cut(arguments[image], Tokens(("image",)))
         if text:
             arguments[text] = self._shares.cut(arguments[text], Tokens(("text",)))
 
+    def _splits(self, tokens: torch.Tensor) -> bool:
+        """Fewer image tokens than ranks stay whole on every rank: blocks need not bear having none."""
+        return tokens.shape[1] >= self._group.world_size
+
     def _cut_residual(self, x: torch.Tensor) -> torch.Tensor:
+        if not self._splits(x):
+            return x
         return x.split(split_sizes(x.shape[1], self._group.world_size), dim=1)[self._group.rank_in_group]
 
     def _gather(self, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+        if self._shares is None:
+            return output
         return self._group.all_gather(output, dim=1, sizes=self._shares.sizes["image"])
 
     def _attend(
@@ -146,6 +160,8 @@ class SequenceParallel:
                 f"sequence parallelism takes neither causal attention (is_causal={is_causal}) nor dropout"
                 f" (dropout_p={dropout_p}): put the model in eval mode"
             )
+        if self._shares is None:
+            return attention(query, key, value, attn_mask, scale, self._backend)
         lengths = self._shares.lengths(streams)
         mine = lengths[self._group.rank_in_group]
         if (query.shape[2], key.shape[2]) != (mine, mine):

@@ -50,6 +50,8 @@ def intercepted(modules: dict[str, nn.Module], attend: Callable[[str], Attend]) 
     finally:
         for handle in handles:
             handle.remove()
+        while active:  # torch runs no forward hooks after a KeyboardInterrupt
+            active.pop().__exit__(None, None, None)
 
 
 def _enter(active: list[_Interception], attend: Attend, module: nn.Module, args: tuple) -> None:
@@ -65,6 +67,6 @@ def _leave(active: list[_Interception], name: str, module: nn.Module, args: tupl
         processor = type(getattr(module, "processor", module)).__name__
         raise ValueError(
             f"{name}: {processor} called scaled_dot_product_attention {mode.count} times in one forward, and must"
-            " call it once. Set a processor that uses it (pipe.transformer.set_default_attn_processor(), or"
-            " set_attention_backend('native')), and unload IP-adapters"
+            " call it once. Use the processors that the model came with, the attention backend 'native' where"
+            " another was set, and no IP-adapter"
         )

@@ -31,6 +31,7 @@ from xfuser.core.distributed.parallel_state import (
     is_dp_last_group,
     is_pipeline_first_stage,
     is_pipeline_last_stage,
+    launched_world_size,
     model_parallel_is_initialized,
 )
 from xfuser.core.distributed.utils import RankGenerator
@@ -68,5 +69,6 @@ __all__ = [
     "is_dp_last_group",
     "is_pipeline_first_stage",
     "is_pipeline_last_stage",
+    "launched_world_size",
     "model_parallel_is_initialized",
 ]

@@ -58,22 +58,23 @@ class GroupCoordinator:
         """Global rank of the member before this one, around the group."""
         return self.ranks[(self.rank_in_group - 1) % self.world_size]
 
-    def all_reduce(self, x: torch.Tensor, op: dist.ReduceOp = dist.ReduceOp.SUM) -> torch.Tensor:
-        """Reduce ``x`` over the group, in place where it is contiguous; returns the result."""
+    def all_reduce(self, input_: torch.Tensor, op: dist.ReduceOp = dist.ReduceOp.SUM) -> torch.Tensor:
+        """Reduce ``input_`` over the group, in place where it is contiguous; returns the result."""
         if self.world_size == 1:
-            return x
-        x = x.contiguous()
-        dist.all_reduce(x, op=op, group=self.device_group)
-        return x
+            return input_
+        input_ = input_.contiguous()
+        dist.all_reduce(input_, op=op, group=self.device_group)
+        return input_
 
     def all_gather(
-        self, x: torch.Tensor, dim: int = 0, separate_tensors: bool = False, sizes: list[int] | None = None
+        self, input_: torch.Tensor, dim: int = 0, separate_tensors: bool = False, sizes: list[int] | None = None
     ) -> torch.Tensor | list[torch.Tensor]:
-        """Gather ``x`` from all members, in group order.
+        """Gather ``input_`` from all members, in group order.
 
         Members may differ in their size along ``dim`` alone. ``sizes`` gives these sizes where the caller knows
         them, and saves an exchange. Returns one tensor concatenated along ``dim``, or the list of parts.
         """
+        x = input_.reshape(1) if input_.dim() == 0 else input_
         dim = dim % x.dim()
         if self.world_size == 1:
             return [x] if separate_tensors else x
@@ -94,25 +95,26 @@ class GroupCoordinator:
         dist.all_gather(parts, x, group=self.device_group)
         return parts
 
-    def broadcast(self, x: torch.Tensor, src: int = 0) -> torch.Tensor:
-        """Member ``src``'s ``x`` on every member; other members give a tensor of the same shape to write into."""
+    def broadcast(self, input_: torch.Tensor, src: int = 0) -> torch.Tensor:
+        """Member ``src``'s tensor, on every member; the others give one of the same shape, which is overwritten where
+        it is contiguous."""
         if self.world_size == 1:
-            return x
-        buffer = x.contiguous()
-        dist.broadcast(buffer, src=self.ranks[src], group=self.device_group)
-        return x if buffer is x else x.copy_(buffer)
+            return input_
+        input_ = input_.contiguous()
+        dist.broadcast(input_, src=self.ranks[src], group=self.device_group)
+        return input_
 
     def broadcast_object(self, obj: Any = None, src: int = 0) -> Any:
         """Member ``src``'s picklable object, on every member."""
         return self.broadcast_object_list([obj], src)[0]
 
-    def broadcast_object_list(self, objects: list[Any], src: int = 0) -> list[Any]:
+    def broadcast_object_list(self, obj_list: list[Any], src: int = 0) -> list[Any]:
         """Member ``src``'s list of picklable objects, written into every member's list of that length."""
         if self.world_size > 1:
             dist.broadcast_object_list(
-                objects, src=self.ranks[src], group=self.device_group, device=self._object_device()
+                obj_list, src=self.ranks[src], group=self.device_group, device=self._object_device()
             )
-        return objects
+        return obj_list
 
     def all_gather_object(self, obj: Any) -> list[Any]:
         """Each member's picklable object, in group order."""
@@ -120,19 +122,19 @@ class GroupCoordinator:
         dist.all_gather_object(objects, obj, group=self.device_group)
         return objects
 
-    def broadcast_tensor_dict(self, tensors: dict[str, Any] | None = None, src: int = 0) -> dict[str, Any]:
+    def broadcast_tensor_dict(self, tensor_dict: dict[str, Any] | None = None, src: int = 0) -> dict[str, Any]:
         """Member ``src``'s dict on every member; values that are no tensors are pickled."""
         if self.world_size == 1:
-            return tensors
+            return tensor_dict
         described = None
         if self.rank_in_group == src:
-            described = {name: _describe(value) for name, value in tensors.items()}
+            described = {name: _describe(value) for name, value in tensor_dict.items()}
         described = self.broadcast_object(described, src)
         result = {}
         for name, value in described.items():
             if isinstance(value, _TensorShape):
                 mine = self.rank_in_group == src
-                full = tensors[name] if mine else torch.empty(value.shape, dtype=value.dtype, device=self.device)
+                full = tensor_dict[name] if mine else torch.empty(value.shape, dtype=value.dtype, device=self.device)
                 value = self.broadcast(full, src)
             result[name] = value
         return result

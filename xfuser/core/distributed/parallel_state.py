@@ -67,6 +67,11 @@ def _local_rank(local_rank: int) -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def launched_world_size() -> int:
+    """Ranks of the process group, or of the one that :func:`init_distributed_environment` would start."""
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def initialize_model_parallel(
     data_parallel_degree: int = 1,
     classifier_free_guidance_degree: int = 1,

@@ -11,6 +11,12 @@ def split_sizes(total: int, parts: int) -> list[int]:
     return [base + (i < extra) for i in range(parts)]
 
 
+def share(sizes: list[int], index: int) -> range:
+    """The items of share ``index`` among consecutive shares of these sizes."""
+    start = sum(sizes[:index])
+    return range(start, start + sizes[index])
+
+
 class RankGenerator:
     """All groups of a world from one grid of ranks.
 

@@ -1,0 +1,148 @@
+"""What cannot be exact is refused during the call, and what goes wrong leaves nothing behind."""
+
+import diffusers
+import pytest
+import running
+import tiny
+import torch
+
+
+def message_of(kind, action):
+    with pytest.raises(kind) as refused:
+        action()
+    return str(refused.value)
+
+
+def refusals(path):
+    """The messages of everything that a call refuses, and whether the pipeline works after each."""
+    call = tiny.call_of("sd3")
+    pipe = running.loaded(path)
+    parallel = running.wrap(pipe, {"ulysses_degree": 2})
+    messages = {}
+
+    def nested():
+        with parallel.active():
+            parallel(**call)
+
+    messages["nested"] = message_of(RuntimeError, nested)
+
+    def with_gradients():
+        with parallel.active():
+            pipe.transformer(torch.zeros(1, 16, 10, 6), torch.zeros(1, 5, 16), torch.zeros(1, 16), torch.zeros(1))
+
+    messages["gradients"] = message_of(ValueError, with_gradients)
+    pipe.transformer.set_attn_processor(diffusers.models.attention_processor.AttnProcessor())
+    messages["processor"] = message_of(ValueError, lambda: parallel(**call))
+    pipe.transformer.set_attn_processor(diffusers.models.attention_processor.JointAttnProcessor2_0())
+    return messages, running.array(parallel(**call, generator=running.seeded()))
+
+
+def test_refusals_name_the_reason_and_leave_the_pipeline_working(pool, folder_of):
+    expected = running.bare(folder_of("sd3"), tiny.call_of("sd3"))
+    for messages, after in pool.run(2, refusals, folder_of("sd3")):
+        assert "do not nest" in messages["nested"]
+        assert "torch.no_grad()" in messages["gradients"]
+        assert "transformer_blocks.0.attn: AttnProcessor called" in messages["processor"]
+        assert running.error(after, expected) <= running.TOLERANCE
+
+
+def caching(path):
+    pipe = running.loaded(path)
+    pipe.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.1))
+    try:
+        return message_of(ValueError, lambda: running.wrap(pipe, {"ulysses_degree": 2})(**tiny.call_of("flux")))
+    finally:
+        pipe.transformer.disable_cache()
+
+
+def test_caches_are_refused(pool, folder_of):
+    """Each rank would decide on its own tokens whether to compute, and wait for others that do not."""
+    for message in pool.run(2, caching, folder_of("flux")):
+        assert "has a cache enabled" in message
+
+
+def perturbed(path, degrees):
+    pipe = diffusers.PixArtSigmaPAGPipeline(**running.loaded(path).components, pag_applied_layers=["blocks.1"])
+    pipe.set_progress_bar_config(disable=True)
+    call = tiny.call_of("pixart_sigma", 2, pag_scale=3.0)
+    try:
+        return running.array(running.wrap(pipe, degrees)(**call, generator=running.seeded()))
+    except ValueError as refusal:
+        return str(refusal)
+    finally:
+        pipe.transformer.set_attn_processor(diffusers.models.attention_processor.AttnProcessor2_0())
+
+
+def test_perturbed_attention_is_exact_or_refused(pool, folder_of):
+    """Its processors mix the rows of a batch."""
+    expected = perturbed(folder_of("pixart_sigma"), None)
+    for result in pool.run(2, perturbed, folder_of("pixart_sigma"), {"ulysses_degree": 2}):
+        assert running.error(result, expected) <= running.TOLERANCE
+    for degrees in ({"use_cfg_parallel": True}, {"data_parallel_degree": 2}):
+        for message in pool.run(2, perturbed, folder_of("pixart_sigma"), degrees):
+            assert "mixes the rows of a batch" in message
+
+
+def fails_then_works(path):
+    """An exception between the two calls of sequential guidance, caught by the program, and then another picture."""
+    pipe = running.loaded(path)
+    parallel = running.wrap(pipe, {"use_cfg_parallel": True})
+    call = tiny.call_of("flux", 1, true_cfg_scale=2.0, negative_prompt="a cat")
+    calls = []
+
+    def fail(module, args, kwargs):
+        calls.append(None)
+        if len(calls) == 4:
+            raise RuntimeError("in the second call of step 1")
+
+    handle = pipe.transformer.register_forward_pre_hook(fail, with_kwargs=True)
+    with pytest.raises(RuntimeError, match="second call"):
+        parallel(**call, generator=running.seeded())
+    handle.remove()
+    return running.array(parallel(**call, generator=running.seeded()))
+
+
+def test_a_failed_call_does_not_poison_the_next(pool, folder_of):
+    call = tiny.call_of("flux", 1, true_cfg_scale=2.0, negative_prompt="a cat")
+    expected = running.bare(folder_of("flux"), call)
+    for result in pool.run(2, fails_then_works, folder_of("flux")):
+        assert running.error(result, expected) <= running.TOLERANCE
+
+
+def reads_early(path, degrees):
+    """Each call's result is read as soon as it is there, before the second call is made."""
+    pipe = running.loaded(path)
+    seen = []
+    hook = pipe.transformer.register_forward_hook(lambda module, args, output: seen.append(output[0].double().sum()))
+    try:
+        call = tiny.call_of("flux", 1, true_cfg_scale=2.0, negative_prompt="a cat")
+        picture = running.array(running.wrap(pipe, degrees)(**call, generator=running.seeded()))
+    finally:
+        hook.remove()
+    return picture, [float(value) for value in seen]
+
+
+def test_an_early_read_of_the_first_branch_waits_for_it(pool, folder_of):
+    picture, sums = reads_early(folder_of("flux"), None)
+    for result, seen in pool.run(2, reads_early, folder_of("flux"), {"use_cfg_parallel": True}):
+        assert running.error(result, picture) <= running.TOLERANCE
+        assert seen == pytest.approx(sums, rel=1e-4)
+
+
+def replaced_transformer(path):
+    pipe = running.wrap(running.loaded(path), {"ulysses_degree": 2})
+    original = pipe.transformer
+    try:
+        torch.manual_seed(9)
+        pipe.transformer = tiny.sd3_transformer()
+        call = tiny.call_of("sd3")
+        ours = running.array(pipe(**call, generator=running.seeded()))
+        theirs = running.array(pipe.unwrap()(**call, generator=running.seeded()))
+        return running.error(ours, theirs)
+    finally:
+        running.loaded(path).transformer = original
+
+
+def test_a_replaced_transformer_is_parallel_too(pool, folder_of):
+    for difference in pool.run(2, replaced_transformer, folder_of("sd3")):
+        assert difference <= running.TOLERANCE

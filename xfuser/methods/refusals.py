@@ -1,0 +1,38 @@
+"""Layers of a transformer's forward that refuse what no method can compute exactly."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from xfuser.methods.forward import Arguments, Call, Layer
+
+
+def refuse_unsuited(model: nn.Module) -> Layer:
+    """Refuse gradients, which the collectives do not carry, and caches, which each rank would decide on alone."""
+
+    def layer(call: Call, arguments: Arguments) -> Any:
+        if torch.is_grad_enabled() and any(weight.requires_grad for weight in model.parameters()):
+            raise ValueError("parallel forwards are for inference: call them within torch.no_grad()")
+        if getattr(model, "is_cache_enabled", False):
+            raise ValueError(
+                f"{type(model).__name__} has a cache enabled, which would decide on each rank's own part of the"
+                " activations: call disable_cache() on it first"
+            )
+        return call(arguments)
+
+    return layer
+
+
+def refuse_mixed_rows(pipe: Any) -> Layer:
+    """Refuse pipelines whose attention mixes the rows of a batch, where rows are to be split."""
+
+    def layer(call: Call, arguments: Arguments) -> Any:
+        if getattr(pipe, "do_perturbed_attention_guidance", False):
+            raise ValueError(
+                f"perturbed-attention guidance (PAG) of {type(pipe).__name__} mixes the rows of a batch, which CFG and"
+                " data parallelism split: use Ulysses or ring, or set pag_scale=0"
+            )
+        return call(arguments)
+
+    return layer
