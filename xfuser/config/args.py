@@ -136,7 +136,7 @@ class xFuserArgs:
         check_backend(self.attention_backend)
         parallel = ParallelConfig(
             dp_degree=self.data_parallel_degree,
-            cfg_degree=self._cfg_degree(),
+            cfg_degree=2 if self._guidance_in_parallel() else 1,
             ulysses_degree=self.ulysses_degree,
             ring_degree=self.ring_degree,
             pp_degree=self.pipefusion_parallel_degree,
@@ -149,31 +149,19 @@ class xFuserArgs:
         check_folder(model.model)
         return EngineConfig(model, self._runtime_config(), parallel), inputs
 
-    def _cfg_degree(self) -> int:
+    def _guidance_in_parallel(self) -> bool:
         parallel = self.use_cfg_parallel or self.use_split_batch
         if parallel and not self.do_classifier_free_guidance:
             raise ValueError(
                 "use_cfg_parallel needs classifier-free guidance, which do_classifier_free_guidance=False switches"
                 " off: leave one of them away"
             )
-        return 2 if parallel else 1
+        return parallel
 
     def _input_config(self) -> InputConfig:
         return InputConfig(
-            prompt=self.prompt,
-            negative_prompt=self.negative_prompt,
-            height=self.height,
-            width=self.width,
-            num_frames=self.num_frames,
-            num_inference_steps=self.num_inference_steps,
-            guidance_scale=self.guidance_scale,
-            max_sequence_length=self.max_sequence_length,
+            **self._fields_of(InputConfig) | {"use_cfg_parallel": self._guidance_in_parallel()},
             use_resolution_binning=not self.no_use_resolution_binning,
-            do_classifier_free_guidance=self.do_classifier_free_guidance,
-            use_cfg_parallel=self._cfg_degree() > 1,
-            img_file_path=self.img_file_path,
-            seed=self.seed,
-            output_type=self.output_type,
         )
 
     def _runtime_config(self) -> RuntimeConfig:
@@ -186,17 +174,12 @@ class xFuserArgs:
         if (self.enable_model_cpu_offload or self.enable_sequential_cpu_offload) and devices.device_type() == "cpu":
             raise ValueError("CPU offload needs an accelerator to offload from; this machine has none")
         return RuntimeConfig(
-            dtype=DTYPES[self.dtype] or devices.default_dtype(),
-            seed=self.seed,
-            output_type=self.output_type,
-            attention_backend=self.attention_backend,
-            warmup_steps=self.warmup_steps,
-            use_fp8_t5_encoder=self.use_fp8_t5_encoder,
-            enable_model_cpu_offload=self.enable_model_cpu_offload,
-            enable_sequential_cpu_offload=self.enable_sequential_cpu_offload,
-            enable_tiling=self.enable_tiling,
-            enable_slicing=self.enable_slicing,
+            **self._fields_of(RuntimeConfig) | {"dtype": DTYPES[self.dtype] or devices.default_dtype()}
         )
+
+    def _fields_of(self, config: type) -> dict[str, Any]:
+        """The values of the fields that a configuration class has in common with this one."""
+        return {spec.name: getattr(self, spec.name) for spec in fields(config) if hasattr(self, spec.name)}
 
     def _refuse_unavailable(self) -> None:
         if self.use_onediff:
