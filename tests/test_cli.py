@@ -125,7 +125,7 @@ def test_ranks_fail_with_one_message(tmp_path, folder_of, flags, message):
 
 
 FAILING = """
-import sys, torch
+import sys, time, torch
 from diffusers import DiffusionPipeline
 from xfuser import xDiTParallel, xFuserArgs
 from xfuser.core.distributed import get_world_group
@@ -135,10 +135,10 @@ pipe = xDiTParallel(pipe, *xFuserArgs(ulysses_degree=2).create_config())
 
 def fail(pipe, step, timestep, values):
     if step == 1 and get_world_group().rank == int(sys.argv[2]):
+        print("failing at", time.time(), flush=True)
         raise {error}("this rank fails")
     return values
 
-print("start", flush=True)
 pipe("x", height=80, width=48, callback_on_step_end=fail, num_inference_steps=500)
 """
 
@@ -147,9 +147,8 @@ pipe("x", height=80, width=48, callback_on_step_end=fail, num_inference_steps=50
 def test_a_failing_rank_ends_all_within_seconds(tmp_path, folder_of, rank, error):
     script = tmp_path / "failing.py"
     script.write_text(FAILING.format(error=error))
-    begin = time.monotonic()
     done = torchrun(tmp_path, 2, script, folder_of("sd3"), rank)
-    assert done.returncode == 1 and time.monotonic() - begin < 45  # imports and loading take most of it
+    assert done.returncode == 1 and time.time() - float(done.stdout.split()[-1]) < 10, done.stderr
     first = next(line for line in done.stderr.splitlines() if "Error: " in line)
     assert first == f"{error}: this rank fails", done.stderr
 

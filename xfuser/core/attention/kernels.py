@@ -15,10 +15,11 @@ from xfuser.core import device as devices
 from xfuser.logger import logger
 
 aten = torch.ops.aten
+Tensor = torch.Tensor
 HALF = (torch.float16, torch.bfloat16)
 MATH_SCORES = 1 << 24  # elements of the score matrix that the plain kernel holds at once
 
-Result = tuple[torch.Tensor, torch.Tensor]
+Result = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Kernel:
     run: Callable[..., Result]
 
 
-def attention_math(q, k, v, mask, scale) -> Result:
+def attention_math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Result:
     """Any device, dtype, head size and mask, in float32; by chunks of queries to bound the score matrix."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     keys, values = k.float(), v.float()
@@ -53,7 +54,7 @@ def attention_math(q, k, v, mask, scale) -> Result:
     return torch.cat(outs, dim=2).to(q.dtype), torch.cat(lses, dim=2)
 
 
-def _flash_on_cpu(q, k, v, mask, scale) -> Result:
+def _flash_on_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Result:
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # anything else gives NaN
     mask = None if mask is None else mask.to(q.dtype)
     out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask, scale=scale)
@@ -63,26 +64,26 @@ def _flash_on_cpu(q, k, v, mask, scale) -> Result:
     return out, lse
 
 
-def _flash_on_cpu_takes(q, k, v, mask) -> bool:
+def _flash_on_cpu_takes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
     # Lengths of zero end the process with SIGFPE in this operator; it has no grouped heads.
     return q.device.type == "cpu" and 0 not in (*q.shape, *k.shape) and q.shape[-1] == v.shape[-1] and _same_heads(q, k)
 
 
-def _aten_flash(q, k, v, mask, scale) -> Result:
+def _aten_flash(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Result:
     return aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)[:2]
 
 
-def _aten_efficient(q, k, v, mask, scale) -> Result:
+def _aten_efficient(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Result:
     out, lse = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, scale=scale)[:2]
     return out, lse[:, :, : q.shape[2]]  # its LSE is padded
 
 
-def _aten_cudnn(q, k, v, mask, scale) -> Result:
+def _aten_cudnn(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Result:
     out, lse = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, scale=scale)[:2]
     return out, lse.reshape(q.shape[:3])
 
 
-def _on_accelerator(q, k, v, mask) -> bool:
+def _on_accelerator(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
     return (
         q.device.type != "cpu"
         and mask is None
@@ -93,18 +94,18 @@ def _on_accelerator(q, k, v, mask) -> bool:
     )
 
 
-def _half_on_accelerator(q, k, v, mask) -> bool:
+def _half_on_accelerator(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
     return _on_accelerator(q, k, v, mask) and q.dtype in HALF and q.shape[-1] <= 256
 
 
-def _same_heads(q: torch.Tensor, k: torch.Tensor) -> bool:
+def _same_heads(q: Tensor, k: Tensor) -> bool:
     return q.shape[1] == k.shape[1]
 
 
 def _from_yunchang(attn_type: str) -> Callable[..., Result]:
     """A CUDA kernel by yunchang's selection (``[B, S, H, D]`` layout)."""
 
-    def run(q, k, v, mask, scale) -> Result:
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Result:
         from yunchang.kernels import AttnType, select_flash_attn_impl
 
         kernel = select_flash_attn_impl(AttnType.from_string(attn_type), stage="fwd-only")
@@ -131,11 +132,11 @@ def _needs_package(package: str) -> Callable[[], str | None]:
     return missing
 
 
-def _flash(q, k, v, mask, scale) -> Result:
+def _flash(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Result:
     return (_flash_on_cpu if q.device.type == "cpu" else _aten_flash)(q, k, v, mask, scale)
 
 
-def _flash_takes(q, k, v, mask) -> bool:
+def _flash_takes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
     return _flash_on_cpu_takes(q, k, v, mask) or _half_on_accelerator(q, k, v, mask)
 
 
@@ -168,7 +169,9 @@ def check_backend(name: str) -> None:
     raise ValueError(f"attention_backend={name!r}: {why}; here there are {', '.join(available_backends())}")
 
 
-def attention(q, k, v, mask=None, scale=None, backend: str = "auto") -> torch.Tensor:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None, backend: str = "auto"
+) -> Tensor:
     """Attention alone: torch's own choice of kernel, or the one of ``backend``; shapes as in this module."""
     if 0 in (*q.shape, k.shape[2]):
         return q.new_zeros(*q.shape[:3], v.shape[-1])
@@ -177,7 +180,9 @@ def attention(q, k, v, mask=None, scale=None, backend: str = "auto") -> torch.Te
     return attention_with_lse(q, k, v, mask, scale, backend)[0]
 
 
-def attention_with_lse(q, k, v, mask=None, scale=None, backend: str = "auto") -> Result:
+def attention_with_lse(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None, backend: str = "auto"
+) -> Result:
     """Attention and its LSE from the first kernel that takes the tensors: ``backend``, then the others."""
     for name in AUTO if backend in ("auto", "sdpa") else (backend, "math"):
         kernel = KERNELS[name]

@@ -45,7 +45,9 @@ def ring_attention(
     return out.to(q.dtype)
 
 
-def merge(out, lse, block_out, block_lse):
+def merge(
+    out: torch.Tensor | None, lse: torch.Tensor | None, block_out: torch.Tensor, block_lse: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Join two partial attentions over disjoint keys: ``out`` ``[B, H, S, D]``, ``lse`` ``[B, H, S]``."""
     if out is None:
         return block_out.float(), block_lse
