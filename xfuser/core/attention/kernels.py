@@ -1,6 +1,7 @@
 """Attention kernels that return the log-sum-exp (LSE), which the ring needs to merge partial results.
 
 Tensors are ``[B, H, S, D]``; the LSE is float32 ``[B, H, Sq]``. A key mask is additive and ``[B|1, H|1, 1, Sk]``.
+Keys and values may have fewer heads than queries (grouped queries).
 """
 
 import importlib.util
@@ -65,8 +66,8 @@ def _flash_on_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: f
 
 
 def _flash_on_cpu_takes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
-    # Lengths of zero end the process with SIGFPE in this operator; it has no grouped heads.
-    return q.device.type == "cpu" and 0 not in (*q.shape, *k.shape) and q.shape[-1] == v.shape[-1] and _same_heads(q, k)
+    # Lengths of zero end the process with SIGFPE in this operator.
+    return q.device.type == "cpu" and 0 not in (*q.shape, *k.shape) and q.shape[-1] == v.shape[-1]
 
 
 def _aten_flash(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Result:
@@ -90,16 +91,11 @@ def _on_accelerator(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> boo
         and 0 not in (*q.shape, *k.shape)
         and q.shape[-1] % 8 == 0
         and q.shape[-1] == v.shape[-1]
-        and _same_heads(q, k)
     )
 
 
 def _half_on_accelerator(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
     return _on_accelerator(q, k, v, mask) and q.dtype in HALF and q.shape[-1] <= 256
-
-
-def _same_heads(q: Tensor, k: Tensor) -> bool:
-    return q.shape[1] == k.shape[1]
 
 
 def _from_yunchang(attn_type: str) -> Callable[..., Result]:
@@ -151,7 +147,7 @@ KERNELS: dict[str, Kernel] = {
     "cudnn": Kernel(_needs_accelerator, _half_on_accelerator, _aten_cudnn),
     "flash": Kernel(_never_missing, _flash_takes, _flash),
     "efficient": Kernel(_needs_accelerator, _on_accelerator, _aten_efficient),
-    "math": Kernel(_never_missing, lambda q, k, v, mask: _same_heads(q, k), attention_math),
+    "math": Kernel(_never_missing, lambda q, k, v, mask: True, attention_math),
 }
 AUTO = ("flash_attn_3", "flash_attn", "flash", "efficient", "math")
 
@@ -173,6 +169,7 @@ def attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None, backend: str = "auto"
 ) -> Tensor:
     """Attention alone: torch's own choice of kernel, or the one of ``backend``; shapes as in this module."""
+    k, v = _for_query_heads(q, k, v)
     if 0 in (*q.shape, k.shape[2]):
         return q.new_zeros(*q.shape[:3], v.shape[-1])
     if backend in ("auto", "sdpa"):
@@ -183,14 +180,26 @@ def attention(
 def attention_with_lse(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None, backend: str = "auto"
 ) -> Result:
-    """Attention and its LSE from the first kernel that takes the tensors: ``backend``, then the others."""
-    for name in AUTO if backend in ("auto", "sdpa") else (backend, "math"):
-        kernel = KERNELS[name]
-        if kernel.missing() is None and kernel.takes(q, k, v, mask):
-            if name == "math" and backend not in ("auto", "sdpa", "math"):
-                _warn_fallback(backend, tuple(q.shape), str(q.dtype), mask is not None)
-            return kernel.run(q, k, v, mask, scale)
-    raise ValueError(f"no attention kernel takes queries {tuple(q.shape)} with keys {tuple(k.shape)}")
+    """Attention and its LSE from ``backend``, or the plain kernel where it does not take the tensors."""
+    k, v = _for_query_heads(q, k, v)
+    return KERNELS[_kernel_for(q, k, v, mask, backend)].run(q, k, v, mask, scale)
+
+
+def _kernel_for(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, backend: str) -> str:
+    wanted = AUTO if backend in ("auto", "sdpa") else (backend,)
+    for name in wanted:
+        if KERNELS[name].missing() is None and KERNELS[name].takes(q, k, v, mask):
+            return name
+    _warn_fallback(backend, tuple(q.shape), str(q.dtype), mask is not None)
+    return "math"
+
+
+def _for_query_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values with as many heads as there are query heads (grouped queries have fewer)."""
+    if q.shape[1] == k.shape[1]:
+        return k, v
+    repeats = q.shape[1] // k.shape[1]
+    return k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
 
 
 @cache

@@ -40,8 +40,6 @@ def usp_attention(
         moves += [HeadScatter(x, own, kv_heads, group.ulysses_group) for x in (k, v)]
         q, k, v = (move.wait() for move in moves)
         mask = _own_heads(mask, q_heads, group.ulysses_rank)
-    if q.shape[1] != k.shape[1]:
-        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     totals = [sum(block) for block in blocks]
     if ring > 1:
         masks = None if mask is None else list(mask.split(totals, dim=-1))
