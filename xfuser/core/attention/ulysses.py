@@ -15,35 +15,35 @@ def share_heads(heads: int, kv_heads: int, parts: int) -> tuple[list[int], list[
     return [size * (heads // kv_heads) for size in kv], kv
 
 
-class HeadScatter:
-    """``[B, H, S_local, D]`` to ``[B, H_local, S, D]``: starts at once, ``wait()`` gives the result.
+def scatter_heads(
+    tensors: list[torch.Tensor], lengths: list[int], heads: list[list[int]], group: dist.ProcessGroup
+) -> list[torch.Tensor]:
+    """Each ``[B, H, S_local, D]`` to ``[B, H_local, S, D]``, all in one message.
 
-    ``lengths`` are the token counts of the group's ranks, ``heads`` the head counts that they get.
+    ``lengths`` are the token counts of the group's ranks; ``heads`` gives for each tensor the head counts that they
+    get. The tensors share B, S_local and D.
     """
-
-    def __init__(self, x: torch.Tensor, lengths: list[int], heads: list[int], group: dist.ProcessGroup) -> None:
-        batch, _, tokens, dim = x.shape
-        mine = heads[dist.get_rank(group)]
-        # On the wire tokens come first, so that what arrives from the ranks is already in sequence.
-        send = x.new_empty(x.numel())
-        counts = [tokens * batch * count * dim for count in heads]
-        for part, chunk, count in zip(send.split(counts), x.split(heads, dim=1), heads, strict=True):
-            part.view(tokens, batch, count, dim).copy_(chunk.permute(2, 0, 1, 3))
-        self._send = send
-        self._received = x.new_empty(sum(lengths), batch, mine, dim)
-        self._work = dist.all_to_all_single(
-            self._received.view(-1),
-            send,
-            [length * batch * mine * dim for length in lengths],
-            counts,
-            group=group,
-            async_op=True,
-        )
-
-    def wait(self) -> torch.Tensor:
-        self._work.wait()
-        del self._send
-        return self._received.permute(1, 2, 0, 3)
+    batch, _, tokens, dim = tensors[0].shape
+    totals = [sum(counts) for counts in zip(*heads, strict=True)]  # heads for each rank, of all tensors
+    row = batch * dim
+    # On the wire tokens come first, so that what arrives from the ranks is already in sequence.
+    send = tensors[0].new_empty(tokens * row * sum(totals))
+    parts = send.split([tokens * row * total for total in totals])
+    chunks = zip(*(x.split(counts, dim=1) for x, counts in zip(tensors, heads, strict=True)), strict=True)
+    for part, total, own in zip(parts, totals, chunks, strict=True):
+        places = part.view(tokens, batch, total, dim).split([chunk.shape[1] for chunk in own], dim=2)
+        for place, chunk in zip(places, own, strict=True):
+            place.copy_(chunk.permute(2, 0, 1, 3))
+    rank = dist.get_rank(group)
+    received = send.new_empty(sum(lengths), batch, totals[rank], dim)
+    dist.all_to_all_single(
+        received.view(-1),
+        send,
+        [length * row * totals[rank] for length in lengths],
+        [part.numel() for part in parts],
+        group=group,
+    )
+    return [x.permute(1, 2, 0, 3) for x in received.split([counts[rank] for counts in heads], dim=2)]
 
 
 def gather_heads(x: torch.Tensor, lengths: list[int], heads: list[int], group: dist.ProcessGroup) -> torch.Tensor:

@@ -4,7 +4,7 @@ import torch
 
 from xfuser.core.attention.kernels import attention
 from xfuser.core.attention.ring import ring_attention
-from xfuser.core.attention.ulysses import HeadScatter, gather_heads, share_heads
+from xfuser.core.attention.ulysses import gather_heads, scatter_heads, share_heads
 from xfuser.core.distributed import SequenceParallelGroupCoordinator
 
 
@@ -36,9 +36,11 @@ def usp_attention(
     own = blocks[group.ring_rank]
     q_heads, kv_heads = share_heads(q.shape[1], k.shape[1], ulysses)
     if ulysses > 1:
-        moves = [HeadScatter(q, own, q_heads, group.ulysses_group)]
-        moves += [HeadScatter(x, own, kv_heads, group.ulysses_group) for x in (k, v)]
-        q, k, v = (move.wait() for move in moves)
+        if q.shape[-1] == v.shape[-1]:
+            q, k, v = scatter_heads([q, k, v], own, [q_heads, kv_heads, kv_heads], group.ulysses_group)
+        else:
+            q, k = scatter_heads([q, k], own, [q_heads, kv_heads], group.ulysses_group)
+            (v,) = scatter_heads([v], own, [kv_heads], group.ulysses_group)
         mask = _own_heads(mask, q_heads, group.ulysses_rank)
     totals = [sum(block) for block in blocks]
     if ring > 1:
