@@ -4,13 +4,12 @@ The pipeline itself runs whole on every rank, so noise, schedulers and callbacks
 equals serial for every scheduler. What costs time is split: each forward of the transformer, and the VAE's decode.
 """
 
-import inspect
 from contextlib import AbstractContextManager
 from functools import wraps
 from typing import Any
 
 from xfuser.core.distributed import GroupCoordinator
-from xfuser.methods.forward import Call, Layer, arguments_of, replaced
+from xfuser.methods.forward import Call, Layer, replaced
 from xfuser.methods.rows import split_rows
 from xfuser.models.plan import ModelPlan
 
@@ -27,12 +26,14 @@ def data_parallel(group: GroupCoordinator, plan: ModelPlan) -> Layer:
 def split_decode(vae: Any, group: GroupCoordinator) -> AbstractContextManager[None]:
     """Within the context, ``vae.decode`` splits its batch over the group and returns the whole."""
     original = vae.decode
-    signature = inspect.signature(original)
-    latents = next(iter(signature.parameters))
 
     @wraps(original)
     def decode(*args: Any, **kwargs: Any) -> Any:
-        arguments = arguments_of(signature, args, kwargs)
-        return split_rows(group, arguments[latents].shape[0], lambda local: original(**local), arguments)
+        latents = args[0] if args else next(iter(kwargs.values()))
+
+        def call(local: dict[str, Any]) -> Any:
+            return original(*local["args"], **local["kwargs"])
+
+        return split_rows(group, latents.shape[0], call, {"args": args, "kwargs": kwargs})
 
     return replaced(vae, "decode", decode)
