@@ -62,8 +62,11 @@ def test_several_images_per_prompt(pool, folder_of):
     ],
 )
 def test_scheduler(pool, folder_of, family, scheduler):
-    """Noise drawn within a step and several calls a step are the same on all ranks."""
-    call = tiny.call_of(family, 1 if family == "sd3" else 3)
+    """Noise drawn within a step and several calls a step are the same on all ranks.
+
+    With a low guidance scale, as the first step of some amplifies rounding a hundredfold.
+    """
+    call = tiny.call_of(family, 1 if family == "sd3" else 3, guidance_scale=1.5)
     check(pool, folder_of(family), "dp2-cfg2", call, getattr(diffusers, scheduler))
 
 
