@@ -3,13 +3,16 @@
 import os
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
+from multiprocessing.connection import wait
 from typing import Any
 
 import torch.multiprocessing as mp
 
 TIMEOUT = 120  # seconds for one job
+PATIENCE = 5  # seconds for the other ranks to fail, too
 
 
 class RankPool:
@@ -26,7 +29,7 @@ class RankPool:
             store = os.path.join(folder, "store")
             for rank, (_, pipe) in enumerate(self._workers[:ranks]):
                 pipe.send((rank, ranks, store, function, args))
-            answers = [self._answer(rank) for rank in range(ranks)]
+            answers = self._answers(ranks)
         failures = [f"rank {rank}:\n{text}" for rank, (failed, text) in enumerate(answers) if failed]
         if failures:
             self.close()  # ranks may wait for each other
@@ -47,12 +50,22 @@ class RankPool:
             process.start()
             self._workers.append((process, ours))
 
+    def _answers(self, ranks: int) -> list[tuple[bool, Any]]:
+        """Each rank's (failed, result); once one has failed, others that wait for it are not waited for."""
+        answers: dict[int, tuple[bool, Any]] = {}
+        deadline = time.monotonic() + TIMEOUT
+        while len(answers) < ranks and (left := deadline - time.monotonic()) > 0:
+            open_pipes = {self._workers[rank][1]: rank for rank in range(ranks) if rank not in answers}
+            for pipe in wait(list(open_pipes), timeout=left):
+                answers[open_pipes[pipe]] = self._answer(open_pipes[pipe])
+                if answers[open_pipes[pipe]][0]:
+                    deadline = min(deadline, time.monotonic() + PATIENCE)
+        return [answers.get(rank, (True, "no answer in time")) for rank in range(ranks)]
+
     def _answer(self, rank: int) -> tuple[bool, Any]:
         process, pipe = self._workers[rank]
         try:
-            if pipe.poll(TIMEOUT):
-                return pipe.recv()
-            return True, f"no answer within {TIMEOUT} s"
+            return pipe.recv()
         except (EOFError, ConnectionError):
             process.join()
             return True, f"died with exit code {process.exitcode}"
