@@ -25,6 +25,8 @@ class GuidanceParallel:
 
     def __init__(self, group: GroupCoordinator) -> None:
         self._group = group
+        self.part: Callable[[torch.Tensor], torch.Tensor] = lambda x: x  # what a call returns, of step 0's output
+        self.rows_stay = False  # whether what a rank keeps between steps ties a row of the batch to it
         self._index = 0  # of the next call of the transformer within the step
         self._first_step: list[tuple[int, Any]] | None = []  # rows of each call and the shape of its output
         self._paired: Any = None  # the output's shape, once it is known that calls come in pairs
@@ -57,6 +59,13 @@ class GuidanceParallel:
             self._learn(self._first_step)
             self._first_step = None
 
+    def when_there(self, action: Callable[[], None], results: list[torch.Tensor]) -> None:
+        """Call ``action``, which makes ``results`` out of the last output, once that output has arrived."""
+        if isinstance(self._pending, _Promise):
+            self._pending.then(action, results)
+        else:
+            action()
+
     def close(self) -> None:
         """To be called when the pipeline has returned or failed: nothing on its way is left to the next call."""
         if self._pending is not None:
@@ -71,8 +80,13 @@ class GuidanceParallel:
                 self._group.world_size,
             )
         alike = len(others) == 1 and others[0][0] == rows and _shapes(others[0][1]) == _shapes(output)
-        if alike and rows % 2 and self._group.world_size == 2:  # splitting the rows is as good where they are even
+        # Splitting the rows is as good where they are even. Step 0 has split rows if there were several.
+        uneven = rows == 1 if self.rows_stay else rows % 2
+        if alike and uneven and self._group.world_size == 2:
             self._paired = output
+
+    def _blank_output(self) -> Any:
+        return _blank(tree_map_only(torch.Tensor, self.part, self._paired))
 
     def _first_call(self, call: Call, arguments: Arguments) -> Any:
         """Rank 0 computes and sends; rank 1 promises the result, and goes on to the second call at once."""
@@ -80,7 +94,7 @@ class GuidanceParallel:
             output = call(arguments)
             self._pending = _Sent(output, self._group)
         else:
-            output = _blank(self._paired)
+            output = self._blank_output()
             self._pending = _Promise(output, self._group)
             self._pending.guard()
         return output
@@ -93,7 +107,7 @@ class GuidanceParallel:
             output = call(arguments)
             _Sent(output, self._group).settle()
         else:
-            output = _blank(self._paired)
+            output = self._blank_output()
             _Promise(output, self._group).settle()
         first.settle()
         return output
@@ -104,7 +118,7 @@ class _Sent:
 
     def __init__(self, output: Any, group: GroupCoordinator) -> None:
         self._copies = [x.clone(memory_format=torch.contiguous_format) for x in tree_leaves(output)]
-        self._works = [group.isend(x) for x in self._copies]
+        self._works = [group.isend(x) for x in self._copies if x.numel()]
 
     def settle(self) -> None:
         for work in self._works:
@@ -120,8 +134,14 @@ class _Promise:
 
     def __init__(self, output: Any, group: GroupCoordinator) -> None:
         self._tensors = tree_leaves(output)
-        self._works: list[dist.Work] = [group.irecv(x) for x in self._tensors]
+        self._works: list[dist.Work] = [group.irecv(x) for x in self._tensors if x.numel()]
+        self._actions: list[Callable[[], None]] = []
         self._guard: _ReadGuard | None = None
+
+    def then(self, action: Callable[[], None], results: list[torch.Tensor]) -> None:
+        """Call ``action`` when the tensors are filled; reading what it makes waits for that, too."""
+        self._actions.append(action)
+        self._guard.watch(results)
 
     def guard(self) -> None:
         """From now on, reading the tensors waits for them."""
@@ -144,6 +164,9 @@ class _Promise:
         works, self._works = self._works, []
         for work in works:
             work.wait()
+        actions, self._actions = self._actions, []
+        for action in actions:
+            action()
 
 
 class _ReadGuard(TorchDispatchMode):
@@ -151,8 +174,12 @@ class _ReadGuard(TorchDispatchMode):
 
     def __init__(self, tensors: list[torch.Tensor], before_read: Callable[[], None]) -> None:
         super().__init__()
-        self._memory = {x.untyped_storage().data_ptr() for x in tensors}
+        self._memory: set[int] = set()
+        self.watch(tensors)
         self._before_read = before_read
+
+    def watch(self, tensors: list[torch.Tensor]) -> None:
+        self._memory |= {x.untyped_storage().data_ptr() for x in tensors if x.numel()}
 
     def concerns(self, tree: Any) -> bool:
         return any(

@@ -6,4 +6,5 @@ DIT = ModelPlan(
     blocks=("transformer_blocks",),
     attention={"attn1": ("image",)},
     head="proj_out_2",
+    lent=("transformer_blocks.0.norm1.emb",),
 )

@@ -5,8 +5,11 @@ from xfuser.models.plan import ModelPlan, Tokens
 FLUX = ModelPlan(
     blocks=("transformer_blocks", "single_transformer_blocks"),
     attention={"attn": ("text", "image")},
+    embed="x_embedder",
     text="encoder_hidden_states",
     per_token={"image_rotary_emb": Tokens(("text", "image"), dim=0)},
     residuals=("controlnet_block_samples", "controlnet_single_block_samples"),
     unbatched=("img_ids", "txt_ids"),
+    returns=("text", "image"),
+    text_modules=("ff_context", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
 )

@@ -8,4 +8,6 @@ HUNYUAN_DIT = ModelPlan(
     per_token={"image_rotary_emb": Tokens(("image",), dim=0)},
     residuals=("controlnet_block_samples",),
     unbatched=("image_rotary_emb",),
+    text_modules=("attn2.to_k", "attn2.to_v"),
+    skip="skip",
 )

@@ -6,4 +6,5 @@ PIXART = ModelPlan(
     blocks=("transformer_blocks",),
     attention={"attn1": ("image",)},
     per_token={"attention_mask": Tokens(("image",), dim=-1)},
+    text_modules=("attn2.to_k", "attn2.to_v"),
 )

@@ -7,4 +7,7 @@ SD3 = ModelPlan(
     attention={"attn": ("image", "text"), "attn2": ("image",)},
     text="encoder_hidden_states",
     residuals=("block_controlnet_hidden_states",),
+    returns=("text", "image"),
+    text_modules=("ff_context", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
+    counts_steps=("skip_layers",),
 )

@@ -1,11 +1,14 @@
 """Unified sequence parallelism: Ulysses inside, ring outside (arXiv 2405.07719)."""
 
+from collections.abc import Callable
+
 import torch
 
 from xfuser.core.attention.kernels import attention
 from xfuser.core.attention.ring import ring_attention
 from xfuser.core.attention.ulysses import gather_heads, scatter_heads, share_heads
 from xfuser.core.distributed import SequenceParallelGroupCoordinator
+from xfuser.core.distributed.group_coordinator import all_gather_parts
 
 
 def usp_attention(
@@ -18,6 +21,7 @@ def usp_attention(
     mask: torch.Tensor | None = None,
     scale: float | None = None,
     backend: str = "auto",
+    renew: Callable[..., tuple] | None = None,
 ) -> torch.Tensor:
     """Attention of this rank's queries to the keys of all ranks of the sequence group.
 
@@ -25,6 +29,8 @@ def usp_attention(
         q, k, v: this rank's rows, ``[B, H, S_local, D]``; k and v may have fewer heads (grouped queries).
         lengths: rows of every rank of the sequence group; any counts, zero too.
         mask: additive mask of this rank's own keys, ``[B|1, H|1, 1, S_local]``.
+        renew: takes keys, values and mask of the group's rows in rank order (k and v of this rank's Ulysses heads),
+            and returns those to attend to. Keys and values are then gathered around the ring beforehand.
 
     Returns:
         ``[B, H, S_local, Dv]``.
@@ -43,7 +49,13 @@ def usp_attention(
             (v,) = scatter_heads([v], own, [kv_heads], group.ulysses_group)
         mask = _own_heads(mask, q_heads, group.ulysses_rank)
     totals = [sum(block) for block in blocks]
-    if ring > 1:
+    if renew:
+        if ring > 1:
+            kv = torch.cat([k, v], dim=-1)
+            kv = torch.cat(all_gather_parts(kv, 2, totals, group.ring_group), dim=2)
+            k, v = kv.split([k.shape[-1], v.shape[-1]], dim=-1)
+        out = attention(q, *renew(k, v, mask), scale, backend)
+    elif ring > 1:
         masks = None if mask is None else list(mask.split(totals, dim=-1))
         out = ring_attention(q, k, v, totals, group.ring_group, masks=masks, scale=scale, backend=backend)
     else:

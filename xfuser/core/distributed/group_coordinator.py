@@ -7,6 +7,8 @@ import torch.distributed as dist
 
 from xfuser.core import device as devices
 
+DESTROYED = "a process group that has been destroyed"  # not None, which stands for all ranks
+
 
 class GroupCoordinator:
     """One of the groups that partition the world, from the view of the calling rank.
@@ -18,6 +20,7 @@ class GroupCoordinator:
     Attributes:
         rank, local_rank: global rank, and the rank within the node.
         ranks, world_size, rank_in_group: members (global ranks), their number, this rank's place among them.
+        group_ranks: the members of all the groups.
         device_group: the ``torch.distributed`` process group.
         device: where this rank's tensors live.
     """
@@ -25,6 +28,7 @@ class GroupCoordinator:
     def __init__(self, group_ranks: list[list[int]], local_rank: int, torch_distributed_backend: str) -> None:
         self.rank = dist.get_rank()
         self.local_rank = local_rank
+        self.group_ranks = group_ranks
         self.device = devices.device(local_rank)
         self.ranks, self.device_group = own_group(group_ranks, torch_distributed_backend)
         self.world_size = len(self.ranks)
@@ -78,22 +82,12 @@ class GroupCoordinator:
         dim = dim % x.dim()
         if self.world_size == 1:
             return [x] if separate_tensors else x
-        if sizes is None:
-            sizes = self._sizes_along(x, dim)
-        # Ragged parts travel padded to the longest: gloo's all_gather takes equal shapes only.
-        parts = self._all_gather_even(_pad_rows(x.movedim(dim, 0), max(sizes)))
-        parts = [part[:size].movedim(0, dim) for part, size in zip(parts, sizes, strict=True)]
+        parts = all_gather_parts(x, dim, sizes or self._sizes_along(x, dim), self.device_group)
         return parts if separate_tensors else torch.cat(parts, dim=dim)
 
     def _sizes_along(self, x: torch.Tensor, dim: int) -> list[int]:
         mine = torch.tensor([x.shape[dim]], device=x.device)
-        return [int(size) for size in self._all_gather_even(mine)]
-
-    def _all_gather_even(self, x: torch.Tensor) -> list[torch.Tensor]:
-        x = x.contiguous()
-        parts = [torch.empty_like(x) for _ in self.ranks]
-        dist.all_gather(parts, x, group=self.device_group)
-        return parts
+        return [int(size) for size in all_gather_parts(mine, 0, [1] * self.world_size, self.device_group)]
 
     def broadcast(self, input_: torch.Tensor, src: int = 0) -> torch.Tensor:
         """Member ``src``'s tensor, on every member; the others give one of the same shape, which is overwritten where
@@ -187,9 +181,9 @@ class GroupCoordinator:
 
     def destroy(self) -> None:
         """Release the process group."""
-        if self.device_group is not None:
+        if self.device_group is not DESTROYED:
             dist.destroy_process_group(self.device_group)
-            self.device_group = None
+            self.device_group = DESTROYED
 
     def _global(self, member: int | None, default: int) -> int:
         return default if member is None else self.ranks[member]
@@ -220,10 +214,20 @@ class SequenceParallelGroupCoordinator(GroupCoordinator):
 
     def destroy(self) -> None:
         for name in ("ulysses_group", "ring_group"):
-            if getattr(self, name) is not None:
+            if getattr(self, name) is not DESTROYED:
                 dist.destroy_process_group(getattr(self, name))
-                setattr(self, name, None)
+                setattr(self, name, DESTROYED)
         super().destroy()
+
+
+def all_gather_parts(x: torch.Tensor, dim: int, sizes: list[int], group: dist.ProcessGroup) -> list[torch.Tensor]:
+    """Every member's ``x``, in group order; ``sizes`` are their lengths along ``dim``, where they may differ."""
+    # Ragged parts travel padded to the longest: gloo's all_gather takes equal shapes only.
+    x = _pad_rows(x.movedim(dim, 0), max(sizes)).contiguous()
+    parts = [torch.empty_like(x) for _ in sizes]
+    if x.numel():
+        dist.all_gather(parts, x, group=group)
+    return [part[:size].movedim(0, dim) for part, size in zip(parts, sizes, strict=True)]
 
 
 def own_group(group_ranks: list[list[int]], backend: str) -> tuple[list[int], dist.ProcessGroup]:

@@ -1,0 +1,39 @@
+"""Keys and values that outlive the forward which made them."""
+
+import torch
+
+
+class KVBuffer:
+    """Keys, values and key mask of a whole sequence, of which each forward renews some rows.
+
+    The memory is allocated by the first forward and used by all later ones.
+    """
+
+    def __init__(self) -> None:
+        self._whole: dict[str, torch.Tensor] = {}
+
+    def renew(
+        self,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None,
+        places: list[tuple[int, int]],
+        total: int,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Write fresh rows to their places; returns keys, values and mask of all ``total`` rows.
+
+        Args:
+            k, v: ``[B, H, S, D]``, the rows of the places one after the other.
+            mask: additive, ``[B|1, H|1, 1, S]``, or None.
+            places: (first row, number of rows) in the whole sequence.
+        """
+        mask = None if mask is None else self._write("mask", mask, 3, places, total)
+        return self._write("k", k, 2, places, total), self._write("v", v, 2, places, total), mask
+
+    def _write(self, name: str, x: torch.Tensor, dim: int, places: list[tuple[int, int]], total: int) -> torch.Tensor:
+        if name not in self._whole:
+            self._whole[name] = x.new_empty([*x.shape[:dim], total, *x.shape[dim + 1 :]])
+        whole = self._whole[name]
+        for (start, length), rows in zip(places, x.split([length for _, length in places], dim=dim), strict=True):
+            whole.narrow(dim, start, length).copy_(rows)
+        return whole

@@ -1,0 +1,162 @@
+"""Which stage owns which blocks, and what stands in for the blocks of others."""
+
+import functools
+import inspect
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import nn
+
+from xfuser.core.distributed import GroupCoordinator
+from xfuser.methods.forward import arguments_of
+from xfuser.models.plan import ModelPlan, blocks_of
+
+NOMINAL_TOKENS = {"image": 4096, "text": 512}  # of a 1024-pixel image; only their ratio matters
+
+
+def stage_layers(model: nn.Module, plan: ModelPlan, stages: int, asked: tuple[int, ...] | None = None) -> list[int]:
+    """Number of blocks of each stage: as asked for, else so that the slowest stage takes as little time as possible.
+
+    Raises:
+        ValueError: there are fewer blocks than stages, or the numbers asked for do not add up.
+    """
+    blocks = blocks_of(model, plan)
+    if stages > len(blocks):
+        raise ValueError(
+            f"pipefusion_parallel_degree={stages} is more than the {len(blocks)} blocks of {type(model).__name__}: use"
+            f" at most {len(blocks)}"
+        )
+    if asked is None:
+        costs = [block_cost(block, plan) for block in blocks]
+        costs[-1] += _linear_cost(model.get_submodule(plan.head), NOMINAL_TOKENS["image"])
+        return _balanced(costs, stages)
+    if sum(asked) != len(blocks) or len(asked) != stages or min(asked) < 1:
+        raise ValueError(
+            f"attn_layer_num_for_pp={list(asked)} must be {stages} numbers of 1 or more that add up to the"
+            f" {len(blocks)} blocks of {type(model).__name__}"
+        )
+    return list(asked)
+
+
+def block_cost(block: nn.Module, plan: ModelPlan) -> float:
+    """Multiplications of a block's forward on a 1024-pixel image, about: its linears, and its attention."""
+    linears = {name: one for name, one in block.named_modules() if isinstance(one, nn.Linear)}
+    text = {name for name in linears if any(f"{name}.".startswith(f"{prefix}.") for prefix in plan.text_modules)}
+    image_tokens = NOMINAL_TOKENS["image"] + (NOMINAL_TOKENS["text"] if plan.text and not text else 0)
+    cost = 0.0
+    for name, linear in linears.items():
+        if not name.startswith("norm"):  # those work on one row
+            cost += _linear_cost(linear, NOMINAL_TOKENS["text"] if name in text else image_tokens)
+    for name, streams in plan.attention.items():
+        attention = getattr(block, name, None)
+        if attention is not None:
+            tokens = sum(NOMINAL_TOKENS[stream] for stream in streams)
+            cost += 2 * tokens**2 * attention.to_q.out_features
+    return cost
+
+
+def _linear_cost(module: nn.Module, tokens: int) -> float:
+    return sum(weight.numel() for weight in module.parameters()) * tokens
+
+
+def _balanced(costs: list[float], parts: int) -> list[int]:
+    """Sizes of consecutive parts, none empty, whose largest sum is the smallest possible."""
+    sums = [0.0, *accumulate(costs)]
+
+    @functools.cache
+    def best(start: int, parts: int) -> tuple[float, tuple[int, ...]]:
+        if parts == 1:
+            return sums[-1] - sums[start], (len(costs) - start,)
+        options = []
+        for stop in range(start + 1, len(costs) - parts + 2):
+            rest, sizes = best(stop, parts - 1)
+            options.append((max(sums[stop] - sums[start], rest), (stop - start, *sizes)))
+        return min(options)
+
+    return list(best(0, parts)[1])
+
+
+class Stub(nn.Module):
+    """Stands in for a block of another stage: passes the streams on, and has the block's attributes.
+
+    The block's weights are freed. Of its submodules only those lent to the forward keep theirs, and stay registered.
+    """
+
+    def __init__(self, block: nn.Module, plan: ModelPlan, lent: list[str]) -> None:
+        super().__init__()
+        self.lent = nn.ModuleList(block.get_submodule(name) for name in lent)
+        self.__dict__["block"] = block  # unregistered: its weights are gone
+        for weight, owner, key in tensors_of(block, set(self.lent.parameters())):
+            _set(owner, key, weight, weight.to("meta"))
+        streams = [{"image": plan.image, "text": plan.text}[stream] for stream in plan.returns]
+        signature = inspect.signature(block.forward)
+
+        @functools.wraps(block.forward)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            arguments = arguments_of(signature, args, kwargs)
+            passed = tuple(arguments[stream] for stream in streams)
+            return passed if len(passed) > 1 else passed[0]
+
+        self.forward = forward
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["block"], name)
+
+
+class StageBlocks:
+    """The blocks of a transformer that this stage holds. The weights of all others are freed until :meth:`restore`."""
+
+    def __init__(self, model: nn.Module, plan: ModelPlan, group: GroupCoordinator, layers: list[int]) -> None:
+        self._group = group
+        self.owners = [stage for stage, count in enumerate(layers) for _ in range(count)]
+        self._places = [(name, i) for name in plan.blocks for i in range(len(model.get_submodule(name)))]
+        self._model = model
+        self._stubs: dict[int, Stub] = {}
+        for index, (name, i) in enumerate(self._places):
+            if self.owners[index] != group.rank_in_group:
+                prefix = f"{name}.{i}."
+                lent = [one.removeprefix(prefix) for one in plan.lent if one.startswith(prefix)]
+                blocks = model.get_submodule(name)
+                blocks[i] = self._stubs[index] = Stub(blocks[i], plan, lent)
+
+    def restore(self) -> None:
+        """Give every stage all blocks again, with the weights of the stage that holds them; all stages must call it."""
+        for index, (name, i) in enumerate(self._places):
+            stub = self._stubs.get(index)
+            block = stub.block if stub else self._model.get_submodule(name)[i]
+            tensors = tensors_of(block)
+            # The wrapped pipeline may have been moved to another dtype, which stubs do not notice.
+            dtypes = self._group.broadcast_object([weight.dtype for weight, *_ in tensors], src=self.owners[index])
+            for (weight, owner, key), dtype in zip(tensors, dtypes, strict=True):
+                x = weight.detach()
+                if weight.is_meta:
+                    x = torch.empty_like(weight, dtype=dtype, device=self._group.device)
+                x = self._group.broadcast(x, src=self.owners[index])
+                if weight.is_meta:
+                    _set(owner, key, weight, x)
+            if stub:
+                self._model.get_submodule(name)[i] = block
+        self._stubs = {}
+
+
+def tensors_of(
+    module: nn.Module, without: set[nn.Parameter] = frozenset()
+) -> list[tuple[torch.Tensor, nn.Module, str]]:
+    """All parameters and buffers of a module tree: the tensor, the module that has it, its name there."""
+    return [
+        (x, owner, key)
+        for owner in module.modules()
+        for key, x in (*owner._parameters.items(), *owner._buffers.items())
+        if x is not None and x not in without
+    ]
+
+
+def _set(owner: nn.Module, key: str, old: torch.Tensor, new: torch.Tensor) -> None:
+    if key in owner._parameters:
+        owner._parameters[key] = nn.Parameter(new, requires_grad=old.requires_grad)
+    else:
+        owner._buffers[key] = new

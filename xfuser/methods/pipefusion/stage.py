@@ -1,0 +1,305 @@
+"""One stage of one transformer's pipeline, during a call: which tokens a forward computes, and who gets them next."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+
+from xfuser.core.attention.kv_buffer import KVBuffer
+from xfuser.methods.forward import Arguments, Call, edited_arguments, replaced
+from xfuser.methods.pipefusion.channel import Channel, Route
+from xfuser.methods.pipefusion.clock import Clock
+from xfuser.methods.pipefusion.patches import Patches, rows_of
+from xfuser.methods.tokens import TokenShares, Window
+from xfuser.models.plan import ModelPlan, blocks_of
+
+SAME_CALLS = (
+    "PipeFusion needs the same calls in every step. Leave away what changes guidance on the way, or use other methods"
+)
+
+
+class Stage:
+    """The part of a transformer's forward that this rank computes, patch by patch.
+
+    Two layers of the forward belong to it: ``computed`` leaves of the output what this sub-step computed on this rank,
+    and ``assembled``, outside of the layers that exchange outputs, puts that into the whole.
+
+    Args:
+        owners: the stage of each block.
+        rank: this rank's stage.
+        channels: this rank's ends of the channels between stages.
+        when_there: takes a function that reads or writes outputs, and calls it once they have arrived.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: ModelPlan,
+        owners: list[int],
+        rank: int,
+        channels: dict[Route, Channel],
+        clock: Clock,
+        patches: Patches,
+        when_there: Callable[..., None],
+    ) -> None:
+        self._model, self._plan, self._owners, self._rank = model, plan, owners, rank
+        self._channels, self._clock, self._patches, self._when_there = channels, clock, patches, when_there
+        self._forget()
+
+    def _forget(self) -> None:
+        """All that a denoising loop leaves behind."""
+        self._call = 0  # index of the transformer's next call within the sub-step
+        self._latents: list[torch.Tensor] = []  # input of each call of the first sub-step
+        self._outputs: list[tuple[list[torch.Tensor], Any]] = []  # whole output of each call: tensors, tree
+        self._buffers: dict[tuple[str, int], KVBuffer] = {}
+        self._shares: TokenShares | None = None
+        # Of each forward in this sub-step, elements per token and all tokens of the streams; and in a whole sub-step.
+        self._received: list[tuple[int, list[int]]] = []
+        self._receives: list[tuple[int, list[int]]] | None = None
+
+    @property
+    def is_last(self) -> bool:
+        return self._rank == self._owners[-1]
+
+    def assembled(self, call: Call, arguments: Arguments) -> Any:
+        """The outer layer: from the computed part of the output to the whole, as far as it is known here."""
+        index = self._enter(arguments)
+        if self._clock.synchronous and self._clock.patch > 0:
+            kept, tree = self._outputs[index]
+            return tree_unflatten([x.clone() for x in kept], tree)
+        parts, tree = tree_flatten(call(arguments))
+        if self._clock.synchronous:
+            self._outputs[index:] = [([self._blank(x) for x in parts], tree)]
+        kept = self._outputs[index][0]
+        given = [x.clone() for x in kept]
+
+        def fill() -> None:
+            for whole in (kept, given):
+                for x, part in zip(whole, parts, strict=True):
+                    self.part(x).copy_(part)
+
+        self._when_there(fill, given)
+        return tree_unflatten(given, tree)
+
+    def computed(self, call: Call, arguments: Arguments) -> Any:
+        """The inner layer: of the output, only what this rank computed."""
+        return tree_map_only(torch.Tensor, self.part, call(arguments))
+
+    def part(self, output: torch.Tensor) -> torch.Tensor:
+        """View of what this rank computes of an output in this sub-step: no row of it before the last stage."""
+        if not self.is_last:
+            return rows_of(output, range(0))
+        if self._clock.synchronous:
+            return output
+        return rows_of(output, self._patches.rows(output, self._clock.patch))
+
+    def window(self, tokens: int) -> Window:
+        """The tokens of this sub-step, of an image with that many."""
+        if self._clock.synchronous:
+            return Window(range(tokens))
+        return self._window(tokens, self._clock.patch)
+
+    def smallest_window(self, tokens: int) -> int:
+        """Image tokens of the smallest patch, the last one."""
+        return len(self._patches.tokens(self._latents[0], tokens, self._clock.patches - 1))
+
+    def renew(
+        self,
+        name: str,
+        shares: TokenShares,
+        streams: tuple[str, ...],
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Fresh keys, values and mask of one attention module in, those of the whole sequence out."""
+        buffer = self._buffers.setdefault((name, self._call), KVBuffer())
+        return buffer.renew(k, v, mask, shares.places(streams), sum(shares.totals[stream] for stream in streams))
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Within the context, tokens come from the previous stage and go to the next."""
+        blocks = blocks_of(self._model, self._plan)
+        own = [block for block, owner in zip(blocks, self._owners, strict=True) if owner == self._rank]
+        with ExitStack() as stack:
+            embed, head = (self._model.get_submodule(name) for name in (self._plan.embed, self._plan.head))
+            stack.enter_context(replaced(embed, "forward", self._embedding(embed.forward)))
+            if self._rank > 0:
+                stack.enter_context(edited_arguments(own[0], self._receive))
+            if not self.is_last:
+                stack.callback(own[-1].register_forward_hook(self._send).remove)
+                stack.enter_context(replaced(head, "forward", _zeros_of(head)))
+            for consumer, producer in skips(self._plan, self._owners):
+                route = ("skips", self._owners[producer], self._owners[consumer])
+                if route in self._channels:
+                    stack.enter_context(self._skip(blocks[consumer], self._channels[route], route))
+            if self._plan.text is None and self._clock.patches > 1:
+                for block in own:
+                    for name in self._plan.text_modules:
+                        stack.enter_context(self._once_a_step(block.get_submodule(name)))
+            yield
+
+    def end_substep(self, latents: torch.Tensor) -> None:
+        """To be called when the scheduler has stepped these latents."""
+        if self._call != len(self._latents):
+            raise ValueError(
+                f"{type(self._model).__name__} was called {self._call} times in a step, and {len(self._latents)} times"
+                f" in the first one: {SAME_CALLS}"
+            )
+        dim = Patches.dim(latents)
+        if any(latents.shape[dim] != x.shape[dim] or latents.dim() != x.dim() for x in self._latents):
+            raise ValueError(
+                f"the scheduler steps latents of shape {tuple(latents.shape)}, and {type(self._model).__name__} was"
+                f" given {tuple(self._latents[0].shape)}: PipeFusion's patches must be rows of both. Use other methods"
+                " for pipelines that put pictures beside the latents"
+            )
+        if not self._clock.synchronous:
+            self._receives = self._received
+        self._call, self._received = 0, []
+        for channel in self._channels.values():
+            channel.end_substep()
+
+    def _enter(self, arguments: Arguments) -> int:
+        """Check a call of the transformer against those before; returns its index."""
+        clock, latents = self._clock, arguments[self._plan.image]
+        if (clock.step, clock.patch, self._call) == (0, 0, 0):
+            self._forget()
+        for name in (*self._plan.residuals, *self._plan.counts_steps):
+            if arguments.get(name) is not None:
+                raise ValueError(
+                    f"PipeFusion does not serve {name!r} of {type(self._model).__name__}, which depends on the whole"
+                    " latents or on the number of the step: use Ulysses, ring, CFG or data parallelism"
+                )
+        if (clock.step, clock.patch) == (0, 0):
+            self._latents.append(latents)
+        index, self._call = self._call, self._call + 1
+        shape = self._latents[index].shape if index < len(self._latents) else None
+        if shape != latents.shape:
+            raise ValueError(
+                f"call {index} of {type(self._model).__name__} in step {clock.step} has latents of shape"
+                f" {tuple(latents.shape)}, and had {shape and tuple(shape)} in the first step: {SAME_CALLS}"
+            )
+        return index
+
+    def _blank(self, part: torch.Tensor) -> torch.Tensor:
+        dim = Patches.dim(part)
+        shape = list(part.shape)
+        shape[dim] = self._latents[0].shape[dim]
+        return part.new_zeros(shape)
+
+    def _window(self, tokens: int, patch: int) -> Window:
+        return Window(self._patches.tokens(self._latents[0], tokens, patch), text=patch == 0)
+
+    def entered(self, shares: TokenShares) -> None:
+        """To be called when a forward has come to its first block."""
+        self._shares = shares
+
+    def _embedding(self, embed: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Computes the tokens of this sub-step on the first stage; elsewhere zeros, of which the shape matters."""
+
+        def forward(latents: torch.Tensor) -> torch.Tensor:
+            if self._rank == 0 and self._clock.synchronous:
+                return embed(latents)
+            count, rows = self._patches.row_count(latents), range(1)
+            if self._rank == 0:
+                rows = self._patches.token_rows(latents, self._clock.patch)
+            tokens = embed(rows_of(latents, self._patches.latent_rows(latents, rows)))
+            dim = Patches.dim(tokens)
+            whole = tokens.new_zeros([*tokens.shape[:dim], count, *tokens.shape[dim + 1 :]])
+            if self._rank == 0:
+                rows_of(whole, rows).copy_(tokens)
+            return whole
+
+        return forward
+
+    def _receive(self, arguments: Arguments) -> None:
+        """Ahead of this stage's first block: the previous stage's tokens take the place of those that came here."""
+        names = [name for name in (self._plan.image, self._plan.text) if name]
+        image = arguments[self._plan.image]
+        shapes = [arguments[name].shape for name in names]
+        counts = [shape.numel() for shape in shapes]
+        channel = self._channels["tokens", self._rank - 1, self._rank]
+        tokens = channel.receive(image, sum(counts))
+        for name, shape, part in zip(names, shapes, tokens.split(counts), strict=True):
+            arguments[name] = part.view(shape)
+        self._received.append((image.shape[0] * image.shape[2], list(self._shares.totals.values())))
+        self._expect_next(channel, image)
+        for consumer, producer in skips(self._plan, self._owners):
+            route = ("skips", self._owners[producer], self._rank)
+            if self._owners[consumer] == self._rank and route in self._channels:
+                self._channels[route].expect(image, image.numel())
+
+    def _expect_next(self, channel: Channel, like: torch.Tensor) -> None:
+        """Post the next receive, where it is certain what it will be."""
+        done = len(self._received)
+        if self._receives is None or self._clock.synchronous:
+            return
+        patch = self._clock.patch
+        if done == len(self._receives):
+            following = self._clock.after(self._clock.step, patch)
+            if following is None:
+                return
+            done, patch = 0, following[1]
+        per_token, totals = self._receives[done]
+        rank, ranks = self._shares.rank, self._shares.ranks
+        coming = TokenShares(rank, ranks, *totals, self._window(totals[0], patch))
+        channel.expect(like, per_token * sum(sizes[rank] for sizes in coming.sizes.values()))
+
+    def _send(self, block: nn.Module, args: tuple, output: Any) -> None:
+        """Behind this stage's last block."""
+        streams = output if isinstance(output, tuple) else (output,)
+        by_name = dict(zip(self._plan.returns, streams, strict=True))
+        parts = [by_name[name].reshape(-1) for name in ("image", "text") if name in by_name]
+        self._channels["tokens", self._rank, self._rank + 1].send(torch.cat(parts))
+
+    def _skip(self, consumer: nn.Module, channel: Channel, route: Route) -> AbstractContextManager[None]:
+        """A long skip from a block of one stage to a block of another.
+
+        The producing stage sends it when the forward comes to the consumer's stub: behind its own last block, and in
+        the order in which consumers take them.
+        """
+
+        def edit(arguments: Arguments) -> None:
+            skip = arguments.get(self._plan.skip)
+            if skip is not None and route[1] == self._rank:
+                channel.send(skip.reshape(-1))
+            elif skip is not None:
+                arguments[self._plan.skip] = channel.receive(skip, skip.numel()).view(skip.shape)
+
+        return edited_arguments(consumer, edit)
+
+    def _once_a_step(self, module: nn.Module) -> AbstractContextManager[None]:
+        """Within the context, a module that works on text alone computes with patch 0, and other patches reuse it."""
+        outputs: dict[int, torch.Tensor] = {}
+        original = module.forward
+
+        @wraps(original)
+        def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
+            if self._clock.patch == 0:
+                outputs[self._call] = original(*args, **kwargs)
+            return outputs[self._call]
+
+        return replaced(module, "forward", forward)
+
+
+def _zeros_of(head: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda tokens: tokens.new_zeros(*tokens.shape[:-1], head.out_features)
+
+
+def skips(plan: ModelPlan, owners: list[int]) -> list[tuple[int, int]]:
+    """(consumer, producer) of each long skip, in the order of consumption."""
+    blocks = len(owners)
+    return [(i, blocks - 1 - i) for i in range(blocks // 2 + 1, blocks)] if plan.skip else []
+
+
+def routes(plan: ModelPlan, owners: list[int]) -> list[Route]:
+    """The channels that the stages of a transformer with these block owners need."""
+    last = owners[-1]
+    hops = {("tokens", stage, stage + 1) for stage in range(last)}
+    ends = {(owners[producer], owners[consumer]) for consumer, producer in skips(plan, owners)}
+    latents = {("latents", last, 0)} if last else set()
+    return sorted(hops | latents | {("skips", *pair) for pair in ends if pair[0] != pair[1]})
