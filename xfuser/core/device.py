@@ -1,5 +1,6 @@
 """The one place that knows which device and which communication backend this machine has."""
 
+import os
 import resource
 import sys
 
@@ -61,3 +62,10 @@ def peak_memory() -> int:
         return torch.get_device_module(device_type()).max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def free_memory() -> int:
+    """Bytes that can be allocated now: of the accelerator, or of the machine's memory on the CPU."""
+    if device_type() != "cpu":
+        return torch.get_device_module(device_type()).mem_get_info()[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

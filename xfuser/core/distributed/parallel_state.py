@@ -110,6 +110,7 @@ def initialize_model_parallel(
     backend = backend or dist.get_backend()
     for token in ("dp", "cfg", "pp", "tp"):
         _groups[token] = GroupCoordinator(grid.get_ranks(token), world.local_rank, backend)
+    _groups["replica"] = GroupCoordinator(grid.get_ranks("tp-sp-pp-cfg"), world.local_rank, backend)
     split = [split_sequence_group(ranks, ulysses_degree) for ranks in grid.get_ranks("sp")]
     _groups["sp"] = SequenceParallelGroupCoordinator(
         grid.get_ranks("sp"),
@@ -150,6 +151,11 @@ def get_world_group() -> GroupCoordinator:
 def get_dp_group() -> GroupCoordinator:
     """The ranks that hold the same place in each data-parallel replica."""
     return _group("dp", "initialize_model_parallel()")
+
+
+def get_replica_group() -> GroupCoordinator:
+    """All ranks of one data-parallel replica."""
+    return _group("replica", "initialize_model_parallel()")
 
 
 def get_cfg_group() -> GroupCoordinator:

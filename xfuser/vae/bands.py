@@ -1,0 +1,106 @@
+"""Bands: which rows (or columns) of a feature map the ranks hold, and how they lend each other some."""
+
+import torch
+import torch.distributed as dist
+
+from xfuser.core.distributed.group_coordinator import all_gather_parts
+from xfuser.core.distributed.utils import share
+
+
+class Bands:
+    """The heights of all ranks' bands during one forward of an encoder or decoder.
+
+    Every rank goes through the same operations, so each knows the others' heights without asking. Where bands are of
+    columns, what is called rows and heights here are columns and widths.
+
+    Args:
+        dim: the dimension of ``[..., H, W]`` that is divided, -2 or -1.
+        sizes: rows of the input that each rank of ``group`` holds, each 1 or more.
+        across: length of the input's other dimension.
+    """
+
+    def __init__(self, dim: int, sizes: list[int], across: int, group: dist.ProcessGroup) -> None:
+        self.dim, self.group, self.rank = dim, group, dist.get_rank(group)
+        self._sizes = sizes
+        self.area = (sizes[self.rank], across)  # of this rank's band, behind the last convolution
+
+    @property
+    def ranks(self) -> int:
+        return len(self._sizes)
+
+    def sizes(self, height: int, where: str) -> list[int]:
+        """The heights of all bands where this rank's is ``height``: as at the last operation, or all scaled alike.
+
+        Raises:
+            ValueError: no scale leads there.
+        """
+        before = self._sizes[self.rank]
+        if height != before:
+            up, down = height // before, before // height if height else 0
+            if up > 1 and height == before * up:
+                self._sizes = [size * up for size in self._sizes]
+            elif down > 1 and before == height * down and not any(size % down for size in self._sizes):
+                self._sizes = [size // down for size in self._sizes]
+            else:
+                raise ValueError(
+                    f"parallel VAE: {where} was given {height} rows where this rank holds {before}: an operation"
+                    " ahead of it changed the rows in a way that is not known here. Leave use_parallel_vae away"
+                )
+        return self._sizes
+
+    def now(self, sizes: list[int], x: torch.Tensor) -> None:
+        """Note the heights behind an operation that may have changed them, with its result here."""
+        self._sizes = sizes
+        self.area = (sizes[self.rank], x.shape[-3 - self.dim])
+
+    def holds_map(self, x: torch.Tensor) -> bool:
+        """Whether the last two dimensions are those of a feature map: at the last one's scale, or another."""
+        height, across = self.area
+        return x.dim() >= 3 and x.shape[self.dim] * across == x.shape[-3 - self.dim] * height
+
+    def with_halo(self, x: torch.Tensor, sizes: list[int], needs: list[range]) -> torch.Tensor:
+        """What this rank needs: its own band's part of that between rows of others."""
+        mine = _common(share(sizes, self.rank), needs[self.rank])
+        above, below = self.borrow(x, sizes, needs)
+        own = [self._rows(x, share(sizes, self.rank), mine)] if mine else []
+        parts = [part for part in (above, *own, below) if part is not None]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=self.dim)
+
+    def borrow(
+        self, x: torch.Tensor, sizes: list[int], needs: list[range]
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The rows of others that this rank needs, above and below its own; ``needs`` are those that each rank needs.
+
+        Rows of the whole map count from 0. Only rows that are needed travel, also from ranks that are no neighbours.
+        """
+        held = [share(sizes, rank) for rank in range(len(sizes))]
+        ranks = dist.get_process_group_ranks(self.group)
+        ops, received = [], {}
+        for other in range(len(sizes)):
+            if other == self.rank:
+                continue
+            lent, borrowed = _common(held[self.rank], needs[other]), _common(held[other], needs[self.rank])
+            if lent:
+                rows = self._rows(x, held[self.rank], lent).contiguous()
+                ops.append(dist.P2POp(dist.isend, rows, ranks[other], self.group))
+            if borrowed:
+                shape = list(x.shape)
+                shape[self.dim] = len(borrowed)
+                received[other] = x.new_empty(shape)
+                ops.append(dist.P2POp(dist.irecv, received[other], ranks[other], self.group))
+        for work in dist.batch_isend_irecv(ops) if ops else []:
+            work.wait()
+        above = [received[rank] for rank in sorted(received) if rank < self.rank]
+        below = [received[rank] for rank in sorted(received) if rank > self.rank]
+        return tuple(torch.cat(parts, dim=self.dim) if parts else None for parts in (above, below))
+
+    def gather(self, x: torch.Tensor, sizes: list[int], dim: int) -> torch.Tensor:
+        """All ranks' parts, one after the other."""
+        return torch.cat(all_gather_parts(x, dim % x.dim(), sizes, self.group), dim=dim)
+
+    def _rows(self, x: torch.Tensor, held: range, rows: range) -> torch.Tensor:
+        return x.narrow(self.dim, rows.start - held.start, len(rows))
+
+
+def _common(a: range, b: range) -> range:
+    return range(max(a.start, b.start), max(a.start, b.start, min(a.stop, b.stop)))

@@ -1,0 +1,96 @@
+"""The two ways to run a VAE in parallel: this package's own, and the package ``distvae``."""
+
+import copy
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch.distributed as dist
+from torch import nn
+
+from xfuser.vae.parallelize import CODERS, check_values, parallelize_vae
+
+ENGINES = ("auto", "native", "distvae")
+PROVEN = {  # classes that the native engine is tested with
+    "AutoencoderDC",
+    "AutoencoderKL",
+    "AutoencoderKLCogVideoX",
+    "AutoencoderKLFlux2",
+    "AutoencoderKLHunyuanVideo",
+    "AutoencoderKLLTXVideo",
+    "AutoencoderKLMochi",
+    "AutoencoderKLQwenImage",
+    "AutoencoderKLWan",
+    "AutoencoderTiny",
+}
+
+
+def available_engines() -> list[str]:
+    """The engines that can be asked for here."""
+    return [engine for engine in ENGINES if engine != "distvae" or _installed()]
+
+
+def check_engine(engine: str, split: str, chunk_rows: int | str | None) -> None:
+    """Raise a ValueError for values that no engine takes."""
+    if engine not in ENGINES:
+        raise ValueError(f"vae_engine={engine!r} is unknown; known are {', '.join(ENGINES)}")
+    check_values(split, chunk_rows)
+    if engine != "distvae":
+        return
+    if not _installed():
+        raise ValueError("vae_engine='distvae': the package distvae is not installed (pip install distvae)")
+    if split == "width" or chunk_rows is not None:
+        raise ValueError(
+            f"vae_engine='distvae' divides height, without chunks (given: vae_split={split!r},"
+            f" vae_chunk_rows={chunk_rows!r}): use vae_engine='native' for these"
+        )
+
+
+@contextmanager
+def parallel_vae(
+    vae: nn.Module,
+    group: dist.ProcessGroup,
+    engine: str = "auto",
+    split: str = "auto",
+    chunk_rows: int | str | None = None,
+) -> Iterator[None]:
+    """Within the context, a VAE's encoder and decoder run on all ranks of a group.
+
+    ``engine="auto"`` is ``"native"`` for classes that are tested with it, and for others ``"distvae"`` where that is
+    installed; the other arguments are those of :func:`parallelize_vae`.
+
+    Raises:
+        ValueError: the engine does not know the VAE's class.
+    """
+    if engine == "auto":
+        engine = "distvae" if type(vae).__name__ not in PROVEN and _installed() else "native"
+    if engine == "native":
+        undo = parallelize_vae(vae, group, split, chunk_rows)
+        try:
+            yield
+        finally:
+            undo()
+        return
+    before = {name: vars(vae)["_modules"][name] for name in CODERS if name in vars(vae)["_modules"]}
+    try:
+        _by_distvae(vae, group, before)
+        yield
+    finally:
+        for name, coder in before.items():
+            setattr(vae, name, coder)
+
+
+def _by_distvae(vae: nn.Module, group: dist.ProcessGroup, coders: dict[str, nn.Module]) -> None:
+    from distvae.vae import parallelize_decoder, parallelize_encoder  # optional, and loads much
+
+    for name, coder in coders.items():  # it takes modules apart: give it copies, that share the weights
+        weights = {id(x): x for x in (*coder.parameters(), *coder.buffers())}
+        setattr(vae, name, copy.deepcopy(coder, weights))
+    if "decoder" in coders:
+        parallelize_decoder(vae, group)
+    if "encoder" in coders:
+        parallelize_encoder(vae, group)
+
+
+def _installed() -> bool:
+    return importlib.util.find_spec("distvae") is not None

@@ -1,0 +1,192 @@
+"""Parallel VAE: the encoder and the decoder of any VAE of Diffusers, on bands of rows.
+
+Nothing of the VAE is replaced. While its encoder or decoder runs, a ``TorchFunctionMode`` takes the place of the few
+functions that mix rows (``operations.py``); all others work on a band as they do on a whole picture. What would mix
+rows unseen is refused by name. The idea of patches that exchange halos is DistVAE's (in xDiT, arXiv 2411.01738).
+"""
+
+from collections.abc import Callable
+from functools import partial, wraps
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from xfuser.core.distributed.utils import share, split_sizes
+from xfuser.vae import operations
+from xfuser.vae.bands import Bands
+
+CODERS = ("encoder", "decoder")
+SPLITS = ("auto", "height", "width")
+REFUSED = {  # functions that may mix rows, and are not known
+    F.adaptive_avg_pool2d,
+    F.batch_norm,
+    F.conv_transpose2d,
+    F.conv_transpose3d,
+    F.fold,
+    F.grid_sample,
+    F.instance_norm,
+    F.max_pool2d,
+    F.max_pool3d,
+    F.softmax,
+    F.unfold,
+    torch.bmm,
+    torch.Tensor.cumsum,
+    torch.cumsum,
+    torch.einsum,
+    torch.Tensor.flip,
+    torch.flip,
+    torch.roll,
+    torch.softmax,
+    torch.Tensor.__matmul__,
+    torch.Tensor.softmax,
+}
+REDUCTIONS = {
+    getattr(owner, name)
+    for owner in (torch, torch.Tensor)
+    for name in ("amax", "amin", "logsumexp", "max", "mean", "min", "norm", "prod", "std", "sum", "var")
+}
+
+
+class OnBands(TorchFunctionMode):
+    """While active, functions that mix rows work on bands."""
+
+    def __init__(self, bands: Bands, chunk_rows: int | str | None) -> None:
+        super().__init__()
+        self._bands = bands
+        convolution = operations.convolution
+        self._handlers: dict[Any, Callable[..., torch.Tensor]] = {
+            torch.conv2d: partial(convolution, bands, torch.conv2d, chunk_rows),
+            torch.conv3d: partial(convolution, bands, torch.conv3d, chunk_rows),
+            F.pad: partial(operations.pad, bands),
+            F.group_norm: partial(operations.group_norm, bands),
+            F.scaled_dot_product_attention: partial(operations.attention, bands),
+            torch.matmul: partial(operations.matmul, bands),
+            torch.Tensor.matmul: partial(operations.matmul, bands),
+        }
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        handler = self._handlers.get(func)
+        if handler:
+            return handler(*args, **kwargs)
+        if func in REFUSED or (func in REDUCTIONS and self._reduces_rows(*args, **kwargs)):
+            raise ValueError(
+                f"parallel VAE: {func.__name__} may mix the rows of the picture, which lie on different ranks. Leave"
+                " use_parallel_vae away for this VAE"
+            )
+        if func is F.interpolate and kwargs.get("mode", "nearest") not in ("nearest", "nearest-exact"):
+            raise ValueError(f"parallel VAE: interpolation with mode={kwargs['mode']!r} mixes rows: not known here")
+        result = func(*args, **kwargs)
+        if isinstance(result, torch.Tensor):
+            padded = [x for x in tree_leaves(args) if isinstance(x, torch.Tensor) and operations.padding_of(x)]
+            if padded:
+                return operations.keep_padding(func, padded[0], result)
+        return result
+
+    def _reduces_rows(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> bool:
+        """Whether a sum or the like over a feature map goes over its rows."""
+        dims = kwargs.get("dim", args[0] if args else None)
+        dims = [dims] if isinstance(dims, int) else range(x.dim()) if dims is None else dims
+        return self._bands.holds_map(x) and x.dim() >= 4 and any(d % x.dim() == x.dim() + self._bands.dim for d in dims)
+
+
+def parallelize_vae(
+    vae: nn.Module, group: dist.ProcessGroup | None = None, split: str = "auto", chunk_rows: int | str | None = None
+) -> Callable[[], None]:
+    """Let a VAE encode and decode on all ranks of a group, each with a band of rows; every rank gets the whole result.
+
+    Args:
+        vae: any VAE of Diffusers with an ``encoder`` and a ``decoder`` that take ``[B, C, H, W]`` or
+            ``[B, C, T, H, W]``. Its weights are the same on all ranks, and so are its inputs.
+        group: the ranks; all by default.
+        split: ``"height"``, ``"width"``, or ``"auto"``: the longer one.
+        chunk_rows: output rows (columns, if those are split) that a convolution computes at a time, which bounds its
+            workspace; also of use on one rank. ``"auto"``: as many as need a quarter of the free memory.
+
+    Returns:
+        A function that undoes it.
+
+    Raises:
+        ValueError: the VAE has neither an encoder nor a decoder, is parallel already, or works in tiles; or a wrong
+            value. During a call: an operation that mixes rows is not known.
+    """
+    check_values(split, chunk_rows)
+    _check_class(vae)
+    group = group or dist.group.WORLD
+    for name in CODERS:
+        coder = getattr(vae, name, None)
+        if isinstance(coder, nn.Module):
+            unit = compression(vae) if name == "encoder" else 1
+            coder.forward = _on_bands(coder.forward, group, unit, split, chunk_rows)
+
+    def undo() -> None:
+        for name in CODERS:
+            if isinstance(getattr(vae, name, None), nn.Module):
+                del getattr(vae, name).forward
+
+    return undo
+
+
+def check_values(split: str, chunk_rows: int | str | None) -> None:
+    """Raise a ValueError for values that :func:`parallelize_vae` does not take."""
+    if split == "frames":
+        raise ValueError(
+            "vae_split='frames': the VAEs of Diffusers go through frames one after the other, each with what the one"
+            " before left; use height, width or auto"
+        )
+    if split not in SPLITS:
+        raise ValueError(f"vae_split={split!r} is unknown; known are {', '.join(SPLITS)}")
+    if chunk_rows not in (None, "auto") and (not isinstance(chunk_rows, int) or chunk_rows < 1):
+        raise ValueError(f"vae_chunk_rows={chunk_rows!r} must be auto or a whole number of 1 or more")
+
+
+def _check_class(vae: nn.Module) -> None:
+    coders = [getattr(vae, name, None) for name in CODERS]
+    if not any(isinstance(coder, nn.Module) for coder in coders):
+        raise ValueError(f"{type(vae).__name__} has no encoder and no decoder to run in parallel")
+    if any("forward" in vars(coder) for coder in coders if isinstance(coder, nn.Module)):
+        raise ValueError(f"{type(vae).__name__} is parallel already, or its forward has been replaced")
+
+
+def compression(vae: nn.Module) -> int:
+    """Rows of a picture that become one row of latents."""
+    config = vae.config
+    for name in ("spatial_compression_ratio", "scale_factor_spatial"):
+        found = getattr(vae, name, None) or getattr(config, name, None)
+        if found:
+            return int(found)
+    names = [name for name in ("block_out_channels", "encoder_block_out_channels") if name in config]
+    return 2 ** (len(config[names[0]]) - 1)
+
+
+def _on_bands(
+    original: Callable, group: dist.ProcessGroup, unit: int, split: str, chunk_rows: int | str | None
+) -> Callable:
+    ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+
+    @wraps(original)
+    def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        dim = -1 if split == "width" or (split == "auto" and x.shape[-1] > x.shape[-2]) else -2
+        rows = x.shape[dim]
+        if 1 < ranks > rows // unit:
+            return original(x, *args, **kwargs)  # too few rows to divide: every rank computes them all
+        sizes = [size * unit for size in split_sizes(rows // unit, ranks)]
+        sizes[-1] += rows % unit
+        band = share(sizes, rank)
+        bands = Bands(dim, sizes, x.shape[-3 - dim], group)
+        with OnBands(bands, chunk_rows):
+            output = original(x.narrow(dim, band.start, len(band)), *args, **kwargs)
+        if isinstance(output, tuple):  # what follows are caches of the convolutions, which stay with their bands
+            return (_whole(bands, output[0]), *output[1:])
+        return _whole(bands, output)
+
+    return forward
+
+
+def _whole(bands: Bands, x: torch.Tensor) -> torch.Tensor:
+    return bands.gather(x, bands.sizes(x.shape[bands.dim], "the output"), bands.dim)
