@@ -60,12 +60,22 @@ def test_config_objects_carry_what_users_read():
         ({"ulysses_degree": 2}, r"multiply to 2, but 1 ranks? run.*choose: all degrees 1"),
         ({"ring_degree": 0}, "ring_degree=0: a degree is a whole number of 1 or more"),
         ({"data_parallel_degree": -2}, "data_parallel_degree=-2"),
-        ({"pipefusion_parallel_degree": 2}, "not available yet"),
-        ({"num_pipeline_patch": 4}, "not available yet"),
-        ({"attn_layer_num_for_pp": [1, 1]}, "not available yet"),
+        ({"pipefusion_parallel_degree": 2}, "pipefusion_parallel_degree=2 multiply to 2, but 1 ranks? run"),
+        (
+            {"attn_layer_num_for_pp": [1, 1]},
+            r"attn_layer_num_for_pp=\[1, 1\] must name the blocks of each of the 1 stages",
+        ),
+        ({"attn_layer_num_for_pp": [0]}, r"attn_layer_num_for_pp=\[0\] must name"),
+        ({"num_pipeline_patch": 2, "warmup_steps": 21}, "warmup_steps=21 must be from 0 to num_inference_steps=20"),
         ({"tensor_parallel_degree": 2}, "not available yet"),
         ({"split_scheme": "row"}, "not available yet"),
-        ({"use_parallel_vae": True}, "not available yet"),
+        (
+            {"vae_engine": "best", "use_parallel_vae": True},
+            "vae_engine='best' is unknown; known are auto, native, distvae",
+        ),
+        ({"vae_split": "frames", "use_parallel_vae": True}, "go through frames one after the other"),
+        ({"vae_chunk_rows": 0, "use_parallel_vae": True}, "vae_chunk_rows=0 must be auto or a whole number"),
+        ({"vae_split": "width"}, "vae_split='width' is of use with use_parallel_vae alone"),
         ({"use_torch_compile": True}, "not available yet"),
         ({"use_onediff": True}, "no longer maintained"),
         ({"output_type": "jpeg"}, "'jpeg' is unknown; known are pil, pt, np, latent"),
@@ -78,7 +88,7 @@ def test_config_objects_carry_what_users_read():
         ({"use_cfg_parallel": True, "do_classifier_free_guidance": False}, "needs classifier-free guidance"),
         ({"enable_model_cpu_offload": True, "enable_sequential_cpu_offload": True}, "exclude each other"),
         ({"ulysses_degree": "2"}, "ulysses_degree='2': a degree is a whole number"),
-        ({"num_pipeline_patch": 0}, "not available yet"),
+        ({"num_pipeline_patch": 0}, "num_pipeline_patch=0: a number of patches is a whole number of 1 or more"),
         ({"height": 1.5}, "height=1.5 must be a whole number"),
         ({"seed": 2**70}, "must fit into 64 bits"),
         ({"prompt": None}, "prompt=None must be a text or a list of texts"),
@@ -95,7 +105,7 @@ def test_refusal_lists_the_legal_choices(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(ValueError) as refused:
         xFuserArgs(ulysses_degree=3).checked(4)
-    for choice in ("cfg 2 x ulysses 2", "ulysses 4", "ring 4", "dp 2 x ring 2", "ulysses 2 x ring 2"):
+    for choice in ("cfg 2 x ulysses 2", "ulysses 4", "ring 4", "dp 2 x ring 2", "ulysses 2 x ring 2", "pipefusion 4"):
         assert choice in str(refused.value)
 
 

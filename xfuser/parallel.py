@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from functools import wraps
 from typing import Any
 
-from xfuser.config import EngineConfig, InputConfig
+from xfuser.config import EngineConfig, InputConfig, ParallelConfig
 from xfuser.core import device as devices
 from xfuser.core.attention.kernels import check_backend
 from xfuser.core.distributed import (
@@ -13,6 +13,7 @@ from xfuser.core.distributed import (
     get_cfg_group,
     get_dp_group,
     get_pp_group,
+    get_replica_group,
     get_sp_group,
     get_tp_group,
     get_world_group,
@@ -27,10 +28,15 @@ from xfuser.logger import quiet_libraries
 from xfuser.methods.cfg import GuidanceParallel
 from xfuser.methods.data import data_parallel, split_decode
 from xfuser.methods.forward import layered_forward, replaced
+from xfuser.methods.pipefusion.blocks import Stub, stage_layers
+from xfuser.methods.pipefusion.pipefusion import PipeFusion
+from xfuser.methods.pipefusion.stage import Stage
 from xfuser.methods.refusals import refuse_mixed_rows, refuse_unsuited
 from xfuser.methods.sequence import SequenceParallel
+from xfuser.models.plan import blocks_of
 from xfuser.models.registry import planned_models
 from xfuser.output import media_of, write_media
+from xfuser.vae.engines import parallel_vae
 
 
 class xDiTParallel:
@@ -53,7 +59,9 @@ class xDiTParallel:
             raise ValueError("this pipeline is wrapped already: call unwrap() on it first")
         own = self.__dict__
         own["_pipe"] = pipe
-        planned_models(pipe)
+        pipeline_split = _pipeline_split(pipe, engine_config.parallel_config)
+        if engine_config.runtime_config.use_parallel_vae and getattr(pipe, "vae", None) is None:
+            raise ValueError(f"use_parallel_vae: {type(pipe).__name__} has no VAE; leave it away")
         own["_backend"] = engine_config.runtime_config.attention_backend
         check_backend(own["_backend"])
         own["engine_config"] = engine_config
@@ -61,37 +69,69 @@ class xDiTParallel:
         own["_output"] = None
         _join_groups(engine_config)
         own["_sp"] = get_sp_group()
+        own["_pipefusion"] = None
+        if pipeline_split:
+            own["_pipefusion"] = PipeFusion(
+                planned_models(pipe),
+                get_pp_group(),
+                pipeline_split,
+                engine_config.parallel_config.num_pipeline_patch,
+                engine_config.runtime_config.warmup_steps,
+            )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the pipeline on all ranks; every rank returns the whole result."""
-        with self.active():
+        self._check_usable()
+        whole = False
+        if self._pipefusion:
+            kwargs, whole = self._pipefusion.arguments(self._pipe, args, kwargs)
+            args = ()
+        with self._active(every_step_whole=whole):
             if get_world_group().world_size > 1:
                 _share_randomness(kwargs.get("generator"))
             self.__dict__["_output"] = self._pipe(*args, **kwargs)
         return self._output
 
+    def active(self) -> AbstractContextManager[None]:
+        """Within the context the transformer's forward is parallel, for denoising loops of one's own too.
+
+        With PipeFusion, the loop must go through the ``timesteps`` of the pipeline's scheduler, and step with it; each
+        timestep comes once for every patch, and latents are current behind the last of them.
+        """
+        return self._active(every_step_whole=True)
+
     @contextmanager
-    def active(self) -> Iterator[None]:
-        """Within the context the transformer's forward is parallel, for denoising loops of one's own too."""
+    def _active(self, every_step_whole: bool) -> Iterator[None]:
         self._check_usable()
         with ExitStack() as stack:
             if get_world_group().world_size > 1:
                 stack.enter_context(quiet_libraries())
                 stack.enter_context(_quiet_progress(self._pipe))
-                if getattr(self._pipe, "vae", None) is not None:
-                    stack.enter_context(split_decode(self._pipe.vae, get_world_group()))
+            for context in self._vae_contexts():
+                stack.enter_context(context)
             guidance = GuidanceParallel(get_cfg_group()) if get_cfg_group().world_size > 1 else None
             if guidance:
                 stack.callback(guidance.close)
+            models = planned_models(self._pipe)
+            stages: dict[str, Stage] = {}
+            if self._pipefusion:
+                when_there = guidance.when_there if guidance else _at_once
+                stages = stack.enter_context(self._pipefusion.active(self._pipe, models, when_there, every_step_whole))
+            if guidance:
                 stack.enter_context(_before_step(self._pipe, guidance.step_ends))
-            for model, plan in planned_models(self._pipe).values():
+            for name, (model, plan) in models.items():
+                stage = stages.get(name)
                 layers = [guidance.layer(plan)] if guidance else []
                 if get_dp_group().world_size > 1:
                     layers.append(data_parallel(get_dp_group(), plan))
                 if layers:
                     layers.insert(0, refuse_mixed_rows(self._pipe))
-                if self._sp.world_size > 1 or self._backend not in ("auto", "sdpa"):
-                    sequence = SequenceParallel(model, plan, self._sp, self._backend)
+                if stage:
+                    layers = [stage.assembled, *layers, stage.computed]
+                if stage and guidance:
+                    guidance.part, guidance.rows_stay = stage.part, True
+                if stage or self._sp.world_size > 1 or self._backend not in ("auto", "sdpa"):
+                    sequence = SequenceParallel(model, plan, self._sp, self._backend, stage)
                     layers.append(sequence.layer)
                     stack.enter_context(sequence.active())
                 if layers:
@@ -117,8 +157,13 @@ class xDiTParallel:
         return pipeline_arguments(self._pipe, self.input_config)
 
     def unwrap(self) -> Any:
-        """Give the pipeline back; it is as it was before, and this wrapper is of no further use."""
+        """Give the pipeline back; it is as it was before, and this wrapper is of no further use.
+
+        After PipeFusion, the stages give each other their blocks: all ranks must call it, and have the memory for all.
+        """
         pipe = self._pipe
+        if self._pipefusion:
+            self._pipefusion.restore()
         self.__dict__["_pipe"] = None
         return pipe
 
@@ -139,11 +184,41 @@ class xDiTParallel:
         else:
             setattr(self._pipe, name, value)
 
+    def _vae_contexts(self) -> list[AbstractContextManager[None]]:
+        """What shares the VAE's work: images over all ranks, or, with the parallel VAE, images over replicas and the
+        rows of each image over the ranks of a replica."""
+        vae, runtime = getattr(self._pipe, "vae", None), self.engine_config.runtime_config
+        if vae is None:
+            return []
+        if not runtime.use_parallel_vae:
+            return [split_decode(vae, get_world_group())] if get_world_group().world_size > 1 else []
+        rows = parallel_vae(
+            vae, get_replica_group().device_group, runtime.vae_engine, runtime.vae_split, runtime.vae_chunk_rows
+        )
+        return [split_decode(vae, get_dp_group()), rows] if get_dp_group().world_size > 1 else [rows]
+
     def _check_usable(self) -> None:
         if self._pipe is None:
             raise RuntimeError("the pipeline was unwrapped: wrap it again, or call it itself")
         if self._sp is not get_sp_group():
             raise RuntimeError("the process groups were made anew since this wrap: wrap the pipeline again")
+
+
+def _pipeline_split(pipe: Any, parallel: ParallelConfig) -> dict[str, list[int]]:
+    """Number of blocks of each stage, for each of the pipeline's transformers; empty without PipeFusion."""
+    models = planned_models(pipe)
+    if any(isinstance(block, Stub) for model, plan in models.values() for block in blocks_of(model, plan)):
+        raise ValueError(
+            f"an earlier wrap divided the blocks of this {type(pipe).__name__} over stages: call unwrap() on it first"
+        )
+    if not parallel.pipelined:
+        return {}
+    stages, asked = parallel.pp_degree, parallel.attn_layer_num_for_pp
+    return {name: stage_layers(model, plan, stages, asked) for name, (model, plan) in models.items()}
+
+
+def _at_once(action: Callable[[], None], results: list[Any]) -> None:
+    action()
 
 
 def _join_groups(engine_config: EngineConfig) -> None:

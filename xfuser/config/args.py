@@ -15,6 +15,7 @@ from xfuser.core.attention.kernels import available_backends, check_backend
 from xfuser.core.distributed import init_distributed_environment, launched_world_size
 from xfuser.core.distributed.failure import fail_together
 from xfuser.models.registry import check_folder
+from xfuser.vae.engines import check_engine
 
 DTYPES = {
     "auto": None,
@@ -57,7 +58,12 @@ class xFuserArgs:
     trust_remote_code: bool = _model(False, "Allow a pipeline's own code from the hub.")
 
     warmup_steps: int = _runtime(1, "Synchronous first steps of PipeFusion; no effect on other methods.")
-    use_parallel_vae: bool = _runtime(False, "Decode with the VAE spread over ranks (not available yet).")
+    use_parallel_vae: bool = _runtime(False, "Encode and decode with the rows of the picture divided over ranks.")
+    vae_engine: str = _runtime("auto", "Parallel VAE: auto, native, or the package distvae.")
+    vae_split: str = _runtime("auto", "Parallel VAE: divide height, width, or auto, the longer one.")
+    vae_chunk_rows: str | int | None = _runtime(
+        None, "Parallel VAE: rows that a convolution computes at a time, or auto; bounds memory, also on one rank."
+    )
     use_torch_compile: bool = _runtime(False, "Compile the transformer (not available yet).")
     use_onediff: bool = _runtime(False, "Refused: OneDiff is no longer maintained.")
     seed: int = _runtime(42, "Seed of the noise.")
@@ -78,9 +84,13 @@ class xFuserArgs:
     data_parallel_degree: int = _parallel(1, "Replicas among which the images are shared.")
     ulysses_degree: int = _parallel(1, "Ranks that share a sequence by attention heads.")
     ring_degree: int = _parallel(1, "Ranks that share a sequence by blocks of keys and values.")
-    pipefusion_parallel_degree: int = _parallel(1, "Stages of the transformer's blocks (not available yet).")
-    num_pipeline_patch: int | None = _parallel(None, "Patches of the image in PipeFusion (not available yet).")
-    attn_layer_num_for_pp: list[int] | None = _parallel(None, "Blocks of each stage (not available yet).", "+")
+    pipefusion_parallel_degree: int = _parallel(1, "Stages into which the transformer's blocks are divided.")
+    num_pipeline_patch: int | None = _parallel(
+        None, "Patches of the image in PipeFusion; as many as stages if not given. Works on one rank, as a preview."
+    )
+    attn_layer_num_for_pp: list[int] | None = _parallel(
+        None, "Blocks of each PipeFusion stage; balanced by time if not given.", "+"
+    )
     tensor_parallel_degree: int = _parallel(1, "Ranks that share each layer's weights (not available yet).")
     split_scheme: str | None = _parallel(None, "How tensor parallelism cuts weights (not available yet).")
 
@@ -141,10 +151,16 @@ class xFuserArgs:
             ring_degree=self.ring_degree,
             pp_degree=self.pipefusion_parallel_degree,
             tp_degree=self.tensor_parallel_degree,
+            num_pipeline_patch=self._patches(),
+            attn_layer_num_for_pp=tuple(self.attn_layer_num_for_pp) if self.attn_layer_num_for_pp else None,
         )
         parallel.check(parallel.world_size if world_size is None else world_size)
         inputs = self._input_config()
         inputs.check()
+        if parallel.pipelined and not 0 <= self.warmup_steps <= self.num_inference_steps:
+            raise ValueError(
+                f"warmup_steps={self.warmup_steps} must be from 0 to num_inference_steps={self.num_inference_steps}"
+            )
         model = ModelConfig(self.model or SHIPPED_PIPELINE, self.download_dir, self.trust_remote_code)
         check_folder(model.model)
         return EngineConfig(model, self._runtime_config(), parallel), inputs
@@ -158,6 +174,9 @@ class xFuserArgs:
             )
         return parallel
 
+    def _patches(self) -> int:
+        return self.pipefusion_parallel_degree if self.num_pipeline_patch is None else self.num_pipeline_patch
+
     def _input_config(self) -> InputConfig:
         return InputConfig(
             **self._fields_of(InputConfig) | {"use_cfg_parallel": self._guidance_in_parallel()},
@@ -169,13 +188,26 @@ class xFuserArgs:
             raise ValueError(f"dtype={self.dtype!r} is unknown; known are {', '.join(DTYPES)}")
         if self.warmup_steps < 0:
             raise ValueError(f"warmup_steps={self.warmup_steps} must be 0 or more")
+        self._check_vae()
         if self.enable_model_cpu_offload and self.enable_sequential_cpu_offload:
             raise ValueError("enable_model_cpu_offload and enable_sequential_cpu_offload exclude each other")
         if (self.enable_model_cpu_offload or self.enable_sequential_cpu_offload) and devices.device_type() == "cpu":
             raise ValueError("CPU offload needs an accelerator to offload from; this machine has none")
         return RuntimeConfig(
-            **self._fields_of(RuntimeConfig) | {"dtype": DTYPES[self.dtype] or devices.default_dtype()}
+            **self._fields_of(RuntimeConfig)
+            | {"dtype": DTYPES[self.dtype] or devices.default_dtype(), "vae_chunk_rows": self._chunk_rows()}
         )
+
+    def _check_vae(self) -> None:
+        check_engine(self.vae_engine, self.vae_split, self._chunk_rows())
+        asked = {"vae_engine": "auto", "vae_split": "auto", "vae_chunk_rows": None}
+        for name, default in asked.items():
+            if getattr(self, name) != default and not self.use_parallel_vae:
+                raise ValueError(f"{name}={getattr(self, name)!r} is of use with use_parallel_vae alone: add that")
+
+    def _chunk_rows(self) -> int | str | None:
+        rows = self.vae_chunk_rows
+        return int(rows) if isinstance(rows, str) and rows.isdigit() else rows
 
     def _fields_of(self, config: type) -> dict[str, Any]:
         """The values of the fields that a configuration class has in common with this one."""
@@ -185,11 +217,7 @@ class xFuserArgs:
         if self.use_onediff:
             raise ValueError("use_onediff: OneDiff is no longer maintained, and is not supported; leave it away")
         refused = {
-            "use_parallel_vae": self.use_parallel_vae,
             "use_torch_compile": self.use_torch_compile,
-            "pipefusion_parallel_degree": self.pipefusion_parallel_degree > 1,
-            "num_pipeline_patch": self.num_pipeline_patch not in (None, 1),
-            "attn_layer_num_for_pp": self.attn_layer_num_for_pp,
             "tensor_parallel_degree": self.tensor_parallel_degree > 1,
             "split_scheme": self.split_scheme,
         }
@@ -197,7 +225,7 @@ class xFuserArgs:
             if asked:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} is not available yet; what is: data_parallel_degree,"
-                    " use_cfg_parallel, ulysses_degree, ring_degree"
+                    " use_cfg_parallel, ulysses_degree, ring_degree, pipefusion_parallel_degree"
                 )
 
 

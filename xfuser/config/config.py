@@ -27,6 +27,10 @@ class RuntimeConfig:
     output_type: str = "pil"
     attention_backend: str = "auto"
     warmup_steps: int = 1
+    use_parallel_vae: bool = False
+    vae_engine: str = "auto"
+    vae_split: str = "auto"
+    vae_chunk_rows: int | str | None = None
     use_fp8_t5_encoder: bool = False
     enable_model_cpu_offload: bool = False
     enable_sequential_cpu_offload: bool = False
@@ -44,6 +48,8 @@ class ParallelConfig:
     ring_degree: int = 1
     pp_degree: int = 1
     tp_degree: int = 1
+    num_pipeline_patch: int = 1
+    attn_layer_num_for_pp: tuple[int, ...] | None = None
 
     @property
     def sp_degree(self) -> int:
@@ -52,6 +58,11 @@ class ParallelConfig:
     @property
     def world_size(self) -> int:
         return self.dp_degree * self.cfg_degree * self.sp_degree * self.pp_degree * self.tp_degree
+
+    @property
+    def pipelined(self) -> bool:
+        """Whether PipeFusion is used, if only as a preview on one rank."""
+        return self.pp_degree > 1 or self.num_pipeline_patch > 1
 
     def check(self, world_size: int) -> None:
         """Raise a ValueError unless the degrees multiply to ``world_size``."""
@@ -63,6 +74,19 @@ class ParallelConfig:
             raise ValueError(
                 f"the degrees {given or '(all 1)'} multiply to {self.world_size}, but {world_size} ranks run."
                 f" With {world_size} rank{'s' * (world_size > 1)} you can choose: {legal_choices(world_size)}"
+            )
+        self._check_pipeline()
+
+    def _check_pipeline(self) -> None:
+        patches, layers = self.num_pipeline_patch, self.attn_layer_num_for_pp
+        if not isinstance(patches, int) or patches < 1:
+            raise ValueError(f"num_pipeline_patch={patches!r}: a number of patches is a whole number of 1 or more")
+        if layers is None:
+            return
+        if len(layers) != self.pp_degree or not all(isinstance(count, int) and count > 0 for count in layers):
+            raise ValueError(
+                f"attn_layer_num_for_pp={list(layers)} must name the blocks of each of the {self.pp_degree} stages of"
+                f" pipefusion_parallel_degree={self.pp_degree}: as many numbers, each 1 or more"
             )
 
     def degrees(self) -> dict[str, int]:
@@ -79,20 +103,20 @@ class ParallelConfig:
     def __str__(self) -> str:
         return (
             f"dp{self.dp_degree}_cfg{self.cfg_degree}_ulysses{self.ulysses_degree}_ring{self.ring_degree}"
-            f"_tp{self.tp_degree}_pp{self.pp_degree}"
+            f"_tp{self.tp_degree}_pp{self.pp_degree}_patch{self.num_pipeline_patch}"
         )
 
 
 def legal_choices(world_size: int, limit: int = 16) -> str:
-    """The products of data, CFG, Ulysses and ring degrees for this world size, in words."""
+    """The products of degrees for this world size, in words."""
     divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
     cfg_degrees = [n for n in (1, 2) if world_size % n == 0]
     choices = []
-    for cfg, dp, ring in product(cfg_degrees, divisors, divisors):
-        ulysses, rest = divmod(world_size, cfg * dp * ring)
+    for cfg, dp, pp, ring in product(cfg_degrees, divisors, divisors, divisors):
+        ulysses, rest = divmod(world_size, cfg * dp * pp * ring)
         if rest or not ulysses:
             continue
-        named = {"cfg": cfg, "dp": dp, "ulysses": ulysses, "ring": ring}
+        named = {"cfg": cfg, "dp": dp, "pipefusion": pp, "ulysses": ulysses, "ring": ring}
         choices.append(" x ".join(f"{name} {n}" for name, n in named.items() if n > 1) or "all degrees 1")
     choices.sort(key=len)
     more = f", and {len(choices) - limit} more" if len(choices) > limit else ""
