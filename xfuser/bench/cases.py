@@ -41,9 +41,9 @@ class Case:
     peers: bool = False
 
 
-def pixart() -> torch.nn.Module:
+def pixart(blocks: int = 8) -> torch.nn.Module:
     return diffusers.PixArtTransformer2DModel(
-        num_attention_heads=HEADS, attention_head_dim=HEAD_DIM, in_channels=4, out_channels=4, num_layers=8,
+        num_attention_heads=HEADS, attention_head_dim=HEAD_DIM, in_channels=4, out_channels=4, num_layers=blocks,
         cross_attention_dim=HIDDEN, sample_size=128, patch_size=2, caption_channels=64, use_additional_conditions=False,
     )  # fmt: skip
 

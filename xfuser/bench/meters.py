@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from xfuser.core.distributed import GroupCoordinator
+from xfuser.methods.pipefusion.channel import Channel
 
 
 class Traffic:
@@ -46,9 +47,14 @@ def traffic() -> Iterator[Traffic]:
         meter.add("isend", x.nbytes)
         return start_sending(group, x, dst)
 
-    start_sending = GroupCoordinator.isend
+    def send(channel: Channel, x: torch.Tensor) -> None:
+        meter.add("send", x.nbytes)
+        start_passing(channel, x)
+
+    start_sending, start_passing = GroupCoordinator.isend, Channel.send
     with (
         mock.patch.object(GroupCoordinator, "isend", isend),
+        mock.patch.object(Channel, "send", send),
         counted("all_to_all_single", _all_to_all_bytes),
         counted("all_gather", lambda parts, x, group=None: x.nbytes * (len(parts) - 1)),
         counted("batch_isend_irecv", lambda ops: sum(op.tensor.nbytes for op in ops if op.op is dist.isend)),
