@@ -23,4 +23,4 @@ def pool():
 def folder_of(tmp_path_factory):
     """From a family's name to the folder of its tiny pipeline."""
     root = tmp_path_factory.mktemp("pipelines")
-    return lambda family: tiny.save(family, root)
+    return lambda family, attentive=False: tiny.save(family, root, attentive)

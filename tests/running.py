@@ -10,6 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from xfuser import xDiTParallel, xFuserArgs
+from xfuser.core.distributed import destroy_distributed_environment
 from xfuser.loading import DTYPE_ARGUMENT
 
 TOLERANCE = 1e-5
@@ -27,6 +28,17 @@ def wrap(pipe: Any, degrees: dict[str, Any] | None) -> Any:
     return pipe if degrees is None else xDiTParallel(pipe, *xFuserArgs(**degrees).create_config())
 
 
+def unwrap(pipe: Any) -> Any:
+    return pipe.unwrap() if isinstance(pipe, xDiTParallel) else pipe
+
+
+def leave() -> None:
+    """Leave all process groups of this process."""
+    destroy_distributed_environment()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def seeded() -> torch.Generator:
     return torch.Generator().manual_seed(5)
 
@@ -42,7 +54,9 @@ def run(path: str, degrees: Any, calls: list[Any], scheduler: Any, dtype: torch.
         pipe.scheduler = scheduler.from_config(original.config)
     try:
         called = wrap(pipe, degrees)
-        return [array(called(**call, generator=seeded())) for call in calls]
+        pictures = [array(called(**call, generator=seeded())) for call in calls]
+        unwrap(called)
+        return pictures
     finally:
         pipe.scheduler = original
 

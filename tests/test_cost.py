@@ -4,6 +4,7 @@ import pytest
 import running
 import tiny
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from xfuser.bench.meters import LiveMemory, traffic
 
@@ -112,3 +113,88 @@ def touches_nothing(path):
     before = running.fingerprint(pipe)
     with running.wrap(pipe, {}).active():
         return running.fingerprint(pipe) == before
+
+
+def pipefusion(patches, stages, **others):
+    return {"pipefusion_parallel_degree": stages, "num_pipeline_patch": patches, **others}
+
+
+def wider(family, blocks=16, width=64):
+    """A tiny pipeline with a transformer that is large beside its embeddings."""
+    torch.manual_seed(0)
+    pipe = tiny.FAMILIES[family]()
+    sizes = {"num_attention_heads": 4, "attention_head_dim": width // 4, "num_layers": blocks}
+    if family == "pixart_sigma":
+        pipe.transformer = tiny.pixart_transformer(**sizes, cross_attention_dim=width, sample_size=16)
+    elif family == "sd3":
+        pipe.transformer = tiny.sd3_transformer(**sizes, caption_projection_dim=width)
+    else:
+        sizes |= {"num_layers": 2, "num_single_layers": blocks - 2, "axes_dims_rope": (4, 6, 6)}
+        pipe.transformer = tiny.flux_transformer(**sizes)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def wide_call(family, steps, text=32):
+    """256 image tokens and 12 % as many text tokens, without guidance."""
+    call = tiny.call_of(family, num_inference_steps=steps, guidance_scale=1.0, height=256, width=256)
+    call |= {"prompt_embeds": torch.randn(1, text, tiny.TEXT, generator=running.seeded()), "output_type": "latent"}
+    del call["prompt"], call["max_sequence_length"]
+    if family == "pixart_sigma":
+        return call | {"prompt_attention_mask": torch.ones(1, text), "negative_prompt": None}
+    return call | {"pooled_prompt_embeds": torch.randn(1, 16 if family == "sd3" else 8, generator=running.seeded())}
+
+
+def operations(family, degrees, steps):
+    pipe = running.wrap(wider(family), degrees)
+    with FlopCounterMode(display=False) as counter:
+        pipe(**wide_call(family, steps))
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("family", ["pixart_sigma", "sd3", "flux"])
+def test_pipefusion_computes_text_once_a_step(pool, family):
+    def step(degrees):
+        return pool.run(1, operations, family, degrees, 3)[0] - pool.run(1, operations, family, degrees, 2)[0]
+
+    assert step(pipefusion(4, 1)) <= 1.02 * step({})
+
+
+def sent_by_pipeline(degrees, steps):
+    pipe = running.wrap(wider("pixart_sigma"), degrees)
+    with traffic() as meter:
+        pipe(**wide_call("pixart_sigma", steps))
+    parameters = sum(weight.numel() for weight in pipe.transformer.parameters())
+    return meter.sent, parameters
+
+
+@pytest.mark.parametrize("stages", [2, 4])
+def test_pipefusion_sends_activations_once_a_hop(pool, stages):
+    tokens, hidden, blocks, steps = 256, 64, 16, 6
+    results = [sent for sent, _ in pool.run(stages, sent_by_pipeline, pipefusion(4, stages), steps)]
+    hop, latents = tokens * hidden * BYTES, tokens * 2 * 2 * 4 * BYTES
+    # The first step is synchronous and the last one is made whole for all, so the latents of the others travel.
+    assert [sent.get("send") for sent in results] == [hop * steps] * (stages - 1) + [latents * (steps - 2)]
+    by_ulysses = [sent for sent, _ in pool.run(stages, sent_by_pipeline, {"ulysses_degree": stages}, steps)]
+    assert all(sent["send"] * blocks <= by_ulysses[0]["all_to_all_single"] * stages / 2 for sent in results)
+
+
+@pytest.mark.parametrize("stages", [2, 4])
+def test_a_stage_has_the_parameters_of_its_own_blocks(pool, stages):
+    (_, whole), *_ = pool.run(1, sent_by_pipeline, {}, 1)
+    for _, parameters in pool.run(stages, sent_by_pipeline, pipefusion(2, stages), 1):
+        assert parameters <= whole * (1 / stages + 0.05)
+
+
+def peak_of_steps(degrees, steps):
+    pipe = running.wrap(wider("flux"), degrees)
+    call = wide_call("flux", steps)
+    with LiveMemory() as memory:
+        pipe(**call)
+    return memory.peak
+
+
+def test_pipefusion_holds_no_more_after_more_steps(pool):
+    few = pool.run(2, peak_of_steps, pipefusion(4, 2), 4)
+    many = pool.run(2, peak_of_steps, pipefusion(4, 2), 12)
+    assert all(late <= 1.01 * early for early, late in zip(few, many, strict=True))

@@ -44,3 +44,13 @@ def test_trained_weights_keep_parity(pool):
     for degrees in ({"ulysses_degree": 4}, {"use_cfg_parallel": True, "ring_degree": 2}):
         for result in pool.run(4, running.wrapped, SHIPPED_PIPELINE, degrees, call):
             assert running.error(result, expected) <= running.TOLERANCE
+
+
+def test_stale_keys_and_values_change_pictures_little(pool):
+    """Trained weights feel PipeFusion's staleness, and draw nearly the same."""
+    call = {"prompt": "a red circle above a blue square", "output_type": "np", "max_sequence_length": 31}
+    serial = running.bare(SHIPPED_PIPELINE, call)
+    degrees = {"pipefusion_parallel_degree": 2, "num_pipeline_patch": 4, "warmup_steps": 1}
+    for picture in pool.run(2, running.wrapped, SHIPPED_PIPELINE, degrees, call):
+        decibels = -10 * np.log10(np.mean((picture - serial) ** 2))
+        assert 28 <= decibels <= 70

@@ -195,21 +195,28 @@ FAMILIES = {
 PROMPT = "a red circle above a blue square"
 
 
-def build(family: str) -> Any:
-    """A pipeline with seeded weights whose attention matters: queries and keys are scaled up."""
+def build(family: str, attentive: bool = False) -> Any:
+    """A pipeline with seeded weights whose attention matters: queries and keys are scaled up.
+
+    ``attentive`` scales more, and values too, where the random weights of a family hardly feel attention otherwise.
+    """
     torch.manual_seed(0)
     pipe = FAMILIES[family]()
+    much = attentive and family not in ("hunyuan_dit", "dit")
     for name, weight in pipe.transformer.named_parameters():
-        if ("to_q." in name or "to_k." in name) and weight.dim() == 2:
-            weight.data.mul_(4)
+        kind = name.rpartition(".")[0].rpartition(".")[2]
+        if weight.dim() == 2 and kind in ("to_q", "to_k"):
+            weight.data.mul_(8 if much else 4)
+        if weight.dim() == 2 and much and kind in ("add_k_proj", "add_v_proj", "to_v"):
+            weight.data.mul_(6)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def save(family: str, folder: Path) -> str:
-    path = folder / family
+def save(family: str, folder: Path, attentive: bool = False) -> str:
+    path = folder / (family + "_attentive" * attentive)
     if not path.exists():
-        build(family).save_pretrained(path)
+        build(family, attentive).save_pretrained(path)
     return str(path)
 
 
