@@ -2,7 +2,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-TEST = ["pytest", "ruff", "hypothesis"]
+TEST = ["pytest", "ruff", "hypothesis", "distvae"]
 
 setup(
     name="xfuser",
@@ -22,6 +22,6 @@ setup(
         "safetensors",
         "yunchang",
     ],
-    extras_require={"flash-attn": ["flash-attn"], "test": TEST},
+    extras_require={"flash-attn": ["flash-attn"], "distvae": ["distvae"], "test": TEST},
     entry_points={"console_scripts": ["xdit=xfuser.cli:main"]},
 )

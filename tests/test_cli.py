@@ -54,6 +54,16 @@ def test_xdit_draws_the_same_on_one_rank_and_on_four(tmp_path, folder_of):
         assert max(abs(a - b) for a, b in zip(*pixels, strict=True)) <= 1  # rounding to 8 bits
 
 
+def test_xdit_draws_a_preview_of_what_two_stages_draw(tmp_path):
+    """PipeFusion on the shipped pipeline: four patches look the same on one rank and on two."""
+    common = ("--prompt", "a red circle above a blue square", "--num_inference_steps", "4", "--num_pipeline_patch", "4")
+    one = xdit(tmp_path, *common, "--output_dir", "one")
+    two = xdit(tmp_path, *common, "--output_dir", "two", "--pipefusion_parallel_degree", "2")
+    assert one.returncode == 0 and two.returncode == 0, one.stderr + two.stderr
+    preview, staged = (next(tmp_path.glob(f"{name}/*_patch4_0.png")) for name in ("one", "two"))
+    assert Image.open(preview).tobytes() == Image.open(staged).tobytes()
+
+
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_example_by_torchrun(tmp_path, folder_of, example):
     family, flags = EXAMPLES[example]
@@ -87,7 +97,8 @@ def edited(folder_of, tmp_path, changes):
     [
         (("--prompt", "x", "--output_type", "jpeg"), "'jpeg' is unknown"),
         (("--prompt", "x", "--height", "tall"), "invalid int value: 'tall'"),
-        (("--prompt", "x", "--use_parallel_vae"), "not available yet"),
+        (("--prompt", "x", "--use_torch_compile"), "not available yet"),
+        (("--prompt", "x", "--vae_chunk_rows", "4"), "of use with use_parallel_vae alone"),
         (("--prompt", "x", "--ulysses_degree", "0"), "ulysses_degree=0"),
         (("--prompt", "x", "--model", "/nowhere"), "'/nowhere' does not exist"),
         (("--prompt", "x", "--model", "."), "has no model_index.json"),
@@ -131,7 +142,7 @@ from xfuser import xDiTParallel, xFuserArgs
 from xfuser.core.distributed import get_world_group
 
 pipe = DiffusionPipeline.from_pretrained(sys.argv[1])
-pipe = xDiTParallel(pipe, *xFuserArgs(ulysses_degree=2).create_config())
+pipe = xDiTParallel(pipe, *xFuserArgs({degree}=2).create_config())
 
 def fail(pipe, step, timestep, values):
     if step == 1 and get_world_group().rank == int(sys.argv[2]):
@@ -143,10 +154,19 @@ pipe("x", height=80, width=48, callback_on_step_end=fail, num_inference_steps=50
 """
 
 
-@pytest.mark.parametrize(("rank", "error"), [(0, "RuntimeError"), (1, "RuntimeError"), (1, "ValueError")])
-def test_a_failing_rank_ends_all_within_seconds(tmp_path, folder_of, rank, error):
+@pytest.mark.parametrize(
+    ("degree", "rank", "error"),
+    [
+        ("ulysses_degree", 0, "RuntimeError"),
+        ("ulysses_degree", 1, "RuntimeError"),
+        ("ulysses_degree", 1, "ValueError"),
+        ("pipefusion_parallel_degree", 0, "RuntimeError"),
+        ("pipefusion_parallel_degree", 1, "RuntimeError"),
+    ],
+)
+def test_a_failing_rank_ends_all_within_seconds(tmp_path, folder_of, degree, rank, error):
     script = tmp_path / "failing.py"
-    script.write_text(FAILING.format(error=error))
+    script.write_text(FAILING.format(degree=degree, error=error))
     done = torchrun(tmp_path, 2, script, folder_of("sd3"), rank)
     assert done.returncode == 1 and time.time() - float(done.stdout.split()[-1]) < 10, done.stderr
     first = next(line for line in done.stderr.splitlines() if "Error: " in line)

@@ -73,7 +73,7 @@ def test_each_image_is_saved_once_by_its_owner(pool, folder_of, tmp_path):
     by_rank = pool.run(4, save_everything, folder_of("sd3"), str(tmp_path))
     for kind, ending in {"pil": "png", "np": "png", "pt": "png", "latent": "safetensors"}.items():
         assert [len(written[kind]) for written in by_rank] == [2, 0, 1, 0]
-        names = [f"_un_safe_name_result_dp2_cfg1_ulysses1_ring2_tp1_pp1_{i}.{ending}" for i in range(3)]
+        names = [f"_un_safe_name_result_dp2_cfg1_ulysses1_ring2_tp1_pp1_patch1_{i}.{ending}" for i in range(3)]
         assert sorted(path.name for path in (tmp_path / kind).iterdir()) == names
     pixels = [
         np.asarray(Image.open(tmp_path / kind / names[0].replace("safetensors", "png"))) for kind in ("pil", "pt")

@@ -16,7 +16,8 @@ SOURCES = sorted((ROOT / "xfuser").rglob("*.py"))
 FLOORS = {  # each part and what it may import from the others
     "core": {"logger"},
     "models": set(),
-    "config": {"core", "models"},
+    "config": {"core", "models", "vae"},
+    "vae": {"core"},
     "methods": {"core", "models", "logger"},
 }
 

@@ -1,0 +1,348 @@
+"""The parallel VAE equals the VAE of one process: every class, encode and decode, bands of any height."""
+
+from contextlib import nullcontext
+
+import diffusers
+import pytest
+import running
+import tiny
+import torch
+import torch.distributed as dist
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from xfuser.bench.meters import LiveMemory, traffic
+from xfuser.vae import parallelize_vae
+from xfuser.vae.bands import Bands
+from xfuser.vae.engines import PROVEN, parallel_vae
+from xfuser.vae.parallelize import OnBands, compression
+
+KL = {
+    "block_out_channels": (4, 8, 8), "down_block_types": ("DownEncoderBlock2D",) * 3, "latent_channels": 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 3, "layers_per_block": 1, "norm_num_groups": 2,
+}  # fmt: skip
+WAN = {
+    "base_dim": 4, "z_dim": 4, "dim_mult": [1, 1, 2, 2], "num_res_blocks": 1, "latents_mean": [0.0] * 4,
+    "temperal_downsample": [False, True, True], "latents_std": [1.0] * 4,
+}  # fmt: skip
+VIDEO = {"in_channels": 3, "out_channels": 3, "layers_per_block": 1}
+CLASSES = {  # configuration, and the shape of latents
+    "AutoencoderKL": (KL, (2, 4, 7, 5)),
+    "AutoencoderKL without quant": (KL | {"use_quant_conv": False, "use_post_quant_conv": False}, (1, 4, 6, 3)),
+    "AutoencoderKLFlux2": (KL, (1, 4, 6, 4)),
+    "AutoencoderTiny": (
+        {"encoder_block_out_channels": (8,) * 4, "decoder_block_out_channels": (8,) * 4}, (1, 4, 6, 5)
+    ),
+    "AutoencoderKLWan": (WAN, (1, 4, 2, 6, 5)),
+    "AutoencoderKLQwenImage": (WAN, (1, 4, 1, 6, 5)),
+    "AutoencoderKLCogVideoX": (
+        VIDEO | {
+            "down_block_types": ("CogVideoXDownBlock3D",) * 4, "up_block_types": ("CogVideoXUpBlock3D",) * 4,
+            "block_out_channels": (8,) * 4, "latent_channels": 4, "norm_num_groups": 2,
+        },
+        (1, 4, 2, 6, 5),
+    ),
+    "AutoencoderKLHunyuanVideo": (
+        VIDEO | {"latent_channels": 4, "block_out_channels": (8,) * 4, "norm_num_groups": 4}, (1, 4, 2, 6, 5)
+    ),
+    "AutoencoderKLLTXVideo": (
+        {
+            "latent_channels": 8, "block_out_channels": (8,) * 4, "decoder_block_out_channels": (8,) * 4,
+            "layers_per_block": (1,) * 5, "decoder_layers_per_block": (1,) * 5, "patch_size": 1,
+            "spatio_temporal_scaling": (True, True, False, False),
+            "decoder_spatio_temporal_scaling": (True, True, False, False), "decoder_inject_noise": (False,) * 5,
+            "upsample_residual": (False,) * 4, "upsample_factor": (1,) * 4,
+        },
+        (1, 8, 2, 6, 5),
+    ),
+    "AutoencoderKLMochi": (
+        {
+            "latent_channels": 4, "encoder_block_out_channels": (32,) * 4, "decoder_block_out_channels": (32,) * 4,
+            "layers_per_block": (1,) * 5,
+        },
+        (1, 4, 2, 6, 5),
+    ),
+    "AutoencoderDC": (
+        {
+            "latent_channels": 4, "attention_head_dim": 2, "encoder_block_types": ("ResBlock", "EfficientViTBlock"),
+            "decoder_block_types": ("ResBlock", "EfficientViTBlock"), "encoder_block_out_channels": (8, 8),
+            "decoder_block_out_channels": (8, 8), "encoder_qkv_multiscales": ((), (5,)), "scaling_factor": 1.0,
+            "decoder_qkv_multiscales": ((), (5,)), "encoder_layers_per_block": (1, 1),
+            "decoder_layers_per_block": (1, 1), "downsample_block_type": "conv", "upsample_block_type": "interpolate",
+        },
+        (1, 4, 6, 4),
+    ),
+}  # fmt: skip
+
+
+def make(name, dtype=torch.float32):
+    torch.manual_seed(0)
+    return getattr(diffusers, name.split()[0])(**CLASSES[name][0]).eval().to(dtype)
+
+
+def both_ways(name, shape=None, parallel=None, dtype=torch.float32, prepare=None):
+    """What a VAE decodes latents to, and encodes a picture to."""
+    vae, shape = make(name, dtype), shape or CLASSES[name][1]
+    if prepare:
+        getattr(vae, prepare)()
+    generator = running.seeded()
+    latents = torch.randn(shape, generator=generator).to(dtype)
+    factor = compression(vae)
+    frames = () if len(shape) == 4 else (1,) if name == "AutoencoderKLQwenImage" else (9,)
+    picture = torch.randn(shape[0], 3, *frames, shape[-2] * factor, shape[-1] * factor, generator=generator).to(dtype)
+    undo = parallelize_vae(vae, **parallel) if parallel is not None else None
+    with torch.no_grad():
+        decoded, encoded = vae.decode(latents, return_dict=False)[0], vae.encode(picture, return_dict=False)[0]
+    if undo:
+        undo()
+        assert not any("forward" in vars(coder) for coder in (vae.encoder, vae.decoder))
+    return decoded.float().numpy(), getattr(encoded, "parameters", encoded).float().numpy()
+
+
+def check(pool, ranks, name, shape=None, **parallel):
+    expected = both_ways(name, shape)
+    for result in pool.run(ranks, both_ways, name, shape, parallel):
+        for ours, reference in zip(result, expected, strict=True):
+            assert running.error(ours, reference) <= running.TOLERANCE
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_every_class(pool, name):
+    check(pool, 2, name)
+    check(pool, 3, name, split="width")
+    check(pool, 4, name, split="height", chunk_rows=2)
+
+
+def test_proven_classes_are_tested():
+    assert {name.split()[0] for name in CLASSES} == PROVEN
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("shape", [(1, 4, 4, 3), (3, 4, 5, 9), (1, 4, 1, 1), (2, 4, 3, 2)])
+def test_bands_of_one_row_and_fewer_rows_than_ranks(pool, ranks, shape):
+    check(pool, ranks, "AutoencoderKL", shape, chunk_rows=1)
+
+
+@pytest.mark.parametrize("prepare", ["enable_slicing", "enable_tiling"])
+def test_with_slicing_and_tiling(pool, prepare):
+    """Tiles are decoded in bands, each: equal to tiles on one device."""
+    shape = (2, 4, 70, 3) if prepare == "enable_tiling" else (2, 4, 7, 5)
+    expected = both_ways("AutoencoderKL", shape, None, torch.float32, prepare)
+    for result in pool.run(2, both_ways, "AutoencoderKL", shape, {}, torch.float32, prepare):
+        for ours, reference in zip(result, expected, strict=True):
+            assert running.error(ours, reference) <= running.TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["AutoencoderKL", "AutoencoderKLWan"])
+def test_bfloat16_stays_within_its_rounding(pool, name):
+    exact = both_ways(name)
+    rounded = both_ways(name, None, None, torch.bfloat16)
+    for result in pool.run(2, both_ways, name, None, {}, torch.bfloat16):
+        for ours, serial, reference in zip(result, rounded, exact, strict=True):
+            assert running.error(ours, reference) <= 2 * running.error(serial, reference)
+
+
+def convolved(cases):
+    """The largest error over many geometries of convolutions, each on this rank's band."""
+    worst = 0.0
+    for seed, (spatial, rows, kernel, stride, padding, dilation, mode, top, bottom, dim, chunk) in enumerate(cases):
+        generator = torch.Generator().manual_seed(seed)
+        kind = nn.Conv2d if spatial == 2 else nn.Conv3d
+        torch.manual_seed(seed)
+        options = {"stride": stride, "padding": padding, "dilation": dilation, "padding_mode": mode}
+        conv = kind(2, 3, kernel, **options)
+        pads = (top, bottom, 0, 0) if dim == -1 else (0, 0, top, bottom)
+        shape = [1, 2, *([4 * kernel] if spatial == 3 else []), rows, rows + 1]
+        x = torch.randn(shape, generator=generator)
+        ranks, rank = dist.get_world_size(), dist.get_rank()
+        length = x.shape[dim]
+        cuts = sorted(torch.randint(1, length, (ranks - 1,), generator=generator).tolist())
+        sizes = [b - a for a, b in zip([0, *cuts], [*cuts, length], strict=True)]
+        if 0 in sizes:
+            continue
+        with torch.no_grad():
+            try:
+                expected = conv(nn.functional.pad(x, pads))
+            except RuntimeError:
+                continue  # a kernel that is larger than its input
+            bands = Bands(dim, sizes, x.shape[-3 - dim], dist.group.WORLD)
+            try:
+                with OnBands(bands, chunk):
+                    part = conv(nn.functional.pad(x.split(sizes, dim)[rank], pads))
+            except ValueError as error:
+                assert "too few for" in str(error) or "padded in two ways" in str(error)
+                continue
+            whole = bands.gather(part, bands.sizes(part.shape[dim], "the output"), dim)
+        worst = max(worst, running.error(whole.numpy(), expected.numpy()))
+    return worst
+
+
+GEOMETRY = st.tuples(
+    st.sampled_from([2, 3]),  # dimensions
+    st.integers(4, 13),  # rows
+    st.integers(1, 5),  # kernel
+    st.integers(1, 3),  # stride
+    st.integers(0, 3),  # padding
+    st.integers(1, 2),  # dilation
+    st.sampled_from(["zeros", "replicate"]),
+    st.integers(0, 2),  # zeros ahead, by a pad of its own
+    st.integers(0, 2),
+    st.sampled_from([-1, -2]),
+    st.sampled_from([None, 1, 2]),
+).filter(lambda one: one[6] == "zeros" or one[7:9] == (0, 0))
+
+
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(cases=st.lists(GEOMETRY, min_size=20, max_size=40), ranks=st.sampled_from([2, 3, 4]))
+def test_convolutions_of_any_geometry(pool, cases, ranks):
+    for worst in pool.run(ranks, convolved, cases):
+        assert worst <= running.TOLERANCE
+
+
+def normalised(offset):
+    """Group norm of values far from zero, on uneven bands."""
+    norm = nn.GroupNorm(2, 4)
+    torch.nn.init.normal_(norm.weight)
+    x = torch.randn(2, 4, 9, 5, generator=running.seeded()) + offset
+    sizes = [2, 7]
+    with torch.no_grad():
+        expected = norm(x.double().float())
+        bands = Bands(-2, sizes, 5, dist.group.WORLD)
+        with OnBands(bands, None):
+            part = norm(x.split(sizes, -2)[dist.get_rank()])
+    return running.error(bands.gather(part, sizes, -2).numpy(), expected.numpy())
+
+
+def test_group_norm_is_stable(pool):
+    torch.manual_seed(0)
+    assert max(pool.run(2, normalised, 0.0)) <= running.TOLERANCE
+    assert max(pool.run(2, normalised, 1000.0)) <= 1e-3  # of float32 at 1000, as serial
+
+
+class Mixing(nn.Module):
+    """A coder with an operation that mixes rows unseen."""
+
+    def __init__(self, operation):
+        super().__init__()
+        self.conv, self.operation = nn.Conv2d(4, 4, 3, padding=1), operation
+
+    def forward(self, x):
+        return self.operation(self.conv(x))
+
+
+OPERATIONS = {
+    "softmax": lambda x: torch.softmax(x, dim=-2),
+    "roll": lambda x: torch.roll(x, 1, dims=-2),
+    "flip": lambda x: x.flip(-2),
+    "bilinear": lambda x: nn.functional.interpolate(x, scale_factor=2.0, mode="bilinear"),
+    "adaptive_avg_pool2d": lambda x: nn.functional.adaptive_avg_pool2d(x, 1),
+    "silu behind a padding": lambda x: nn.functional.silu(nn.functional.pad(x, (0, 0, 1, 0))),
+    "max_pool2d": lambda x: nn.functional.max_pool2d(x, 2),
+    "mean": lambda x: x - x.mean(dim=(-1, -2), keepdim=True),
+    "cumsum": lambda x: x.cumsum(-2),
+    "conv_transpose2d": lambda x: nn.functional.conv_transpose2d(x, torch.ones(4, 4, 2, 2)),
+}
+
+
+def refused(name):
+    vae = make("AutoencoderKL")
+    vae.decoder = Mixing(OPERATIONS[name])
+    parallelize_vae(vae)
+    with pytest.raises(ValueError) as error, torch.no_grad():
+        vae.decode(torch.randn(1, 4, 8, 4, generator=running.seeded()))
+    return str(error.value)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_what_mixes_rows_unseen_is_refused_by_name(pool, name):
+    for message in pool.run(2, refused, name):
+        assert message.startswith("parallel VAE: ") and name.split()[0] in message
+
+
+PIPELINES = {
+    "alone": (2, {}),
+    "dp2": (4, {"data_parallel_degree": 2, "ring_degree": 2}),
+    "cfg2-ulysses2": (4, {"use_cfg_parallel": True, "ulysses_degree": 2}),
+    "pipefusion": (2, {"pipefusion_parallel_degree": 2, "warmup_steps": 2}),
+}
+
+
+@pytest.mark.parametrize("method", PIPELINES)
+@pytest.mark.parametrize("family", ["sd3", "pixart_sigma"])
+def test_whole_pipelines(pool, folder_of, family, method):
+    ranks, degrees = PIPELINES[method]
+    call = tiny.call_of(family, 3 if method == "dp2" else 1, num_inference_steps=2)
+    expected = running.bare(folder_of(family), call)
+    degrees = degrees or {"ulysses_degree": 2}
+    for result in pool.run(ranks, running.wrapped, folder_of(family), degrees | {"use_parallel_vae": True}, call):
+        assert running.error(result, expected) <= running.TOLERANCE
+
+
+def test_image_to_image_encodes_in_bands(pool, folder_of):
+    expected = running.image_to_image(folder_of("sd3"), None)
+    degrees = {"ring_degree": 2, "use_parallel_vae": True, "vae_chunk_rows": 3}
+    for result in pool.run(2, running.image_to_image, folder_of("sd3"), degrees):
+        assert running.error(result, expected) <= running.TOLERANCE
+
+
+def by_distvae(name):
+    """Errors of the other engine's decode and encode, and whether the VAE is as it was afterwards."""
+    vae, expected = make(name), both_ways(name)
+    before = (vae.encoder, vae.decoder)
+    latents = torch.randn(CLASSES[name][1], generator=running.seeded())
+    with torch.no_grad(), parallel_vae(vae, dist.group.WORLD, "distvae"):
+        decoded = vae.decode(latents, return_dict=False)[0]
+    with torch.no_grad():
+        after = vae.decode(latents, return_dict=False)[0]
+    assert before == (vae.encoder, vae.decoder)
+    return running.error(decoded.numpy(), expected[0]), running.error(after.numpy(), expected[0])
+
+
+def test_the_other_engine(pool):
+    for during, after in pool.run(2, by_distvae, "AutoencoderKL"):
+        assert during <= running.TOLERANCE and after == 0
+
+
+def unknown_to_distvae():
+    vae = make("AutoencoderTiny")
+    with pytest.raises(ValueError) as error, parallel_vae(vae, dist.group.WORLD, "distvae"):
+        pass
+    return str(error.value)
+
+
+def test_the_other_engine_refuses_classes_that_it_does_not_know(pool):
+    for message in pool.run(2, unknown_to_distvae):
+        assert "AutoencoderTiny" in message
+
+
+def halo_bytes(kernel, dilation, stride):
+    conv = nn.Conv2d(3, 2, kernel, stride=stride, dilation=dilation, padding=dilation * (kernel // 2))
+    x = torch.randn(1, 3, 16, 5)
+    bands = Bands(-2, [8, 8], 5, dist.group.WORLD)
+    with torch.no_grad(), traffic() as sent, OnBands(bands, None):
+        conv(x.split(8, -2)[dist.get_rank()])
+    return sent.total // (3 * 5 * 4)
+
+
+@pytest.mark.parametrize(("kernel", "dilation", "stride"), [(1, 1, 1), (3, 1, 1), (5, 2, 1), (3, 1, 2)])
+def test_a_convolution_borrows_the_rows_that_it_reaches(pool, kernel, dilation, stride):
+    reach = dilation * (kernel - 1) // 2
+    below_lends = max(0, reach - (stride - 1))  # the last row with a stride of 2 is not the last of the band
+    assert pool.run(2, halo_bytes, kernel, dilation, stride) == [reach, below_lends]
+
+
+def peak_of_decode(parallel):
+    vae = make("AutoencoderKL")
+    latents = torch.randn(1, 4, 32, 16, generator=running.seeded())
+    context = parallel_vae(vae, dist.group.WORLD) if parallel else nullcontext()
+    with torch.no_grad(), context, LiveMemory() as memory:
+        vae.decode(latents)
+    return memory.peak
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_feature_maps_shrink_with_the_ranks(pool, ranks):
+    serial = pool.run(1, peak_of_decode, False)[0]
+    for peak in pool.run(ranks, peak_of_decode, True):
+        assert peak <= serial * (1 / ranks + 0.15)
