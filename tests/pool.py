@@ -83,6 +83,7 @@ def _serve(pipe: Any, path: list[str]) -> None:
         rank, ranks, store, function, args = pipe.recv()
         try:
             dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+            dist.barrier()  # else a rank with little to do is gone before others have found it
             result = function(*args)
             destroy_distributed_environment()
             dist.destroy_process_group()
