@@ -531,6 +531,12 @@ def groups_after_failures(path):
             parallel(**call_of("sd3", height=32))
         with pytest.raises(ZeroDivisionError):
             parallel(**call_of("sd3", callback_on_step_end=lambda pipe, step, t, values: step // 0))
+        hook = parallel.transformer.register_forward_pre_hook(
+            lambda *_: counts[99] if parallel.scheduler._clock.step == 2 else None
+        )
+        with pytest.raises(IndexError):
+            parallel(**call_of("sd3"))
+        hook.remove()
         parallel(**call_of("sd3"))
         counts.append(len(torch.distributed.distributed_c10d._world.pg_map))
     parallel.unwrap()

@@ -60,11 +60,6 @@ class Channel:
         while self._sent and self._sent[0][0] <= substep:
             self._sent.popleft()[2].wait()
 
-    @property
-    def used(self) -> bool:
-        """Whether a message may be under way."""
-        return bool(self._sent or self._expected)
-
     def close(self) -> None:
         """Release the communicator, whatever is still under way on it."""
         dist.destroy_process_group(self._group)

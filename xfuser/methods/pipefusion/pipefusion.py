@@ -44,6 +44,7 @@ class PipeFusion:
         self._patches, self._warmup = patches, warmup
         self._blocks = {name: StageBlocks(*models[name], self._group, counts) for name, counts in layers.items()}
         self._channels: dict[str, dict[Route, Channel]] = {}
+        self._failed = False  # the last call, with the channels in use
         self._clock: Clock | None = None
         self._stages: dict[str, Stage] = {}
 
@@ -72,6 +73,8 @@ class PipeFusion:
         every_step_whole: bool,
     ) -> Iterator[dict[str, Stage]]:
         """Within the context, the pipeline's loop goes through patches; gives the stage of each transformer."""
+        if self._failed:
+            self._close_channels()
         clock = self._clock = Clock(self._patches, self._warmup, every_step_whole)
         rank = self._group.rank_in_group
         with ExitStack() as stack:
@@ -88,7 +91,9 @@ class PipeFusion:
                 yield self._stages
                 self._check_whole()
             except BaseException:
-                self._drop_channels()
+                # Messages may be under way that nobody will take. Closing waits for the next call: here it would make
+                # other ranks fail, and speak, before this one has told its error.
+                self._failed = any(stage.started for stage in self._stages.values())
                 raise
             finally:
                 self._stages = {}
@@ -109,20 +114,16 @@ class PipeFusion:
     def _all_channels(self) -> list[Channel]:
         return [channel for channels in self._channels.values() for channel in channels.values()]
 
-    def _drop_channels(self) -> None:
-        """After a failure: forget channels on which messages may be under way that nobody will take."""
-        if any(channel.used for channel in self._all_channels()):
-            for channel in self._all_channels():
-                channel.close()
-            self._channels = {}
+    def _close_channels(self) -> None:
+        for channel in self._all_channels():
+            channel.close()
+        self._channels, self._failed = {}, False
 
     def restore(self) -> None:
         """Give all stages all blocks again; every stage must call it."""
         for blocks in self._blocks.values():
             blocks.restore()
-        for channel in self._all_channels():
-            channel.close()
-        self._channels = {}
+        self._close_channels()
         self._group.destroy()
 
     @contextmanager

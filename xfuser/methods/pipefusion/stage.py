@@ -65,6 +65,11 @@ class Stage:
     def is_last(self) -> bool:
         return self._rank == self._owners[-1]
 
+    @property
+    def started(self) -> bool:
+        """Whether the transformer has been called."""
+        return bool(self._latents)
+
     def assembled(self, call: Call, arguments: Arguments) -> Any:
         """The outer layer: from the computed part of the output to the whole, as far as it is known here."""
         index = self._enter(arguments)
