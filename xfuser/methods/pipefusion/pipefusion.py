@@ -74,6 +74,7 @@ class PipeFusion:
     ) -> Iterator[dict[str, Stage]]:
         """Within the context, the pipeline's loop goes through patches; gives the stage of each transformer."""
         if self._failed:
+            self._group.barrier()  # stages come to the same failure one after the other
             self._close_channels()
         clock = self._clock = Clock(self._patches, self._warmup, every_step_whole)
         rank = self._group.rank_in_group
