@@ -72,14 +72,14 @@ def displaced(path, call, patches, warmup, scheduler=None):
 
 
 def piped(path, asked, calls, scheduler=None):
-    """What the wrapped pipeline draws, one picture a call."""
+    """What the wrapped pipeline draws, or the bare one if nothing is asked: one picture a call."""
     pipe = running.loaded(path)
     original = pipe.scheduler
     pipe.scheduler = scheduled(pipe, scheduler)
     try:
         parallel = running.wrap(pipe, asked)
         pictures = [running.array(parallel(**call, generator=running.seeded())) for call in calls]
-        parallel.unwrap()
+        running.unwrap(parallel)
         return pictures
     finally:
         pipe.scheduler = original
@@ -151,19 +151,9 @@ def test_scheduler(pool, folder_of, family, name, changes):
     """State across steps, several evaluations a step, noise drawn in a step: as without patches."""
     path, call = folder_of(family), call_of(family, guidance_scale=1.5)
     scheduler = (name, changes)
-    serial = piped_bare(path, call, scheduler)
+    (serial,) = piped(path, None, [call], scheduler)
     check(pool, 2, path, degrees(2, 3, STEPS), call, serial, scheduler)
     check(pool, 2, path, degrees(2, 3, 1), call, displaced(path, call, 3, 1, scheduler), scheduler)
-
-
-def piped_bare(path, call, scheduler):
-    pipe = running.loaded(path)
-    original = pipe.scheduler
-    pipe.scheduler = scheduled(pipe, scheduler)
-    try:
-        return running.array(pipe(**call, generator=running.seeded()))
-    finally:
-        pipe.scheduler = original
 
 
 def generator_after(path, asked):
@@ -203,7 +193,7 @@ def test_thirty_steps_and_calls_of_other_shapes(pool, folder_of):
 
 def without_refresh(path, asked, call, stream):
     """A broken engine: the first stage's buffers keep what the synchronous step left of one stream."""
-    write, renew, places = KVBuffer._write, KVBuffer.renew, TokenShares.places
+    write, places = KVBuffer._write, TokenShares.places
     part = {}
 
     def noted(shares, streams):
@@ -224,7 +214,7 @@ def without_refresh(path, asked, call, stream):
     try:
         return piped(path, asked, [call])
     finally:
-        KVBuffer._write, KVBuffer.renew, TokenShares.places = write, renew, places
+        KVBuffer._write, TokenShares.places = write, places
 
 
 @pytest.mark.parametrize("stream", ["image", "text"])

@@ -8,6 +8,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from xfuser.core import device as devices
+from xfuser.core.distributed.group_coordinator import gather_together
 from xfuser.core.distributed.utils import share
 from xfuser.vae.bands import Bands
 
@@ -227,8 +228,7 @@ def attention(
         if not torch.equal(attn_mask, attn_mask[..., firsts.repeat_interleave(pixels)]):
             raise ValueError("parallel VAE: an attention mask that tells pixels apart is not known here")
         attn_mask = attn_mask[..., torch.cat([firsts.repeat_interleave(size * width) for size in sizes])]
-    both = bands.gather(torch.cat([key, value], dim=-1), [frames * size * width for size in sizes], 2)
-    key, value = both.split([key.shape[-1], value.shape[-1]], dim=-1)
+    key, value = gather_together(key, value, 2, [frames * size * width for size in sizes], bands.group)
     return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, **options)
 
 

@@ -112,8 +112,8 @@ def parallelize_vae(
         A function that undoes it.
 
     Raises:
-        ValueError: the VAE has neither an encoder nor a decoder, is parallel already, or works in tiles; or a wrong
-            value. During a call: an operation that mixes rows is not known.
+        ValueError: the VAE has neither an encoder nor a decoder, or is parallel already; or a wrong value. During a
+            call: an operation that mixes rows is not known.
     """
     check_values(split, chunk_rows)
     _check_class(vae)

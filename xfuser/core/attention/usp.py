@@ -8,7 +8,7 @@ from xfuser.core.attention.kernels import attention
 from xfuser.core.attention.ring import ring_attention
 from xfuser.core.attention.ulysses import gather_heads, scatter_heads, share_heads
 from xfuser.core.distributed import SequenceParallelGroupCoordinator
-from xfuser.core.distributed.group_coordinator import all_gather_parts
+from xfuser.core.distributed.group_coordinator import gather_together
 
 
 def usp_attention(
@@ -51,9 +51,7 @@ def usp_attention(
     totals = [sum(block) for block in blocks]
     if renew:
         if ring > 1:
-            kv = torch.cat([k, v], dim=-1)
-            kv = torch.cat(all_gather_parts(kv, 2, totals, group.ring_group), dim=2)
-            k, v = kv.split([k.shape[-1], v.shape[-1]], dim=-1)
+            k, v = gather_together(k, v, 2, totals, group.ring_group)
         out = attention(q, *renew(k, v, mask), scale, backend)
     elif ring > 1:
         masks = None if mask is None else list(mask.split(totals, dim=-1))

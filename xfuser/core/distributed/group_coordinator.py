@@ -230,6 +230,14 @@ def all_gather_parts(x: torch.Tensor, dim: int, sizes: list[int], group: dist.Pr
     return [part[:size].movedim(0, dim) for part, size in zip(parts, sizes, strict=True)]
 
 
+def gather_together(
+    k: torch.Tensor, v: torch.Tensor, dim: int, sizes: list[int], group: dist.ProcessGroup
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every member's ``k`` and ``v``, which differ in their last dimension alone, joined along ``dim``: one message."""
+    both = torch.cat(all_gather_parts(torch.cat([k, v], dim=-1), dim, sizes, group), dim=dim)
+    return both.split([k.shape[-1], v.shape[-1]], dim=-1)
+
+
 def own_group(group_ranks: list[list[int]], backend: str) -> tuple[list[int], dist.ProcessGroup]:
     """Make a process group for each list of ranks; return the one that the calling rank is in."""
     own = None
