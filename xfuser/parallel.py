@@ -26,6 +26,7 @@ from xfuser.core.distributed.utils import share, split_sizes
 from xfuser.inputs import pipeline_arguments
 from xfuser.logger import quiet_libraries
 from xfuser.methods.cfg import GuidanceParallel
+from xfuser.methods.context import ContextParallel
 from xfuser.methods.data import data_parallel, split_decode
 from xfuser.methods.forward import layered_forward, replaced
 from xfuser.methods.pipefusion.blocks import Stub, stage_layers
@@ -131,7 +132,10 @@ class xDiTParallel:
                 if stage and guidance:
                     guidance.part, guidance.rows_stay = stage.part, True
                 if stage or self._sp.world_size > 1 or self._backend not in ("auto", "sdpa"):
-                    sequence = SequenceParallel(model, plan, self._sp, self._backend, stage)
+                    if plan.context:
+                        sequence = ContextParallel(model, plan, self._sp, self._backend)
+                    else:
+                        sequence = SequenceParallel(model, plan, self._sp, self._backend, stage)
                     layers.append(sequence.layer)
                     stack.enter_context(sequence.active())
                 if layers:
@@ -207,12 +211,23 @@ class xDiTParallel:
 def _pipeline_split(pipe: Any, parallel: ParallelConfig) -> dict[str, list[int]]:
     """Number of blocks of each stage, for each of the pipeline's transformers; empty without PipeFusion."""
     models = planned_models(pipe)
-    if any(isinstance(block, Stub) for model, plan in models.values() for block in blocks_of(model, plan)):
+    if any(isinstance(block.module, Stub) for model, plan in models.values() for block in blocks_of(model, plan)):
         raise ValueError(
             f"an earlier wrap divided the blocks of this {type(pipe).__name__} over stages: call unwrap() on it first"
         )
     if not parallel.pipelined:
         return {}
+    for model, plan in models.values():
+        if plan.unpiped:
+            raise ValueError(
+                f"PipeFusion does not serve {type(model).__name__}: {plan.unpiped}. Use Ulysses, ring, CFG or data"
+                " parallelism"
+            )
+    if len(models) > 1:
+        raise ValueError(
+            f"PipeFusion does not serve {type(pipe).__name__}: {' and '.join(models)} divide the steps, and the later"
+            " one would begin without keys and values. Use Ulysses, ring, CFG or data parallelism"
+        )
     stages, asked = parallel.pp_degree, parallel.attn_layer_num_for_pp
     return {name: stage_layers(model, plan, stages, asked) for name, (model, plan) in models.items()}
 

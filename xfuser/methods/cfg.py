@@ -41,8 +41,8 @@ class GuidanceParallel:
                 return self._first_call(call, arguments)
             if self._pending is not None:
                 return self._second_call(call, arguments)
-            rows = arguments[plan.image].shape[0]
-            output = split_rows(self._group, rows, call, arguments, plan.unbatched)
+            rows = len(arguments[plan.latents])
+            output = split_rows(self._group, rows, call, arguments, plan)
             if self._first_step is not None:
                 self._first_step.append((rows, _blank(output)))
             return output

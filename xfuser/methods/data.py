@@ -18,7 +18,7 @@ def data_parallel(group: GroupCoordinator, plan: ModelPlan) -> Layer:
     """The layer of a transformer's forward that splits its batch over the replicas."""
 
     def layer(call: Call, arguments: dict[str, Any]) -> Any:
-        return split_rows(group, arguments[plan.image].shape[0], call, arguments, plan.unbatched)
+        return split_rows(group, len(arguments[plan.latents]), call, arguments, plan)
 
     return layer
 

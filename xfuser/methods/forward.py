@@ -69,11 +69,16 @@ def layered_forward(module: nn.Module, layers: list[Layer]) -> AbstractContextMa
 def edited_arguments(module: nn.Module, edit: Callable[[Arguments], None]) -> Iterator[None]:
     """Within the context, ``edit`` changes the arguments of each call of ``module`` in place before it runs."""
     signature = inspect.signature(module.forward)
+    names = list(signature.parameters)
+    rest = next((name for name in names if signature.parameters[name].kind is inspect.Parameter.VAR_POSITIONAL), None)
 
     def hook(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, Arguments]:
         arguments = arguments_of(signature, args, kwargs)
         edit(arguments)
-        return (), arguments
+        if rest not in arguments:
+            return (), arguments
+        ahead = [arguments.pop(name) for name in names[: names.index(rest)]]
+        return (*ahead, *arguments.pop(rest)), arguments
 
     handle = module.register_forward_pre_hook(hook, with_kwargs=True)
     try:

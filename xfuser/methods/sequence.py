@@ -1,8 +1,8 @@
 """Sequence parallelism: each rank holds a share of the tokens of every stream; attention sees them all."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -10,14 +10,17 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from xfuser.core.attention.intercept import intercepted
-from xfuser.core.attention.kernels import attention
+from xfuser.core.attention.kernels import additive, attention
+from xfuser.core.attention.linear import summed_state
 from xfuser.core.attention.usp import usp_attention
 from xfuser.core.distributed import SequenceParallelGroupCoordinator
 from xfuser.core.distributed.utils import split_sizes
-from xfuser.methods.forward import Arguments, Call, edited_arguments
+from xfuser.methods.forward import Arguments, Call, edited_arguments, replaced
 from xfuser.methods.pipefusion.stage import Stage
-from xfuser.methods.tokens import TokenShares, Window
-from xfuser.models.plan import ModelPlan, Tokens, blocks_of
+from xfuser.methods.tokens import Rows, TokenShares, Window
+from xfuser.models.plan import Attention, Block, ModelPlan, Streams, Tokens, blocks_of
+from xfuser.vae.bands import Bands
+from xfuser.vae.parallelize import OnBands
 
 
 class SequenceParallel:
@@ -35,19 +38,31 @@ class SequenceParallel:
         stage: Stage | None = None,
     ) -> None:
         self._model, self._plan, self._group, self._backend, self._stage = model, plan, group, backend, stage
+        self._reset()
+
+    def _reset(self) -> None:
+        """All that one forward leaves behind."""
         self._shares: TokenShares | None = None  # of the forward that is running, from its first block on
+        self._early = self._plan.head is None  # whether tokens are gathered behind the last block
 
     @contextmanager
     def active(self) -> Iterator[None]:
         """Within the context, the transformer's blocks, attention and head work on shares."""
+        plan, blocks = self._plan, blocks_of(self._model, self._plan)
         with ExitStack() as stack:
-            for block in blocks_of(self._model, self._plan):
-                stack.enter_context(edited_arguments(block, self._enter_block))
-            head = self._model.get_submodule(self._plan.head)
-            stack.callback(head.register_forward_hook(self._gather).remove)
-            layouts = self._attention()
-            modules = {name: self._model.get_submodule(name) for name in layouts}
-            stack.enter_context(intercepted(modules, lambda name: partial(self._attend, name, layouts[name])))
+            for block in blocks:
+                stack.enter_context(edited_arguments(block.module, partial(self._enter_block, block.list_name)))
+                for name in plan.convolutions:
+                    stack.enter_context(self._on_rows(block.module.get_submodule(name)))
+            leave = partial(self._leave_blocks, plan.outputs(blocks[-1].list_name))
+            stack.callback(blocks[-1].module.register_forward_hook(leave).remove)
+            if plan.head:
+                stack.callback(self._model.get_submodule(plan.head).register_forward_hook(self._leave_head).remove)
+            self._attentions = self._named_attentions(blocks)
+            modules = {name: self._model.get_submodule(name) for name in self._attentions}
+            stack.enter_context(intercepted(modules, lambda name: partial(self._attend, name), many=plan.whole))
+            for module in self._linear_attentions(blocks):
+                stack.enter_context(replaced(module, "forward", summed_state(module, self._sum)))
             yield
 
     def layer(self, call: Call, arguments: Arguments) -> Any:
@@ -58,66 +73,127 @@ class SequenceParallel:
         try:
             return call(arguments)
         finally:
-            self._shares = None
+            self._reset()
 
-    def _attention(self) -> dict[str, tuple[str, ...]]:
-        """Streams of each attention module that this rank runs, by its name in the transformer."""
+    def _named_attentions(self, blocks: list[Block]) -> dict[str, Attention]:
+        """The streams of each attention module that this rank runs, by its name in the transformer."""
         return {
-            f"{blocks}.{index}.{name}": streams
-            for blocks in self._plan.blocks
-            for index, block in enumerate(self._model.get_submodule(blocks))
-            for name, streams in self._plan.attention.items()
-            if name in dict(block.named_children())
+            f"{block.list_name}.{block.index}.{name}": streams
+            for block in blocks
+            if self._plan.carriers(block.list_name)
+            for name, streams in self._plan.attentions().items()
+            if _has(block.module, name)
         }
 
-    def _enter_block(self, arguments: Arguments) -> None:
+    def _linear_attentions(self, blocks: list[Block]) -> list[nn.Module]:
+        names = self._plan.linear
+        return [block.module.get_submodule(name) for block in blocks for name in names if _has(block.module, name)]
+
+    def _enter_block(self, blocks: str, arguments: Arguments) -> None:
         if self._shares is None:
-            self._cut_streams(arguments)
+            self._shares = self._share(arguments)
+            if self._stage:
+                self._stage.entered(self._shares)
+        shares = self._shares
+        for name, streams in self._plan.carriers(blocks).items():
+            if arguments.get(name) is not None and arguments[name].shape[1] == shares.total(streams):
+                arguments[name] = shares.cut_table(arguments[name], Tokens(streams))
         for name, tokens in self._plan.per_token.items():
             if arguments.get(name) is not None:
-                arguments[name] = tree_map_only(
-                    torch.Tensor, lambda x, tokens=tokens: self._shares.cut_table(x, tokens), arguments[name]
-                )
+                arguments[name] = self._cut(arguments[name], tokens, blocks, name in self._plan.spread)
+        for name in self._plan.leading:
+            if arguments.get(name) is not None:
+                arguments[name] = shares.leading(arguments[name])
+        if self._plan.grid:
+            rows, columns = self._plan.grid
+            arguments[rows] = shares.sizes["image"][shares.rank] // arguments[columns]
 
-    def _cut_streams(self, arguments: Arguments) -> None:
-        """Before the first block that runs: leave this rank's rows of the streams."""
-        image, text = self._plan.image, self._plan.text
-        count, text_count = arguments[image].shape[1], arguments[text].shape[1] if text else 0
-        window = self._stage.window(count) if self._stage else Window(range(count))
-        rank, ranks = (self._group.rank_in_group, self._group.world_size) if self._splits(count) else (0, 1)
-        self._shares = TokenShares(rank, ranks, count, text_count, window)
-        if self._stage:
-            self._stage.entered(self._shares)
-        arguments[image] = self._shares.cut(arguments[image], Tokens(("image",)))
-        if text:
-            arguments[text] = self._shares.cut(arguments[text], Tokens(("text",)))
+    def _cut(self, value: Any, tokens: Tokens | tuple[Tokens | None, ...] | None, blocks: str, spread: bool) -> Any:
+        if tokens is None or (isinstance(tokens, Tokens) and tokens.within not in (None, blocks)):
+            return value
+        if not isinstance(tokens, Tokens):
+            return tuple(self._cut(x, one, blocks, spread) for x, one in zip(value, tokens, strict=True))
 
-    def _splits(self, tokens: int) -> bool:
-        """Fewer tokens than ranks stay whole on every rank: blocks need not bear having none."""
-        return (self._stage.smallest_window(tokens) if self._stage else tokens) >= self._group.world_size
+        def cut(x: torch.Tensor) -> torch.Tensor:
+            own = self._shares.cut_table(x, tokens)
+            self._early |= spread and own is not x
+            return own
+
+        return tree_map_only(torch.Tensor, cut, value)
+
+    def _share(self, arguments: Arguments) -> TokenShares:
+        """The shares of the forward whose first block is about to run."""
+        plan, stage = self._plan, self._stage
+        count = arguments[plan.image].shape[1]
+        text = None if plan.whole else arguments[plan.text].shape[1] if plan.text else 0
+        unit = arguments[plan.grid[1]] if plan.grid else 1
+        window = stage.window(count) if stage else Window(range(count))
+        rank, ranks = (self._group.rank_in_group, self._group.world_size) if self._splits(count // unit) else (0, 1)
+        whole = ranks > 1 and bool(text) and text < ranks  # blocks need not bear having none
+        return TokenShares(rank, ranks, count, text, window, unit, whole, plan.needs_text)
+
+    def _splits(self, units: int) -> bool:
+        """Fewer image tokens than ranks stay whole on every rank: blocks need not bear having none."""
+        return (self._stage.smallest_window(units) if self._stage else units) >= self._group.world_size
 
     def _cut_residual(self, x: torch.Tensor) -> torch.Tensor:
         if not self._splits(x.shape[1]):
             return x
         return x.split(split_sizes(x.shape[1], self._group.world_size), dim=1)[self._group.rank_in_group]
 
-    def _gather(self, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
-        """Behind the head: all tokens of the image; zeros where this forward or this stage computes none."""
-        shares = self._shares
-        if shares is None or shares.is_whole:
+    def _leave_blocks(self, outputs: list[Streams], block: nn.Module, args: tuple, output: Any) -> Any:
+        """Behind the last block: all tokens of what it returns, if the head is not the place for that."""
+        if self._shares is None or not self._early:
             return output
-        whole = output.new_zeros(output.shape[0], shares.totals["image"], output.shape[2])
-        if self._stage and not self._stage.is_last:
-            return whole
-        if shares.ranks > 1:
-            output = self._group.all_gather(output, dim=1, sizes=shares.sizes["image"])
-        whole[:, shares.window.image.start : shares.window.image.stop] = output
+        if isinstance(output, torch.Tensor):
+            return self._gather(output, outputs[0])
+        return tuple(self._gather(x, streams) for x, streams in zip(output, outputs, strict=True))
+
+    def _leave_head(self, head: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+        """Behind the head: all tokens of the image."""
+        return output if self._shares is None or self._early else self._gather(output, ("image",))
+
+    def _gather(self, x: torch.Tensor, streams: Streams) -> torch.Tensor:
+        """``[B, own tokens, D]`` to ``[B, tokens, D]``; zeros where this forward or this stage computes none."""
+        shares = self._shares
+        if shares.is_whole:
+            return x
+        rows = shares.rows(streams, x.shape[1])
+        places = [place for rank in range(shares.ranks) for place in rows.key_places(rank)]
+        if not self._stage or self._stage.is_last:
+            x = rows.given(x, 1, shares.rank)
+            if shares.ranks > 1:
+                x = self._group.all_gather(x, dim=1, sizes=rows.key_lengths)
+            if x.shape[1] == rows.total and places == sorted(places):
+                return x
+            parts = x.split([length for _, length in places], dim=1)
+        else:
+            parts = []
+        whole = x.new_zeros(x.shape[0], rows.total, x.shape[2])
+        for (start, length), part in zip(places, parts, strict=False):
+            whole[:, start : start + length] = part
         return whole
+
+    def _on_rows(self, module: nn.Module) -> AbstractContextManager[None]:
+        """Within the context, a module that convolves the grid, ``[B, C, rows, columns]``, looks into others' rows."""
+        original = module.forward
+
+        @wraps(original)
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            if self._shares.ranks == 1:
+                return original(x)
+            rows = [size // x.shape[3] for size in self._shares.sizes["image"]]
+            with OnBands(Bands(-2, rows, x.shape[3], self._group.device_group), None):
+                return original(x)
+
+        return replaced(module, "forward", forward)
+
+    def _sum(self, state: torch.Tensor) -> torch.Tensor:
+        return state if self._shares.ranks == 1 else self._group.all_reduce(state)
 
     def _attend(
         self,
         name: str,
-        streams: tuple[str, ...],
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
@@ -136,32 +212,68 @@ class SequenceParallel:
         shares = self._shares
         if shares.is_whole and not self._stage:
             return attention(query, key, value, attn_mask, scale, self._backend)
-        lengths = shares.lengths(streams)
-        mine = lengths[shares.rank]
-        if (query.shape[2], key.shape[2]) != (mine, mine):
-            raise ValueError(
-                f"attention got {query.shape[2]} queries and {key.shape[2]} keys where this rank holds {mine} tokens"
-                f" of {'+'.join(streams)}: the transformer's plan does not fit this call"
-            )
-        mask = None if attn_mask is None else _key_mask(attn_mask, mine, query.dtype)
-        renew = partial(self._stage.renew, name, shares, streams) if self._stage else None
+        layout, rank, ranks = self._attentions[name], shares.rank, range(shares.ranks)
+        queries, keys = shares.rows(layout.queries, query.shape[2]), shares.rows(layout.keys, key.shape[2])
+        order = [place for one in ranks for place in keys.key_places(one)]  # of the keys, one rank's after the other
+        mask = None if attn_mask is None else _over_keys(attn_mask[(None,) * (4 - attn_mask.dim())], query, key)
+        per_key = mask is not None and mask.shape[2:] == (1, key.shape[2])
+        if per_key:
+            mask = keys.given(additive(mask, query.dtype), 3, rank)
+        elif mask is not None:
+            block = self._group.ulysses_block if shares.ranks > 1 else ranks
+            mask = _part(mask, queries, block, keys, [(0, keys.total)] if self._stage else order, query.dtype)
+        key, value = keys.given(key, 2, rank), keys.given(value, 2, rank)
+
+        def renew(k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> tuple:
+            k, v, fresh = self._stage.renew(name, order, keys.total, k, v, mask if per_key else None)
+            return k, v, fresh if per_key else mask
+
         if shares.ranks == 1:
             return attention(query, *renew(key, value, mask), scale, self._backend)
         return usp_attention(
-            query, key, value, lengths, self._group, mask=mask, scale=scale, backend=self._backend, renew=renew
+            query,
+            key,
+            value,
+            keys.key_lengths,
+            self._group,
+            query_lengths=queries.lengths,
+            mask=mask if per_key else None,
+            pair_mask=None if per_key else mask,
+            scale=scale,
+            backend=self._backend,
+            renew=renew if self._stage else None,
         )
 
 
-def _key_mask(mask: torch.Tensor, keys: int, dtype: torch.dtype) -> torch.Tensor:
-    """An additive ``[B|1, H|1, 1, keys]`` mask from one that SDPA takes."""
-    mask = mask[(None,) * (4 - mask.dim())]
-    if mask.stride(2) == 0:
-        mask = mask[:, :, :1]
-    if mask.shape[2] > 1 or mask.shape[3] != keys:
+def _over_keys(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """The key mask behind a mask that hides tokens from all others, and all others from them, over own tokens alone.
+
+    What hidden tokens attend to then does not matter, as nothing attends to them.
+    """
+    if mask.dtype != torch.bool or mask.shape[2:] != (query.shape[2], key.shape[2]) or query.shape[2] != key.shape[2]:
+        return mask
+    shown = mask.diagonal(dim1=2, dim2=3).unsqueeze(2)
+    return shown if torch.equal(mask, (shown & shown.mT).expand_as(mask)) else mask
+
+
+def _part(
+    mask: torch.Tensor, queries: Rows, ranks: range, keys: Rows, columns: list[tuple[int, int]], dtype: torch.dtype
+) -> torch.Tensor:
+    """Of a mask over whole sequences, the rows of the queries of ``ranks``, and these columns.
+
+    Raises:
+        ValueError: the mask is for other sequences.
+    """
+    if mask.shape[2] not in (1, queries.total) or mask.shape[3] != keys.total:
         raise ValueError(
-            f"an attention mask of shape {tuple(mask.shape)}: sequence parallelism and PipeFusion take masks over the"
-            f" keys of this forward alone, [B, 1, 1, {keys}]; one that differs between queries cannot be split"
+            f"an attention mask of shape {tuple(mask.shape)} fits neither the keys of this rank alone, [B, 1, 1, keys],"
+            f" nor the whole sequence, [B, 1, 1 or {queries.total}, {keys.total}]: it cannot be split"
         )
-    if mask.dtype == torch.bool:
-        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, -torch.inf)
-    return mask
+    if mask.shape[2] > 1:
+        mask = torch.cat([mask.narrow(2, *place) for rank in ranks for place in queries.places(rank)], dim=2)
+    return additive(torch.cat([mask.narrow(3, *place) for place in columns], dim=3), dtype)
+
+
+def _has(block: nn.Module, name: str) -> bool:
+    owner, _, last = name.rpartition(".")
+    return getattr(block.get_submodule(owner), last, None) is not None

@@ -1,11 +1,12 @@
 """Which tokens a forward computes, and which of them this rank holds."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from xfuser.core.distributed.utils import split_sizes
-from xfuser.models.plan import Tokens
+from xfuser.models.plan import Streams, Tokens
 
 
 @dataclass(frozen=True)
@@ -16,43 +17,133 @@ class Window:
     text: bool = True
 
 
+class Part(NamedTuple):
+    """One stream's rows in a sequence: those of the ranks, one after the other from ``start``, or all on every rank.
+
+    ``givers`` are the ranks whose rows are keys.
+    """
+
+    start: int
+    sizes: list[int]
+    split: bool
+    givers: range
+
+    def place(self, rank: int) -> tuple[int, int]:
+        """A rank's rows: (first row, number of rows)."""
+        return self.start + sum(self.sizes[:rank]) * self.split, self.sizes[rank]
+
+
+class Rows:
+    """The rows of a sequence of streams that each rank has.
+
+    Every rank has queries for all that it holds. Of a stream that all ranks hold, the first one gives the keys; of text
+    that is carried along as ballast, none.
+    """
+
+    def __init__(self, parts: list[Part], ranks: int, total: int) -> None:
+        self._parts, self._ranks, self.total = parts, ranks, total
+
+    @property
+    def lengths(self) -> list[int]:
+        """Rows of queries of each rank."""
+        return [sum(part.sizes[rank] for part in self._parts) for rank in range(self._ranks)]
+
+    @property
+    def key_lengths(self) -> list[int]:
+        """Rows of keys that each rank gives."""
+        return [sum(length for _, length in self.key_places(rank)) for rank in range(self._ranks)]
+
+    def places(self, rank: int) -> list[tuple[int, int]]:
+        """Where the rows of a rank lie in the whole sequence: (first row, number of rows)."""
+        return [part.place(rank) for part in self._parts]
+
+    def key_places(self, rank: int) -> list[tuple[int, int]]:
+        """Where the rows lie that a rank gives as keys."""
+        return [part.place(rank) for part in self._parts if rank in part.givers]
+
+    def given(self, x: torch.Tensor, dim: int, rank: int) -> torch.Tensor:
+        """Of a rank's rows along ``dim``, those that it gives as keys."""
+        if all(rank in part.givers for part in self._parts):
+            return x
+        rows = x.split([part.sizes[rank] for part in self._parts], dim=dim)
+        return torch.cat([own for own, part in zip(rows, self._parts, strict=True) if rank in part.givers], dim=dim)
+
+
 class TokenShares:
     """Rows of each stream that the ranks of a group hold during one forward: consecutive ones, in rank order.
 
     Args:
         rank, ranks: this rank's place in the group and the group's size; 0 and 1 where every rank holds everything.
-        image, text: tokens of the whole streams.
+        image, text: tokens of the whole streams; text is None where it is known from each sequence alone.
         window: the tokens that this forward computes, and the ranks share.
+        unit: image tokens that stay together.
+        whole: whether every rank holds all of the text.
+        ballast: whether every rank holds one text token that counts for nothing where the window has none.
     """
 
-    def __init__(self, rank: int, ranks: int, image: int, text: int, window: Window) -> None:
+    def __init__(
+        self,
+        rank: int,
+        ranks: int,
+        image: int,
+        text: int | None,
+        window: Window,
+        unit: int = 1,
+        whole: bool = False,
+        ballast: bool = False,
+    ) -> None:
         self.rank, self.ranks, self.window = rank, ranks, window
+        self._made_of = rank, ranks, image, text
+        self._unit, self._whole, self._ballast = unit, whole, ballast
         self.totals = {"image": image, "text": text}
-        self._active = {"image": window.image, "text": range(text if window.text else 0)}
+        idle = ballast and not window.text
+        self._active = {"image": window.image, "text": range((text or 0) if window.text else int(idle))}
+        self._givers = {"image": range(ranks), "text": range(0 if idle else 1 if whole else ranks)}
         # The streams' longer shares lie at opposite ends of the group, which evens the totals out.
-        self.sizes = {
-            "image": split_sizes(len(window.image), ranks),
-            "text": split_sizes(len(self._active["text"]), ranks)[::-1],
-        }
+        self.sizes = {"image": [size * unit for size in split_sizes(len(window.image) // unit, ranks)]}
+        words = len(self._active["text"])
+        self.sizes["text"] = [words] * ranks if whole or idle else split_sizes(words, ranks)[::-1]
         self._tables: dict[tuple[int, Tokens], tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def at(self, window: Window) -> "TokenShares":
+        """The shares of the same streams in a forward that computes another window."""
+        return TokenShares(*self._made_of, window, self._unit, self._whole, self._ballast)
 
     @property
     def is_whole(self) -> bool:
         """Whether this rank holds all tokens."""
-        return self.ranks == 1 and all(len(self._active[stream]) == total for stream, total in self.totals.items())
+        return self.ranks == 1 and self.window == Window(range(self.totals["image"]))
 
-    def lengths(self, streams: tuple[str, ...]) -> list[int]:
-        """Rows of each rank in a sequence made of these streams."""
-        return [sum(counts) for counts in zip(*(self.sizes[stream] for stream in streams), strict=True)]
+    def rows(self, streams: Streams, own: int) -> Rows:
+        """The rows of an attention's sequence, of which this rank has ``own``.
 
-    def places(self, streams: tuple[str, ...]) -> list[tuple[int, int]]:
-        """Where the ranks' rows, one rank after the other, lie in the whole sequence: (first row, number of rows)."""
-        return [self._place(streams, stream, rank) for rank in range(self.ranks) for stream in streams]
+        Raises:
+            ValueError: that is not what it holds of these streams.
+        """
+        text = own - self.sizes["image"][self.rank] * ("image" in streams)
+        rows = self._rows(streams, text)
+        if rows.lengths[self.rank] != own or text < 0:
+            raise ValueError(
+                f"attention over {own} tokens, where this rank holds {rows.lengths[self.rank]} of {'+'.join(streams)}"
+            )
+        return rows
 
-    def _place(self, streams: tuple[str, ...], stream: str, rank: int) -> tuple[int, int]:
-        before = sum(self.totals[name] for name in streams[: streams.index(stream)])
-        sizes = self.sizes[stream]
-        return before + self._active[stream].start + sum(sizes[:rank]), sizes[rank]
+    def _rows(self, streams: Streams, text: int) -> Rows:
+        """``text`` counts the text tokens where nothing else tells."""
+        parts, start = [], 0
+        for stream in streams:
+            unknown = self.totals[stream] is None
+            total = text if unknown else self.totals[stream]
+            sizes = [text] * self.ranks if unknown else self.sizes[stream]
+            givers = range(1) if unknown else self._givers[stream]
+            parts.append(Part(start + self._active[stream].start, sizes, len(givers) == self.ranks, givers))
+            start += total
+        return Rows(parts, self.ranks, start)
+
+    def total(self, streams: Streams) -> int | None:
+        """Tokens of a sequence of these streams; None where only the sequence tells."""
+        totals = [self.totals[stream] for stream in streams]
+        return None if None in totals else sum(totals)
 
     def cut_table(self, x: torch.Tensor, tokens: Tokens) -> torch.Tensor:
         """As :meth:`cut`, for a tensor that every block is given anew: cut once, then remembered."""
@@ -63,13 +154,24 @@ class TokenShares:
 
     def cut(self, x: torch.Tensor, tokens: Tokens) -> torch.Tensor:
         """This rank's rows of a tensor that holds the whole streams."""
-        totals = [self.totals[stream] for stream in tokens.streams]
-        if x.shape[tokens.dim] != sum(totals):
+        if tokens.rows:
+            rows = x.unflatten(tokens.dim, (-1, self.totals["image"]))
+            return self.cut(rows, Tokens(tokens.streams, tokens.dim + 1)).flatten(tokens.dim, tokens.dim + 1)
+        length = x.shape[tokens.dim]
+        if length == 1 or tokens.dims not in (None, x.dim()):
+            return x
+        rows = self._rows(tokens.streams, length - self.totals["image"] * ("image" in tokens.streams))
+        if length != rows.total:
+            counts = [str(self.totals[stream]) for stream in tokens.streams]
             raise ValueError(
-                f"a per-token argument of shape {tuple(x.shape)} has {x.shape[tokens.dim]} entries along dimension"
-                f" {tokens.dim}, where {'+'.join(tokens.streams)} have {'+'.join(map(str, totals))} tokens"
+                f"a per-token argument of shape {tuple(x.shape)} has {length} entries along dimension {tokens.dim},"
+                f" where {'+'.join(tokens.streams)} have {'+'.join(counts)} tokens"
             )
         if self.is_whole:
             return x
-        places = [self._place(tokens.streams, stream, self.rank) for stream in tokens.streams]
-        return torch.cat([x.narrow(tokens.dim, *place) for place in places], dim=tokens.dim)
+        return torch.cat([x.narrow(tokens.dim, *place) for place in rows.places(self.rank)], dim=tokens.dim)
+
+    def leading(self, count: int) -> int:
+        """How many of the image's first ``count`` tokens this rank holds."""
+        (start, length), *_ = self._rows(("image",), 0).places(self.rank)
+        return min(max(count - start, 0), length)

@@ -5,6 +5,7 @@ from xfuser.models.plan import ModelPlan, Tokens
 HUNYUAN_DIT = ModelPlan(
     blocks=("blocks",),
     attention={"attn1": ("image",)},
+    embed="pos_embed.proj",
     per_token={"image_rotary_emb": Tokens(("image",), dim=0)},
     residuals=("controlnet_block_samples",),
     unbatched=("image_rotary_emb",),

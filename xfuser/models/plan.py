@@ -1,20 +1,41 @@
 """The vocabulary in which a model family is described to the engine: data.
 
-A transformer here is a stack of blocks that pass *streams* of tokens on: ``"image"`` always, and ``"text"`` where
-text tokens take part in the self-attention. A plan says which arguments of which modules carry what.
+A transformer here is a stack of blocks that pass *streams* of tokens on: ``"image"`` always (pictures or videos), and
+``"text"`` where other tokens take part in the attention between tokens. A plan says which arguments of which modules
+carry what.
 """
 
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from torch import nn
 
+Streams = tuple[str, ...]
 
-@dataclass(frozen=True)
-class Tokens:
-    """Streams that lie one after the other along a dimension of a tensor."""
 
-    streams: tuple[str, ...]
+class Tokens(NamedTuple):
+    """Where a tensor has an entry for each token of some streams, which lie there one after the other.
+
+    Attributes:
+        dim: the dimension; one that is 1 long is the same for all tokens.
+        dims: how many dimensions such a tensor has, where the argument may also hold something that has no such
+            entries; None where it never does.
+        within: the only list of blocks where the argument has them; None for all.
+        rows: whether the dimension counts the tokens of the first row of the batch, then those of the second, ...
+    """
+
+    streams: Streams
     dim: int = 1
+    dims: int | None = None
+    within: str | None = None
+    rows: bool = False
+
+
+class Attention(NamedTuple):
+    """The streams of an attention's queries, and those of its keys, each in the order of concatenation."""
+
+    queries: Streams
+    keys: Streams
 
 
 @dataclass(frozen=True)
@@ -24,38 +45,98 @@ class ModelPlan:
     Attributes:
         blocks: names of the ModuleLists whose modules are the blocks, in the order of execution.
         attention: name of each self- or joint-attention module within a block, to the streams that it
-            concatenates, in order. Cross-attention is not named: it needs nothing from other ranks.
-        embed: name of the module that makes tokens of latents, row by row.
-        head: name of the last module that works on tokens, a linear; tokens are gathered behind it.
-        image: argument of the forward and of the blocks that carries the image stream.
-        text: argument of the blocks that carries the text stream, for joint attention; None otherwise.
-        per_token: arguments of the blocks that hold one entry per token, such as rotary tables and key masks.
+            concatenates, in order. Cross-attention to what is no stream is not named: it needs nothing from other
+            ranks.
+        embed: name of the module that makes tokens of latents, row by row; None for one that takes more than latents.
+        head: name of the module behind which the image's tokens are gathered, the last one that works on tokens; None
+            to gather all that the last block returns, where the forward would mix it with what is not split.
+        latents: argument of the forward with the latents: a tensor, or a list with one for each row of the batch.
+        image, text: arguments of the blocks that carry the streams; text is None where there is no second stream that
+            is split.
+        carried: lists of blocks that differ from that: arguments that carry streams, to the streams that lie there one
+            after the other; none where the tokens are rows of a batch, which need nothing from each other.
+        whole: whether text takes part in the attention, but is not split, as the forward or the attention cuts it by
+            its length: every rank has all of it, beside its share of the image.
+        needs_text: whether the blocks fail on no text tokens at all.
+        needs_text: whether the blocks fail where there is no text token at all.
+        per_token: arguments of the blocks with one entry per token, such as rotary tables and key masks; a tuple for
+            an argument that is a tuple of different ones, with None for those that are no such.
+        leading: arguments of the blocks that count tokens at the image's beginning.
+        spread: those of ``per_token`` that the forward also applies between the last block and the head.
+        linear: attention modules that are linear: they sum a state over the tokens by their first ``matmul``.
+        grid: arguments of the blocks with the rows and columns of tokens, where blocks look at neighbouring rows.
+        convolutions: modules of a block that convolve the grid, ``[B, C, rows, columns]``.
         residuals: arguments of the forward with per-token residuals of a ControlNet, ``[B, image tokens, D]``.
         unbatched: arguments of the forward that have no batch dimension.
+        batch_dims: arguments of the forward whose batch dimension is not the first.
+        row_lists: arguments of the forward that are lists with an entry for each row of the batch.
         returns: what a block returns, in order: one stream alone is returned as it is, several as a tuple.
         text_modules: submodules of the blocks that work on text tokens.
         skip: argument of the second half's blocks with the output of the block as far from the other end, for long
             skips; None where there are none.
         lent: submodules of blocks that the forward uses outside of their block.
         counts_steps: arguments of the forward that pipelines pass by the number of the step.
+        frames: dimension of video latents that counts frames, ``[B, C, F, H, W]`` or ``[B, F, C, H, W]``.
+        context: the class's own context-parallel plan of Diffusers, in place of all that is said here about blocks.
+        unpiped: why PipeFusion cannot serve the class; None where it does.
     """
 
     blocks: tuple[str, ...]
-    attention: dict[str, tuple[str, ...]]
-    embed: str = "pos_embed.proj"
-    head: str = "proj_out"
+    attention: dict[str, Streams | Attention]
+    embed: str | None = None
+    head: str | None = "proj_out"
+    latents: str = "hidden_states"
     image: str = "hidden_states"
     text: str | None = None
-    per_token: dict[str, Tokens] = field(default_factory=dict)
+    carried: dict[str, dict[str, Streams]] = field(default_factory=dict)
+    whole: bool = False
+    needs_text: bool = False
+    per_token: dict[str, Tokens | tuple[Tokens | None, ...]] = field(default_factory=dict)
+    leading: tuple[str, ...] = ()
+    spread: tuple[str, ...] = ()
+    linear: tuple[str, ...] = ()
+    grid: tuple[str, str] | None = None
+    convolutions: tuple[str, ...] = ()
     residuals: tuple[str, ...] = ()
     unbatched: tuple[str, ...] = ()
-    returns: tuple[str, ...] = ("image",)
+    batch_dims: dict[str, int] = field(default_factory=dict)
+    row_lists: tuple[str, ...] = ()
+    returns: Streams = ("image",)
     text_modules: tuple[str, ...] = ()
     skip: str | None = None
     lent: tuple[str, ...] = ()
     counts_steps: tuple[str, ...] = ()
+    frames: int = 2
+    context: dict[str, Any] | None = None
+    unpiped: str | None = None
+
+    def carriers(self, blocks: str) -> dict[str, Streams]:
+        """Arguments of the blocks of this list that carry tokens from block to block, and their streams."""
+        usual = {self.image: ("image",), self.text: ("text",)} if self.text else {self.image: ("image",)}
+        return self.carried.get(blocks, usual)
+
+    def outputs(self, blocks: str) -> list[Streams]:
+        """Streams of each tensor that the blocks of this list return."""
+        if blocks in self.carried:
+            return list(self.carried[blocks].values())
+        return [(stream,) for stream in self.returns]
+
+    def attentions(self) -> dict[str, Attention]:
+        """The attention modules of a block by name."""
+        return {
+            name: streams if isinstance(streams, Attention) else Attention(streams, streams)
+            for name, streams in self.attention.items()
+        }
 
 
-def blocks_of(model: nn.Module, plan: ModelPlan) -> list[nn.Module]:
+class Block(NamedTuple):
+    """A block, the ModuleList that it is in, and its place there."""
+
+    module: nn.Module
+    list_name: str
+    index: int
+
+
+def blocks_of(model: nn.Module, plan: ModelPlan) -> list[Block]:
     """The blocks of a transformer, in the order of execution."""
-    return [block for name in plan.blocks for block in model.get_submodule(name)]
+    return [Block(block, name, i) for name in plan.blocks for i, block in enumerate(model.get_submodule(name))]

@@ -34,17 +34,18 @@ class _Interception(TorchFunctionMode):
 
 
 @contextmanager
-def intercepted(modules: dict[str, nn.Module], attend: Callable[[str], Attend]) -> Iterator[None]:
+def intercepted(modules: dict[str, nn.Module], attend: Callable[[str], Attend], many: bool = False) -> Iterator[None]:
     """Within the context, each of ``modules`` computes its attention by ``attend(name)``.
 
     The replacement takes the arguments of ``scaled_dot_product_attention``. A module whose processor does not
-    call that function exactly once per forward raises a ValueError: its attention would not be the one intended.
+    call that function exactly once per forward, or at least once with ``many``, raises a ValueError: its attention
+    would not be the one intended.
     """
     active: list[_Interception] = []
     handles = []
     for name, module in modules.items():
         handles.append(module.register_forward_pre_hook(partial(_enter, active, attend(name))))
-        handles.append(module.register_forward_hook(partial(_leave, active, name), always_call=True))
+        handles.append(module.register_forward_hook(partial(_leave, active, name, many), always_call=True))
     try:
         yield
     finally:
@@ -60,10 +61,12 @@ def _enter(active: list[_Interception], attend: Attend, module: nn.Module, args:
     active.append(mode)
 
 
-def _leave(active: list[_Interception], name: str, module: nn.Module, args: tuple, output: Any) -> None:
+def _leave(active: list[_Interception], name: str, many: bool, module: nn.Module, args: tuple, output: Any) -> None:
     mode = active.pop()
     mode.__exit__(None, None, None)
-    if mode.count != 1 and output is not None:  # None: the forward raised, and says so itself
+    if (
+        not (mode.count == 1 or (many and mode.count)) and output is not None
+    ):  # None: the forward raised, and says so itself
         processor = type(getattr(module, "processor", module)).__name__
         raise ValueError(
             f"{name}: {processor} called scaled_dot_product_attention {mode.count} times in one forward, and must"

@@ -1,6 +1,6 @@
 """Attention kernels that return the log-sum-exp (LSE), which the ring needs to merge partial results.
 
-Tensors are ``[B, H, S, D]``; the LSE is float32 ``[B, H, Sq]``. A key mask is additive and ``[B|1, H|1, 1, Sk]``.
+Tensors are ``[B, H, S, D]``; the LSE is float32 ``[B, H, Sq]``. A mask is additive and ``[B|1, H|1, 1|Sq, Sk]``.
 Keys and values may have fewer heads than queries (grouped queries).
 """
 
@@ -44,10 +44,10 @@ def attention_math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: 
     keys, values = k.float(), v.float()
     rows = max(1, MATH_SCORES // max(1, q.shape[0] * q.shape[1] * k.shape[2]))
     outs, lses = [], []
-    for queries in q.float().split(rows, dim=2):
-        scores = (queries * scale) @ keys.mT
+    for start in range(0, q.shape[2], rows):
+        scores = (q[:, :, start : start + rows].float() * scale) @ keys.mT
         if mask is not None:
-            scores = scores + mask.float()
+            scores = scores + (mask if mask.shape[2] == 1 else mask[:, :, start : start + rows]).float()
         lse = scores.logsumexp(dim=-1)
         weights = (scores - lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1)).exp()
         outs.append(weights @ values)
@@ -163,6 +163,13 @@ def check_backend(name: str) -> None:
         return
     why = KERNELS[name].missing() if name in KERNELS else "unknown"
     raise ValueError(f"attention_backend={name!r}: {why}; here there are {', '.join(available_backends())}")
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask that SDPA takes, as one that is added to the scores."""
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, -torch.inf)
 
 
 def attention(

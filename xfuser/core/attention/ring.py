@@ -25,7 +25,7 @@ def ring_attention(
     Args:
         q, k, v: this rank's rows, ``[B, H, S_local, D]``.
         lengths: key rows of each ring rank.
-        masks: the additive key mask of each ring rank's block, ``[B|1, H|1, 1, length]``.
+        masks: the additive mask of each ring rank's block of keys, ``[B|1, H|1, 1|S_local, length]``.
 
     Returns:
         ``[B, H, S_local, Dv]`` in q's dtype; sums are kept in float32.

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 
 from xfuser.core.attention.kernels import attention
 from xfuser.core.attention.ring import ring_attention
@@ -18,7 +19,9 @@ def usp_attention(
     lengths: list[int],
     group: SequenceParallelGroupCoordinator,
     *,
+    query_lengths: list[int] | None = None,
     mask: torch.Tensor | None = None,
+    pair_mask: torch.Tensor | None = None,
     scale: float | None = None,
     backend: str = "auto",
     renew: Callable[..., tuple] | None = None,
@@ -27,8 +30,11 @@ def usp_attention(
 
     Args:
         q, k, v: this rank's rows, ``[B, H, S_local, D]``; k and v may have fewer heads (grouped queries).
-        lengths: rows of every rank of the sequence group; any counts, zero too.
+        lengths: rows of k and v of every rank of the sequence group; any counts, zero too.
+        query_lengths: rows of q of every rank, where they are others.
         mask: additive mask of this rank's own keys, ``[B|1, H|1, 1, S_local]``.
+        pair_mask: in its stead, one over the queries of this rank's Ulysses group and the keys of all ranks, in rank
+            order, ``[B|1, H|1, 1|Sq, Sk]``; with ``renew``, over the keys that it returns.
         renew: takes keys, values and mask of the group's rows in rank order (k and v of this rank's Ulysses heads),
             and returns those to attend to. Keys and values are then gathered around the ring beforehand.
 
@@ -36,17 +42,12 @@ def usp_attention(
         ``[B, H, S_local, Dv]``.
     """
     ulysses, ring = group.ulysses_world_size, group.ring_world_size
-    if mask is not None:
-        mask = group.all_gather(mask, dim=-1, sizes=lengths)
+    mask = group.all_gather(mask, dim=-1, sizes=lengths) if mask is not None else pair_mask
     blocks = [lengths[i : i + ulysses] for i in range(0, len(lengths), ulysses)]
-    own = blocks[group.ring_rank]
+    own, own_queries = blocks[group.ring_rank], [(query_lengths or lengths)[rank] for rank in group.ulysses_block]
     q_heads, kv_heads = share_heads(q.shape[1], k.shape[1], ulysses)
     if ulysses > 1:
-        if q.shape[-1] == v.shape[-1]:
-            q, k, v = scatter_heads([q, k, v], own, [q_heads, kv_heads, kv_heads], group.ulysses_group)
-        else:
-            q, k = scatter_heads([q, k], own, [q_heads, kv_heads], group.ulysses_group)
-            (v,) = scatter_heads([v], own, [kv_heads], group.ulysses_group)
+        q, k, v = _scatter([q, k, v], [own_queries, own, own], [q_heads, kv_heads, kv_heads], group.ulysses_group)
         mask = _own_heads(mask, q_heads, group.ulysses_rank)
     totals = [sum(block) for block in blocks]
     if renew:
@@ -59,8 +60,23 @@ def usp_attention(
     else:
         out = attention(q, k, v, mask, scale, backend)
     if ulysses > 1:
-        out = gather_heads(out, own, q_heads, group.ulysses_group)
+        out = gather_heads(out, own_queries, q_heads, group.ulysses_group)
     return out
+
+
+def _scatter(
+    tensors: list[torch.Tensor], lengths: list[list[int]], heads: list[list[int]], group: dist.ProcessGroup
+) -> list[torch.Tensor]:
+    """As ``scatter_heads``, for tensors of different lengths and head sizes: one message for those that are alike."""
+    alike: dict[tuple, list[int]] = {}
+    for i, (x, counts) in enumerate(zip(tensors, lengths, strict=True)):
+        alike.setdefault((x.shape[-1], *counts), []).append(i)
+    result = list(tensors)
+    for places in alike.values():
+        whole = scatter_heads([tensors[i] for i in places], lengths[places[0]], [heads[i] for i in places], group)
+        for i, x in zip(places, whole, strict=True):
+            result[i] = x
+    return result
 
 
 def _own_heads(mask: torch.Tensor | None, heads: list[int], rank: int) -> torch.Tensor | None:

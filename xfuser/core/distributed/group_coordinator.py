@@ -212,6 +212,12 @@ class SequenceParallelGroupCoordinator(GroupCoordinator):
         self.ulysses_world_size, self.ulysses_rank = len(ulysses), ulysses.index(self.rank)
         self.ring_world_size, self.ring_rank = len(ring), ring.index(self.rank)
 
+    @property
+    def ulysses_block(self) -> range:
+        """Ranks of this group that are in the same Ulysses group as this one."""
+        start = self.ring_rank * self.ulysses_world_size
+        return range(start, start + self.ulysses_world_size)
+
     def destroy(self) -> None:
         for name in ("ulysses_group", "ring_group"):
             if getattr(self, name) is not DESTROYED:

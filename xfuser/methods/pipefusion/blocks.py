@@ -28,8 +28,8 @@ def stage_layers(model: nn.Module, plan: ModelPlan, stages: int, asked: tuple[in
             f" at most {len(blocks)}"
         )
     if asked is None:
-        costs = [block_cost(block, plan) for block in blocks]
-        costs[-1] += _linear_cost(model.get_submodule(plan.head), NOMINAL_TOKENS["image"])
+        costs = [block_cost(block.module, plan) for block in blocks]
+        costs[-1] += _linear_cost(model.get_submodule(plan.head), NOMINAL_TOKENS["image"]) if plan.head else 0
         return _balanced(costs, stages)
     if sum(asked) != len(blocks) or len(asked) != stages or min(asked) < 1:
         raise ValueError(
@@ -48,11 +48,11 @@ def block_cost(block: nn.Module, plan: ModelPlan) -> float:
     for name, linear in linears.items():
         if not name.startswith("norm"):  # those work on one row
             cost += _linear_cost(linear, NOMINAL_TOKENS["text"] if name in text else image_tokens)
-    for name, streams in plan.attention.items():
+    for name, streams in plan.attentions().items():
         attention = getattr(block, name, None)
         if attention is not None:
-            tokens = sum(NOMINAL_TOKENS[stream] for stream in streams)
-            cost += 2 * tokens**2 * attention.to_q.out_features
+            width = next(one.in_features for one in attention.modules() if isinstance(one, nn.Linear))
+            cost += 2 * sum(NOMINAL_TOKENS[stream] for stream in streams.queries) ** 2 * width
     return cost
 
 
@@ -83,19 +83,20 @@ class Stub(nn.Module):
     The block's weights are freed. Of its submodules only those lent to the forward keep theirs, and stay registered.
     """
 
-    def __init__(self, block: nn.Module, plan: ModelPlan, lent: list[str]) -> None:
+    def __init__(self, block: nn.Module, plan: ModelPlan, list_name: str, lent: list[str]) -> None:
         super().__init__()
         self.lent = nn.ModuleList(block.get_submodule(name) for name in lent)
         self.__dict__["block"] = block  # unregistered: its weights are gone
         for weight, owner, key in tensors_of(block, set(self.lent.parameters())):
             _set(owner, key, weight, weight.to("meta"))
-        streams = [{"image": plan.image, "text": plan.text}[stream] for stream in plan.returns]
+        names = {streams: name for name, streams in plan.carriers(list_name).items()}
+        returned = [names[streams] for streams in plan.outputs(list_name)]
         signature = inspect.signature(block.forward)
 
         @functools.wraps(block.forward)
         def forward(*args: Any, **kwargs: Any) -> Any:
             arguments = arguments_of(signature, args, kwargs)
-            passed = tuple(arguments[stream] for stream in streams)
+            passed = tuple(arguments[name] for name in returned)
             return passed if len(passed) > 1 else passed[0]
 
         self.forward = forward
@@ -113,7 +114,7 @@ class StageBlocks:
     def __init__(self, model: nn.Module, plan: ModelPlan, group: GroupCoordinator, layers: list[int]) -> None:
         self._group = group
         self.owners = [stage for stage, count in enumerate(layers) for _ in range(count)]
-        self._places = [(name, i) for name in plan.blocks for i in range(len(model.get_submodule(name)))]
+        self._places = [(block.list_name, block.index) for block in blocks_of(model, plan)]
         self._model = model
         self._stubs: dict[int, Stub] = {}
         for index, (name, i) in enumerate(self._places):
@@ -121,7 +122,7 @@ class StageBlocks:
                 prefix = f"{name}.{i}."
                 lent = [one.removeprefix(prefix) for one in plan.lent if one.startswith(prefix)]
                 blocks = model.get_submodule(name)
-                blocks[i] = self._stubs[index] = Stub(blocks[i], plan, lent)
+                blocks[i] = self._stubs[index] = Stub(blocks[i], plan, name, lent)
 
     def restore(self) -> None:
         """Give every stage all blocks again, with the weights of the stage that holds them; all stages must call it."""

@@ -1,4 +1,6 @@
-"""The patches of an image: bands of whole token rows."""
+"""The patches of a picture or video: bands of whole token rows, or of whole frames."""
+
+from typing import Any
 
 import torch
 
@@ -6,19 +8,26 @@ from xfuser.core.distributed.utils import share, split_sizes
 
 
 class Patches:
-    """The division of images into ``count`` bands of rows that differ by one row of tokens at most.
+    """The division of latents into ``count`` consecutive parts whose token rows, or frames, differ by one at most.
 
-    Latents are ``[B, C, H, W]``, with ``patch_size`` rows of them in a row of tokens, or packed ``[B, tokens, C]``,
-    where bands are of tokens.
+    Latents are ``[B, C, H, W]``, divided by rows; those of videos have one dimension more, and are divided by frames;
+    or they are packed, ``[B, tokens, C]``, and divided by tokens. What is called rows here is each time that.
+
+    Args:
+        config: of the transformer; tells how many rows of latents make a row of tokens.
+        frames: dimension of video latents that counts frames.
     """
 
-    def __init__(self, count: int, patch_size: int) -> None:
-        self.count, self._patch_size = count, patch_size
+    def __init__(self, count: int, config: Any, frames: int = 2) -> None:
+        self.count, self._frames = count, frames
+        size = getattr(config, "patch_size", 1)
+        of_time = size[0] if isinstance(size, list | tuple) and len(size) == 3 else 1
+        of_rows = size[-2] if isinstance(size, list | tuple) else size
+        self._units = {4: of_rows, 5: getattr(config, "patch_size_t", None) or of_time}
 
-    @staticmethod
-    def dim(latents: torch.Tensor) -> int:
+    def dim(self, latents: torch.Tensor) -> int:
         """The dimension that is divided."""
-        return 2 if latents.dim() == 4 else 1
+        return {4: 2, 5: self._frames}.get(latents.dim(), 1)
 
     def row_count(self, latents: torch.Tensor) -> int:
         """Rows of tokens."""
@@ -28,9 +37,10 @@ class Patches:
         """Rows of tokens in a patch."""
         count = self.row_count(latents)
         if self.count > count:
+            what = "frames" if latents.dim() == 5 else "rows"
             raise ValueError(
-                f"num_pipeline_patch={self.count} is more than the {count} rows of tokens of a picture with latents of"
-                f" shape {tuple(latents.shape)}: use at most {count}"
+                f"num_pipeline_patch={self.count} is more than the {count} {what} of tokens of latents of shape"
+                f" {tuple(latents.shape)}: use at most {count}"
             )
         return share(split_sizes(count, self.count), patch)
 
@@ -49,10 +59,9 @@ class Patches:
         rows = self.token_rows(latents, patch)
         return range(rows.start * width, rows.stop * width)
 
+    def rows_of(self, x: torch.Tensor, rows: range) -> torch.Tensor:
+        """These rows of latents, as a view."""
+        return x.narrow(self.dim(x), rows.start, len(rows))
+
     def _unit(self, latents: torch.Tensor) -> int:
-        return self._patch_size if latents.dim() == 4 else 1
-
-
-def rows_of(x: torch.Tensor, rows: range) -> torch.Tensor:
-    """These rows of latents, as a view."""
-    return x.narrow(Patches.dim(x), rows.start, len(rows))
+        return self._units.get(latents.dim(), 1)

@@ -83,7 +83,7 @@ class PipeFusion:
                 owners = self._blocks[name].owners
                 if name not in self._channels:
                     self._channels[name] = open_channels(self._group.group_ranks, routes(plan, owners), clock.patches)
-                patches = Patches(clock.patches, getattr(model.config, "patch_size", 1))
+                patches = Patches(clock.patches, model.config, plan.frames)
                 stage = Stage(model, plan, owners, rank, self._channels[name], clock, patches, when_there)
                 self._stages[name] = stage
                 stack.enter_context(stage.active())

@@ -15,7 +15,7 @@ from xfuser.core.distributed import GroupCoordinator
 from xfuser.methods.forward import arguments_of
 from xfuser.methods.pipefusion.channel import Channel
 from xfuser.methods.pipefusion.clock import Clock
-from xfuser.methods.pipefusion.patches import Patches, rows_of
+from xfuser.methods.pipefusion.patches import Patches
 
 
 class PatchwiseScheduler:
@@ -58,8 +58,8 @@ class PatchwiseScheduler:
         if self._clock.synchronous and patch == 0:
             return self._copies[0].scale_model_input(sample, timestep)
         rows = self._patches.rows(sample, patch)
-        scaled = self._copies[patch].scale_model_input(rows_of(sample, rows), timestep)
-        return sample if self._clock.synchronous else _placed(scaled, rows, sample)
+        scaled = self._copies[patch].scale_model_input(self._patches.rows_of(sample, rows), timestep)
+        return sample if self._clock.synchronous else self._placed(scaled, rows, sample)
 
     def _set_timesteps(self, *args: Any, **kwargs: Any) -> None:
         real = self._copies[0]
@@ -87,19 +87,27 @@ class PatchwiseScheduler:
         self._begin(arguments["timestep"])
         patch = self._clock.patch
         rows = self._patches.rows(sample, patch)
-        dim, length = Patches.dim(sample), sample.shape[Patches.dim(sample)]
+        dim = self._patches.dim(sample)
 
         def cut(x: torch.Tensor) -> torch.Tensor:
-            return rows_of(x, rows) if x.dim() == sample.dim() and x.shape[dim] == length else x
+            return (
+                self._patches.rows_of(x, rows) if x.dim() == sample.dim() and x.shape[dim] == sample.shape[dim] else x
+            )
 
         with self._noise.of_patch(patch, rows, sample):
             output = self._copies[patch].step(**tree_map_only(torch.Tensor, cut, arguments))
         whole = tree_map_only(
-            torch.Tensor, lambda x: _placed(x, rows, sample) if x.dim() == sample.dim() else x, output
+            torch.Tensor, lambda x: self._placed(x, rows, sample) if x.dim() == sample.dim() else x, output
         )
         self._end_substep(tree_leaves(whole))
         self._clock.advance()
         return whole
+
+    def _placed(self, part: torch.Tensor, rows: range, whole: torch.Tensor) -> torch.Tensor:
+        """A copy of ``whole``, in the dtype of ``part``, with these rows replaced."""
+        result = whole.to(part.dtype, copy=True)
+        self._patches.rows_of(result, rows).copy_(part)
+        return result
 
 
 _OWN = frozenset(name for name in vars(PatchwiseScheduler) if not name.startswith("__"))
@@ -121,7 +129,7 @@ def patchwise(scheduler: Any, clock: Clock, patches: Patches, end_substep: Calla
         _patches=patches,
         _end_substep=end_substep,
         _signature=signature(scheduler.step),
-        _noise=_WholeNoise(),
+        _noise=_WholeNoise(patches),
     )
     # Pipelines look at the signatures of these.
     vars(stand_in)["step"] = wraps(scheduler.step)(partial(stand_in._step))
@@ -146,8 +154,9 @@ def _check(scheduler: Any) -> None:
 class _WholeNoise(TorchFunctionMode):
     """Noise within a step is drawn for the whole latents, with the first patch, and each patch gets its rows."""
 
-    def __init__(self) -> None:
+    def __init__(self, patches: Patches) -> None:
         super().__init__()
+        self._patches = patches
         self._drawn: list[torch.Tensor] = []
 
     @contextmanager
@@ -156,7 +165,7 @@ class _WholeNoise(TorchFunctionMode):
         if patch == 0:
             self._drawn = []
         self._index, self._patch, self._rows = 0, patch, rows
-        self._dim = Patches.dim(sample)
+        self._dim = self._patches.dim(sample)
         self._length = sample.shape[self._dim]
         with self:
             yield
@@ -180,14 +189,7 @@ class _WholeNoise(TorchFunctionMode):
             self._drawn.append(draw(size))
         noise = self._drawn[self._index]
         self._index += 1
-        return rows_of(noise, self._rows) if of_patch else noise
-
-
-def _placed(part: torch.Tensor, rows: range, whole: torch.Tensor) -> torch.Tensor:
-    """A copy of ``whole``, in the dtype of ``part``, with these rows replaced."""
-    result = whole.to(part.dtype, copy=True)
-    rows_of(result, rows).copy_(part)
-    return result
+        return self._patches.rows_of(noise, self._rows) if of_patch else noise
 
 
 class Latents:
@@ -210,7 +212,7 @@ class Latents:
             return
         latents = results[0]
         if self._group.is_last_rank and not ends_whole:
-            self._channel.send(rows_of(latents, self._patches.rows(latents, clock.patch)))
+            self._channel.send(self._rows(latents, clock.patch))
         if self._group.is_first_rank:
             self._receive(latents)
 
@@ -219,12 +221,15 @@ class Latents:
         coming = self._clock.after(self._clock.step, self._clock.patch)
         if coming is None or not self._single(coming):
             return
-        rows = rows_of(latents, self._patches.rows(latents, coming[1]))
+        rows = self._rows(latents, coming[1])
         rows.copy_(self._channel.receive(latents, rows.numel()).view(rows.shape))
         following = self._clock.after(*coming)
         if following and self._single(following):
-            self._channel.expect(latents, rows_of(latents, self._patches.rows(latents, following[1])).numel())
+            self._channel.expect(latents, self._rows(latents, following[1]).numel())
 
     def _single(self, substep: tuple[int, int]) -> bool:
         """Whether a sub-step's latents, which are of the step before, travel patch by patch."""
         return not self._clock.ends_whole(substep[0] - 1)
+
+    def _rows(self, latents: torch.Tensor, patch: int) -> torch.Tensor:
+        return self._patches.rows_of(latents, self._patches.rows(latents, patch))

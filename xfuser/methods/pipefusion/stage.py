@@ -1,8 +1,8 @@
 """One stage of one transformer's pipeline, during a call: which tokens a forward computes, and who gets them next."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -13,9 +13,9 @@ from xfuser.core.attention.kv_buffer import KVBuffer
 from xfuser.methods.forward import Arguments, Call, edited_arguments, replaced
 from xfuser.methods.pipefusion.channel import Channel, Route
 from xfuser.methods.pipefusion.clock import Clock
-from xfuser.methods.pipefusion.patches import Patches, rows_of
+from xfuser.methods.pipefusion.patches import Patches
 from xfuser.methods.tokens import TokenShares, Window
-from xfuser.models.plan import ModelPlan, blocks_of
+from xfuser.models.plan import ModelPlan, Streams, blocks_of
 
 SAME_CALLS = (
     "PipeFusion needs the same calls in every step. Leave away what changes guidance on the way, or use other methods"
@@ -57,9 +57,9 @@ class Stage:
         self._outputs: list[tuple[list[torch.Tensor], Any]] = []  # whole output of each call: tensors, tree
         self._buffers: dict[tuple[str, int], KVBuffer] = {}
         self._shares: TokenShares | None = None
-        # Of each forward in this sub-step, elements per token and all tokens of the streams; and in a whole sub-step.
-        self._received: list[tuple[int, list[int]]] = []
-        self._receives: list[tuple[int, list[int]]] | None = None
+        # Of each forward in this sub-step, elements per token and its shares; and of those in a whole sub-step.
+        self._received: list[tuple[int, TokenShares]] = []
+        self._receives: list[tuple[int, TokenShares]] | None = None
 
     @property
     def is_last(self) -> bool:
@@ -97,10 +97,10 @@ class Stage:
     def part(self, output: torch.Tensor) -> torch.Tensor:
         """View of what this rank computes of an output in this sub-step: no row of it before the last stage."""
         if not self.is_last:
-            return rows_of(output, range(0))
+            return self._patches.rows_of(output, range(0))
         if self._clock.synchronous:
             return output
-        return rows_of(output, self._patches.rows(output, self._clock.patch))
+        return self._patches.rows_of(output, self._patches.rows(output, self._clock.patch))
 
     def window(self, tokens: int) -> Window:
         """The tokens of this sub-step, of an image with that many."""
@@ -115,15 +115,17 @@ class Stage:
     def renew(
         self,
         name: str,
-        shares: TokenShares,
-        streams: tuple[str, ...],
+        places: list[tuple[int, int]],
+        total: int,
         k: torch.Tensor,
         v: torch.Tensor,
         mask: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Fresh keys, values and mask of one attention module in, those of the whole sequence out."""
-        buffer = self._buffers.setdefault((name, self._call), KVBuffer())
-        return buffer.renew(k, v, mask, shares.places(streams), sum(shares.totals[stream] for stream in streams))
+        """Fresh keys, values and key mask of one attention module in, those of the whole sequence out.
+
+        ``places``, (first row, number of rows), and ``total`` say where the fresh rows lie, and in how many.
+        """
+        return self._buffers.setdefault((name, self._call), KVBuffer()).renew(k, v, mask, places, total)
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -131,21 +133,24 @@ class Stage:
         blocks = blocks_of(self._model, self._plan)
         own = [block for block, owner in zip(blocks, self._owners, strict=True) if owner == self._rank]
         with ExitStack() as stack:
-            embed, head = (self._model.get_submodule(name) for name in (self._plan.embed, self._plan.head))
-            stack.enter_context(replaced(embed, "forward", self._embedding(embed.forward)))
+            embed, head = (name and self._model.get_submodule(name) for name in (self._plan.embed, self._plan.head))
+            if embed:
+                stack.enter_context(replaced(embed, "forward", self._embedding(embed.forward)))
             if self._rank > 0:
-                stack.enter_context(edited_arguments(own[0], self._receive))
+                stack.enter_context(edited_arguments(own[0].module, partial(self._receive, own[0].list_name)))
             if not self.is_last:
-                stack.callback(own[-1].register_forward_hook(self._send).remove)
-                stack.enter_context(replaced(head, "forward", _zeros_of(head)))
+                send = partial(self._send, own[-1].list_name)
+                stack.callback(own[-1].module.register_forward_hook(send).remove)
+                if isinstance(head, nn.Linear):
+                    stack.enter_context(replaced(head, "forward", _zeros_of(head)))
             for consumer, producer in skips(self._plan, self._owners):
                 route = ("skips", self._owners[producer], self._owners[consumer])
                 if route in self._channels:
-                    stack.enter_context(self._skip(blocks[consumer], self._channels[route], route))
+                    stack.enter_context(self._skip(blocks[consumer].module, self._channels[route], route))
             if self._plan.text is None and self._clock.patches > 1:
                 for block in own:
                     for name in self._plan.text_modules:
-                        stack.enter_context(self._once_a_step(block.get_submodule(name)))
+                        stack.enter_context(self._once_a_step(block.module.get_submodule(name)))
             yield
 
     def end_substep(self, latents: torch.Tensor) -> None:
@@ -155,7 +160,7 @@ class Stage:
                 f"{type(self._model).__name__} was called {self._call} times in a step, and {len(self._latents)} times"
                 f" in the first one: {SAME_CALLS}"
             )
-        dim = Patches.dim(latents)
+        dim = self._patches.dim(latents)
         if any(latents.shape[dim] != x.shape[dim] or latents.dim() != x.dim() for x in self._latents):
             raise ValueError(
                 f"the scheduler steps latents of shape {tuple(latents.shape)}, and {type(self._model).__name__} was"
@@ -170,7 +175,7 @@ class Stage:
 
     def _enter(self, arguments: Arguments) -> int:
         """Check a call of the transformer against those before; returns its index."""
-        clock, latents = self._clock, arguments[self._plan.image]
+        clock, latents = self._clock, arguments[self._plan.latents]
         if (clock.step, clock.patch, self._call) == (0, 0, 0):
             self._forget()
         for name in (*self._plan.residuals, *self._plan.counts_steps):
@@ -191,7 +196,7 @@ class Stage:
         return index
 
     def _blank(self, part: torch.Tensor) -> torch.Tensor:
-        dim = Patches.dim(part)
+        dim = self._patches.dim(part)
         shape = list(part.shape)
         shape[dim] = self._latents[0].shape[dim]
         return part.new_zeros(shape)
@@ -212,26 +217,28 @@ class Stage:
             count, rows = self._patches.row_count(latents), range(1)
             if self._rank == 0:
                 rows = self._patches.token_rows(latents, self._clock.patch)
-            tokens = embed(rows_of(latents, self._patches.latent_rows(latents, rows)))
-            dim = Patches.dim(tokens)
+            tokens = embed(self._patches.rows_of(latents, self._patches.latent_rows(latents, rows)))
+            dim = self._patches.dim(tokens)
             whole = tokens.new_zeros([*tokens.shape[:dim], count, *tokens.shape[dim + 1 :]])
             if self._rank == 0:
-                rows_of(whole, rows).copy_(tokens)
+                self._patches.rows_of(whole, rows).copy_(tokens)
             return whole
 
         return forward
 
-    def _receive(self, arguments: Arguments) -> None:
+    def _receive(self, blocks: str, arguments: Arguments) -> None:
         """Ahead of this stage's first block: the previous stage's tokens take the place of those that came here."""
-        names = [name for name in (self._plan.image, self._plan.text) if name]
-        image = arguments[self._plan.image]
-        shapes = [arguments[name].shape for name in names]
-        counts = [shape.numel() for shape in shapes]
+        image, carriers = arguments[self._plan.image], self._plan.carriers(blocks)
+        rows, _, width = image.shape
+        counts = self._counts(carriers.values())
         channel = self._channels["tokens", self._rank - 1, self._rank]
-        tokens = channel.receive(image, sum(counts))
-        for name, shape, part in zip(names, shapes, tokens.split(counts), strict=True):
-            arguments[name] = part.view(shape)
-        self._received.append((image.shape[0] * image.shape[2], list(self._shares.totals.values())))
+        tokens = channel.receive(image, rows * width * sum(counts.values()))
+        parts = tokens.split([rows * width * count for count in counts.values()])
+        parts = {name: part.view(rows, -1, width) for name, part in zip(counts, parts, strict=True)}
+        for name, streams in carriers.items():
+            own = [parts[stream] for stream in streams]
+            arguments[name] = own[0] if len(own) == 1 else torch.cat(own, dim=1)
+        self._received.append((rows * width, self._shares))
         self._expect_next(channel, image)
         for consumer, producer in skips(self._plan, self._owners):
             route = ("skips", self._owners[producer], self._rank)
@@ -249,17 +256,25 @@ class Stage:
             if following is None:
                 return
             done, patch = 0, following[1]
-        per_token, totals = self._receives[done]
-        rank, ranks = self._shares.rank, self._shares.ranks
-        coming = TokenShares(rank, ranks, *totals, self._window(totals[0], patch))
-        channel.expect(like, per_token * sum(sizes[rank] for sizes in coming.sizes.values()))
+        per_token, shares = self._receives[done]
+        coming = shares.at(self._window(shares.totals["image"], patch))
+        channel.expect(like, per_token * sum(sizes[coming.rank] for sizes in coming.sizes.values()))
 
-    def _send(self, block: nn.Module, args: tuple, output: Any) -> None:
-        """Behind this stage's last block."""
-        streams = output if isinstance(output, tuple) else (output,)
-        by_name = dict(zip(self._plan.returns, streams, strict=True))
-        parts = [by_name[name].reshape(-1) for name in ("image", "text") if name in by_name]
-        self._channels["tokens", self._rank, self._rank + 1].send(torch.cat(parts))
+    def _send(self, blocks: str, block: nn.Module, args: tuple, output: Any) -> None:
+        """Behind this stage's last block: image tokens first, whatever the order in the blocks."""
+        outputs = self._plan.outputs(blocks)
+        tensors = [output] if isinstance(output, torch.Tensor) else output
+        parts = {}
+        for x, streams in zip(tensors, outputs, strict=True):
+            sizes = [self._shares.sizes[stream][self._shares.rank] for stream in streams]
+            parts |= dict(zip(streams, x.split(sizes, dim=1), strict=True))
+        sent = torch.cat([parts[stream].reshape(-1) for stream in self._counts(outputs)])
+        self._channels["tokens", self._rank, self._rank + 1].send(sent)
+
+    def _counts(self, carried: Iterable[Streams]) -> dict[str, int]:
+        """Tokens of this rank in each of the streams that are carried, in the order in which they travel."""
+        names = {stream for streams in carried for stream in streams}
+        return {name: sizes[self._shares.rank] for name, sizes in self._shares.sizes.items() if name in names}
 
     def _skip(self, consumer: nn.Module, channel: Channel, route: Route) -> AbstractContextManager[None]:
         """A long skip from a block of one stage to a block of another.

@@ -1,0 +1,48 @@
+"""Linear attention over tokens that lie on several ranks: the state that it sums over the tokens is summed over ranks.
+
+Attention without softmax, ``(V K^T) Q``, is linear in a state as large as a head (arXiv 2006.16236; in Sana, arXiv
+2410.10629).
+"""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+
+class _FirstProduct(TorchFunctionMode):
+    """Hands the result of the first ``matmul`` to ``complete``."""
+
+    def __init__(self, complete: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self._complete = complete
+        self.done = False
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if self.done or func not in (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__):
+            return result
+        self.done = True
+        return self._complete(result)
+
+
+def summed_state(module: nn.Module, complete: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., Any]:
+    """The forward of a linear attention with ``complete`` making the whole state of that of this rank's tokens.
+
+    In a forward, it raises a ValueError where the module's processor multiplies no matrices by ``torch.matmul``.
+    """
+    original = module.forward
+
+    @wraps(original)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with _FirstProduct(complete) as mode:
+            output = original(*args, **kwargs)
+        if not mode.done:
+            processor = type(getattr(module, "processor", module)).__name__
+            raise ValueError(f"{processor} is not the linear attention that the transformer's plan is made for")
+        return output
+
+    return forward

@@ -1,0 +1,207 @@
+"""Sequence parallelism of a transformer that has no plan here, by the context-parallel plan of its Diffusers class.
+
+Such a plan names arguments and outputs of modules to be split, and outputs to be gathered. It does not say which
+attention sees what: the ranks tell each other how many tokens they bring, once for each situation.
+"""
+
+import inspect
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map_only
+
+from xfuser.core.attention.intercept import intercepted
+from xfuser.core.attention.kernels import additive, attention
+from xfuser.core.attention.usp import usp_attention
+from xfuser.core.distributed import SequenceParallelGroupCoordinator
+from xfuser.core.distributed.utils import split_sizes
+from xfuser.logger import logger
+from xfuser.methods.forward import Arguments, Call, edited_arguments
+from xfuser.models.plan import ModelPlan
+
+TEXT = "encoder_hidden_states"
+
+
+class ContextParallel:
+    """USP of one transformer over one group, by ``plan.context``; what :class:`SequenceParallel` is for plans."""
+
+    def __init__(
+        self, model: nn.Module, plan: ModelPlan, group: SequenceParallelGroupCoordinator, backend: str = "auto"
+    ) -> None:
+        self._model, self._group, self._backend = model, group, backend
+        self._rank, self._ranks = group.rank_in_group, group.world_size
+        self._named: list[tuple[str, dict[Any, Any]]] = []  # modules and what to split there
+        self._gathered: dict[str, int] = {}  # modules whose output is to be gathered, along this dimension
+        names = [name for name, _ in model.named_modules()]
+        for pattern, spec in plan.context.items():
+            found = re.compile(re.escape(pattern).replace(r"\*", r"[^.]+"))
+            for name in filter(found.fullmatch, names):
+                if isinstance(spec, dict):
+                    self._named.append((name, spec))
+                else:
+                    self._gathered[name] = spec.gather_dim
+        self._splits_text = any(TEXT in spec for _, spec in self._named)
+        self._lengths: dict[tuple, list[list[int]]] = {}  # of queries and keys of all ranks, for each situation
+        self._reset()
+        logger.info(
+            "There is no plan for %s here: sequence parallelism goes by the context-parallel plan that it has in"
+            " Diffusers. PipeFusion needs a plan.",
+            type(model).__name__,
+        )
+
+    def _reset(self) -> None:
+        """All that one forward leaves behind."""
+        self._totals: list[int] = []  # tokens of what has been split
+        self._calls: dict[str, int] = {}
+        self._local: set[str] = set()  # attention modules that run on text which is not split
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Within the context, the transformer's modules work on shares of the tokens."""
+        attentions = {name: module for name, module in self._model.named_modules() if hasattr(module, "processor")}
+        with ExitStack() as stack:
+            for name, spec in self._named:
+                if name:
+                    module = self._model.get_submodule(name)
+                    stack.enter_context(edited_arguments(module, partial(self._split, spec, module)))
+                    stack.callback(module.register_forward_hook(partial(self._split_output, spec)).remove)
+            for name, dim in self._gathered.items():
+                module = self._model.get_submodule(name)
+                stack.callback(module.register_forward_hook(partial(self._gather, dim)).remove)
+            for name, module in attentions.items():
+                stack.enter_context(edited_arguments(module, partial(self._enter_attention, name)))
+            stack.enter_context(intercepted(attentions, lambda name: partial(self._attend, name), many=True))
+            yield
+
+    def layer(self, call: Call, arguments: Arguments) -> Any:
+        """The layer of the transformer's forward that opens and closes one forward's state."""
+        try:
+            for name, spec in self._named:
+                if not name:
+                    self._split(spec, self._model, arguments)
+            return call(arguments)
+        finally:
+            self._reset()
+
+    def _split(self, spec: dict[Any, Any], module: nn.Module, arguments: Arguments) -> None:
+        names = list(inspect.signature(module.forward).parameters)
+        for key, entry in spec.items():
+            if _splits_output(entry):
+                continue
+            name = names[key] if isinstance(key, int) else key
+            if arguments.get(name) is not None:
+                arguments[name] = self._cut(arguments[name], entry)
+
+    def _split_output(self, spec: dict[Any, Any], module: nn.Module, args: tuple, output: Any) -> Any:
+        entries = {key: entry for key, entry in spec.items() if _splits_output(entry)}
+        if not entries:
+            return output
+        if isinstance(output, torch.Tensor):
+            return self._cut(output, entries[0])
+        return tuple(self._cut(x, entries[i]) if i in entries else x for i, x in enumerate(output))
+
+    def _cut(self, value: Any, entry: Any) -> Any:
+        if isinstance(entry, list | tuple):
+            return type(value)(self._cut(x, one) for x, one in zip(value, entry, strict=True))
+        return tree_map_only(torch.Tensor, lambda x: self._cut_tensor(x, entry), value)
+
+    def _cut_tensor(self, x: torch.Tensor, entry: Any) -> torch.Tensor:
+        if entry.expected_dims not in (None, x.dim()):
+            return x
+        total = x.shape[entry.split_dim]
+        if total < self._ranks:
+            raise ValueError(
+                f"{total} tokens are fewer than the {self._ranks} ranks of sequence parallelism: use a degree of at"
+                f" most {total} for this {type(self._model).__name__}, or write a plan for it"
+            )
+        if total not in self._totals:
+            self._totals.append(total)
+        return x.split(split_sizes(total, self._ranks), dim=entry.split_dim)[self._rank]
+
+    def _gather(self, dim: int, module: nn.Module, args: tuple, output: Any) -> Any:
+        return tree_map_only(torch.Tensor, lambda x: self._group.all_gather(x, dim=dim), output)
+
+    def _enter_attention(self, name: str, arguments: Arguments) -> None:
+        """Text that is not split is the same on all ranks: attention to it needs nothing from them."""
+        if arguments.get(TEXT) is not None and not self._splits_text:
+            self._local.add(name)
+
+    def _attend(
+        self,
+        name: str,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> torch.Tensor:
+        """Stands in for ``scaled_dot_product_attention`` (``[B, H, S_local, D]``)."""
+        if is_causal or dropout_p:
+            raise ValueError(
+                f"sequence parallelism takes neither causal attention (is_causal={is_causal}) nor dropout"
+                f" (dropout_p={dropout_p}): put the model in eval mode"
+            )
+        whole = name in self._local
+        if not whole:
+            queries, keys = self._exchange(name, query.shape[2], key.shape[2])
+            whole = not self._is_split(name, keys)
+        if whole or not self._is_split(name, queries):
+            return attention(query, key, value, attn_mask, scale, self._backend)
+        mask = None if attn_mask is None else attn_mask[(None,) * (4 - attn_mask.dim())]
+        if mask is not None and mask.shape[2:] != (1, key.shape[2]):
+            raise ValueError(
+                f"{name}: an attention mask of shape {tuple(mask.shape)} is not over the {key.shape[2]} keys of this"
+                f" rank alone: write a plan for {type(self._model).__name__}, which can say how to split it"
+            )
+        mask = None if mask is None else additive(mask, query.dtype)
+        return usp_attention(
+            query,
+            key,
+            value,
+            keys,
+            self._group,
+            query_lengths=queries,
+            mask=mask,
+            scale=scale,
+            backend=self._backend,
+        )
+
+    def _exchange(self, name: str, queries: int, keys: int) -> tuple[list[int], list[int]]:
+        """Rows of queries and keys of all ranks, asked for once in each situation, which all ranks see alike."""
+        call = self._calls[name] = self._calls.get(name, 0) + 1
+        situation = (name, call, *self._totals)
+        if situation not in self._lengths:
+            own = torch.tensor([[queries, keys]], device=self._group.device)
+            self._lengths[situation] = self._group.all_gather(own, dim=0).tolist()
+        return tuple(list(counts) for counts in zip(*self._lengths[situation], strict=True))
+
+    def _is_split(self, name: str, lengths: list[int]) -> bool:
+        """Whether tokens that the ranks have in these numbers are shares of what has been split.
+
+        Raises:
+            ValueError: they are neither that, nor the same on all ranks.
+        """
+        for count in range(1, len(self._totals) + 1):
+            for totals in combinations(self._totals, count):
+                shares = zip(*(split_sizes(total, self._ranks) for total in totals), strict=True)
+                if [sum(one) for one in shares] == lengths:
+                    return True
+        if len(set(lengths)) > 1:
+            raise ValueError(
+                f"{name} attends to {lengths} tokens on the ranks, where {self._totals} were split: what Diffusers says"
+                f" of {type(self._model).__name__} is not enough; write a plan for it"
+            )
+        return False
+
+
+def _splits_output(entry: Any) -> bool:
+    return bool(getattr(entry[0] if isinstance(entry, list | tuple) else entry, "split_output", False))
