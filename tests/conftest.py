@@ -8,7 +8,19 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import tiny
 import torch
-from pool import RankPool
+
+from xfuser.testing.ranks import RankPool
+
+
+def pytest_addoption(parser):
+    parser.addoption("--matrix", action="store_true", help="run every class under every method")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--matrix"):
+        left = [item for item in items if item.get_closest_marker("matrix")]
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if item not in set(left)]
 
 
 @pytest.fixture(scope="session")

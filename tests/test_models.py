@@ -1,7 +1,5 @@
 """Plans fit the classes that they describe, and what has none is refused."""
 
-import inspect
-
 import diffusers
 import pytest
 import tiny
@@ -10,21 +8,6 @@ import torch.distributed as dist
 
 from xfuser import xDiTParallel, xFuserArgs
 from xfuser.models.registry import PLANS, plan_of
-
-
-@pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_plan_names_what_is_there(family):
-    model = tiny.FAMILIES[family]().transformer
-    plan = plan_of(model)
-    forward = inspect.signature(model.forward).parameters
-    assert {plan.image, *plan.residuals, *plan.unbatched} <= set(forward)
-    assert model.get_submodule(plan.head) is not None
-    blocks = [block for name in plan.blocks for block in model.get_submodule(name)]
-    assert blocks
-    for block in blocks:
-        arguments = set(inspect.signature(block.forward).parameters)
-        assert {plan.image, *plan.per_token, *([plan.text] if plan.text else [])} <= arguments
-        assert any(getattr(block, name, None) is not None for name in plan.attention)
 
 
 def test_subclasses_share_the_plan():
@@ -55,7 +38,7 @@ def unknown_pipeline():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (unet_pipeline, "no plan for UNet2DConditionModel. U-Nets are not supported. Known classes: DiTTr"),
+        (unet_pipeline, "no plan for UNet2DConditionModel. U-Nets are not supported. Known classes: Alleg"),
         (unknown_pipeline, "PixArtSigmaPipeline: there is no plan for Linear. Known .*docs/adding_a_model.md"),
         (object, "object is no Diffusers pipeline"),
     ],

@@ -10,6 +10,7 @@ import pytest
 
 import xfuser
 from xfuser.models.registry import PLANS
+from xfuser.testing import matrix
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted((ROOT / "xfuser").rglob("*.py"))
@@ -18,7 +19,7 @@ FLOORS = {  # each part and what it may import from the others
     "models": set(),
     "config": {"core", "models", "vae"},
     "vae": {"core"},
-    "methods": {"core", "models", "logger"},
+    "methods": {"core", "models", "vae", "logger"},
 }
 
 
@@ -59,7 +60,14 @@ def test_no_line_names_a_device():
         assert not [text for text in strings if isinstance(text, str) and text.startswith("cuda")], path
 
 
-def test_readme_lists_every_known_transformer():
-    readme = (ROOT / "README.md").read_text()
-    for name in PLANS:
-        assert f"`{name}`" in readme
+def test_tables_of_models_are_those_of_the_registry():
+    assert "\n".join(matrix.support()) in (ROOT / "README.md").read_text()
+    assert "\n".join(matrix.refusals()) in (ROOT / "docs" / "models.md").read_text()
+
+
+@pytest.mark.parametrize("part", ["core", "methods"])
+def test_the_engine_has_no_branch_on_a_class(part):
+    """What it knows of models are their plans."""
+    for path in SOURCES:
+        if path.relative_to(ROOT / "xfuser").parts[0] == part:
+            assert not [name for name in PLANS if name in path.read_text()], path

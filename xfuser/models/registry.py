@@ -3,29 +3,92 @@
 import inspect
 import json
 import os
+from typing import Any
 
 from torch import nn
 
+from xfuser.models.allegro import ALLEGRO
+from xfuser.models.auraflow import AURAFLOW
+from xfuser.models.chroma import CHROMA
+from xfuser.models.cogvideox import COGVIDEOX, CONSISID
+from xfuser.models.cogview4 import COGVIEW3_PLUS, COGVIEW4
+from xfuser.models.cosmos import COSMOS
 from xfuser.models.dit import DIT
 from xfuser.models.flux import FLUX
+from xfuser.models.flux2 import FLUX2
+from xfuser.models.hidream import HIDREAM
+from xfuser.models.hunyuan_video import HUNYUAN_IMAGE, HUNYUAN_VIDEO, HUNYUAN_VIDEO_15
 from xfuser.models.hunyuandit import HUNYUAN_DIT
+from xfuser.models.kandinsky5 import KANDINSKY5
+from xfuser.models.krea2 import KREA2
+from xfuser.models.latte import LATTE
+from xfuser.models.ltx import LTX2_VIDEO, LTX_VIDEO
+from xfuser.models.lumina2 import LUMINA2
+from xfuser.models.mochi import MOCHI
+from xfuser.models.omnigen import OMNIGEN
 from xfuser.models.pixart import PIXART
 from xfuser.models.plan import ModelPlan
+from xfuser.models.qwen_image import QWEN_IMAGE
+from xfuser.models.sana import SANA
 from xfuser.models.sd3 import SD3
+from xfuser.models.wan import SKYREELS_V2, WAN, WAN_VACE
+from xfuser.models.z_image import Z_IMAGE
 
 PLANS: dict[str, ModelPlan] = {
+    "AllegroTransformer3DModel": ALLEGRO,
+    "AuraFlowTransformer2DModel": AURAFLOW,
+    "ChromaTransformer2DModel": CHROMA,
+    "CogVideoXTransformer3DModel": COGVIDEOX,
+    "CogView3PlusTransformer2DModel": COGVIEW3_PLUS,
+    "CogView4Transformer2DModel": COGVIEW4,
+    "ConsisIDTransformer3DModel": CONSISID,
+    "CosmosTransformer3DModel": COSMOS,
     "DiTTransformer2DModel": DIT,
+    "Flux2Transformer2DModel": FLUX2,
     "FluxTransformer2DModel": FLUX,
+    "HiDreamImageTransformer2DModel": HIDREAM,
     "HunyuanDiT2DModel": HUNYUAN_DIT,
+    "HunyuanImageTransformer2DModel": HUNYUAN_IMAGE,
+    "HunyuanVideo15Transformer3DModel": HUNYUAN_VIDEO_15,
+    "HunyuanVideoTransformer3DModel": HUNYUAN_VIDEO,
+    "Kandinsky5Transformer3DModel": KANDINSKY5,
+    "Krea2Transformer2DModel": KREA2,
+    "LTX2VideoTransformer3DModel": LTX2_VIDEO,
+    "LTXVideoTransformer3DModel": LTX_VIDEO,
+    "LatteTransformer3DModel": LATTE,
+    "Lumina2Transformer2DModel": LUMINA2,
+    "MochiTransformer3DModel": MOCHI,
+    "OmniGenTransformer2DModel": OMNIGEN,
     "PixArtTransformer2DModel": PIXART,
+    "QwenImageTransformer2DModel": QWEN_IMAGE,
     "SD3Transformer2DModel": SD3,
+    "SanaTransformer2DModel": SANA,
+    "SkyReelsV2Transformer3DModel": SKYREELS_V2,
+    "WanTransformer3DModel": WAN,
+    "WanVACETransformer3DModel": WAN_VACE,
+    "ZImageTransformer2DModel": Z_IMAGE,
 }
 
 
 def plan_of(module: nn.Module) -> ModelPlan | None:
-    """The plan of a module's class or of the nearest class that it derives from; None for other modules."""
+    """The plan of a module's class or of the nearest class that it derives from; None for other modules.
+
+    A transformer without one, whose class has a context-parallel plan of Diffusers, gets a plan that goes by that.
+    """
     names = (cls.__name__ for cls in type(module).__mro__)
-    return next((PLANS[name] for name in names if name in PLANS), None)
+    own = next((PLANS[name] for name in names if name in PLANS), None)
+    context = getattr(module, "_cp_plan", None)
+    return own or (_by_context(module, context) if context else None)
+
+
+def _by_context(module: nn.Module, context: dict[str, Any]) -> ModelPlan:
+    first = next(iter(inspect.signature(module.forward).parameters))
+    split = {name: entry for name, entry in context.get("", {}).items() if isinstance(name, str)}
+    unbatched = tuple(name for name, entry in split.items() if getattr(entry, "split_dim", 1) == 0)
+    return ModelPlan(
+        blocks=(), attention={}, latents=first, unbatched=unbatched, context=context,
+        unpiped="there is no plan for it here that says what its blocks are",
+    )  # fmt: skip
 
 
 def planned_models(pipe) -> dict[str, tuple[nn.Module, ModelPlan]]:
@@ -68,7 +131,8 @@ def _check_classes(path: str, names: list[str]) -> None:
 
     classes = [cls for name in names if inspect.isclass(cls := getattr(diffusers, name, None))]
     denoisers = [cls for cls in classes if issubclass(cls, nn.Module) and not cls.__name__.startswith("Autoencoder")]
-    if denoisers and not any(base.__name__ in PLANS for cls in denoisers for base in cls.__mro__):
+    known = [cls for cls in denoisers if cls._cp_plan or any(base.__name__ in PLANS for base in cls.__mro__)]
+    if denoisers and not known:
         raise _no_plan(f"model={path!r}", [cls.__name__ for cls in denoisers])
 
 

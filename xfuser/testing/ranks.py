@@ -1,4 +1,4 @@
-"""One pool of processes for the whole test session: each test borrows the first n of them as ranks."""
+"""A pool of processes that stay: each job borrows the first n of them as ranks."""
 
 import os
 import sys

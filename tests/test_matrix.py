@@ -1,0 +1,63 @@
+"""Every known transformer under every method equals serial; ``--matrix`` runs all cells, else some that cover them."""
+
+import inspect
+
+import pytest
+import torch
+
+from xfuser.methods import sequence
+from xfuser.models.plan import blocks_of
+from xfuser.models.registry import PLANS
+from xfuser.testing import matrix
+from xfuser.testing.zoo import FAMILIES
+
+COVERING = ("ulysses2 x ring2", "pipefusion2 M=2 x ulysses2")
+CELLS = [(family, method) for family in FAMILIES for method in matrix.METHODS]
+RUN = [cell for cell in CELLS if not matrix.refusal(*cell)]
+
+
+def test_every_class_is_there():
+    assert {family.cls for family in FAMILIES.values()} == set(PLANS)
+
+
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [pytest.param(*cell, marks=[] if cell[1] in COVERING else [pytest.mark.matrix]) for cell in RUN],
+)
+def test_equals_serial(pool, family, method):
+    assert matrix.cell(family, method, pool) <= matrix.TOLERANCES.get(family, matrix.TOLERANCE)
+
+
+def deaf(family, degrees, call):
+    """A broken engine: every rank attends to its own tokens alone."""
+    whole, summed = sequence.usp_attention, sequence.SequenceParallel._sum
+    sequence.usp_attention = lambda q, k, v, *args, **kwargs: torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    sequence.SequenceParallel._sum = lambda self, state: state
+    try:
+        return matrix.draw(family, degrees, call)
+    finally:
+        sequence.usp_attention, sequence.SequenceParallel._sum = whole, summed
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attention_of_own_tokens_alone_would_be_noticed(pool, family):
+    call = {"num_inference_steps": 2}
+    expected = matrix.draw(family, None, call)
+    for result in pool.run(2, deaf, family, {"ulysses_degree": 2}, call):
+        assert matrix.error(result, expected) > 100 * matrix.TOLERANCE
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_plan_names_what_is_there(family):
+    model = FAMILIES[family].build()
+    plan = PLANS[FAMILIES[family].cls]
+    forward = set(inspect.signature(model.forward).parameters)
+    assert {plan.latents, *plan.residuals, *plan.unbatched, *plan.batch_dims, *plan.row_lists} <= forward
+    for name in (plan.embed, plan.head):
+        assert name is None or model.get_submodule(name) is not None
+    arguments = set()
+    for block in blocks_of(model, plan):
+        own = set(inspect.signature(block.module.forward).parameters)
+        assert set(plan.carriers(block.list_name)) <= own
+        arguments |= own
+    assert {*plan.per_token, *plan.leading, *(plan.grid or ())} <= arguments

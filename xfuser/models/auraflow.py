@@ -1,0 +1,12 @@
+"""AuraFlow: joint attention, text tokens first; one stream of both in the single-stream blocks."""
+
+from xfuser.models.plan import ModelPlan
+
+AURAFLOW = ModelPlan(
+    blocks=("joint_transformer_blocks", "single_transformer_blocks"),
+    attention={"attn": ("text", "image")},
+    text="encoder_hidden_states",
+    carried={"single_transformer_blocks": {"hidden_states": ("text", "image")}},
+    returns=("text", "image"),
+    text_modules=("ff_context", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
+)

@@ -1,0 +1,17 @@
+"""Cosmos Predict and Transfer (arXiv 2501.03575): text by cross-attention; conditioning by time may differ from frame
+to frame."""
+
+from xfuser.models.plan import ModelPlan, Tokens
+
+COSMOS = ModelPlan(
+    blocks=("transformer_blocks",),
+    attention={"attn1": ("image",)},
+    per_token={
+        "embedded_timestep": Tokens(("image",), dims=3),
+        "temb": Tokens(("image",), dims=3),
+        "image_rotary_emb": Tokens(("image",), dim=0),
+        "extra_pos_emb": Tokens(("image",)),
+    },
+    spread=("embedded_timestep",),
+    residuals=("block_controlnet_hidden_states",),
+)

@@ -1,0 +1,14 @@
+"""Latte (arXiv 2401.03048): blocks over the tokens of a frame in turn with blocks over the frames of a token.
+
+What is split are the tokens of each frame, so that the second kind needs nothing from other ranks.
+"""
+
+from xfuser.models.plan import ModelPlan, Tokens
+
+LATTE = ModelPlan(
+    blocks=("transformer_blocks", "temporal_transformer_blocks"),
+    attention={"attn1": ("image",)},
+    carried={"temporal_transformer_blocks": {}},
+    per_token={"timestep": Tokens(("image",), dim=0, within="temporal_transformer_blocks", rows=True)},
+    unpiped="blocks over space and blocks over time take turns, and tokens are laid out anew in between",
+)

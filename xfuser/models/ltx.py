@@ -1,0 +1,41 @@
+"""LTX-Video (arXiv 2501.00103) and LTX-2 (arXiv 2601.03233): text by cross-attention; conditioning by time may differ
+from token to token."""
+
+from xfuser.models.plan import Attention, ModelPlan, Tokens
+
+LTX_VIDEO = ModelPlan(
+    blocks=("transformer_blocks",),
+    attention={"attn1": ("image",)},
+    embed="proj_in",
+    per_token={"image_rotary_emb": Tokens(("image",)), "temb": Tokens(("image",))},
+    spread=("temb",),
+    text_modules=("attn2.to_k", "attn2.to_v"),
+)
+
+# The second stream, which plans call text, is sound.
+_VIDEO, _SOUND = Tokens(("image",)), Tokens(("text",))
+LTX2_VIDEO = ModelPlan(
+    blocks=("transformer_blocks",),
+    attention={
+        "attn1": ("image",),
+        "audio_attn1": ("text",),
+        "audio_to_video_attn": Attention(queries=("image",), keys=("text",)),
+        "video_to_audio_attn": Attention(queries=("text",), keys=("image",)),
+    },
+    head=None,
+    text="audio_hidden_states",
+    per_token={
+        "temb": _VIDEO,
+        "temb_ca_scale_shift": _VIDEO,
+        "temb_ca_gate": _VIDEO,
+        "temb_audio": _SOUND,
+        "temb_ca_audio_scale_shift": _SOUND,
+        "temb_ca_audio_gate": _SOUND,
+        "video_rotary_emb": Tokens(("image",), dim=-2),
+        "audio_rotary_emb": Tokens(("text",), dim=-2),
+        "ca_video_rotary_emb": Tokens(("image",), dim=-2),
+        "ca_audio_rotary_emb": Tokens(("text",), dim=-2),
+    },
+    returns=("image", "text"),
+    unpiped="it makes two outputs, and sound is no part of a patch of the video",
+)

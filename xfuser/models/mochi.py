@@ -1,0 +1,12 @@
+"""Mochi 1: joint attention that leaves padded text tokens out, row by row; image tokens first."""
+
+from xfuser.models.plan import ModelPlan, Tokens
+
+MOCHI = ModelPlan(
+    blocks=("transformer_blocks",),
+    attention={"attn1": ("image", "text")},
+    whole=True,
+    per_token={"image_rotary_emb": Tokens(("image",), dim=0)},
+    returns=("image", "text"),
+    unpiped="attention takes as many text tokens as each row of the batch has, so that they cannot be kept apart",
+)

@@ -1,0 +1,25 @@
+"""Wan 2.1 and 2.2 (arXiv 2503.20314), VACE (arXiv 2503.07598), SkyReels-V2 (arXiv 2504.13074): text by
+cross-attention, 3-D rotary tables; conditioning by time may differ from token to token."""
+
+from dataclasses import replace
+
+from xfuser.models.plan import ModelPlan, Tokens
+
+WAN = ModelPlan(
+    blocks=("blocks",),
+    attention={"attn1": ("image",)},
+    embed="patch_embedding",
+    per_token={"rotary_emb": Tokens(("image",)), "temb": Tokens(("image",), dims=4)},
+    spread=("temb",),
+    text_modules=("attn2.to_k", "attn2.to_v"),
+)
+
+WAN_VACE = replace(
+    WAN,
+    blocks=("vace_blocks", "blocks"),
+    carried={"vace_blocks": {"hidden_states": ("image",), "control_hidden_states": ("image",)}},
+    unpiped="a second stack of blocks feeds those of all stages",
+)
+
+# Its mask over pairs of frames is cut where attention needs it.
+SKYREELS_V2 = replace(WAN, per_token={"rotary_emb": Tokens(("image",)), "temb": Tokens(("image",), dim=2, dims=4)})

@@ -1,0 +1,80 @@
+"""A pipeline of a transformer and a scheduler alone: what all denoising loops have in common."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+
+from xfuser.models.registry import plan_of
+from xfuser.testing.zoo import Family
+
+
+class DenoisingLoop(DiffusionPipeline):
+    """Draws latents by a tiny transformer, with classifier-free guidance."""
+
+    def __init__(self, transformer: torch.nn.Module, scheduler: Any) -> None:
+        super().__init__()
+        self.register_modules(transformer=transformer, scheduler=scheduler)
+        self.set_progress_bar_config(disable=True)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        family: Family,
+        images: int = 1,
+        guidance: str = "batched",
+        num_inference_steps: int = 3,
+        seed: int = 0,
+        changes: Callable[[dict[str, Any]], dict[str, Any]] = lambda conditions: conditions,
+    ) -> list[torch.Tensor]:
+        """The final latents, ``[images, ...]``, and what else the last forward returned.
+
+        Args:
+            guidance: ``"batched"``: both branches in one call; ``"sequential"``: in two; ``"none"``.
+            changes: edits the arguments of each forward.
+        """
+        generator = torch.Generator().manual_seed(seed)
+
+        def draw(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, generator=generator)
+
+        latents = draw(images, *family.latents)
+        rows = 2 * images if guidance == "batched" else images
+        calls = [family.conditions(self.transformer, rows, draw) for _ in range(1 + (guidance == "sequential"))]
+        self.scheduler.set_timesteps(num_inference_steps)
+        with self.progress_bar(total=num_inference_steps) as bar:
+            for t in self.scheduler.timesteps:
+                outputs = [
+                    self._forward(family, latents.repeat_interleave(rows // images, 0), t, changes(call))
+                    for call in calls
+                ]
+                noise, *others = outputs[-1]
+                if guidance == "batched":
+                    noise = _guided(*noise.unflatten(0, (images, 2)).unbind(1))
+                elif guidance == "sequential":
+                    noise = _guided(outputs[0][0], noise)
+                latents = self.scheduler.step(noise, t, latents, return_dict=False)[0]
+                bar.update()
+        return [latents, *others]
+
+    def _forward(
+        self, family: Family, latents: torch.Tensor, t: torch.Tensor, call: dict[str, Any]
+    ) -> list[torch.Tensor]:
+        plan = plan_of(self.transformer)
+        given = list(latents) if plan and plan.latents in plan.row_lists else latents
+        name = plan.latents if plan else "hidden_states"
+        time = family.timestep(t.expand(len(latents)))
+        output = self.transformer(**{name: given, family.time: time}, **call, return_dict=False)
+        noise, *others = output if isinstance(output, tuple) else (output,)
+        noise = torch.stack(noise) if isinstance(noise, list) else noise
+        return [noise.narrow(1, 0, latents.shape[1]), *others]  # behind it, some classes return variances
+
+
+def _guided(without: torch.Tensor, conditioned: torch.Tensor) -> torch.Tensor:
+    return without + 3.0 * (conditioned - without)
+
+
+def loop_of(family: Family) -> DenoisingLoop:
+    """The family's loop, with its tiny transformer."""
+    return DenoisingLoop(family.build(), FlowMatchEulerDiscreteScheduler())

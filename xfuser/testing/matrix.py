@@ -1,0 +1,133 @@
+"""The matrix of what runs: every known transformer under every method, against its own result in one process.
+
+``python -m xfuser.testing.matrix`` runs it with the installed Diffusers and prints it as Markdown.
+"""
+
+import argparse
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from xfuser import xDiTParallel, xFuserArgs
+from xfuser.models.registry import PLANS
+from xfuser.testing import oracle
+from xfuser.testing.loop import loop_of
+from xfuser.testing.ranks import RankPool
+from xfuser.testing.zoo import FAMILIES, Family
+
+TOLERANCE = 1e-5
+# Kandinsky 5 rotates queries and keys in bfloat16, which blows the last bits of other batch sizes up.
+TOLERANCES = {"kandinsky5": 1e-4}
+STEPS = 3
+PIPED = {"pipefusion_parallel_degree": 2, "warmup_steps": 1}
+METHODS: dict[str, tuple[int, dict[str, Any]]] = {  # ranks, degrees
+    "ulysses2": (2, {"ulysses_degree": 2}),
+    "ring2": (2, {"ring_degree": 2}),
+    "ulysses2 x ring2": (4, {"ulysses_degree": 2, "ring_degree": 2}),
+    "cfg2": (2, {"use_cfg_parallel": True}),
+    "dp2": (2, {"data_parallel_degree": 2}),
+    "pipefusion2 M=2": (2, PIPED | {"num_pipeline_patch": 2}),
+    "pipefusion2 M=3": (2, PIPED | {"num_pipeline_patch": 3}),
+    "pipefusion2 M=2 x ulysses2": (4, PIPED | {"num_pipeline_patch": 2, "ulysses_degree": 2}),
+}
+
+
+def refusal(family: str, method: str) -> str | None:
+    """Why this cell is refused; None where it runs."""
+    return PLANS[FAMILIES[family].cls].unpiped if "pipefusion" in method else None
+
+
+def draw(family: str, degrees: dict[str, Any] | None, call: dict[str, Any]) -> list[torch.Tensor]:
+    """What the family's tiny loop returns, wrapped with these degrees, or bare where they are None."""
+    return draw_family(FAMILIES[family], degrees, call)
+
+
+def draw_family(family: Family, degrees: dict[str, Any] | None, call: dict[str, Any]) -> list[torch.Tensor]:
+    """As :func:`draw`, for a family that need not be in the zoo."""
+    pipe = loop_of(family)
+    if degrees is None:
+        return pipe(family, **call)
+    parallel = xDiTParallel(pipe, *xFuserArgs(**degrees).create_config())
+    result = parallel(family, **call)
+    parallel.unwrap()
+    return result
+
+
+def reference(family: str, degrees: dict[str, Any], call: dict[str, Any]) -> list[torch.Tensor]:
+    """What a cell must equal: serial; under PipeFusion, the oracle."""
+    if "num_pipeline_patch" not in degrees:
+        return draw(family, None, call)
+    pipe = loop_of(FAMILIES[family])
+    with oracle.displaced(pipe, degrees["num_pipeline_patch"], degrees["warmup_steps"]):
+        return pipe(FAMILIES[family], **call)
+
+
+def error(results: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
+    """max|a - b| / max|b|, the largest of all tensors."""
+    pairs = zip(results, expected, strict=True)
+    return max(((a.double() - b).abs().max() / b.abs().max()).item() for a, b in pairs)
+
+
+def cell(family: str, method: str, pool: RankPool, **changes: Any) -> float:
+    """The largest error of any rank; ``changes`` are those of the call."""
+    ranks, degrees = METHODS[method]
+    # Batched guidance of one image is what most calls are; data parallelism needs more images than replicas.
+    call = {"images": 3 if method == "dp2" else 1, "num_inference_steps": STEPS} | changes
+    expected = reference(family, degrees, call)
+    return max(error(result, expected) for result in pool.run(ranks, draw, family, degrees, call))
+
+
+def rows(families: list[str], pool: RankPool) -> Iterator[str]:
+    """The matrix as lines of Markdown."""
+    yield "| class | " + " | ".join(METHODS) + " |"
+    yield "|---" * (len(METHODS) + 1) + "|"
+    for family in families:
+        cells = []
+        for method in METHODS:
+            if refusal(family, method):
+                cells.append("refused")
+                continue
+            found = cell(family, method, pool)
+            cells.append(f"{found:.0e}" if found <= TOLERANCES.get(family, TOLERANCE) else f"**{found:.0e}**")
+        yield f"| `{FAMILIES[family].cls}` | " + " | ".join(cells) + " |"
+
+
+def support() -> list[str]:
+    """What is served by what, as lines of Markdown: the table of the README."""
+    lines = ["| transformer | models | Ulysses, ring, both | CFG | data | PipeFusion |", "|---|---|:-:|:-:|:-:|:-:|"]
+    for family in sorted(FAMILIES.values(), key=lambda one: one.cls):
+        piped = "no" if PLANS[family.cls].unpiped else "✓"
+        lines.append(f"| `{family.cls}` | {family.models} | ✓ | ✓ | ✓ | {piped} |")
+    return lines
+
+
+def refusals() -> list[str]:
+    """Why PipeFusion is refused where it is, as lines of Markdown."""
+    refused = {cls: plan.unpiped for cls, plan in sorted(PLANS.items()) if plan.unpiped}
+    return ["| transformer | why not |", "|---|---|", *(f"| `{cls}` | {why} |" for cls, why in refused.items())]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m xfuser.testing.matrix", description=__doc__)
+    parser.add_argument("families", nargs="*", default=list(FAMILIES), help=f"of {', '.join(FAMILIES)}; all by default")
+    parser.add_argument("--support", action="store_true", help="print what is supported, and run nothing")
+    asked = parser.parse_args()
+    if asked.support:
+        print("\n".join([*support(), "", *refusals()]))
+        return
+    families = asked.families
+    unknown = set(families) - set(FAMILIES)
+    if unknown:
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; known are {', '.join(FAMILIES)}")
+    torch.set_num_threads(1)
+    pool = RankPool(4)
+    try:
+        for line in rows(families, pool):
+            print(line, flush=True)
+    finally:
+        pool.close()
+
+
+if __name__ == "__main__":
+    main()
