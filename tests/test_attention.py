@@ -34,6 +34,16 @@ def test_kernel_returns_attention_and_its_lse(name, masked):
     assert torch.allclose(lse, (0.3 * q @ k.mT + mask).logsumexp(-1), atol=1e-5)
 
 
+@pytest.mark.parametrize("name", HERE)
+def test_causal_kernel_sees_no_later_keys(name, monkeypatch):
+    monkeypatch.setattr("xfuser.core.attention.kernels.MATH_SCORES", 64)  # so that the plain one works in chunks
+    q, k, v = tensors(2, 3, 7, 7, 8)
+    out, lse = attention_with_lse(q, k, v, backend=name, causal=True)
+    assert torch.allclose(out, F.scaled_dot_product_attention(q, k, v, is_causal=True), atol=1e-5)
+    scores = (q @ k.mT * 8**-0.5).masked_fill(torch.ones(7, 7).triu(1).bool(), -torch.inf)
+    assert torch.allclose(lse, scores.logsumexp(-1), atol=1e-5)
+
+
 def test_rows_without_keys_weigh_nothing():
     q, k, v = tensors(1, 2, 3, 4, 8)
     for name in HERE:

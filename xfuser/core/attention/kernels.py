@@ -1,7 +1,8 @@
 """Attention kernels that return the log-sum-exp (LSE), which the ring needs to merge partial results.
 
 Tensors are ``[B, H, S, D]``; the LSE is float32 ``[B, H, Sq]``. A mask is additive and ``[B|1, H|1, 1|Sq, Sk]``.
-Keys and values may have fewer heads than queries (grouped queries).
+Keys and values may have fewer heads than queries (grouped queries). Where attention is ``causal``, there are as many
+queries as keys, and query i attends to the keys up to i.
 """
 
 import importlib.util
@@ -30,7 +31,7 @@ class Kernel:
     Attributes:
         missing: why it cannot be had on this machine, or None where it can.
         takes: whether it can run these q, k, v, mask.
-        run: ``(q, k, v, mask, scale) -> (out, lse)``.
+        run: ``(q, k, v, mask, scale, causal) -> (out, lse)``; a mask excludes ``causal``.
     """
 
     missing: Callable[[], str | None]
@@ -38,14 +39,18 @@ class Kernel:
     run: Callable[..., Result]
 
 
-def attention_math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Result:
+def attention_math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, causal: bool) -> Result:
     """Any device, dtype, head size and mask, in float32; by chunks of queries to bound the score matrix."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     keys, values = k.float(), v.float()
     rows = max(1, MATH_SCORES // max(1, q.shape[0] * q.shape[1] * k.shape[2]))
+    positions = torch.arange(k.shape[2], device=q.device)
     outs, lses = [], []
     for start in range(0, q.shape[2], rows):
         scores = (q[:, :, start : start + rows].float() * scale) @ keys.mT
+        if causal:
+            later = positions > positions[start : start + rows, None]
+            scores = scores.masked_fill(later, -torch.inf)
         if mask is not None:
             scores = scores + (mask if mask.shape[2] == 1 else mask[:, :, start : start + rows]).float()
         lse = scores.logsumexp(dim=-1)
@@ -55,10 +60,10 @@ def attention_math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: 
     return torch.cat(outs, dim=2).to(q.dtype), torch.cat(lses, dim=2)
 
 
-def _flash_on_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Result:
+def _flash_on_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, causal: bool) -> Result:
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # anything else gives NaN
     mask = None if mask is None else mask.to(q.dtype)
-    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask, scale=scale)
+    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
     if mask is not None:  # rows without any key come back with an LSE of 0
         dead = (mask == -torch.inf).all(dim=-1)
         out, lse = out.masked_fill(dead.unsqueeze(-1), 0.0), lse.masked_fill(dead, -torch.inf)
@@ -70,17 +75,17 @@ def _flash_on_cpu_takes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) ->
     return q.device.type == "cpu" and 0 not in (*q.shape, *k.shape) and q.shape[-1] == v.shape[-1]
 
 
-def _aten_flash(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Result:
-    return aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)[:2]
+def _aten_flash(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, causal: bool) -> Result:
+    return aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)[:2]
 
 
-def _aten_efficient(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Result:
-    out, lse = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, scale=scale)[:2]
+def _aten_efficient(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, causal: bool) -> Result:
+    out, lse = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal, scale=scale)[:2]
     return out, lse[:, :, : q.shape[2]]  # its LSE is padded
 
 
-def _aten_cudnn(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Result:
-    out, lse = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, scale=scale)[:2]
+def _aten_cudnn(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, causal: bool) -> Result:
+    out, lse = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, scale=scale)[:2]
     return out, lse.reshape(q.shape[:3])
 
 
@@ -101,14 +106,14 @@ def _half_on_accelerator(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -
 def _from_yunchang(attn_type: str) -> Callable[..., Result]:
     """A CUDA kernel by yunchang's selection (``[B, S, H, D]`` layout)."""
 
-    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Result:
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, causal: bool) -> Result:
         from yunchang.kernels import AttnType, select_flash_attn_impl
 
         kernel = select_flash_attn_impl(AttnType.from_string(attn_type), stage="fwd-only")
         q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         out, lse = kernel(
-            q, k, v, dropout_p=0.0, softmax_scale=scale, causal=False, window_size=(-1, -1), softcap=0.0,
+            q, k, v, dropout_p=0.0, softmax_scale=scale, causal=causal, window_size=(-1, -1), softcap=0.0,
             alibi_slopes=None, return_softmax=False,
         )  # fmt: skip
         return out.transpose(1, 2), lse
@@ -128,8 +133,8 @@ def _needs_package(package: str) -> Callable[[], str | None]:
     return missing
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Result:
-    return (_flash_on_cpu if q.device.type == "cpu" else _aten_flash)(q, k, v, mask, scale)
+def _flash(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, causal: bool) -> Result:
+    return (_flash_on_cpu if q.device.type == "cpu" else _aten_flash)(q, k, v, mask, scale, causal)
 
 
 def _flash_takes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
@@ -173,23 +178,35 @@ def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None, backend: str = "auto"
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+    causal: bool = False,
 ) -> Tensor:
     """Attention alone: torch's own choice of kernel, or the one of ``backend``; shapes as in this module."""
     k, v = _for_query_heads(q, k, v)
     if 0 in (*q.shape, k.shape[2]):
         return q.new_zeros(*q.shape[:3], v.shape[-1])
     if backend in ("auto", "sdpa"):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-    return attention_with_lse(q, k, v, mask, scale, backend)[0]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
+    return attention_with_lse(q, k, v, mask, scale, backend, causal)[0]
 
 
 def attention_with_lse(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None, backend: str = "auto"
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+    causal: bool = False,
 ) -> Result:
     """Attention and its LSE from ``backend``, or the plain kernel where it does not take the tensors."""
     k, v = _for_query_heads(q, k, v)
-    return KERNELS[_kernel_for(q, k, v, mask, backend)].run(q, k, v, mask, scale)
+    return KERNELS[_kernel_for(q, k, v, mask, backend)].run(q, k, v, mask, scale, causal)
 
 
 def _kernel_for(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, backend: str) -> str:

@@ -19,30 +19,45 @@ def ring_attention(
     masks: list[torch.Tensor] | None = None,
     scale: float | None = None,
     backend: str = "auto",
-) -> torch.Tensor:
+    causal: bool = False,
+    joint: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of this rank's queries to the keys of the whole ring.
 
     Args:
         q, k, v: this rank's rows, ``[B, H, S_local, D]``.
         lengths: key rows of each ring rank.
         masks: the additive mask of each ring rank's block of keys, ``[B|1, H|1, 1|S_local, length]``.
+        causal: the blocks are one sequence in rank order; a row attends to itself and to those before it. Neither
+            with ``masks`` nor with ``joint``.
+        joint: keys and values ``[B, H, T, D]`` that every rank holds, to attend to beside the ring's. Not with
+            ``masks``.
 
     Returns:
-        ``[B, H, S_local, Dv]`` in q's dtype; sums are kept in float32.
+        ``[B, H, S_local, Dv]`` in q's dtype, of sums kept in float32, and the LSE ``[B, H, S_local]``.
     """
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     out, lse = None, None
     for step in range(size):
         owner = (rank - step) % size
         coming = _Shift(k, v, lengths[(owner - 1) % size], group) if step + 1 < size else None
-        if lengths[owner] and q.numel():
+        keys, values = with_joint(k, v, joint if step == 0 else None)  # a copy is on every rank: none travels
+        if keys.shape[2] and q.numel() and not (causal and owner > rank):
             mask = masks[owner] if masks else None
-            out, lse = merge(out, lse, *attention_with_lse(q, k, v, mask, scale, backend))
+            block = attention_with_lse(q, keys, values, mask, scale, backend, causal and owner == rank)
+            out, lse = merge(out, lse, *block)
         if coming:
             k, v = coming.wait()
     if out is None:
-        return q.new_zeros(*q.shape[:3], v.shape[-1])
-    return out.to(q.dtype)
+        return q.new_zeros(*q.shape[:3], v.shape[-1]), q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32)
+    return out.to(q.dtype), lse
+
+
+def with_joint(
+    k: torch.Tensor, v: torch.Tensor, joint: tuple[torch.Tensor, torch.Tensor] | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values ``[B, H, S, D]``, with the joint ones behind them where there are any."""
+    return (torch.cat([k, joint[0]], dim=2), torch.cat([v, joint[1]], dim=2)) if joint else (k, v)
 
 
 def merge(

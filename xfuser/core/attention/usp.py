@@ -1,15 +1,32 @@
 """Unified sequence parallelism: Ulysses inside, ring outside (arXiv 2405.07719)."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
 from xfuser.core.attention.kernels import attention
-from xfuser.core.attention.ring import ring_attention
+from xfuser.core.attention.ring import ring_attention, with_joint
 from xfuser.core.attention.ulysses import gather_heads, scatter_heads, share_heads
 from xfuser.core.distributed import SequenceParallelGroupCoordinator
 from xfuser.core.distributed.group_coordinator import gather_together
+
+
+@dataclass(frozen=True)
+class Joint:
+    """Rows that every rank of the sequence group holds, and that take part in attention once (text, mostly).
+
+    Attributes:
+        q: ``[B, H, Tq, D]``.
+        k, v: ``[B, H, T, D]``, with the heads of the sequence's keys and values.
+        front: whether their place is before the sequence, or behind it.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    front: bool
 
 
 def usp_attention(
@@ -25,6 +42,8 @@ def usp_attention(
     scale: float | None = None,
     backend: str = "auto",
     renew: Callable[..., tuple] | None = None,
+    causal: bool = False,
+    joint: Joint | None = None,
 ) -> torch.Tensor:
     """Attention of this rank's queries to the keys of all ranks of the sequence group.
 
@@ -37,9 +56,12 @@ def usp_attention(
             order, ``[B|1, H|1, 1|Sq, Sk]``; with ``renew``, over the keys that it returns.
         renew: takes keys, values and mask of the group's rows in rank order (k and v of this rank's Ulysses heads),
             and returns those to attend to. Keys and values are then gathered around the ring beforehand.
+        causal: the shares are one sequence in rank order; a row attends to itself and to those before it. It goes with
+            none of ``mask``, ``renew`` and ``joint``.
+        joint: rows that take part beside the sequence's. It goes with neither ``mask`` nor ``renew``.
 
     Returns:
-        ``[B, H, S_local, Dv]``.
+        ``[B, H, S_local, Dv]``; with ``joint``, its ``Tq`` rows before or behind them, on every rank.
     """
     ulysses, ring = group.ulysses_world_size, group.ring_world_size
     mask = group.all_gather(mask, dim=-1, sizes=lengths) if mask is not None else pair_mask
@@ -50,15 +72,24 @@ def usp_attention(
         q, k, v = _scatter([q, k, v], [own_queries, own, own], [q_heads, kv_heads, kv_heads], group.ulysses_group)
         mask = _own_heads(mask, q_heads, group.ulysses_rank)
     totals = [sum(block) for block in blocks]
+    beside = None
+    if joint:
+        shares = zip((joint.q, joint.k, joint.v), (q_heads, kv_heads, kv_heads), strict=True)
+        joint_q, *beside = (x.split(heads, dim=1)[group.ulysses_rank] for x, heads in shares)
+        q = torch.cat([q, joint_q], dim=2)
     if renew:
         if ring > 1:
             k, v = gather_together(k, v, 2, totals, group.ring_group)
         out = attention(q, *renew(k, v, mask), scale, backend)
     elif ring > 1:
         masks = None if mask is None else list(mask.split(totals, dim=-1))
-        out = ring_attention(q, k, v, totals, group.ring_group, masks=masks, scale=scale, backend=backend)
+        out, _ = ring_attention(
+            q, k, v, totals, group.ring_group, masks=masks, scale=scale, backend=backend, causal=causal, joint=beside
+        )
     else:
-        out = attention(q, k, v, mask, scale, backend)
+        out = attention(q, *with_joint(k, v, beside), mask, scale, backend, causal)
+    if joint:
+        out, own_queries = _beside_each_share(out, own_queries, joint)
     if ulysses > 1:
         out = gather_heads(out, own_queries, q_heads, group.ulysses_group)
     return out
@@ -77,6 +108,14 @@ def _scatter(
         for i, x in zip(places, whole, strict=True):
             result[i] = x
     return result
+
+
+def _beside_each_share(out: torch.Tensor, lengths: list[int], joint: Joint) -> tuple[torch.Tensor, list[int]]:
+    """The joint rows, last in ``out``, repeated beside every rank's share, so that one message takes them to all."""
+    count = joint.q.shape[2]
+    *shares, rows = out.split([*lengths, count], dim=2)
+    pairs = [(rows, share) if joint.front else (share, rows) for share in shares]
+    return torch.cat([part for pair in pairs for part in pair], dim=2), [length + count for length in lengths]
 
 
 def _own_heads(mask: torch.Tensor | None, heads: list[int], rank: int) -> torch.Tensor | None:
