@@ -31,7 +31,7 @@ def test_ulysses_ranks_are_neighbours_and_ring_ranks_are_not():
 
 def test_wrong_order_is_refused():
     with pytest.raises(ValueError, match="must name each of"):
-        RankGenerator(1, 1, 1, 1, 1, order="tp-sp")
+        RankGenerator(1, 2, 1, 2, 1, order="tp-sp")
 
 
 @pytest.mark.parametrize(("total", "parts"), [(7, 3), (2, 4), (0, 2), (8, 2)])

@@ -22,6 +22,8 @@ class GroupCoordinator:
         ranks, world_size, rank_in_group: members (global ranks), their number, this rank's place among them.
         group_ranks: the members of all the groups.
         device_group: the ``torch.distributed`` process group.
+        cpu_group: a group of the same members that carries what is not on the accelerator: ``device_group`` itself
+            where that does, otherwise one of gloo.
         device: where this rank's tensors live.
     """
 
@@ -31,6 +33,9 @@ class GroupCoordinator:
         self.group_ranks = group_ranks
         self.device = devices.device(local_rank)
         self.ranks, self.device_group = own_group(group_ranks, torch_distributed_backend)
+        self.cpu_group = self.device_group
+        if self.device.type != "cpu" and dist.get_backend(self.device_group) == devices.backend():
+            _, self.cpu_group = own_group(group_ranks, "gloo")
         self.world_size = len(self.ranks)
         self.rank_in_group = self.ranks.index(self.rank)
 
@@ -86,8 +91,20 @@ class GroupCoordinator:
         return parts if separate_tensors else torch.cat(parts, dim=dim)
 
     def _sizes_along(self, x: torch.Tensor, dim: int) -> list[int]:
-        mine = torch.tensor([x.shape[dim]], device=x.device)
-        return [int(size) for size in all_gather_parts(mine, 0, [1] * self.world_size, self.device_group)]
+        return [size for (size,) in gather_numbers([x.shape[dim]], self.cpu_group)]
+
+    def gather(self, input_: torch.Tensor, dst: int = 0, dim: int = -1) -> torch.Tensor | None:
+        """Member ``dst`` gets all members' ``input_``, joined along ``dim``, where sizes may differ; others None."""
+        if self.world_size == 1:
+            return input_
+        dim = dim % input_.dim()
+        sizes = self._sizes_along(input_, dim)
+        x = _pad_rows(input_.movedim(dim, 0), max(sizes)).contiguous()
+        parts = [torch.empty_like(x) for _ in sizes] if self.rank_in_group == dst else None
+        dist.gather(x, parts, dst=self.ranks[dst], group=self.device_group)
+        if parts is None:
+            return None
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]).movedim(0, dim)
 
     def broadcast(self, input_: torch.Tensor, src: int = 0) -> torch.Tensor:
         """Member ``src``'s tensor, on every member; the others give one of the same shape, which is overwritten where
@@ -105,33 +122,51 @@ class GroupCoordinator:
     def broadcast_object_list(self, obj_list: list[Any], src: int = 0) -> list[Any]:
         """Member ``src``'s list of picklable objects, written into every member's list of that length."""
         if self.world_size > 1:
-            dist.broadcast_object_list(
-                obj_list, src=self.ranks[src], group=self.device_group, device=self._object_device()
-            )
+            dist.broadcast_object_list(obj_list, src=self.ranks[src], group=self.cpu_group)
         return obj_list
 
     def all_gather_object(self, obj: Any) -> list[Any]:
         """Each member's picklable object, in group order."""
         objects = [None] * self.world_size
-        dist.all_gather_object(objects, obj, group=self.device_group)
+        dist.all_gather_object(objects, obj, group=self.cpu_group)
         return objects
 
     def broadcast_tensor_dict(self, tensor_dict: dict[str, Any] | None = None, src: int = 0) -> dict[str, Any]:
         """Member ``src``'s dict on every member; values that are no tensors are pickled."""
         if self.world_size == 1:
             return tensor_dict
-        described = None
-        if self.rank_in_group == src:
-            described = {name: _describe(value) for name, value in tensor_dict.items()}
-        described = self.broadcast_object(described, src)
-        result = {}
+        mine = self.rank_in_group == src
+        described = self.broadcast_object(_described(tensor_dict) if mine else None, src)
         for name, value in described.items():
             if isinstance(value, _TensorShape):
-                mine = self.rank_in_group == src
                 full = tensor_dict[name] if mine else torch.empty(value.shape, dtype=value.dtype, device=self.device)
-                value = self.broadcast(full, src)
-            result[name] = value
-        return result
+                described[name] = self.broadcast(full, src)
+        return described
+
+    def send_object(self, obj: Any, dst: int | None = None) -> None:
+        """Send a picklable object to member ``dst`` (the next one by default)."""
+        dist.send_object_list([obj], self._global(dst, self.next_rank), group=self.cpu_group)
+
+    def recv_object(self, src: int | None = None) -> Any:
+        """Receive an object from member ``src`` (the previous one by default)."""
+        received = [None]
+        dist.recv_object_list(received, self._global(src, self.prev_rank), group=self.cpu_group)
+        return received[0]
+
+    def send_tensor_dict(self, tensor_dict: dict[str, Any], dst: int | None = None) -> None:
+        """Send a dict to member ``dst`` (the next one by default); values that are no tensors are pickled."""
+        self.send_object(_described(tensor_dict), dst)
+        for value in tensor_dict.values():
+            if isinstance(value, torch.Tensor):
+                self.send(value, dst)
+
+    def recv_tensor_dict(self, src: int | None = None) -> dict[str, Any]:
+        """Receive a dict from member ``src`` (the previous one by default)."""
+        described = self.recv_object(src)
+        for name, value in described.items():
+            if isinstance(value, _TensorShape):
+                described[name] = self.recv(value.shape, value.dtype, src)
+        return described
 
     def send(self, x: torch.Tensor, dst: int | None = None) -> None:
         """Send ``x`` to member ``dst`` (the next one by default); returns when ``x`` may be reused."""
@@ -180,16 +215,16 @@ class GroupCoordinator:
         dist.barrier(group=self.device_group)
 
     def destroy(self) -> None:
-        """Release the process group."""
-        if self.device_group is not DESTROYED:
-            dist.destroy_process_group(self.device_group)
-            self.device_group = DESTROYED
+        """Release the process groups."""
+        if self.device_group is DESTROYED:
+            return
+        if self.cpu_group is not self.device_group:
+            dist.destroy_process_group(self.cpu_group)
+        dist.destroy_process_group(self.device_group)
+        self.device_group = self.cpu_group = DESTROYED
 
     def _global(self, member: int | None, default: int) -> int:
         return default if member is None else self.ranks[member]
-
-    def _object_device(self) -> torch.device:
-        return torch.device("cpu") if dist.get_backend(self.device_group) == "gloo" else self.device
 
 
 class SequenceParallelGroupCoordinator(GroupCoordinator):
@@ -236,6 +271,14 @@ def all_gather_parts(x: torch.Tensor, dim: int, sizes: list[int], group: dist.Pr
     return [part[:size].movedim(0, dim) for part, size in zip(parts, sizes, strict=True)]
 
 
+def gather_numbers(numbers: list[int], group: dist.ProcessGroup, device: torch.device | str = "cpu") -> list[list[int]]:
+    """Every member's whole numbers, in group order, as many from each. ``device`` is one that the group talks from."""
+    if group.size() == 1:
+        return [numbers]
+    mine = torch.tensor(numbers, device=device)
+    return [part.tolist() for part in all_gather_parts(mine, 0, [len(numbers)] * group.size(), group)]
+
+
 def gather_together(
     k: torch.Tensor, v: torch.Tensor, dim: int, sizes: list[int], group: dist.ProcessGroup
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -263,8 +306,10 @@ class _TensorShape:
         self.shape, self.dtype = x.shape, x.dtype
 
 
-def _describe(value: Any) -> Any:
-    return _TensorShape(value) if isinstance(value, torch.Tensor) else value
+def _described(tensor_dict: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: _TensorShape(value) if isinstance(value, torch.Tensor) else value for name, value in tensor_dict.items()
+    }
 
 
 def _pad_rows(x: torch.Tensor, rows: int) -> torch.Tensor:

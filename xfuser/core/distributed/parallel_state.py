@@ -6,6 +6,8 @@ outermost, so that the methods which talk most are nearest neighbours:
     rank = ((((dp * CFG + cfg) * PP + pp) * RING + ring) * ULYSSES + ulysses) * TP + tp
 """
 
+import importlib.util
+import math
 import os
 
 import torch.distributed as dist
@@ -14,14 +16,20 @@ from xfuser.core import device as devices
 from xfuser.core.distributed.failure import fail_together
 from xfuser.core.distributed.group_coordinator import GroupCoordinator, SequenceParallelGroupCoordinator
 from xfuser.core.distributed.utils import DEFAULT_ORDER, RankGenerator, split_sequence_group
+from xfuser.logger import logger
 
 _groups: dict[str, GroupCoordinator] = {}
 _joined = False  # the default process group was there before us, so it is not ours to destroy
 
 
-def _group(name: str, made_by: str) -> GroupCoordinator:
+def _group(name: str) -> GroupCoordinator:
     if name not in _groups:
-        raise RuntimeError(f"the {name} group is not initialised: call {made_by} first (xDiTParallel does)")
+        raise RuntimeError(
+            f"the {name} group is not initialised: call, on every rank and in this order,\n"
+            "    xfuser.core.distributed.init_distributed_environment()\n"
+            "    xfuser.core.distributed.initialize_model_parallel(ulysses_degree=..., ring_degree=...)\n"
+            "xDiTParallel does both"
+        )
     return _groups[name]
 
 
@@ -34,10 +42,13 @@ def init_distributed_environment(
 ) -> None:
     """Join or start the default process group, and make the world group.
 
-    A process group that exists already is joined. Otherwise one is started from the arguments, from torchrun's
-    environment, or, where there is neither, for this process alone. ``backend`` is the device's by default.
+    A process group that exists already is joined: ``world_size`` and ``rank`` must then be its own, or left away.
+    Otherwise one is started from the arguments, from torchrun's environment, or, where there is neither, for this
+    process alone. ``backend`` is the device's by default.
     """
     global _joined
+    if dist.is_initialized():
+        _check_place(world_size, rank)
     if "world" in _groups:
         return
     fail_together()
@@ -48,6 +59,15 @@ def init_distributed_environment(
     devices.use(local_rank)
     ranks = list(range(dist.get_world_size()))
     _groups["world"] = GroupCoordinator([ranks], local_rank, backend or dist.get_backend())
+
+
+def _check_place(world_size: int, rank: int) -> None:
+    there = (dist.get_world_size(), dist.get_rank())
+    if world_size not in (-1, there[0]) or rank not in (-1, there[1]):
+        raise ValueError(
+            f"world_size={world_size}, rank={rank}: the process group that is there has {there[0]} ranks, and this is"
+            f" rank {there[1]}; give these, or neither"
+        )
 
 
 def _init_process_group(world_size: int, rank: int, method: str, local_rank: int, backend: str | None) -> None:
@@ -84,26 +104,32 @@ def initialize_model_parallel(
 ) -> None:
     """Make the groups of every kind of parallelism; the degrees' product must be the world size.
 
-    ``sequence_parallel_degree`` is ``ulysses_degree * ring_degree`` and need not be given.
+    ``sequence_parallel_degree`` is ``ulysses_degree * ring_degree`` and need not be given. Given another value,
+    Ulysses and ring are what makes up the world size: as given (callers pass ``ulysses_degree`` again), or with the one
+    that is 1 making up the value (Ulysses where both are).
+
+    yunchang's own registry is set to the Ulysses and ring groups, where it is installed.
+
+    Raises:
+        RuntimeError: there is no world group yet, or the groups are there already.
+        ValueError: no reading of the degrees makes up the world size.
     """
     world = get_world_group()
     if model_parallel_is_initialized():
         raise RuntimeError("the parallel groups are initialised already: call destroy_model_parallel() first")
-    sp = ulysses_degree * ring_degree
-    if sequence_parallel_degree not in (None, sp):
-        raise ValueError(
-            f"sequence_parallel_degree={sequence_parallel_degree} must be ulysses_degree={ulysses_degree}"
-            f" * ring_degree={ring_degree}"
-        )
     degrees = {
         "tp": tensor_parallel_degree,
-        "sp": sp,
+        "sp": ulysses_degree * ring_degree,
         "pp": pipeline_parallel_degree,
         "cfg": classifier_free_guidance_degree,
         "dp": data_parallel_degree,
     }
     if min(degrees.values()) < 1:
         raise ValueError(f"degrees must be 1 or more, given {degrees}")
+    if sequence_parallel_degree not in (None, degrees["sp"]):
+        wanted = world.world_size * degrees["sp"] / math.prod(degrees.values())
+        ulysses_degree, ring_degree = _understood(sequence_parallel_degree, ulysses_degree, ring_degree, wanted)
+        degrees["sp"] = ulysses_degree * ring_degree
     grid = RankGenerator(**degrees, order=DEFAULT_ORDER)
     if grid.world_size != world.world_size:
         raise ValueError(f"the product of {degrees} is {grid.world_size}, the world has {world.world_size} ranks")
@@ -119,6 +145,42 @@ def initialize_model_parallel(
         ulysses_ranks=[ranks for ulysses, _ in split for ranks in ulysses],
         ring_ranks=[ranks for _, ring in split for ranks in ring],
     )
+    _tell_yunchang(_groups["sp"].ulysses_group, _groups["sp"].ring_group)
+    dist.barrier(group=world.cpu_group)  # a rank that left a group at once would be gone before others have found it
+
+
+def _understood(sequence: int, ulysses: int, ring: int, wanted: float) -> tuple[int, int]:
+    """Ulysses and ring degree meant by a ``sequence_parallel_degree`` that is not their product, but should be."""
+    readings = [(ulysses, ring)]
+    if ulysses == 1:
+        readings.append((sequence // ring, ring))
+    if ring == 1:
+        readings.append((ulysses, sequence // ulysses))
+    for reading in readings:
+        if math.prod(reading) == wanted:
+            if wanted != sequence:
+                logger.warning(
+                    "sequence_parallel_degree=%d is not used: ulysses_degree=%d * ring_degree=%d make up the number"
+                    " of ranks", sequence, *reading,
+                )  # fmt: skip
+            return reading
+    raise ValueError(
+        f"sequence_parallel_degree={sequence} must be ulysses_degree={ulysses} * ring_degree={ring}, and all degrees"
+        f" must multiply to the number of ranks, which leaves {wanted:g} for the sequence: give two numbers with that"
+        " product as ulysses_degree and ring_degree"
+    )
+
+
+def _tell_yunchang(ulysses: dist.ProcessGroup | None, ring: dist.ProcessGroup | None) -> None:
+    """Set the registry from which yunchang's own layers take their groups."""
+    if importlib.util.find_spec("yunchang") is None:
+        return
+    try:
+        from yunchang.globals import PROCESS_GROUP
+    except (ImportError, RuntimeError) as error:  # it asks the accelerator about kernels while it is imported
+        logger.warning("yunchang cannot be imported, and its own layers will find no groups: %s", error)
+        return
+    PROCESS_GROUP.ULYSSES_PG, PROCESS_GROUP.RING_PG = ulysses, ring
 
 
 def model_parallel_is_initialized() -> bool:
@@ -128,6 +190,8 @@ def model_parallel_is_initialized() -> bool:
 
 def destroy_model_parallel() -> None:
     """Release all groups but the world's; :func:`initialize_model_parallel` may then make others."""
+    if model_parallel_is_initialized():
+        _tell_yunchang(None, None)
     for name in [name for name in _groups if name != "world"]:
         _groups.pop(name).destroy()
 
@@ -145,37 +209,37 @@ def destroy_distributed_environment() -> None:
 
 def get_world_group() -> GroupCoordinator:
     """All ranks."""
-    return _group("world", "init_distributed_environment()")
+    return _group("world")
 
 
 def get_dp_group() -> GroupCoordinator:
     """The ranks that hold the same place in each data-parallel replica."""
-    return _group("dp", "initialize_model_parallel()")
+    return _group("dp")
 
 
 def get_replica_group() -> GroupCoordinator:
     """All ranks of one data-parallel replica."""
-    return _group("replica", "initialize_model_parallel()")
+    return _group("replica")
 
 
 def get_cfg_group() -> GroupCoordinator:
     """The ranks that share the branches of classifier-free guidance."""
-    return _group("cfg", "initialize_model_parallel()")
+    return _group("cfg")
 
 
 def get_sp_group() -> SequenceParallelGroupCoordinator:
     """The ranks that share one sequence."""
-    return _group("sp", "initialize_model_parallel()")
+    return _group("sp")
 
 
 def get_pp_group() -> GroupCoordinator:
     """The stages of one pipeline."""
-    return _group("pp", "initialize_model_parallel()")
+    return _group("pp")
 
 
 def get_tp_group() -> GroupCoordinator:
     """The ranks that share the weights of one layer."""
-    return _group("tp", "initialize_model_parallel()")
+    return _group("tp")
 
 
 def get_data_parallel_world_size() -> int:

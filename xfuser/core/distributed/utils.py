@@ -1,5 +1,7 @@
 """The rank grid: which ranks form a group for each kind of parallelism."""
 
+import math
+
 import torch
 
 DEFAULT_ORDER = "tp-sp-pp-cfg-dp"
@@ -20,31 +22,54 @@ def share(sizes: list[int], index: int) -> range:
 class RankGenerator:
     """All groups of a world from one grid of ranks.
 
-    ``order`` names the dimensions from the innermost (neighbouring ranks) to the outermost. A group of a token
-    such as ``"sp"`` holds the ranks that differ in that dimension alone; tokens joined by ``-`` (``"tp-sp"``)
-    vary together.
+    ``order`` names the dimensions from the innermost (neighbouring ranks) to the outermost; a dimension of size 1 need
+    not be named. A group of a token such as ``"sp"`` holds the ranks that differ in that dimension alone; tokens
+    joined by ``-`` (``"tp-sp"``) vary together.
+
+    ``fs``, the number of ranks that share out a model's weights, is a dimension where ``order`` names it. Elsewhere its
+    groups lie across the other dimensions: each holds so many consecutive ranks.
+
+    Both positional forms in use are taken: ``(tp, sp, pp, cfg, dp, order)`` and ``(tp, sp, pp, cfg, dp, fs, order)``,
+    and ``rank_offset``, the first rank, behind either.
     """
 
     def __init__(
-        self, tp: int, sp: int, pp: int, cfg: int, dp: int, order: str = DEFAULT_ORDER, rank_offset: int = 0
+        self,
+        tp: int,
+        sp: int,
+        pp: int,
+        cfg: int,
+        dp: int,
+        *rest: int | str,
+        fs: int = 1,
+        order: str = DEFAULT_ORDER,
+        rank_offset: int = 0,
     ) -> None:
+        if rest and not isinstance(rest[0], str):
+            fs, *rest = rest
+        order, rank_offset = (*rest, *(order, rank_offset)[len(rest) :])
         degrees = {"tp": tp, "sp": sp, "pp": pp, "cfg": cfg, "dp": dp}
         self.order = order.lower().split("-")
+        if "fs" in self.order:
+            degrees["fs"] = fs
+        self.order += [token for token, degree in degrees.items() if degree == 1 and token not in self.order]
         if sorted(self.order) != sorted(degrees):
-            raise ValueError(f"order {order!r} must name each of {', '.join(degrees)} once")
-        self.world_size = tp * sp * pp * cfg * dp
+            raise ValueError(f"order {order!r} must name each of {degrees} once; those of size 1 may be left out")
+        self.world_size = math.prod(degrees.values())
+        if self.world_size % fs:
+            raise ValueError(f"fs={fs} must divide the number of ranks, {self.world_size} of {degrees}")
+        self._fs = fs
         outermost_first = [degrees[token] for token in reversed(self.order)]
         self._grid = torch.arange(rank_offset, rank_offset + self.world_size).reshape(outermost_first)
 
     def get_ranks(self, token: str) -> list[list[int]]:
         """The groups of ``token``, each a list of global ranks, in rank order."""
+        if token == "fs" and "fs" not in self.order:
+            return self._grid.reshape(-1, self._fs).tolist()
         axes = sorted(len(self.order) - 1 - self.order.index(name) for name in token.split("-"))
         rest = [axis for axis in range(len(self.order)) if axis not in axes]
         grid = self._grid.permute(*rest, *axes)
-        size = 1
-        for axis in axes:
-            size *= self._grid.shape[axis]
-        return grid.reshape(-1, size).tolist()
+        return grid.reshape(-1, math.prod(grid.shape[len(rest) :])).tolist()
 
 
 def split_sequence_group(ranks: list[int], ulysses: int) -> tuple[list[list[int]], list[list[int]]]:
