@@ -35,6 +35,11 @@ from xfuser.core.distributed.parallel_state import (
     launched_world_size,
     model_parallel_is_initialized,
 )
+from xfuser.core.distributed.runtime_state import (
+    get_runtime_state,
+    initialize_runtime_state,
+    runtime_state_is_initialized,
+)
 from xfuser.core.distributed.utils import RankGenerator
 
 __all__ = [
@@ -55,6 +60,7 @@ __all__ = [
     "get_replica_group",
     "get_ring_parallel_rank",
     "get_ring_parallel_world_size",
+    "get_runtime_state",
     "get_sequence_parallel_rank",
     "get_sequence_parallel_world_size",
     "get_sp_group",
@@ -68,9 +74,11 @@ __all__ = [
     "get_world_group",
     "init_distributed_environment",
     "initialize_model_parallel",
+    "initialize_runtime_state",
     "is_dp_last_group",
     "is_pipeline_first_stage",
     "is_pipeline_last_stage",
     "launched_world_size",
     "model_parallel_is_initialized",
+    "runtime_state_is_initialized",
 ]

@@ -1,0 +1,135 @@
+"""What scripts written around process groups keep between their own functions: the size of the input, mostly."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from xfuser.core.distributed.parallel_state import (
+    destroy_distributed_environment,
+    init_distributed_environment,
+    initialize_model_parallel,
+    model_parallel_is_initialized,
+)
+
+
+@dataclass(frozen=True)
+class InputParameters:
+    """The input of the next forwards as the script described it; sizes in pixels, None where it said nothing."""
+
+    height: int | None = None
+    width: int | None = None
+    num_frames: int | None = None
+    batch_size: int | None = None
+    num_inference_steps: int | None = None
+    max_condition_sequence_length: int | None = None
+
+
+class RuntimeState:
+    """Notes of a script for its own forwards. Nothing in the engine reads them.
+
+    Attributes:
+        parallel_config, runtime_config: those of the engine configuration.
+        input_config: what :meth:`set_input_parameters` was told.
+        split_text_embed_in_sp: whether the script splits text tokens over the sequence group, or keeps them whole on
+            every rank, as joint tensors of the attention layer.
+    """
+
+    def __init__(self, engine_config: Any) -> None:
+        self.parallel_config = engine_config.parallel_config
+        self.runtime_config = engine_config.runtime_config
+        self.input_config = InputParameters()
+        self.split_text_embed_in_sp = True
+
+    def set_input_parameters(
+        self,
+        height: int | None = None,
+        width: int | None = None,
+        batch_size: int | None = None,
+        num_inference_steps: int | None = None,
+        max_condition_sequence_length: int | None = None,
+        split_text_embed_in_sp: bool = True,
+    ) -> None:
+        """Note the size of the images to come; a value of None leaves what was noted before."""
+        self._note(
+            split_text_embed_in_sp,
+            height=height,
+            width=width,
+            batch_size=batch_size,
+            num_inference_steps=num_inference_steps,
+            max_condition_sequence_length=max_condition_sequence_length,
+        )
+
+    def set_video_input_parameters(
+        self,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        batch_size: int | None = None,
+        num_inference_steps: int | None = None,
+        split_text_embed_in_sp: bool = True,
+    ) -> None:
+        """Note the size of the videos to come; a value of None leaves what was noted before."""
+        self._note(
+            split_text_embed_in_sp,
+            height=height,
+            width=width,
+            num_frames=num_frames,
+            batch_size=batch_size,
+            num_inference_steps=num_inference_steps,
+        )
+
+    def destroy_distributed_env(self) -> None:
+        """Release all groups, as ``destroy_distributed_environment()``, and forget this state."""
+        global _state
+        destroy_distributed_environment()
+        _state = None
+
+    destory_distributed_env = destroy_distributed_env  # the spelling that older scripts use
+
+    def _note(self, split_text: bool, **values: int | None) -> None:
+        given = {name: value for name, value in values.items() if value is not None}
+        for name, value in given.items():
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r} must be a whole number of 1 or more")
+        self.input_config = replace(self.input_config, **given)
+        self.split_text_embed_in_sp = split_text
+
+
+_state: RuntimeState | None = None
+
+
+def initialize_runtime_state(pipeline: Any, engine_config: Any) -> None:
+    """Make the state that :func:`get_runtime_state` returns, and the groups of ``engine_config`` if there are none.
+
+    Args:
+        pipeline: anything; scripts pass their pipeline.
+        engine_config: from ``xFuserArgs.create_config()``.
+    """
+    global _state
+    if not model_parallel_is_initialized():
+        parallel = engine_config.parallel_config
+        init_distributed_environment()
+        initialize_model_parallel(
+            data_parallel_degree=parallel.dp_degree,
+            classifier_free_guidance_degree=parallel.cfg_degree,
+            ulysses_degree=parallel.ulysses_degree,
+            ring_degree=parallel.ring_degree,
+            tensor_parallel_degree=parallel.tp_degree,
+            pipeline_parallel_degree=parallel.pp_degree,
+        )
+    _state = RuntimeState(engine_config)
+
+
+def get_runtime_state() -> RuntimeState:
+    """The state of this process.
+
+    Raises:
+        RuntimeError: there is none yet.
+    """
+    if _state is None:
+        raise RuntimeError("there is no runtime state: call initialize_runtime_state(pipe, engine_config) first")
+    return _state
+
+
+def runtime_state_is_initialized() -> bool:
+    """Whether :func:`initialize_runtime_state` was called."""
+    return _state is not None
