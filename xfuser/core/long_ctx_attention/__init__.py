@@ -1,0 +1,7 @@
+"""Attention for models that run their own parallel forward: one layer, and the groups of ``core.distributed``."""
+
+from yunchang.kernels import AttnType
+
+from xfuser.core.long_ctx_attention.hybrid.attn_layer import xFuserLongContextAttention
+
+__all__ = ["AttnType", "xFuserLongContextAttention"]

@@ -1,0 +1,1 @@
+"""Layers as functions, and layers of which each rank holds a part."""
