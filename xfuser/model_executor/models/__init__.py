@@ -1,0 +1,1 @@
+"""Paths under which scripts import parts for single models."""

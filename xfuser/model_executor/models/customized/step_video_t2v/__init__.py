@@ -1,0 +1,1 @@
+"""Step-Video's scripts import their tensor parallelism from here."""
