@@ -20,6 +20,7 @@ FLOORS = {  # each part and what it may import from the others
     "config": {"core", "models", "vae"},
     "vae": {"core"},
     "methods": {"core", "models", "vae", "logger"},
+    "model_executor": {"core"},
 }
 
 
