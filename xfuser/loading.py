@@ -21,10 +21,12 @@ def load_pipeline(
     engine_config: EngineConfig,
     input_config: InputConfig | None = None,
     pipeline_class: Any = DiffusionPipeline,
+    **components: Any,
 ) -> Any:
     """The pipeline of ``engine_config.model_config``, in its dtype, on this rank's device or offloaded from it.
 
-    With ``input_config.img_file_path``, a text-to-image pipeline becomes its image-to-image variant.
+    ``components`` take the place of those in the folder. With ``input_config.img_file_path``, a text-to-image pipeline
+    becomes its image-to-image variant.
 
     Raises:
         ValueError: there is no pipeline, none that is known, or it lacks what the configuration asks for.
@@ -35,7 +37,7 @@ def load_pipeline(
         options["trust_remote_code"] = True
     try:
         with quiet_libraries():
-            pipe = pipeline_class.from_pretrained(model.model, **options)
+            pipe = pipeline_class.from_pretrained(model.model, **options | components)
     except OSError as error:
         raise ValueError(f"model={model.model!r} is no Diffusers pipeline that can be loaded: {error}") from error
     planned_models(pipe)
