@@ -39,7 +39,7 @@ def unknown_pipeline():
     ("make", "message"),
     [
         (unet_pipeline, "no plan for UNet2DConditionModel. U-Nets are not supported. Known classes: Alleg"),
-        (unknown_pipeline, "PixArtSigmaPipeline: there is no plan for Linear. Known .*docs/adding_a_model.md"),
+        (unknown_pipeline, "PixArtSigmaPipeline: there is no plan for Linear. Known .*docs/adding_models/README.md"),
         (object, "object is no Diffusers pipeline"),
     ],
 )

@@ -10,9 +10,13 @@ from typing import TYPE_CHECKING, Any
 from xfuser.core import distributed
 
 if TYPE_CHECKING:
+    from xfuser.bare import parallelize
     from xfuser.config import EngineConfig, FlexibleArgumentParser, InputConfig, xFuserArgs
     from xfuser.loading import load_pipeline
+    from xfuser.models.plan import ModelPlan
+    from xfuser.models.registry import register_plan
     from xfuser.parallel import xDiTParallel
+    from xfuser.testing.check import check_plan
 
 __version__ = "1.0.0"
 
@@ -20,7 +24,11 @@ _LAZY = {
     "EngineConfig": "xfuser.config",
     "FlexibleArgumentParser": "xfuser.config",
     "InputConfig": "xfuser.config",
+    "ModelPlan": "xfuser.models.plan",
+    "check_plan": "xfuser.testing.check",
     "load_pipeline": "xfuser.loading",
+    "parallelize": "xfuser.bare",
+    "register_plan": "xfuser.models.registry",
     "xDiTParallel": "xfuser.parallel",
     "xFuserArgs": "xfuser.config",
 }
@@ -29,8 +37,12 @@ __all__ = [
     "EngineConfig",
     "FlexibleArgumentParser",
     "InputConfig",
+    "ModelPlan",
+    "check_plan",
     "distributed",
     "load_pipeline",
+    "parallelize",
+    "register_plan",
     "xDiTParallel",
     "xFuserArgs",
 ]
@@ -39,4 +51,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
+    if name.startswith("xFuser") and name.endswith("Pipeline"):
+        return importlib.import_module("xfuser.pipelines").pipeline_class(name)
     raise AttributeError(f"module 'xfuser' has no attribute {name!r}")

@@ -70,13 +70,21 @@ PLANS: dict[str, ModelPlan] = {
 }
 
 
+_REGISTERED: dict[type, ModelPlan] = {}
+
+
+def register_plan(cls: type, plan: ModelPlan) -> None:
+    """Let ``plan`` serve a transformer class and those that derive from it, in place of a plan that is known."""
+    _REGISTERED[cls] = plan
+
+
 def plan_of(module: nn.Module) -> ModelPlan | None:
     """The plan of a module's class or of the nearest class that it derives from; None for other modules.
 
     A transformer without one, whose class has a context-parallel plan of Diffusers, gets a plan that goes by that.
     """
-    names = (cls.__name__ for cls in type(module).__mro__)
-    own = next((PLANS[name] for name in names if name in PLANS), None)
+    plans = (_REGISTERED.get(cls) or PLANS.get(cls.__name__) for cls in type(module).__mro__)
+    own = next(filter(None, plans), None)
     context = getattr(module, "_cp_plan", None)
     return own or (_by_context(module, context) if context else None)
 
@@ -140,5 +148,5 @@ def _no_plan(owner: str, denoisers: list[str]) -> ValueError:
     advice = " U-Nets are not supported." if any("UNet" in name for name in denoisers) else ""
     return ValueError(
         f"{owner}: there is no plan for {', '.join(denoisers) or 'a pipeline without a transformer'}.{advice} Known"
-        f" classes: {', '.join(PLANS)}. docs/adding_a_model.md shows how to add one"
+        f" classes: {', '.join(PLANS)}. docs/adding_models/README.md shows how to add one"
     )

@@ -83,7 +83,7 @@ class PipeFusion:
                 owners = self._blocks[name].owners
                 if name not in self._channels:
                     self._channels[name] = open_channels(self._group.group_ranks, routes(plan, owners), clock.patches)
-                patches = Patches(clock.patches, model.config, plan.frames)
+                patches = Patches(clock.patches, getattr(model, "config", model), plan.frames)
                 stage = Stage(model, plan, owners, rank, self._channels[name], clock, patches, when_there)
                 self._stages[name] = stage
                 stack.enter_context(stage.active())
@@ -144,7 +144,9 @@ class PipeFusion:
         own["scheduler"] = patchwise(scheduler, self._clock, patches, end_substep)  # registers nothing
         try:
             with ExitStack() as stack:
-                stack.enter_context(replaced(pipe, "progress_bar", stepwise_progress(pipe.progress_bar, self._clock)))
+                if hasattr(pipe, "progress_bar"):
+                    bar = stepwise_progress(pipe.progress_bar, self._clock)
+                    stack.enter_context(replaced(pipe, "progress_bar", bar))
                 if hasattr(pipe, "get_timesteps"):
                     stack.enter_context(replaced(pipe, "get_timesteps", plain_steps(pipe.get_timesteps, self._clock)))
                 yield
