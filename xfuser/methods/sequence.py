@@ -16,6 +16,7 @@ from xfuser.core.attention.usp import usp_attention
 from xfuser.core.distributed import SequenceParallelGroupCoordinator
 from xfuser.core.distributed.utils import split_sizes
 from xfuser.methods.forward import Arguments, Call, edited_arguments, replaced
+from xfuser.methods.pipefusion.patches import Patches
 from xfuser.methods.pipefusion.stage import Stage
 from xfuser.methods.tokens import Rows, TokenShares, Window
 from xfuser.models.plan import Attention, Block, ModelPlan, Streams, Tokens, blocks_of
@@ -38,6 +39,7 @@ class SequenceParallel:
         stage: Stage | None = None,
     ) -> None:
         self._model, self._plan, self._group, self._backend, self._stage = model, plan, group, backend, stage
+        self._patches = Patches(1, getattr(model, "config", model), plan.frames)
         self._reset()
 
     def _reset(self) -> None:
@@ -70,6 +72,9 @@ class SequenceParallel:
         for name in self._plan.residuals:
             if arguments.get(name) is not None:
                 arguments[name] = tree_map_only(torch.Tensor, self._cut_residual, arguments[name])
+        latents = arguments[self._plan.latents]
+        if isinstance(latents, torch.Tensor):
+            self._image_tokens = self._patches.image_tokens(latents)
         try:
             return call(arguments)
         finally:
@@ -91,7 +96,7 @@ class SequenceParallel:
 
     def _enter_block(self, blocks: str, arguments: Arguments) -> None:
         if self._shares is None:
-            self._shares = self._share(arguments)
+            self._shares = self._share(blocks, arguments)
             if self._stage:
                 self._stage.entered(self._shares)
         shares = self._shares
@@ -121,11 +126,17 @@ class SequenceParallel:
 
         return tree_map_only(torch.Tensor, cut, value)
 
-    def _share(self, arguments: Arguments) -> TokenShares:
+    def _share(self, blocks: str, arguments: Arguments) -> TokenShares:
         """The shares of the forward whose first block is about to run."""
         plan, stage = self._plan, self._stage
-        count = arguments[plan.image].shape[1]
-        text = None if plan.whole else arguments[plan.text].shape[1] if plan.text else 0
+        count, text = arguments[plan.image].shape[1], 0
+        if plan.whole:
+            text = None
+        elif plan.text:
+            text = arguments[plan.text].shape[1]
+        elif plan.carriers(blocks)[plan.image] != ("image",):  # text is in there, too
+            whole, count = count, self._image_tokens
+            text = whole - count
         unit = arguments[plan.grid[1]] if plan.grid else 1
         window = stage.window(count) if stage else Window(range(count))
         rank, ranks = (self._group.rank_in_group, self._group.world_size) if self._splits(count // unit) else (0, 1)

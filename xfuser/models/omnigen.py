@@ -5,8 +5,8 @@ from xfuser.models.plan import ModelPlan, Tokens
 
 OMNIGEN = ModelPlan(
     blocks=("layers",),
-    attention={"self_attn": ("image",)},
+    attention={"self_attn": ("text", "image")},
     head=None,
-    per_token={"image_rotary_emb": Tokens(("image",), dim=-2)},
-    unpiped="text and image are one sequence, of which the blocks do not know where the image begins",
+    carried={"layers": {"hidden_states": ("text", "image")}},
+    per_token={"image_rotary_emb": Tokens(("text", "image"), dim=-2)},
 )

@@ -160,8 +160,8 @@ def _shares_kept() -> Iterator[list[Any]]:
     kept: list[Any] = []
     share = sequence.SequenceParallel._share
 
-    def noted(self: Any, arguments: dict[str, Any]) -> Any:
-        kept.append(share(self, arguments))
+    def noted(self: Any, *args: Any) -> Any:
+        kept.append(share(self, *args))
         return kept[-1]
 
     sequence.SequenceParallel._share = noted

@@ -63,5 +63,10 @@ class Patches:
         """These rows of latents, as a view."""
         return x.narrow(self.dim(x), rows.start, len(rows))
 
+    def image_tokens(self, latents: torch.Tensor) -> int:
+        """Tokens of the whole image, where latents are packed, or have as many columns as rows in a token."""
+        columns = 1 if latents.dim() == 3 else latents.shape[-1] // self._units[4]
+        return self.row_count(latents) * columns
+
     def _unit(self, latents: torch.Tensor) -> int:
         return self._units.get(latents.dim(), 1)
