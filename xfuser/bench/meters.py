@@ -80,7 +80,7 @@ class LiveMemory(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         inputs = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
         for x in tree_leaves(result):
-            if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in inputs:
+            if isinstance(x, torch.Tensor) and not x.is_meta and x.untyped_storage()._cdata not in inputs:
                 self._watch(x.untyped_storage())
         return result
 

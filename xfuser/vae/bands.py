@@ -1,5 +1,8 @@
 """Bands: which rows (or columns) of a feature map the ranks hold, and how they lend each other some."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.distributed as dist
 
@@ -61,17 +64,22 @@ class Bands:
     def with_halo(self, x: torch.Tensor, sizes: list[int], needs: list[range]) -> torch.Tensor:
         """What this rank needs: its own band's part of that between rows of others."""
         mine = _common(share(sizes, self.rank), needs[self.rank])
-        above, below = self.borrow(x, sizes, needs)
-        own = [self._rows(x, share(sizes, self.rank), mine)] if mine else []
+        own_rows = partial(self._rows, x, share(sizes, self.rank))
+        above, below = self.borrow(own_rows, x, sizes, needs)
+        own = [own_rows(mine)] if mine else []
         parts = [part for part in (above, *own, below) if part is not None]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=self.dim)
 
     def borrow(
-        self, x: torch.Tensor, sizes: list[int], needs: list[range]
+        self, own_rows: Callable[[range], torch.Tensor], like: torch.Tensor, sizes: list[int], needs: list[range]
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """The rows of others that this rank needs, above and below its own; ``needs`` are those that each rank needs.
 
         Rows of the whole map count from 0. Only rows that are needed travel, also from ranks that are no neighbours.
+
+        Args:
+            own_rows: gives rows of this rank's band.
+            like: a part of the map.
         """
         held = [share(sizes, rank) for rank in range(len(sizes))]
         ranks = dist.get_process_group_ranks(self.group)
@@ -81,12 +89,12 @@ class Bands:
                 continue
             lent, borrowed = _common(held[self.rank], needs[other]), _common(held[other], needs[self.rank])
             if lent:
-                rows = self._rows(x, held[self.rank], lent).contiguous()
+                rows = own_rows(lent).contiguous()
                 ops.append(dist.P2POp(dist.isend, rows, ranks[other], self.group))
             if borrowed:
-                shape = list(x.shape)
+                shape = list(like.shape)
                 shape[self.dim] = len(borrowed)
-                received[other] = x.new_empty(shape)
+                received[other] = like.new_empty(shape)
                 ops.append(dist.P2POp(dist.irecv, received[other], ranks[other], self.group))
         for work in dist.batch_isend_irecv(ops) if ops else []:
             work.wait()

@@ -7,10 +7,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from xfuser.core import device as devices
 from xfuser.core.distributed.group_coordinator import gather_together
 from xfuser.core.distributed.utils import share
 from xfuser.vae.bands import Bands
+from xfuser.vae.deferred import Deferral, DeferredMap, Map, computed, same_rows
 
 
 class RowPadding:
@@ -33,10 +33,17 @@ def keep_padding(function: Any, before: torch.Tensor, after: torch.Tensor) -> to
     return after
 
 
-def pad(bands: Bands, x: torch.Tensor, pad: Any, mode: str = "constant", value: float | None = None) -> torch.Tensor:
+def pad(
+    bands: Bands,
+    deferral: Deferral | None,
+    x: torch.Tensor,
+    pad: Any,
+    mode: str = "constant",
+    value: float | None = None,
+) -> torch.Tensor:
     """Pads the other dimensions at once, and leaves the rows to the convolution behind."""
     if not bands.holds_map(x):
-        return F.pad(x, pad, mode, value)
+        return F.pad(*computed((x, pad, mode, value)))
     pad = list(pad) + [0] * (4 - len(pad))
     place = slice(2, 4) if bands.dim == -2 else slice(0, 2)
     top, bottom = pad[place]
@@ -44,9 +51,15 @@ def pad(bands: Bands, x: torch.Tensor, pad: Any, mode: str = "constant", value: 
     before = padding_of(x)
     if top < 0 or bottom < 0 or (before and (top or bottom)):
         raise ValueError(f"parallel VAE: rows are padded twice, or cropped (by {top} and {bottom}): not known here")
+    if mode == "circular" and (top or bottom):
+        raise ValueError("parallel VAE: padding of rows with mode='circular' is not known here")
     if mode != "constant":  # takes as many entries as there are spatial dimensions
         pad = (pad + [0] * 6)[: 2 * (x.dim() - 2)]
-    x = F.pad(x, pad, mode=mode, value=value) if any(pad) else x.view_as(x)
+    if deferral:
+        x = deferral.defer(deferral.map_of(x, "pad"))
+        x = deferral.pointwise(F.pad, (x, pad, mode, value), {}) if any(pad) else x
+    else:
+        x = F.pad(x, pad, mode, value) if any(pad) else x.view_as(x)
     if top or bottom:
         x._row_padding = RowPadding(top, bottom, mode, value or 0.0)
     elif before:
@@ -56,8 +69,8 @@ def pad(bands: Bands, x: torch.Tensor, pad: Any, mode: str = "constant", value: 
 
 def convolution(
     bands: Bands,
+    deferral: Deferral | None,
     function: Any,
-    chunk_rows: int | str | None,
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
@@ -66,10 +79,7 @@ def convolution(
     dilation: Any = 1,
     groups: int = 1,
 ) -> torch.Tensor:
-    """``conv2d`` or ``conv3d``. A rank computes the output rows whose stride falls into its band.
-
-    With ``chunk_rows``, as many output rows at a time: the same result with a smaller workspace.
-    """
+    """``conv2d`` or ``conv3d``. A rank computes the output rows whose stride falls into its band."""
     spatial = weight.dim() - 2
     stride, dilation = _each(stride, spatial), _each(dilation, spatial)
     step, reach = stride[bands.dim], dilation[bands.dim] * (weight.shape[bands.dim] - 1)
@@ -77,35 +87,55 @@ def convolution(
         padding = [d * (k - 1) // 2 for d, k in zip(dilation, weight.shape[2:], strict=True)]
     padding = [0] * spatial if padding == "valid" else _each(padding, spatial)
     deferred = padding_of(x) or RowPadding(0, 0, "constant", 0.0)
-    top, bottom = deferred.top + padding[bands.dim], deferred.bottom + padding[bands.dim]
-    if padding[bands.dim] and (deferred.mode != "constant" or deferred.value):
-        raise ValueError("parallel VAE: rows are padded in two ways, by a pad and by a convolution: not known here")
     padding_rows = padding[bands.dim]
+    top, bottom = deferred.top + padding_rows, deferred.bottom + padding_rows
+    if padding_rows and (deferred.mode != "constant" or deferred.value):
+        raise ValueError("parallel VAE: rows are padded in two ways, by a pad and by a convolution: not known here")
 
-    sizes = bands.sizes(x.shape[bands.dim], function.__name__)
+    source = deferral.map_of(x, function.__name__) if deferral else None
+    sizes = source.sizes if source else bands.sizes(x.shape[bands.dim], function.__name__)
     height = sum(sizes)
     outputs = _output_rows(sizes, step, (height + top + bottom - reach - 1) // step + 1)
-    needs = [range(o.start * step - top, (o.stop - 1) * step - top + reach + 1) for o in outputs]
-    inside = [range(max(0, min(one.start, height)), max(0, min(one.stop, height))) for one in needs]
-    if not all(outputs) or not all(inside):
+
+    def need(rows: range) -> range:
+        return range(rows.start * step - top, (rows.stop - 1) * step - top + reach + 1)
+
+    def inside(rows: range) -> range:
+        """Rows of the map that output rows are computed from: one at least, and those that a padding copies."""
+        needed = need(rows)
+        above, below = max(0, -needed.start), max(0, needed.stop - height)
+        start, stop = max(0, needed.start), min(height, needed.stop)
+        if deferred.mode == "reflect":
+            start = min(start, height - 1 - below) if below else start
+            stop = max(stop, above + 1) if above else stop
+        start = max(0, min(start, height - 1))
+        return range(start, min(height, max(stop, start + 1)))
+
+    if not all(outputs) or height + top + bottom <= reach:
         raise ValueError(f"parallel VAE: {height} rows are too few for {bands.ranks} ranks: some would have none left")
-    keeps_height = step == 1 and top == bottom == padding_rows and 2 * top == reach
+
+    def compute(x: torch.Tensor, row_padding: int = 0) -> torch.Tensor:
+        paddings = list(padding)
+        paddings[bands.dim] = row_padding
+        return function(x, weight, bias, tuple(stride), tuple(paddings), tuple(dilation), groups)
+
+    def compute_rows(rows: range, parts: list[torch.Tensor]) -> torch.Tensor:
+        needed, own = need(rows), inside(rows)
+        return compute(_pad_rows(bands.dim, parts[0], needed, own, height, deferred))
+
     count = len(outputs[bands.rank])
-
-    def compute(rows: torch.Tensor, row_padding: int = 0) -> torch.Tensor:
-        padding[bands.dim] = row_padding
-        return function(rows, weight, bias, tuple(stride), tuple(padding), tuple(dilation), groups)
-
-    if keeps_height and not chunk_rows and min(sizes) > reach:
-        result = _from_the_middle(bands, compute, x, sizes, inside, top)
+    if source:
+        shape = _output_shape(x, weight, stride, padding, dilation)
+        shape[bands.dim] = count
+        example = torch.empty(shape, dtype=x.dtype, device="meta")
+        workspace = x.nbytes * weight[0, 0].numel()
+        sizes = [len(one) for one in outputs]
+        result = deferral.defer(Map(sizes, example, x.device, [source], inside, compute_rows, workspace))
+    elif step == 1 and top == bottom == padding_rows and 2 * top == reach and min(sizes) > reach:
+        result = _from_the_middle(bands, compute, x, sizes, [inside(one) for one in outputs], top)
     else:
-        lent = bands.with_halo(x, sizes, inside)
-        need, own = needs[bands.rank], inside[bands.rank]
-        if own != need:
-            lent = _pad_rows(bands.dim, lent, own.start - need.start, need.stop - own.stop, deferred)
-        if chunk_rows == "auto":
-            chunk_rows = _affordable_rows(x.narrow(bands.dim, 0, 1), weight)
-        result = _in_chunks(bands.dim, compute, lent, count, chunk_rows or count, step, reach)
+        lent = bands.with_halo(x, sizes, [inside(one) for one in outputs])
+        result = compute_rows(outputs[bands.rank], [lent])
     bands.now([len(one) for one in outputs], result)
     return result
 
@@ -118,7 +148,8 @@ def _from_the_middle(
     The first and the last ``reach`` rows lack what other ranks hold; they are computed from thin bands.
     """
     dim, height = bands.dim, x.shape[bands.dim]
-    above, below = bands.borrow(x, sizes, inside)
+    own = share(sizes, bands.rank)
+    above, below = bands.borrow(lambda rows: x.narrow(dim, rows.start - own.start, len(rows)), x, sizes, inside)
     result = compute(x, reach)
     for halo, at_top in ((above, True), (below, False)):
         if halo is None:
@@ -129,26 +160,9 @@ def _from_the_middle(
     return result
 
 
-def _in_chunks(dim: int, compute: Any, x: torch.Tensor, count: int, chunk: int, step: int, reach: int) -> torch.Tensor:
-    """``count`` output rows, ``chunk`` of them at a time."""
-    if count <= chunk:
-        return compute(x)
-    result = None
-    for start in range(0, count, chunk):
-        rows = min(chunk, count - start)
-        part = compute(x.narrow(dim, start * step, (rows - 1) * step + reach + 1))
-        if result is None:
-            shape = list(part.shape)
-            shape[dim] = count
-            result = part.new_empty(shape)
-        result.narrow(dim, start, rows).copy_(part)
-    return result
-
-
-def _affordable_rows(row: torch.Tensor, weight: torch.Tensor) -> int:
-    """Output rows whose inputs, written out once for each place in the kernel, take a quarter of the free memory."""
-    needed = row.numel() * weight[0, 0].numel() * row.element_size()
-    return max(1, int(devices.free_memory() // (4 * needed)))
+def _output_shape(x: torch.Tensor, weight: torch.Tensor, stride: Any, padding: Any, dilation: Any) -> list[int]:
+    each = zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+    return [x.shape[0], weight.shape[0], *((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in each)]
 
 
 def _output_rows(sizes: list[int], step: int, count: int) -> list[range]:
@@ -158,15 +172,23 @@ def _output_rows(sizes: list[int], step: int, count: int) -> list[range]:
     return [range(a, b) for a, b in pairwise(edges)]
 
 
-def _pad_rows(dim: int, x: torch.Tensor, above: int, below: int, padding: RowPadding) -> torch.Tensor:
-    entries = [above, below, 0, 0] if dim == -1 else [0, 0, above, below]
-    if padding.mode == "constant":
-        return F.pad(x, entries, value=padding.value)
-    return F.pad(x, entries + [0] * (2 * (x.dim() - 4)), mode=padding.mode)
+def _pad_rows(dim: int, x: torch.Tensor, needed: range, held: range, height: int, padding: RowPadding) -> torch.Tensor:
+    """Rows ``needed`` of a map of ``height`` rows, from 0 on, where ``x`` are rows ``held`` and others padding."""
+    if needed == held:
+        return x
+    above, below = max(0, -needed.start), max(0, needed.stop - height)
+    if above or below:
+        entries = [above, below, 0, 0] if dim == -1 else [0, 0, above, below]
+        if padding.mode == "constant":
+            x = F.pad(x, entries, value=padding.value)
+        else:
+            x = F.pad(x, entries + [0] * (2 * (x.dim() - 4)), mode=padding.mode)
+    return x.narrow(dim, needed.start - (held.start - above), len(needed))
 
 
 def group_norm(
     bands: Bands,
+    deferral: Deferral | None,
     x: torch.Tensor,
     num_groups: int,
     weight: torch.Tensor | None = None,
@@ -175,28 +197,54 @@ def group_norm(
 ) -> torch.Tensor:
     """``group_norm`` by the moments of all bands, joined as by Chan, Golub and LeVeque (1979)."""
     batch, channels = x.shape[:2]
-    pixels = x.numel() // (batch * channels)
     dtype = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
-    normal, mean, rstd = torch.native_group_norm(
-        x.to(dtype).contiguous(), None, None, batch, channels, pixels, num_groups, eps
+
+    def own_moments(part: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What is normal by the part's own moments; and these: pixels, means, variances with eps in them."""
+        pixels = part.numel() // (batch * channels)
+        normal, mean, rstd = torch.native_group_norm(
+            part.to(dtype).contiguous(), None, None, batch, channels, pixels, num_groups, eps
+        )
+        pixels = mean.new_full((1,), pixels, dtype=torch.float64)
+        return normal, torch.cat([pixels, mean.double().reshape(-1), rstd.double().square().reciprocal().reshape(-1)])
+
+    if deferral and (isinstance(x, DeferredMap) or x.dim() >= 4):
+        source = deferral.map_of(x, "group_norm")
+        moments = _join(torch.stack([own_moments(part)[1] for part in deferral.parts(source)]))
+    else:
+        source = None
+        normal, moments = own_moments(x)
+    whole = _join(bands.gather(moments.unsqueeze(0), [1] * bands.ranks, 0))
+    (mean, variance), (whole_mean, whole_variance) = (
+        one[1:].view(2, batch, num_groups).repeat_interleave(channels // num_groups, dim=2) for one in (moments, whole)
     )
-    mean, rstd = mean.double(), rstd.double()
-    told = torch.cat([mean.reshape(-1), rstd.square().reciprocal().reshape(-1), mean.new_tensor([pixels])])
-    parts = bands.gather(told.unsqueeze(0), [1] * bands.ranks, 0)
-    means, variances = (part.view(-1, batch, num_groups) for part in parts[:, :-1].chunk(2, dim=1))
-    shares = (parts[:, -1] / parts[:, -1].sum()).view(-1, 1, 1)
-    whole = (means * shares).sum(0)
-    whole_rstd = ((variances + (means - whole).square()) * shares).sum(0).rsqrt()  # eps is in the variances
-    # From what is normal by this band's moments to what is normal by those of all.
-    scale, shift = whole_rstd / rstd, (mean - whole) * whole_rstd
-    scale, shift = (one.repeat_interleave(channels // num_groups, dim=1) for one in (scale, shift))
+    scale, shift = whole_variance.rsqrt(), torch.zeros_like(mean)
+    if source is None:  # from what is normal by this band's moments to what is normal by those of all
+        shift, scale = (mean - whole_mean) * scale, variance.sqrt() * scale
     if weight is not None:
         scale, shift = scale * weight.double(), shift * weight.double()
     if bias is not None:
         shift = shift + bias.double()
     shape = [batch, channels] + [1] * (x.dim() - 2)
-    scale, shift = (one.to(normal.dtype).view(shape) for one in (scale, shift))
-    return torch.addcmul(shift, normal, scale, out=normal.view_as(x)).to(x.dtype)
+    scale, shift, whole_mean = (one.to(dtype).view(shape) for one in (scale, shift, whole_mean))
+    if source is None:
+        return torch.addcmul(shift, normal, scale, out=normal.view_as(x)).to(x.dtype)
+
+    def compute(rows: range, parts: list[torch.Tensor]) -> torch.Tensor:
+        return (parts[0].to(dtype) - whole_mean).mul_(scale).add_(shift).to(x_dtype)
+
+    x_dtype = x.dtype
+    return deferral.defer(Map(source.sizes, source.like, source.device, [source], same_rows, compute))
+
+
+def _join(moments: torch.Tensor) -> torch.Tensor:
+    """The moments of all parts together, ``[1 + 2 n]`` from ``[parts, 1 + 2 n]``: pixels, means, variances."""
+    pixels = moments[:, :1]
+    means, variances = moments[:, 1:].chunk(2, dim=1)
+    shares = pixels / pixels.sum()
+    mean = (means * shares).sum(0)
+    variance = ((variances + (means - mean).square()) * shares).sum(0)
+    return torch.cat([pixels.sum(0), mean, variance])
 
 
 def attention(

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from xfuser.core.distributed.utils import share, split_sizes
 from xfuser.vae import operations
 from xfuser.vae.bands import Bands
+from xfuser.vae.deferred import ABOUT, POINTWISE, Deferral, DeferredMap, computed
 
 CODERS = ("encoder", "decoder")
 SPLITS = ("auto", "height", "width")
@@ -45,6 +46,7 @@ REFUSED = {  # functions that may mix rows, and are not known
     torch.Tensor.__matmul__,
     torch.Tensor.softmax,
 }
+DEFERRING = ABOUT | POINTWISE | {F.group_norm, F.interpolate, F.pad, torch.conv2d, torch.conv3d}
 REDUCTIONS = {
     getattr(owner, name)
     for owner in (torch, torch.Tensor)
@@ -58,20 +60,34 @@ class OnBands(TorchFunctionMode):
     def __init__(self, bands: Bands, chunk_rows: int | str | None) -> None:
         super().__init__()
         self._bands = bands
+        self._deferral = deferral = Deferral(bands, chunk_rows) if chunk_rows else None
         convolution = operations.convolution
         self._handlers: dict[Any, Callable[..., torch.Tensor]] = {
-            torch.conv2d: partial(convolution, bands, torch.conv2d, chunk_rows),
-            torch.conv3d: partial(convolution, bands, torch.conv3d, chunk_rows),
-            F.pad: partial(operations.pad, bands),
-            F.group_norm: partial(operations.group_norm, bands),
+            torch.conv2d: partial(convolution, bands, deferral, torch.conv2d),
+            torch.conv3d: partial(convolution, bands, deferral, torch.conv3d),
+            F.pad: partial(operations.pad, bands, deferral),
+            F.group_norm: partial(operations.group_norm, bands, deferral),
             F.scaled_dot_product_attention: partial(operations.attention, bands),
             torch.matmul: partial(operations.matmul, bands),
             torch.Tensor.matmul: partial(operations.matmul, bands),
         }
 
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        super().__exit__(kind, error, trace)
+        if self._deferral and kind is None:
+            self._deferral.settle()
+
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         handler = self._handlers.get(func)
+        if func is F.dropout and not kwargs.get("training", args[2] if len(args) > 2 else True):
+            return args[0]
+        deferred = self._deferral and any(isinstance(x, DeferredMap) for x in tree_leaves((args, kwargs)))
+        if self._deferral and _in_place(func, kwargs):
+            self._deferral.settle()
+            args, kwargs = computed(args), computed(kwargs)
+        elif deferred and func not in DEFERRING:
+            args, kwargs = computed(args), computed(kwargs)
         if handler:
             return handler(*args, **kwargs)
         if func in REFUSED or (func in REDUCTIONS and self._reduces_rows(*args, **kwargs)):
@@ -81,11 +97,15 @@ class OnBands(TorchFunctionMode):
             )
         if func is F.interpolate and kwargs.get("mode", "nearest") not in ("nearest", "nearest-exact"):
             raise ValueError(f"parallel VAE: interpolation with mode={kwargs['mode']!r} mixes rows: not known here")
-        result = func(*args, **kwargs)
-        if isinstance(result, torch.Tensor):
-            padded = [x for x in tree_leaves(args) if isinstance(x, torch.Tensor) and operations.padding_of(x)]
-            if padded:
-                return operations.keep_padding(func, padded[0], result)
+        padded = [x for x in tree_leaves(args) if isinstance(x, torch.Tensor) and operations.padding_of(x)]
+        if deferred and func is F.interpolate:
+            result = self._deferral.upsampled(*args, **kwargs)
+        elif deferred and func in POINTWISE and not kwargs.get("inplace"):
+            result = self._deferral.pointwise(func, args, kwargs)
+        else:
+            result = func(*args, **kwargs)
+        if padded and isinstance(result, torch.Tensor):
+            return operations.keep_padding(func, padded[0], result)
         return result
 
     def _reduces_rows(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> bool:
@@ -93,6 +113,12 @@ class OnBands(TorchFunctionMode):
         dims = kwargs.get("dim", args[0] if args else None)
         dims = [dims] if isinstance(dims, int) else range(x.dim()) if dims is None else dims
         return self._bands.holds_map(x) and x.dim() >= 4 and any(d % x.dim() == x.dim() + self._bands.dim for d in dims)
+
+
+def _in_place(func: Any, kwargs: dict[str, Any]) -> bool:
+    name = getattr(func, "__name__", "")
+    changes = name.endswith("_") and not name.endswith("__")
+    return changes or name == "__setitem__" or name.startswith("__i") or bool(kwargs.get("inplace")) or "out" in kwargs
 
 
 def parallelize_vae(
@@ -181,6 +207,7 @@ def _on_bands(
         bands = Bands(dim, sizes, x.shape[-3 - dim], group)
         with OnBands(bands, chunk_rows):
             output = original(x.narrow(dim, band.start, len(band)), *args, **kwargs)
+        output = computed(output)
         if isinstance(output, tuple):  # what follows are caches of the convolutions, which stay with their bands
             return (_whole(bands, output[0]), *output[1:])
         return _whole(bands, output)
