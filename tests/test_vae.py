@@ -238,8 +238,16 @@ OPERATIONS = {
     "bilinear": lambda x: nn.functional.interpolate(x, scale_factor=2.0, mode="bilinear"),
     "adaptive_avg_pool2d": lambda x: nn.functional.adaptive_avg_pool2d(x, 1),
     "silu behind a padding": lambda x: nn.functional.silu(nn.functional.pad(x, (0, 0, 1, 0))),
-    "max_pool2d": lambda x: nn.functional.max_pool2d(x, 2),
+    "max_pool2d": lambda x: nn.functional.max_pool2d(x, 3, 1, 1),
+    "avg_pool2d of uneven bands": lambda x: nn.functional.avg_pool2d(x[:, :, :3], 2),
     "mean": lambda x: x - x.mean(dim=(-1, -2), keepdim=True),
+    "max": lambda x: x.max(dim=-2).values,
+    "var": lambda x: x.var(False),
+    "norm": lambda x: x.norm(1, -2),
+    "sum over rows with channels last": lambda x: x.permute(0, 2, 3, 1).sum(1),
+    "mean of all tokens": lambda x: x.flatten(2).mean(-1),
+    "layer_norm": lambda x: nn.functional.layer_norm(x, x.shape[-2:]),
+    "mode='circular'": lambda x: nn.functional.pad(x, (1, 1, 1, 1), mode="circular"),
     "cumsum": lambda x: x.cumsum(-2),
     "conv_transpose2d": lambda x: nn.functional.conv_transpose2d(x, torch.ones(4, 4, 2, 2)),
 }
@@ -250,7 +258,7 @@ def refused(name):
     vae.decoder = Mixing(OPERATIONS[name])
     parallelize_vae(vae)
     with pytest.raises(ValueError) as error, torch.no_grad():
-        vae.decode(torch.randn(1, 4, 8, 4, generator=running.seeded()))
+        vae.decode(torch.randn(1, 4, 8, 6, generator=running.seeded()))
     return str(error.value)
 
 

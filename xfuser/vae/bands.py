@@ -61,6 +61,14 @@ class Bands:
         height, across = self.area
         return x.dim() >= 3 and x.shape[self.dim] * across == x.shape[-3 - self.dim] * height
 
+    def rows_of(self, x: torch.Tensor) -> int | None:
+        """The dimension that the rows are along: also where channels are last, or the pixels are one dimension."""
+        height, width = self.area if self.dim == -2 else self.area[::-1]
+        if x.dim() >= 4:
+            ends = [end for end in (-1, -2) if x.shape[end - 1] * width == x.shape[end] * height]
+            return x.dim() + ends[0] + 1 + self.dim if ends else None
+        return next((dim for dim in range(1, x.dim()) if x.shape[dim] == height * width), None)
+
     def with_halo(self, x: torch.Tensor, sizes: list[int], needs: list[range]) -> torch.Tensor:
         """What this rank needs: its own band's part of that between rows of others."""
         mine = _common(share(sizes, self.rank), needs[self.rank])

@@ -247,6 +247,28 @@ def _join(moments: torch.Tensor) -> torch.Tensor:
     return torch.cat([pixels.sum(0), mean, variance])
 
 
+def pooling(
+    bands: Bands,
+    function: Any,
+    x: torch.Tensor,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    *args: Any,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """``avg_pool2d`` and its like, of windows that lie side by side, none of them on two bands."""
+    name = function.__name__
+    values = (kernel_size, stride or kernel_size, padding, kwargs.get("dilation", 1))
+    kernel, step, padded, dilation = (_each(value, 3 if "3d" in name else 2)[bands.dim] for value in values)
+    sizes = bands.sizes(x.shape[bands.dim], name)
+    if kernel != step or padded or dilation > 1 or any(size % step for size in sizes):
+        raise ValueError(f"parallel VAE: {name} of windows that lie on two bands is not known here")
+    result = function(x, kernel_size, stride, padding, *args, **kwargs)
+    bands.now([size // step for size in sizes], result)
+    return result
+
+
 def attention(
     bands: Bands,
     query: torch.Tensor,

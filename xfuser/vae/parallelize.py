@@ -23,16 +23,18 @@ from xfuser.vae.deferred import ABOUT, POINTWISE, Deferral, DeferredMap, compute
 
 CODERS = ("encoder", "decoder")
 SPLITS = ("auto", "height", "width")
+POOLING = (F.avg_pool2d, F.avg_pool3d, F.max_pool2d, F.max_pool3d)
 REFUSED = {  # functions that may mix rows, and are not known
     F.adaptive_avg_pool2d,
+    F.adaptive_avg_pool3d,
+    F.adaptive_max_pool2d,
+    F.adaptive_max_pool3d,
     F.batch_norm,
     F.conv_transpose2d,
     F.conv_transpose3d,
     F.fold,
     F.grid_sample,
     F.instance_norm,
-    F.max_pool2d,
-    F.max_pool3d,
     F.softmax,
     F.unfold,
     torch.bmm,
@@ -48,9 +50,19 @@ REFUSED = {  # functions that may mix rows, and are not known
 }
 DEFERRING = ABOUT | POINTWISE | {F.group_norm, F.interpolate, F.pad, torch.conv2d, torch.conv3d}
 REDUCTIONS = {
-    getattr(owner, name)
-    for owner in (torch, torch.Tensor)
-    for name in ("amax", "amin", "logsumexp", "max", "mean", "min", "norm", "prod", "std", "sum", "var")
+    F.layer_norm,
+    F.rms_norm,
+    torch.linalg.vector_norm,
+    torch.std_mean,
+    torch.var_mean,
+    *(
+        getattr(owner, name)
+        for owner in (torch, torch.Tensor)
+        for name in (
+            *("amax", "amin", "argmax", "argmin", "argsort", "cumprod", "logsumexp", "max", "mean", "median", "min"),
+            *("nanmean", "nansum", "norm", "prod", "sort", "std", "sum", "topk", "var"),
+        )
+    ),
 }
 
 
@@ -67,6 +79,7 @@ class OnBands(TorchFunctionMode):
             torch.conv3d: partial(convolution, bands, deferral, torch.conv3d),
             F.pad: partial(operations.pad, bands, deferral),
             F.group_norm: partial(operations.group_norm, bands, deferral),
+            **{function: partial(operations.pooling, bands, function) for function in POOLING},
             F.scaled_dot_product_attention: partial(operations.attention, bands),
             torch.matmul: partial(operations.matmul, bands),
             torch.Tensor.matmul: partial(operations.matmul, bands),
@@ -90,7 +103,7 @@ class OnBands(TorchFunctionMode):
             args, kwargs = computed(args), computed(kwargs)
         if handler:
             return handler(*args, **kwargs)
-        if func in REFUSED or (func in REDUCTIONS and self._reduces_rows(*args, **kwargs)):
+        if func in REFUSED or (func in REDUCTIONS and self._mixes_rows(func, *args, **kwargs)):
             raise ValueError(
                 f"parallel VAE: {func.__name__} may mix the rows of the picture, which lie on different ranks. Leave"
                 " use_parallel_vae away for this VAE"
@@ -108,11 +121,20 @@ class OnBands(TorchFunctionMode):
             return operations.keep_padding(func, padded[0], result)
         return result
 
-    def _reduces_rows(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> bool:
-        """Whether a sum or the like over a feature map goes over its rows."""
-        dims = kwargs.get("dim", args[0] if args else None)
-        dims = [dims] if isinstance(dims, int) else range(x.dim()) if dims is None else dims
-        return self._bands.holds_map(x) and x.dim() >= 4 and any(d % x.dim() == x.dim() + self._bands.dim for d in dims)
+    def _mixes_rows(self, func: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> bool:
+        """Whether a norm, a sum or the like over a feature map goes over its rows."""
+        rows = self._bands.rows_of(x)
+        if rows is None:
+            return False
+        if func in (F.layer_norm, F.rms_norm):
+            return len(kwargs.get("normalized_shape") or args[0]) >= x.dim() - rows
+        place = 1 if func.__name__ in ("norm", "topk", "vector_norm") else 0
+        dims = kwargs.get("dim", args[place] if len(args) > place else None)
+        if isinstance(dims, torch.Tensor) or "other" in kwargs:
+            return False  # the larger, or smaller, of two in each place
+        if dims is None or isinstance(dims, bool):
+            return True
+        return any(dim % x.dim() == rows for dim in ([dims] if isinstance(dims, int) else dims))
 
 
 def _in_place(func: Any, kwargs: dict[str, Any]) -> bool:
