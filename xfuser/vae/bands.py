@@ -26,6 +26,7 @@ class Bands:
         self.dim, self.group, self.rank = dim, group, dist.get_rank(group)
         self._sizes = sizes
         self.area = (sizes[self.rank], across)  # of this rank's band, behind the last convolution
+        self.frames: int | None = None  # there, if it was one of videos
 
     @property
     def ranks(self) -> int:
@@ -55,6 +56,7 @@ class Bands:
         """Note the heights behind an operation that may have changed them, with its result here."""
         self._sizes = sizes
         self.area = (sizes[self.rank], x.shape[-3 - self.dim])
+        self.frames = x.shape[2] if x.dim() == 5 else None
 
     def holds_map(self, x: torch.Tensor) -> bool:
         """Whether the last two dimensions are those of a feature map: at the last one's scale, or another."""

@@ -279,26 +279,30 @@ def attention(
     is_causal: bool = False,
     **options: Any,
 ) -> torch.Tensor:
-    """``scaled_dot_product_attention`` of this band's tokens to those of all, ``[B, H, S, D]``.
+    """``scaled_dot_product_attention`` of this band's tokens to those of all, ``[..., S, D]``.
 
     Tokens are pixels, of one frame or of several, one after the other; attention over the frames of one pixel needs no
     other rank. A mask may tell frames apart, not pixels.
     """
     height, width = bands.area
-    tokens, pixels = key.shape[2], height * width
-    if tokens % pixels:
+    tokens, pixels, sizes = key.shape[-2], height * width, bands.sizes(height, "attention")
+    if tokens in (bands.frames, pixels) and bands.frames in [size * width for size in sizes]:
+        raise ValueError(
+            f"parallel VAE: attention with as many frames as pixels in a band ({bands.frames}) is ambiguous"
+        )
+    if tokens == bands.frames or tokens % pixels:
         if query.shape[0] % pixels:
             raise ValueError(f"parallel VAE: attention over {tokens} tokens of {pixels} pixels is not known here")
         return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **options)
     if is_causal:
         raise ValueError("parallel VAE: causal attention over pixels is not known here")
-    frames, sizes = tokens // pixels, bands.sizes(height, "attention")
+    frames = tokens // pixels
     if attn_mask is not None:
         firsts = torch.arange(frames, device=key.device) * pixels
         if not torch.equal(attn_mask, attn_mask[..., firsts.repeat_interleave(pixels)]):
             raise ValueError("parallel VAE: an attention mask that tells pixels apart is not known here")
         attn_mask = attn_mask[..., torch.cat([firsts.repeat_interleave(size * width) for size in sizes])]
-    key, value = gather_together(key, value, 2, [frames * size * width for size in sizes], bands.group)
+    key, value = gather_together(key, value, key.dim() - 2, [frames * size * width for size in sizes], bands.group)
     return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, **options)
 
 

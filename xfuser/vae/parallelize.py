@@ -185,7 +185,7 @@ def check_values(split: str, chunk_rows: int | str | None) -> None:
     if split == "frames":
         raise ValueError(
             "vae_split='frames': the VAEs of Diffusers go through frames one after the other, each with what the one"
-            " before left; use height, width or auto"
+            " before left, or treat the first frame apart: no rank can begin in the middle. Use height, width or auto"
         )
     if split not in SPLITS:
         raise ValueError(f"vae_split={split!r} is unknown; known are {', '.join(SPLITS)}")
@@ -202,14 +202,15 @@ def _check_class(vae: nn.Module) -> None:
 
 
 def compression(vae: nn.Module) -> int:
-    """Rows of a picture that become one row of latents."""
+    """Rows of a picture that become one row of latents, or a multiple of them where a class does not tell."""
     config = vae.config
     for name in ("spatial_compression_ratio", "scale_factor_spatial"):
         found = getattr(vae, name, None) or getattr(config, name, None)
         if found:
             return int(found)
-    names = [name for name in ("block_out_channels", "encoder_block_out_channels") if name in config]
-    return 2 ** (len(config[names[0]]) - 1)
+    names = ("block_out_channels", "encoder_block_out_channels", "down_block_out_channels", "ch_mult")
+    widths = [config[name] for name in names if name in config]
+    return 2 ** (len(widths[0]) - 1) if widths else 32
 
 
 def _on_bands(
