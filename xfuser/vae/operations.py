@@ -12,6 +12,11 @@ from xfuser.core.distributed.utils import share
 from xfuser.vae.bands import Bands
 from xfuser.vae.deferred import Deferral, DeferredMap, Map, computed, same_rows
 
+MOVES = {  # take rows along as they are, or show it by their result's shape
+    *("__getitem__", "cat", "clone", "concat", "contiguous", "expand", "flatten", "permute", "repeat", "reshape"),
+    *("squeeze", "to", "transpose", "unsqueeze", "view"),
+}
+
 
 class RowPadding:
     """Padding of the whole map's first and last rows that has been asked for, and is left to the convolution behind."""
@@ -24,12 +29,14 @@ def padding_of(x: torch.Tensor) -> RowPadding | None:
     return getattr(x, "_row_padding", None)
 
 
-def keep_padding(function: Any, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-    """Take padding along through an operation that leaves values and maps as they are."""
-    moves = ("contiguous", "flatten", "permute", "reshape", "squeeze", "to", "transpose", "unsqueeze", "view")
-    if function.__name__ not in moves or after.shape[-2:] != before.shape[-2:]:
-        raise ValueError(f"parallel VAE: {function.__name__} behind a padding of rows is not known here")
-    after._row_padding = padding_of(before)
+def keep_padding(function: Any, before: list[torch.Tensor], after: Any) -> torch.Tensor:
+    """Take padding along through an operation that leaves rows as they are; ``before`` are the maps that it joins."""
+    name, paddings = function.__name__, [padding_of(x) for x in before]
+    alike = all(one and vars(one) == vars(paddings[0]) for one in paddings)
+    moved = name in MOVES and isinstance(after, torch.Tensor)
+    if not moved or not alike or any(after.shape[-2:] != x.shape[-2:] for x in before):
+        raise ValueError(f"parallel VAE: {name} behind a padding of rows is not known here")
+    after._row_padding = paddings[0]
     return after
 
 
@@ -42,7 +49,7 @@ def pad(
     value: float | None = None,
 ) -> torch.Tensor:
     """Pads the other dimensions at once, and leaves the rows to the convolution behind."""
-    if not bands.holds_map(x):
+    if not bands.holds_map(x) and not padding_of(x):
         return F.pad(*computed((x, pad, mode, value)))
     pad = list(pad) + [0] * (4 - len(pad))
     place = slice(2, 4) if bands.dim == -2 else slice(0, 2)
@@ -51,6 +58,8 @@ def pad(
     before = padding_of(x)
     if top < 0 or bottom < 0 or (before and (top or bottom)):
         raise ValueError(f"parallel VAE: rows are padded twice, or cropped (by {top} and {bottom}): not known here")
+    if before and (before.mode, mode) == ("constant", "constant") and before.value != (value or 0.0) and any(pad):
+        raise ValueError("parallel VAE: padding of two dimensions with different values is not known here")
     if mode == "circular" and (top or bottom):
         raise ValueError("parallel VAE: padding of rows with mode='circular' is not known here")
     if mode != "constant":  # takes as many entries as there are spatial dimensions
@@ -288,7 +297,7 @@ def attention(
     tokens, pixels, sizes = key.shape[-2], height * width, bands.sizes(height, "attention")
     if tokens in (bands.frames, pixels) and bands.frames in [size * width for size in sizes]:
         raise ValueError(
-            f"parallel VAE: attention with as many frames as pixels in a band ({bands.frames}) is ambiguous"
+            f"parallel VAE: attention over as many frames as a band has pixels, {bands.frames}, is ambiguous"
         )
     if tokens == bands.frames or tokens % pixels:
         if query.shape[0] % pixels:

@@ -23,6 +23,7 @@ from xfuser.vae.deferred import ABOUT, POINTWISE, Deferral, DeferredMap, compute
 
 CODERS = ("encoder", "decoder")
 SPLITS = ("auto", "height", "width")
+PADDING = (F.pad, torch.conv2d, torch.conv3d)  # know of padding that is left to a convolution
 POOLING = (F.avg_pool2d, F.avg_pool3d, F.max_pool2d, F.max_pool3d)
 REFUSED = {  # functions that may mix rows, and are not known
     F.adaptive_avg_pool2d,
@@ -101,8 +102,6 @@ class OnBands(TorchFunctionMode):
             args, kwargs = computed(args), computed(kwargs)
         elif deferred and func not in DEFERRING:
             args, kwargs = computed(args), computed(kwargs)
-        if handler:
-            return handler(*args, **kwargs)
         if func in REFUSED or (func in REDUCTIONS and self._mixes_rows(func, *args, **kwargs)):
             raise ValueError(
                 f"parallel VAE: {func.__name__} may mix the rows of the picture, which lie on different ranks. Leave"
@@ -110,15 +109,20 @@ class OnBands(TorchFunctionMode):
             )
         if func is F.interpolate and kwargs.get("mode", "nearest") not in ("nearest", "nearest-exact"):
             raise ValueError(f"parallel VAE: interpolation with mode={kwargs['mode']!r} mixes rows: not known here")
-        padded = [x for x in tree_leaves(args) if isinstance(x, torch.Tensor) and operations.padding_of(x)]
-        if deferred and func is F.interpolate:
+        if func in PADDING:
+            return handler(*args, **kwargs)
+        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        if handler:
+            result = handler(*args, **kwargs)
+        elif deferred and func is F.interpolate:
             result = self._deferral.upsampled(*args, **kwargs)
         elif deferred and func in POINTWISE and not kwargs.get("inplace"):
             result = self._deferral.pointwise(func, args, kwargs)
         else:
             result = func(*args, **kwargs)
-        if padded and isinstance(result, torch.Tensor):
-            return operations.keep_padding(func, padded[0], result)
+        made = any(isinstance(x, torch.Tensor) for x in tree_leaves(result))
+        if made and any(operations.padding_of(x) for x in inputs):
+            return operations.keep_padding(func, inputs, result)
         return result
 
     def _mixes_rows(self, func: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> bool:
