@@ -12,16 +12,27 @@ from xfuser.vae.parallelize import CODERS, check_values, parallelize_vae
 
 ENGINES = ("auto", "native", "distvae")
 PROVEN = {  # classes that the native engine is tested with
+    "AsymmetricAutoencoderKL",
     "AutoencoderDC",
     "AutoencoderKL",
+    "AutoencoderKLAllegro",
     "AutoencoderKLCogVideoX",
     "AutoencoderKLFlux2",
+    "AutoencoderKLHunyuanImage",
+    "AutoencoderKLHunyuanImageRefiner",
     "AutoencoderKLHunyuanVideo",
+    "AutoencoderKLHunyuanVideo15",
+    "AutoencoderKLKVAE",
+    "AutoencoderKLKVAEVideo",
+    "AutoencoderKLLTX2Video",
     "AutoencoderKLLTXVideo",
+    "AutoencoderKLMagvit",
     "AutoencoderKLMochi",
     "AutoencoderKLQwenImage",
+    "AutoencoderKLQwenImage21",
     "AutoencoderKLWan",
     "AutoencoderTiny",
+    "VQModel",
 }
 
 
