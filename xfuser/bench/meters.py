@@ -3,11 +3,13 @@
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -66,6 +68,14 @@ def _all_to_all_bytes(output: Any, x: Any, outs: Any = None, counts: Any = None,
     size, rank = dist.get_world_size(group), dist.get_rank(group)
     own = counts[rank] if counts else x.numel() // size
     return (x.numel() - own) * x.element_size()
+
+
+def peak_allocation(action: Callable[[], Any]) -> int:
+    """High-water mark of the bytes that torch allocates on the CPU during ``action``, with workspaces of kernels."""
+    with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        action()
+    sizes = [event.nbytes() for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(accumulate(sizes), default=0)
 
 
 class LiveMemory(TorchDispatchMode):

@@ -15,18 +15,17 @@ from xfuser.bench.meters import LiveMemory, traffic
 from xfuser.vae.engines import available_engines, parallel_vae
 
 TITLE = "Parallel VAE: AutoencoderKL, widths 128 to 512, {0} x {0} pixels"
-PIXELS = 512
+COUNTED = 256  # pixels on a side where bytes and errors are taken
 
 
-def run_vae(rank: int, rounds: int, store: str) -> None:
-    """One rank's part; rank 0 prints the table."""
+def run_vae(rank: int, rounds: int, store: str, pixels: int) -> None:
+    """One rank's part for pictures of ``pixels`` on a side; rank 0 prints the table."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    torch.manual_seed(0)
-    vae = _vae().eval()
+    vae = decoder((128, 256, 512, 512))
     engines = [engine for engine in available_engines() if engine != "auto"]
     parallel = {engine: partial(parallel_vae, vae, dist.group.WORLD, engine) for engine in engines}
-    small, latents = (torch.randn(1, 4, side, side) for side in (PIXELS // 16, PIXELS // 8))
+    small, latents = (torch.randn(1, 4, side, side) for side in (COUNTED // 8, pixels // 8))
     rows = {label: _counted(vae, small, context) for label, context in {"serial": nullcontext, **parallel}.items()}
     times: dict[str, list[float]] = {label: [] for label in ("beside", "alone", *parallel)}
     for _ in range(rounds):
@@ -40,14 +39,16 @@ def run_vae(rank: int, rounds: int, store: str) -> None:
     dist.destroy_process_group()
 
 
-def _vae() -> Any:
+def decoder(widths: tuple[int, int, int, int]) -> Any:
+    """An ``AutoencoderKL`` of Stable Diffusion's structure with random weights, the same on all ranks."""
+    torch.manual_seed(0)
     return diffusers.AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512),
+        block_out_channels=widths,
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         layers_per_block=2,
         latent_channels=4,
-    )
+    ).eval()
 
 
 def _decode(vae: Any, latents: torch.Tensor) -> torch.Tensor:
@@ -66,7 +67,7 @@ def _timed(action: Callable[[], Any]) -> float:
 def _counted(
     vae: Any, latents: torch.Tensor, context: Callable[[], AbstractContextManager[None]]
 ) -> tuple[float, int, int]:
-    """Relative error, bytes sent by this rank and bytes of live tensors at the peak, at half the size."""
+    """Relative error, bytes sent by this rank and bytes of live tensors at the peak."""
     expected = _decode(vae, latents)
     with context(), traffic() as sent, LiveMemory() as memory:
         output = _decode(vae, latents)
@@ -75,7 +76,7 @@ def _counted(
 
 def _print(times: dict[str, float], rows: dict[str, tuple[float, int, int]]) -> None:
     alone, beside = times.pop("alone"), times.pop("beside")
-    print(f"Serial decode {alone:.1f} s alone, {beside:.1f} s beside another. Bytes and errors at half the size.\n")
+    print(f"Serial decode {alone:.1f} s alone, {beside:.1f} s beside another. Bytes and errors at {COUNTED} pixels.\n")
     print("| engine | decode | efficiency | speed-up | sent per rank | live tensors | rel. error |")
     print("|---|---|---|---|---|---|---|")
     for label, seconds in times.items():
