@@ -512,8 +512,6 @@ def test_feature_maps_shrink_with_the_ranks(pool, ranks):
         assert peak <= serial * (1 / ranks + 0.15)
 
 
-@pytest.mark.parametrize(("ranks", "fraction"), [(1, 0.4), (2, 0.35)])
-def test_rows_at_a_time_need_a_fraction_of_the_memory(pool, ranks, fraction):
+def test_rows_at_a_time_need_a_third_of_the_memory(pool):
     serial = pool.run(1, peak_of_decode, False, None, 96)[0]
-    for peak in pool.run(ranks, peak_of_decode, True, 2, 96):
-        assert peak <= serial * fraction
+    assert pool.run(1, peak_of_decode, True, 2, 96)[0] <= serial / 3

@@ -114,6 +114,8 @@ class Bands:
 
     def gather(self, x: torch.Tensor, sizes: list[int], dim: int) -> torch.Tensor:
         """All ranks' parts, one after the other."""
+        if self.ranks == 1:
+            return x
         return torch.cat(all_gather_parts(x, dim % x.dim(), sizes, self.group), dim=dim)
 
     def _rows(self, x: torch.Tensor, held: range, rows: range) -> torch.Tensor:
