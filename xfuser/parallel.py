@@ -20,6 +20,7 @@ from xfuser.core.distributed import (
     init_distributed_environment,
     initialize_model_parallel,
     launched_world_size,
+    model_parallel_degrees,
     model_parallel_is_initialized,
 )
 from xfuser.core.distributed.utils import share, split_sizes
@@ -242,26 +243,10 @@ def _join_groups(engine_config: EngineConfig) -> None:
     parallel.check(launched_world_size())
     init_distributed_environment()
     if model_parallel_is_initialized():
-        sp = get_sp_group()
-        there = [group().world_size for group in (get_dp_group, get_cfg_group, get_pp_group, get_tp_group)]
-        if [*there, sp.ulysses_world_size, sp.ring_world_size] == [
-            parallel.dp_degree,
-            parallel.cfg_degree,
-            parallel.pp_degree,
-            parallel.tp_degree,
-            parallel.ulysses_degree,
-            parallel.ring_degree,
-        ]:
+        if model_parallel_degrees() == parallel.group_degrees:
             return
         destroy_model_parallel()
-    initialize_model_parallel(
-        data_parallel_degree=parallel.dp_degree,
-        classifier_free_guidance_degree=parallel.cfg_degree,
-        ulysses_degree=parallel.ulysses_degree,
-        ring_degree=parallel.ring_degree,
-        tensor_parallel_degree=parallel.tp_degree,
-        pipeline_parallel_degree=parallel.pp_degree,
-    )
+    initialize_model_parallel(**parallel.group_degrees)
 
 
 def _leads_replica() -> bool:

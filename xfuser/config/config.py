@@ -56,6 +56,18 @@ class ParallelConfig:
         return self.ulysses_degree * self.ring_degree
 
     @property
+    def group_degrees(self) -> dict[str, int]:
+        """The arguments of ``initialize_model_parallel``."""
+        return {
+            "data_parallel_degree": self.dp_degree,
+            "classifier_free_guidance_degree": self.cfg_degree,
+            "ulysses_degree": self.ulysses_degree,
+            "ring_degree": self.ring_degree,
+            "tensor_parallel_degree": self.tp_degree,
+            "pipeline_parallel_degree": self.pp_degree,
+        }
+
+    @property
     def world_size(self) -> int:
         return self.dp_degree * self.cfg_degree * self.sp_degree * self.pp_degree * self.tp_degree
 
@@ -130,6 +142,18 @@ class EngineConfig:
     model_config: ModelConfig
     runtime_config: RuntimeConfig
     parallel_config: ParallelConfig
+
+    @property
+    def group_degrees(self) -> dict[str, int]:
+        """The arguments of ``initialize_model_parallel``."""
+        return {
+            "data_parallel_degree": self.dp_degree,
+            "classifier_free_guidance_degree": self.cfg_degree,
+            "ulysses_degree": self.ulysses_degree,
+            "ring_degree": self.ring_degree,
+            "tensor_parallel_degree": self.tp_degree,
+            "pipeline_parallel_degree": self.pp_degree,
+        }
 
     @property
     def world_size(self) -> int:

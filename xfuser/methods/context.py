@@ -138,18 +138,10 @@ class ContextParallel:
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        attn_mask: torch.Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
+        attn_mask: torch.Tensor | None,
+        scale: float | None,
     ) -> torch.Tensor:
         """Stands in for ``scaled_dot_product_attention`` (``[B, H, S_local, D]``)."""
-        if is_causal or dropout_p:
-            raise ValueError(
-                f"sequence parallelism takes neither causal attention (is_causal={is_causal}) nor dropout"
-                f" (dropout_p={dropout_p}): put the model in eval mode"
-            )
         whole = name in self._local
         if not whole:
             queries, keys = self._exchange(name, query.shape[2], key.shape[2])

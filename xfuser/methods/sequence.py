@@ -208,18 +208,10 @@ class SequenceParallel:
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        attn_mask: torch.Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
+        attn_mask: torch.Tensor | None,
+        scale: float | None,
     ) -> torch.Tensor:
         """Stands in for ``scaled_dot_product_attention`` (``[B, H, S_local, D]``)."""
-        if is_causal or dropout_p:
-            raise ValueError(
-                f"sequence parallelism takes neither causal attention (is_causal={is_causal}) nor dropout"
-                f" (dropout_p={dropout_p}): put the model in eval mode"
-            )
         shares = self._shares
         if shares.is_whole and not self._stage:
             return attention(query, key, value, attn_mask, scale, self._backend)
@@ -261,6 +253,8 @@ def _over_keys(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> to
 
     What hidden tokens attend to then does not matter, as nothing attends to them.
     """
+    if mask.stride(2) == 0:  # the same for all queries
+        return mask[:, :, :1]
     if mask.dtype != torch.bool or mask.shape[2:] != (query.shape[2], key.shape[2]) or query.shape[2] != key.shape[2]:
         return mask
     shown = mask.diagonal(dim1=2, dim2=3).unsqueeze(2)

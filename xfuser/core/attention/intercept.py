@@ -28,18 +28,41 @@ class _Interception(TorchFunctionMode):
         self.count += 1
         self._busy = True
         try:
-            return self._attend(*args, **(kwargs or {}))
+            return self._attend(*what_matters(*args, **(kwargs or {})))
         finally:
             self._busy = False
+
+
+def what_matters(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, float | None]:
+    """Query, key, value, mask and scale of a call of ``scaled_dot_product_attention`` (``[B, H, S, D]``).
+
+    Raises:
+        ValueError: the call asks for what attention over shares does not do.
+    """
+    if is_causal or dropout_p:
+        raise ValueError(
+            f"attention over several ranks is neither causal (is_causal={is_causal}) nor has it dropout"
+            f" (dropout_p={dropout_p}): put the model in eval mode"
+        )
+    return query, key, value, attn_mask, scale
 
 
 @contextmanager
 def intercepted(modules: dict[str, nn.Module], attend: Callable[[str], Attend], many: bool = False) -> Iterator[None]:
     """Within the context, each of ``modules`` computes its attention by ``attend(name)``.
 
-    The replacement takes the arguments of ``scaled_dot_product_attention``. A module whose processor does not
-    call that function exactly once per forward, or at least once with ``many``, raises a ValueError: its attention
-    would not be the one intended.
+    The replacement takes query, key, value, mask and scale of ``scaled_dot_product_attention``. A module whose
+    processor does not call that function exactly once per forward, or at least once with ``many``, raises a ValueError:
+    its attention would not be the one intended.
     """
     active: list[_Interception] = []
     handles = []

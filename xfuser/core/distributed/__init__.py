@@ -33,6 +33,7 @@ from xfuser.core.distributed.parallel_state import (
     is_pipeline_first_stage,
     is_pipeline_last_stage,
     launched_world_size,
+    model_parallel_degrees,
     model_parallel_is_initialized,
 )
 from xfuser.core.distributed.runtime_state import (
@@ -79,6 +80,7 @@ __all__ = [
     "is_pipeline_first_stage",
     "is_pipeline_last_stage",
     "launched_world_size",
+    "model_parallel_degrees",
     "model_parallel_is_initialized",
     "runtime_state_is_initialized",
 ]

@@ -188,6 +188,18 @@ def model_parallel_is_initialized() -> bool:
     return "sp" in _groups
 
 
+def model_parallel_degrees() -> dict[str, int]:
+    """The degrees of the groups that are there, by the names of :func:`initialize_model_parallel`."""
+    return {
+        "data_parallel_degree": get_dp_group().world_size,
+        "classifier_free_guidance_degree": get_cfg_group().world_size,
+        "ulysses_degree": get_sp_group().ulysses_world_size,
+        "ring_degree": get_sp_group().ring_world_size,
+        "tensor_parallel_degree": get_tp_group().world_size,
+        "pipeline_parallel_degree": get_pp_group().world_size,
+    }
+
+
 def destroy_model_parallel() -> None:
     """Release all groups but the world's; :func:`initialize_model_parallel` may then make others."""
     if model_parallel_is_initialized():

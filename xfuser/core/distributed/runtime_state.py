@@ -106,16 +106,8 @@ def initialize_runtime_state(pipeline: Any, engine_config: Any) -> None:
     """
     global _state
     if not model_parallel_is_initialized():
-        parallel = engine_config.parallel_config
         init_distributed_environment()
-        initialize_model_parallel(
-            data_parallel_degree=parallel.dp_degree,
-            classifier_free_guidance_degree=parallel.cfg_degree,
-            ulysses_degree=parallel.ulysses_degree,
-            ring_degree=parallel.ring_degree,
-            tensor_parallel_degree=parallel.tp_degree,
-            pipeline_parallel_degree=parallel.pp_degree,
-        )
+        initialize_model_parallel(**engine_config.parallel_config.group_degrees)
     _state = RuntimeState(engine_config)
 
 
