@@ -102,7 +102,7 @@ class SequenceParallel:
         shares = self._shares
         for name, streams in self._plan.carriers(blocks).items():
             if arguments.get(name) is not None and arguments[name].shape[1] == shares.total(streams):
-                arguments[name] = shares.cut_table(arguments[name], Tokens(streams))
+                arguments[name] = shares.cut(arguments[name], Tokens(streams))
         for name, tokens in self._plan.per_token.items():
             if arguments.get(name) is not None:
                 arguments[name] = self._cut(arguments[name], tokens, blocks, name in self._plan.spread)
