@@ -60,4 +60,4 @@ def test_plan_names_what_is_there(family):
         own = set(inspect.signature(block.module.forward).parameters)
         assert set(plan.carriers(block.list_name)) <= own
         arguments |= own
-    assert {*plan.per_token, *plan.leading, *(plan.grid or ())} <= arguments
+    assert {*plan.per_token, *plan.leading, *filter(None, [plan.rows])} <= arguments

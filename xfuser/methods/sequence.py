@@ -69,12 +69,13 @@ class SequenceParallel:
 
     def layer(self, call: Call, arguments: Arguments) -> Any:
         """The layer of the transformer's forward that opens and closes one forward's state."""
-        for name in self._plan.residuals:
-            if arguments.get(name) is not None:
-                arguments[name] = tree_map_only(torch.Tensor, self._cut_residual, arguments[name])
         latents = arguments[self._plan.latents]
         if isinstance(latents, torch.Tensor):
             self._image_tokens = self._patches.image_tokens(latents)
+        self._unit = self._image_tokens // self._patches.row_count(latents) if self._plan.rows else 1
+        for name in self._plan.residuals:
+            if arguments.get(name) is not None:
+                arguments[name] = tree_map_only(torch.Tensor, self._cut_residual, arguments[name])
         try:
             return call(arguments)
         finally:
@@ -109,9 +110,8 @@ class SequenceParallel:
         for name in self._plan.leading:
             if arguments.get(name) is not None:
                 arguments[name] = shares.leading(arguments[name])
-        if self._plan.grid:
-            rows, columns = self._plan.grid
-            arguments[rows] = shares.sizes["image"][shares.rank] // arguments[columns]
+        if self._plan.rows:
+            arguments[self._plan.rows] = shares.sizes["image"][shares.rank] // self._unit
 
     def _cut(self, value: Any, tokens: Tokens | tuple[Tokens | None, ...] | None, blocks: str, spread: bool) -> Any:
         if tokens is None or (isinstance(tokens, Tokens) and tokens.within not in (None, blocks)):
@@ -137,20 +137,21 @@ class SequenceParallel:
         elif plan.carriers(blocks)[plan.image] != ("image",):  # text is in there, too
             whole, count = count, self._image_tokens
             text = whole - count
-        unit = arguments[plan.grid[1]] if plan.grid else 1
         window = stage.window(count) if stage else Window(range(count))
-        rank, ranks = (self._group.rank_in_group, self._group.world_size) if self._splits(count // unit) else (0, 1)
+        rank, ranks = (self._group.rank_in_group, self._group.world_size) if self._splits(count) else (0, 1)
         whole = ranks > 1 and bool(text) and text < ranks  # blocks need not bear having none
-        return TokenShares(rank, ranks, count, text, window, unit, whole, plan.needs_text)
+        return TokenShares(rank, ranks, count, text, window, self._unit, whole, plan.needs_text)
 
-    def _splits(self, units: int) -> bool:
+    def _splits(self, tokens: int) -> bool:
         """Fewer image tokens than ranks stay whole on every rank: blocks need not bear having none."""
-        return (self._stage.smallest_window(units) if self._stage else units) >= self._group.world_size
+        smallest = self._stage.smallest_window(tokens) if self._stage else tokens
+        return smallest // self._unit >= self._group.world_size
 
     def _cut_residual(self, x: torch.Tensor) -> torch.Tensor:
         if not self._splits(x.shape[1]):
             return x
-        return x.split(split_sizes(x.shape[1], self._group.world_size), dim=1)[self._group.rank_in_group]
+        sizes = [size * self._unit for size in split_sizes(x.shape[1] // self._unit, self._group.world_size)]
+        return x.split(sizes, dim=1)[self._group.rank_in_group]
 
     def _leave_blocks(self, outputs: list[Streams], block: nn.Module, args: tuple, output: Any) -> Any:
         """Behind the last block: all tokens of what it returns, if the head is not the place for that."""

@@ -64,8 +64,9 @@ class ModelPlan:
         leading: arguments of the blocks that count tokens at the image's beginning.
         spread: those of ``per_token`` that the forward also applies between the last block and the head.
         linear: attention modules that are linear: they sum a state over the tokens by their first ``matmul``.
-        grid: arguments of the blocks with the rows and columns of tokens, where blocks look at neighbouring rows.
-        convolutions: modules of a block that convolve the grid, ``[B, C, rows, columns]``.
+        rows: argument of the blocks with the number of rows of tokens, where blocks convolve them and rows therefore
+            stay together.
+        convolutions: modules of a block that do so, ``[B, C, rows, columns]``.
         residuals: arguments of the forward with per-token residuals of a ControlNet, ``[B, image tokens, D]``.
         unbatched: arguments of the forward that have no batch dimension.
         batch_dims: arguments of the forward whose batch dimension is not the first.
@@ -95,7 +96,7 @@ class ModelPlan:
     leading: tuple[str, ...] = ()
     spread: tuple[str, ...] = ()
     linear: tuple[str, ...] = ()
-    grid: tuple[str, str] | None = None
+    rows: str | None = None
     convolutions: tuple[str, ...] = ()
     residuals: tuple[str, ...] = ()
     unbatched: tuple[str, ...] = ()
