@@ -14,7 +14,7 @@ QWEN_IMAGE = ModelPlan(
         "modulate_index": Tokens(("image",)),
     },
     residuals=("controlnet_block_samples",),
-    row_lists=("img_shapes",),
+    row_lists=("img_shapes", "txt_seq_lens"),
     returns=("text", "image"),
     text_modules=("txt_mlp", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
 )

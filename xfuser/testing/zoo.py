@@ -3,6 +3,7 @@
 Sizes are awkward on purpose: 3 heads, odd text lengths, token counts that nothing divides.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +42,11 @@ class Family:
     conditions: Callable[[Any, int, Callable[..., torch.Tensor]], Inputs]
     time: str = "timestep"
     timestep: Callable[[torch.Tensor], torch.Tensor] = lambda t: t
+
+    @property
+    def present(self) -> bool:
+        """Whether the installed Diffusers has the class."""
+        return hasattr(diffusers, self.cls)
 
     def build(self) -> Any:
         """The transformer, with attention that matters: queries and keys are scaled up."""
@@ -198,11 +204,14 @@ def _chroma(model: Any, rows: int, draw: Callable) -> Inputs:
 
 
 def _qwen(model: Any, rows: int, draw: Callable) -> Inputs:
-    return {
+    inputs = {
         "encoder_hidden_states": draw(rows, WORDS, TEXT),
         "encoder_hidden_states_mask": _mask(rows).bool(),
         "img_shapes": [[(1, 5, 3)]] * rows,
     }
+    if "txt_seq_lens" in inspect.signature(type(model).forward).parameters:  # in releases of old, which take no mask
+        inputs |= {"txt_seq_lens": [WORDS] * rows}
+    return inputs
 
 
 def _z_image(model: Any, rows: int, draw: Callable) -> Inputs:
