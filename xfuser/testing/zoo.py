@@ -58,8 +58,8 @@ class Family:
 
 
 def _make_felt(name: str, weight: torch.Tensor) -> None:
-    """Undo initialisations with zeros, as of gates, and scale queries and keys up."""
-    if not weight.any() or "scale_shift_table" in name:
+    """Undo initialisations with zeros, as of gates, or with nothing, and scale queries and keys up."""
+    if not weight.any() or name.endswith(("scale_shift_table", "pad_token")):
         torch.nn.init.normal_(weight, std=0.3)
     if weight.dim() == 2 and name.endswith(tuple(f"{kind}.weight" for kind in PROJECTIONS)):
         weight.data.mul_(4)
