@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import wraps
+from types import MethodType
 from typing import Any
 
 from xfuser.config import EngineConfig, InputConfig, ParallelConfig
@@ -272,15 +273,15 @@ def _quiet_progress(pipe: Any) -> AbstractContextManager[None]:
 
 
 def _before_step(pipe: Any, notify: Callable[[], None]) -> AbstractContextManager[None]:
-    """Within the context, ``notify`` is called ahead of each step of the pipeline's scheduler."""
+    """Within the context, ``notify`` is called ahead of each step of the pipeline's scheduler, or of a copy of it."""
     scheduler = getattr(pipe, "scheduler", None)
     if scheduler is None:
         return nullcontext()
-    original = scheduler.step
+    original, of_class = scheduler.step, type(scheduler).step
 
-    @wraps(original)
-    def step(*args: Any, **kwargs: Any) -> Any:
+    @wraps(of_class)
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
         notify()
-        return original(*args, **kwargs)
+        return original(*args, **kwargs) if self is scheduler else of_class(self, *args, **kwargs)
 
-    return replaced(scheduler, "step", step)
+    return replaced(scheduler, "step", MethodType(step, scheduler))  # copies get a method of their own
