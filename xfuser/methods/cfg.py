@@ -28,8 +28,9 @@ class GuidanceParallel:
         self.part: Callable[[torch.Tensor], torch.Tensor] = lambda x: x  # what a call returns, of step 0's output
         self.rows_stay = False  # whether what a rank keeps between steps ties a row of the batch to it
         self._index = 0  # of the next call of the transformer within the step
-        self._first_step: list[tuple[int, Any]] | None = []  # rows of each call and the shape of its output
+        self._first_step: list[tuple[int, Any, Any]] | None = []  # rows of each call, shapes in, what comes out
         self._paired: Any = None  # the output's shape, once it is known that calls come in pairs
+        self._shapes: Any = None  # of the latents of these calls
         self._pending: _Sent | _Promise | None = None
 
     def layer(self, plan: ModelPlan) -> Layer:
@@ -37,14 +38,16 @@ class GuidanceParallel:
 
         def layer(call: Call, arguments: Arguments) -> Any:
             index, self._index = self._index, self._index + 1
-            if self._paired is not None and index == 0:
-                return self._first_call(call, arguments)
-            if self._pending is not None:
-                return self._second_call(call, arguments)
-            rows = len(arguments[plan.latents])
-            output = split_rows(self._group, rows, call, arguments, plan)
+            latents = arguments[plan.latents]
+            if self._paired is not None and index < 2 and _shapes(latents) == self._shapes:
+                if index == 0:
+                    return self._first_call(call, arguments)
+                if self._pending is not None:
+                    return self._second_call(call, arguments)
+            self._settle()
+            output = split_rows(self._group, len(latents), call, arguments, plan)
             if self._first_step is not None:
-                self._first_step.append((rows, _blank(output)))
+                self._first_step.append((len(latents), _shapes(latents), _blank(output)))
             return output
 
         return layer
@@ -52,9 +55,7 @@ class GuidanceParallel:
     def step_ends(self) -> None:
         """To be called when the scheduler is about to step."""
         self._index = 0
-        if self._pending is not None:  # one call alone, such as outside of a guidance interval
-            self._pending.settle()
-            self._pending = None
+        self._settle()  # one call alone, such as outside of a guidance interval
         if self._first_step:
             self._learn(self._first_step)
             self._first_step = None
@@ -68,22 +69,26 @@ class GuidanceParallel:
 
     def close(self) -> None:
         """To be called when the pipeline has returned or failed: nothing on its way is left to the next call."""
-        if self._pending is not None:
-            self._pending.settle()
+        self._settle()
 
-    def _learn(self, calls: list[tuple[int, Any]]) -> None:
-        (rows, output), others = calls[0], calls[1:]
+    def _settle(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.settle()
+
+    def _learn(self, calls: list[tuple[int, Any, Any]]) -> None:
+        (rows, shapes, output), others = calls[0], calls[1:]
         if not others and rows == 1:
             logger.warning(
                 "CFG parallelism has nothing to split: this call runs no classifier-free guidance, and the %d ranks"
                 " of a CFG group compute the same. Use them for another method.",
                 self._group.world_size,
             )
-        alike = len(others) == 1 and others[0][0] == rows and _shapes(others[0][1]) == _shapes(output)
+        alike = len(others) == 1 and others[0][1] == shapes and _shapes(others[0][2]) == _shapes(output)
         # Splitting the rows is as good where they are even. Step 0 has split rows if there were several.
         uneven = rows == 1 if self.rows_stay else rows % 2
         if alike and uneven and self._group.world_size == 2:
-            self._paired = output
+            self._paired, self._shapes = output, shapes
 
     def _blank_output(self) -> Any:
         return _blank(tree_map_only(torch.Tensor, self.part, self._paired))
