@@ -24,6 +24,7 @@ HUNYUAN_VIDEO_15 = replace(
     blocks=("transformer_blocks",),
     per_token={"attention_mask": Tokens(("text",)), "freqs_cis": Tokens(("image",), dim=0)},
     leading=(),
+    counts_steps=("timestep_r",),
 )
 
 HUNYUAN_IMAGE = replace(
@@ -33,4 +34,5 @@ HUNYUAN_IMAGE = replace(
         "image_rotary_emb": Tokens(("image",), dim=0),
     },
     leading=(),
+    counts_steps=("timestep_r",),
 )

@@ -62,6 +62,12 @@ class PipeFusion:
                 f"perturbed-attention guidance (PAG) of {type(pipe).__name__} looks for its layers in blocks that other"
                 " stages hold: set pag_scale=0, or use Ulysses or ring"
             )
+        for name, part in pipe.components.items():
+            if hasattr(part, "momentum_buffer"):
+                raise ValueError(
+                    f"{name} of {type(pipe).__name__} keeps a momentum of whole predictions and counts steps: use"
+                    " guidance without, or other methods than PipeFusion"
+                )
         return stepwise_callbacks(arguments, lambda: self._clock), has_callback(arguments)
 
     @contextmanager

@@ -44,6 +44,19 @@ class PatchwiseScheduler:
         return self._copies[0].timesteps.repeat_interleave(self._clock.patches)
 
     @property
+    def sigmas(self) -> torch.Tensor:
+        """As the timesteps, once the loop has begun, which may count sub-steps; what is set ahead of it stays."""
+        sigmas = self._copies[0].sigmas
+        return sigmas.repeat_interleave(self._clock.patches) if self._begun else sigmas
+
+    @property
+    def _step_index(self) -> int:
+        raise ValueError(
+            "PipeFusion does not serve a pipeline that turns its scheduler back to step twice: use Ulysses, ring, CFG"
+            " or data parallelism"
+        )
+
+    @property
     def order(self) -> int:
         return self._copies[0].order * self._clock.patches
 
@@ -143,6 +156,11 @@ def _check(scheduler: Any) -> None:
         raise ValueError(
             f"PipeFusion does not serve {name}, whose noise is one Brownian path of the whole latents: use another"
             " scheduler, such as DPMSolverMultistepScheduler with algorithm_type='sde-dpmsolver++'"
+        )
+    if "old_pred_original_sample" in signature(scheduler.step).parameters:
+        raise ValueError(
+            f"PipeFusion does not serve {name}, whose state between steps is the pipeline's, which would mix that of"
+            " the patches: use another scheduler"
         )
     if scheduler.config.get("thresholding"):
         raise ValueError(

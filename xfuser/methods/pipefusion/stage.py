@@ -165,7 +165,7 @@ class Stage:
             raise ValueError(
                 f"the scheduler steps latents of shape {tuple(latents.shape)}, and {type(self._model).__name__} was"
                 f" given {tuple(self._latents[0].shape)}: PipeFusion's patches must be rows of both. Use other methods"
-                " for pipelines that put pictures beside the latents"
+                " for pipelines that put pictures beside the latents, or step parts of them"
             )
         if not self._clock.synchronous:
             self._receives = self._received
