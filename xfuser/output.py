@@ -65,7 +65,7 @@ def _write_video(frames: list[Image.Image], path: str) -> str:
         from diffusers.utils import export_to_video
 
         return export_to_video(frames, f"{path}.mp4", fps=FRAMES_PER_SECOND)
-    except (ImportError, OSError) as error:
+    except (AttributeError, ImportError, OSError) as error:  # the first one is Diffusers' for "no ffmpeg"
         logger.info("no video encoder (%s): a GIF is written", error)
     delay = 1000 // FRAMES_PER_SECOND
     frames[0].save(f"{path}.gif", save_all=True, append_images=frames[1:], duration=delay, loop=0)
