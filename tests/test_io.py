@@ -7,6 +7,7 @@ import pytest
 import running
 import tiny
 import torch
+import whole
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -26,6 +27,12 @@ def test_arguments_are_those_that_the_pipeline_takes():
     assert "width" not in call and "use_resolution_binning" not in call
     assert call["generator"].initial_seed() == 3
     assert arguments("pixart_sigma", prompt="a", no_use_resolution_binning=True)["use_resolution_binning"] is False
+
+
+def test_frames_are_called_as_the_pipeline_calls_them():
+    for name, called in (("ltx", "num_frames"), ("latte", "video_length")):
+        asked = xFuserArgs(prompt="a", num_frames=9).checked()[1]
+        assert pipeline_arguments(whole.built(name), asked)[called] == 9
 
 
 def test_guidance_can_be_switched_off_and_true_guidance_on():

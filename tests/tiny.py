@@ -6,6 +6,7 @@ Sizes are awkward on purpose: 3 heads, odd text lengths, token counts that nothi
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -75,6 +76,82 @@ def vae(channels: int) -> AutoencoderKL:
         scaling_factor=0.5,
         sample_size=64,
     )
+
+
+KL = {
+    "block_out_channels": (4, 8, 8), "down_block_types": ("DownEncoderBlock2D",) * 3, "latent_channels": 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 3, "layers_per_block": 1, "norm_num_groups": 2,
+}  # fmt: skip
+WAN = {
+    "base_dim": 4, "z_dim": 4, "dim_mult": [1, 1, 2, 2], "num_res_blocks": 1, "latents_mean": [0.0] * 4,
+    "temperal_downsample": [False, True, True], "latents_std": [1.0] * 4,
+}  # fmt: skip
+VIDEO = {"in_channels": 3, "out_channels": 3, "layers_per_block": 1}
+BLOCKS = {
+    "down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2, "norm_num_groups": 2
+}  # fmt: skip
+HUNYUAN = {
+    "in_channels": 3, "out_channels": 3, "latent_channels": 4, "block_out_channels": (32,) * 3, "layers_per_block": 1,
+    "spatial_compression_ratio": 4,
+}  # fmt: skip
+VAES = {  # of every class that the parallel VAE knows: the configuration
+    "AutoencoderKL": KL,
+    "AutoencoderKLFlux2": KL,
+    "AutoencoderTiny": {"encoder_block_out_channels": (8,) * 4, "decoder_block_out_channels": (8,) * 4},
+    "AutoencoderKLWan": WAN,
+    "AutoencoderKLQwenImage": WAN,
+    "AutoencoderKLCogVideoX": VIDEO | {
+        "down_block_types": ("CogVideoXDownBlock3D",) * 4, "up_block_types": ("CogVideoXUpBlock3D",) * 4,
+        "block_out_channels": (8,) * 4, "latent_channels": 4, "norm_num_groups": 2,
+    },
+    "AutoencoderKLHunyuanVideo": VIDEO | {
+        "latent_channels": 4, "block_out_channels": (8,) * 4, "norm_num_groups": 4
+    },
+    "AutoencoderKLLTXVideo": {
+        "latent_channels": 8, "block_out_channels": (8,) * 4, "decoder_block_out_channels": (8,) * 4,
+        "layers_per_block": (1,) * 5, "decoder_layers_per_block": (1,) * 5, "patch_size": 1,
+        "spatio_temporal_scaling": (True, True, False, False),
+        "decoder_spatio_temporal_scaling": (True, True, False, False), "decoder_inject_noise": (False,) * 5,
+        "upsample_residual": (False,) * 4, "upsample_factor": (1,) * 4,
+    },
+    "AutoencoderKLMochi": {
+        "latent_channels": 4, "encoder_block_out_channels": (32,) * 4, "decoder_block_out_channels": (32,) * 4,
+        "layers_per_block": (1,) * 5,
+    },
+    "AutoencoderDC": {
+        "latent_channels": 4, "attention_head_dim": 2, "encoder_block_types": ("ResBlock", "EfficientViTBlock"),
+        "decoder_block_types": ("ResBlock", "EfficientViTBlock"), "encoder_block_out_channels": (8, 8),
+        "decoder_block_out_channels": (8, 8), "encoder_qkv_multiscales": ((), (5,)), "scaling_factor": 1.0,
+        "decoder_qkv_multiscales": ((), (5,)), "encoder_layers_per_block": (1, 1),
+        "decoder_layers_per_block": (1, 1), "downsample_block_type": "conv", "upsample_block_type": "interpolate",
+    },
+    "AutoencoderKLAllegro": {
+        "block_out_channels": (8,) * 4, "latent_channels": 4, "norm_num_groups": 4, "layers_per_block": 1,
+        "sample_size": 160,
+    },
+    "AsymmetricAutoencoderKL": BLOCKS | {"down_block_out_channels": (8, 8), "up_block_out_channels": (8, 8)},
+    "AutoencoderKLHunyuanImage": HUNYUAN | {"sample_size": 64},
+    "AutoencoderKLHunyuanImageRefiner": HUNYUAN | {"temporal_compression_ratio": 2},
+    "AutoencoderKLHunyuanVideo15": HUNYUAN | {"temporal_compression_ratio": 2},
+    "AutoencoderKLKVAE": {"channels": 32, "num_enc_blocks": 1, "num_dec_blocks": 1, "z_channels": 4, "ch_mult": (1, 1, 1)},
+    "AutoencoderKLKVAEVideo": {"ch": 32, "ch_mult": (1, 1, 1), "num_res_blocks": 1, "z_channels": 4, "temporal_compress_times": 2},
+    "AutoencoderKLLTX2Video": {
+            "latent_channels": 8, "block_out_channels": (8,) * 4, "down_block_types": ("LTX2VideoDownBlock3D",) * 4,
+            "decoder_block_out_channels": (16,) * 3, "upsample_factor": (1,) * 3, "layers_per_block": (1,) * 5,
+            "decoder_layers_per_block": (1,) * 4, "patch_size": 1,
+        },
+    "AutoencoderKLMagvit": {"latent_channels": 4, "block_out_channels": [8] * 4, "layers_per_block": 1, "norm_num_groups": 4},
+    "AutoencoderKLQwenImage21": WAN | {
+            "decoder_base_dim": 4, "dim_mult": [1] * 5, "temperal_downsample": [False] + [True] * 3, "in_channels": 3,
+            "out_channels": 3,
+        },
+    "VQModel": BLOCKS | {"block_out_channels": (8, 8)},
+}  # fmt: skip
+
+
+def coder(name: str, **changes: Any) -> Any:
+    """A VAE of ``VAES``."""
+    return getattr(diffusers, name)(**VAES[name] | changes)
 
 
 def pixart_transformer(**changes: Any) -> PixArtTransformer2DModel:

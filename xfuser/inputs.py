@@ -17,7 +17,7 @@ def pipeline_arguments(pipe: Any, inputs: InputConfig) -> dict[str, Any]:
         ValueError: something was asked for that this pipeline does not take, or a prompt is missing.
     """
     takes = inspect.signature(type(pipe).__call__).parameters
-    asked = _plain(inputs) | _subject(pipe, inputs, takes) | _guidance(inputs, takes)
+    asked = _plain(inputs, takes) | _subject(pipe, inputs, takes) | _guidance(inputs, takes)
     arguments = {name: value for name, value in asked.items() if name in takes and value is not None}
     defaults = {spec.name: spec.default for spec in fields(InputConfig)}
     for name, value in asked.items():
@@ -29,9 +29,11 @@ def pipeline_arguments(pipe: Any, inputs: InputConfig) -> dict[str, Any]:
     return arguments
 
 
-def _plain(inputs: InputConfig) -> dict[str, Any]:
+def _plain(inputs: InputConfig, takes: Any) -> dict[str, Any]:
     names = ("height", "width", "num_frames", "num_inference_steps", "max_sequence_length", "output_type")
     asked = {name: getattr(inputs, name) for name in names}
+    if "video_length" in takes:
+        asked["video_length"] = asked.pop("num_frames")
     asked["use_resolution_binning"] = inputs.use_resolution_binning
     asked["image"] = load_image(inputs.img_file_path) if inputs.img_file_path else None
     return asked

@@ -1,0 +1,534 @@
+"""Tiny whole pipelines of the model zoo: the real classes, saved as folders, and a short call of each.
+
+Transformers are those of the matrix (``xfuser.testing.zoo``), with the channels that a pipeline needs. Text encoders
+that are large to describe are left out: the call gives what they would have made.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import running
+import tiny
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder
+from PIL import Image
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+
+from xfuser.testing.zoo import FAMILIES, TEXT, WIDTH, WORDS
+
+Parts = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Whole:
+    """One pipeline.
+
+    Attributes:
+        cls: its class.
+        family: of its transformer in the zoo; ``config`` are changes of that.
+        vae: makes the VAE.
+        parts: makes the other components; those that are not named are None.
+        call: arguments of the call but the usual ones.
+        text: names of text embeddings (or masks, where the shape is one number) and their shapes without the batch;
+            each has a negative twin if ``negative``.
+        dtype: float64 where a pipeline amplifies rounding.
+        unsaved: makes components that are no part of a saved pipeline.
+        tolerance: relative error that rounding explains.
+    """
+
+    cls: str
+    family: str
+    vae: Callable[[], Any]
+    config: Parts = field(default_factory=dict)
+    parts: Callable[[], Parts] = dict
+    call: Callable[[], Parts] = dict
+    text: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    negative: bool = True
+    tolerance: float = running.TOLERANCE
+    dtype: torch.dtype = torch.float32
+    unsaved: Callable[[], Parts] = dict
+
+
+def transformer(family: str, **config: Any) -> Any:
+    known = FAMILIES[family]
+    return type(known)(**vars(known) | {"config": known.config | config}).build()
+
+
+def picture(height: int = 80, width: int = 48) -> Image.Image:
+    pixels = np.random.default_rng(3).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def kl(channels: int) -> Callable[[], Any]:
+    return partial(tiny.vae, channels)
+
+
+def coded(name: str, **changes: Any) -> Callable[[], Any]:
+    return partial(tiny.coder, name, **changes)
+
+
+def t5(length: int = WORDS) -> Parts:
+    return {"text_encoder": tiny.t5(), "tokenizer": tiny.tokenizer(length)}
+
+
+def flux_text() -> Parts:
+    first = {"text_encoder": tiny.clip(False), "tokenizer": tiny.tokenizer(5)}
+    return first | {"text_encoder_2": tiny.t5(), "tokenizer_2": tiny.tokenizer(6)}
+
+
+def clip_vision() -> Parts:
+    config = CLIPVisionConfig(
+        hidden_size=10, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8
+    )
+    sizes = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
+    return {"image_encoder": CLIPVisionModel(config), "image_processor": CLIPImageProcessor(**sizes)}
+
+
+def built(name: str) -> Any:
+    """A whole pipeline with seeded weights."""
+    spec, cls = WHOLE[name], getattr(diffusers, WHOLE[name].cls)
+    parts: Parts = dict.fromkeys(cls._get_signature_keys(cls)[0])
+    torch.manual_seed(0)
+    parts |= {"transformer": transformer(spec.family, **spec.config), "vae": spec.vae()}
+    parts |= {"scheduler": FlowMatchEulerDiscreteScheduler()} | spec.parts() | spec.unsaved()
+    return cls(**parts)
+
+
+def save(name: str, folder: Path) -> str:
+    path = folder / name
+    if not path.exists():
+        built(name).save_pretrained(path)
+    return str(path)
+
+
+def call_of(name: str, **changes: Any) -> Parts:
+    spec = WHOLE[name]
+    generator = torch.Generator().manual_seed(7)
+    call: Parts = {"num_inference_steps": 3, "height": 80, "width": 48, "output_type": "np"}
+    for embeds, shape in spec.text.items():
+        for twin in (embeds, f"negative_{embeds}")[: 1 + spec.negative]:
+            call[twin] = (
+                torch.randn(1, *shape, generator=generator).to(spec.dtype)
+                if "mask" not in embeds
+                else (torch.arange(shape[0]) < shape[0] - 2 + ("negative" in twin)).long()[None]
+            )
+    if not spec.text:
+        call |= {"prompt": tiny.PROMPT} | ({"negative_prompt": "the cat"} if spec.negative else {})
+    return call | spec.call() | changes
+
+
+@cache
+def drawn(path: str, name: str) -> list[np.ndarray]:
+    """What the bare pipeline draws."""
+    return draw(path, name, None)
+
+
+@cache
+def loaded(path: str, name: str) -> Any:
+    """A saved pipeline; components that were None are not in the folder, and must be said to be None."""
+    cls = getattr(diffusers, WHOLE[name].cls)
+    absent = {part: None for part in cls._get_signature_keys(cls)[0] if not Path(path, part).exists()}
+    pipe = diffusers.DiffusionPipeline.from_pretrained(path, dtype=WHOLE[name].dtype, **absent | WHOLE[name].unsaved())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def draw(path: str, name: str, degrees: Any, **changes: Any) -> list[np.ndarray]:
+    """All that a call returns."""
+    pipe = running.wrap(loaded(path, name), degrees)
+    result = pipe(**call_of(name, **changes), generator=running.seeded())
+    running.unwrap(pipe)
+    return [np.asarray(one) for one in result.values()]
+
+
+QWEN_VAE = coded("AutoencoderKLQwenImage", z_dim=2, latents_mean=[0.0] * 2, latents_std=[1.0] * 2)
+THRICE = (True, True, True, False)
+LTX_VAE = coded(
+    "AutoencoderKLLTXVideo", patch_size=4, spatio_temporal_scaling=THRICE, decoder_spatio_temporal_scaling=THRICE
+)
+DC = coded(
+    "AutoencoderDC",
+    **{
+        f"{way}_{key}": value
+        for way in ("encoder", "decoder")
+        for key, value in {
+            "block_types": ("ResBlock",) * 5 + ("EfficientViTBlock",),
+            "block_out_channels": (8,) * 6,
+            "qkv_multiscales": ((),) * 5 + ((5,),),
+            "layers_per_block": (1,) * 6,
+        }.items()
+    },
+)
+LARGE = {"height": 160, "width": 96}
+LTX_CALL = LARGE | {"max_sequence_length": WORDS}
+EMBEDS = {"prompt_embeds": (WORDS, TEXT)}
+MASKED = EMBEDS | {"prompt_attention_mask": (WORDS,)}
+FRAMES: Callable[[], Parts] = lambda: {"num_frames": 9, "guidance_scale": 2.0}  # noqa: E731
+TWO_TEXTS = EMBEDS | {"prompt_embeds_mask": (WORDS,), "prompt_embeds_2": (4, 12), "prompt_embeds_mask_2": (4,)}
+ONE_FRAME_BLOCKS = {"num_frame_per_block": 1}
+
+
+def rows(words: int) -> torch.Tensor:
+    return torch.randn(words, TEXT, generator=torch.Generator().manual_seed(words))
+
+
+def shifting() -> Parts:
+    return {"scheduler": FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)}
+
+
+def karras() -> Parts:
+    return {"scheduler": FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True)}
+
+
+def allegro_vae() -> Any:
+    return diffusers.AutoencoderKLAllegro(
+        block_out_channels=(8,) * 4, layers_per_block=1, norm_num_groups=2, latent_channels=4
+    )
+
+
+def hunyuan_image_vae() -> Any:
+    return diffusers.AutoencoderKLHunyuanImage(
+        in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(32,) * 4, layers_per_block=1,
+        spatial_compression_ratio=8, sample_size=64, scaling_factor=0.5,
+    )  # fmt: skip
+
+
+def hunyuan_video_15_vae() -> Any:
+    return diffusers.AutoencoderKLHunyuanVideo15(
+        latent_channels=4, block_out_channels=(16,) * 4, layers_per_block=1, spatial_compression_ratio=8,
+        temporal_compression_ratio=4, scaling_factor=0.5,
+    )  # fmt: skip
+
+
+def ltx2_vae() -> Any:
+    return diffusers.AutoencoderKLLTX2Video(
+        latent_channels=8, block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 3, layers_per_block=(1,) * 5,
+        decoder_layers_per_block=(1,) * 4, spatial_compression_ratio=32, temporal_compression_ratio=4,
+    )  # fmt: skip
+
+
+def ltx2_sound() -> Parts:
+    heads = {f"{kind}_connector_{key}": value for kind in ("video", "audio") for key, value in {
+        "num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1, "num_learnable_registers": None
+    }.items()}  # fmt: skip
+    return shifting() | {
+        "audio_vae": diffusers.AutoencoderKLLTX2Audio(
+            base_channels=8, ch_mult=(1, 1, 1), latent_channels=2, mel_bins=16, num_res_blocks=1
+        ),
+        "connectors": LTX2TextConnectors(caption_channels=TEXT, text_proj_in_factor=1, **heads),
+        "vocoder": LTX2Vocoder(in_channels=32, hidden_channels=16, upsample_kernel_sizes=[4], upsample_factors=[2]),
+    }
+
+
+def cosmos_vae() -> Any:
+    return diffusers.AutoencoderKLCosmos(
+        latent_channels=4, encoder_block_out_channels=(8,) * 4, decode_block_out_channels=(8,) * 4, num_layers=1,
+        attention_resolutions=(), spatial_compression_ratio=8, temporal_compression_ratio=4, resolution=64,
+    )  # fmt: skip
+
+
+class Unchecked:
+    """Stands in for the safety checker of a package that is not installed: nothing is unsafe."""
+
+    def to(self, *args: Any) -> "Unchecked":
+        return self
+
+    def check_text_safety(self, prompt: str) -> bool:
+        return True
+
+    def check_video_safety(self, video: np.ndarray) -> np.ndarray:
+        return video
+
+
+def unipc() -> Parts:
+    return {"scheduler": diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)}
+
+
+WHOLE = {
+    "wan": Whole("WanPipeline", "wan", coded("AutoencoderKLWan"), text=EMBEDS, parts=unipc, call=FRAMES),
+    "wan_two": Whole(
+        "WanPipeline",
+        "wan",
+        coded("AutoencoderKLWan"),
+        text=EMBEDS,
+        call=FRAMES,
+        parts=lambda: {"transformer_2": transformer("wan", num_layers=2), "boundary_ratio": 0.7},
+    ),
+    "wan_i2v": Whole(
+        "WanImageToVideoPipeline",
+        "wan",
+        coded("AutoencoderKLWan"),
+        config={"in_channels": 12, "image_dim": 10, "added_kv_proj_dim": WIDTH},
+        text=EMBEDS,
+        parts=clip_vision,
+        call=lambda: FRAMES() | {"image": picture()},
+        dtype=torch.float64,
+    ),
+    "wan_ti2v": Whole(
+        "WanImageToVideoPipeline",
+        "wan",
+        coded("AutoencoderKLWan"),
+        text=EMBEDS,
+        parts=lambda: {"expand_timesteps": True},
+        dtype=torch.float64,
+        call=lambda: FRAMES() | {"image": picture()},
+    ),
+    "wan_vace": Whole(
+        "WanVACEPipeline",
+        "wan_vace",
+        coded("AutoencoderKLWan"),
+        text=EMBEDS,
+        config={"vace_in_channels": 2 * 4 + 64},
+        call=lambda: FRAMES() | {"video": [picture()] * 9, "mask": [Image.new("L", (48, 80), 255)] * 9},
+    ),
+    "cogvideox": Whole(
+        "CogVideoXPipeline",
+        "cogvideox",
+        coded("AutoencoderKLCogVideoX"),
+        config={"attention_head_dim": 16},
+        parts=lambda: t5() | {"scheduler": diffusers.CogVideoXDDIMScheduler()},
+        call=lambda: FRAMES() | {"max_sequence_length": WORDS},
+    ),
+    "cogvideox_i2v": Whole(
+        "CogVideoXImageToVideoPipeline",
+        "cogvideox",
+        coded("AutoencoderKLCogVideoX"),
+        config={"attention_head_dim": 16, "in_channels": 8},
+        parts=lambda: t5() | {"scheduler": diffusers.CogVideoXDPMScheduler()},
+        call=lambda: FRAMES() | {"max_sequence_length": WORDS, "image": picture()},
+        dtype=torch.float64,
+    ),
+    "hunyuan_video": Whole(
+        "HunyuanVideoPipeline",
+        "hunyuan_video",
+        coded("AutoencoderKLHunyuanVideo"),
+        config={"image_condition_type": None},
+        text=MASKED | {"pooled_prompt_embeds": (10,)},
+        call=lambda: FRAMES() | {"true_cfg_scale": 2.0},
+    ),
+    "ltx": Whole("LTXPipeline", "ltx", LTX_VAE, parts=t5, call=lambda: FRAMES() | LTX_CALL),
+    "ltx_i2v": Whole(
+        "LTXImageToVideoPipeline",
+        "ltx",
+        LTX_VAE,
+        parts=t5,
+        call=lambda: FRAMES() | LTX_CALL | {"image": picture(160, 96), "num_frames": 17},
+    ),
+    "qwen_image": Whole(
+        "QwenImagePipeline",
+        "qwen_image",
+        QWEN_VAE,
+        text=EMBEDS | {"prompt_embeds_mask": (WORDS,)},
+        parts=shifting,
+    ),
+    "qwen_image_edit": Whole(
+        "QwenImageEditPipeline",
+        "qwen_image",
+        QWEN_VAE,
+        text=EMBEDS | {"prompt_embeds_mask": (WORDS,)},
+        parts=shifting,
+        call=lambda: {"image": picture()},
+    ),
+    "flux_kontext": Whole(
+        "FluxKontextPipeline",
+        "flux",
+        kl(2),
+        parts=flux_text,
+        call=lambda: {
+            "image": picture(),
+            "max_sequence_length": WORDS,
+            "_auto_resize": False,
+            "true_cfg_scale": 2.0,
+            "max_area": 80 * 48,
+        },
+    ),
+    "flux_fill": Whole(
+        "FluxFillPipeline",
+        "flux",
+        kl(2),
+        config={"in_channels": 272, "out_channels": 8},
+        parts=flux_text,
+        negative=False,
+        call=lambda: {"image": picture(), "mask_image": Image.new("L", (48, 80), 255), "max_sequence_length": WORDS},
+    ),
+    "flux_control": Whole(
+        "FluxControlPipeline",
+        "flux",
+        kl(2),
+        config={"in_channels": 16, "out_channels": 8},
+        parts=flux_text,
+        negative=False,
+        call=lambda: {"control_image": picture(), "max_sequence_length": WORDS},
+    ),
+    "flux2": Whole(
+        "Flux2Pipeline",
+        "flux2",
+        coded("AutoencoderKLFlux2", latent_channels=2),
+        text=EMBEDS,
+        negative=False,
+        parts=shifting,
+        call=lambda: {"image": picture(80, 112)},
+    ),
+    "flux2_klein": Whole(
+        "Flux2KleinPipeline",
+        "flux2",
+        coded("AutoencoderKLFlux2", latent_channels=2),
+        config={"guidance_embeds": False},
+        text=EMBEDS,
+        parts=shifting,
+    ),
+    "z_image": Whole(
+        "ZImagePipeline",
+        "z_image",
+        kl(4),
+        call=lambda: {"prompt_embeds": [rows(WORDS)], "negative_prompt_embeds": [rows(5)]},
+    ),
+    "sana": Whole(
+        "SanaPipeline",
+        "sana",
+        DC,
+        text=MASKED,
+        parts=lambda: {
+            "scheduler": DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+        },
+        call=lambda: {"negative_prompt": None, "use_resolution_binning": False, **LARGE},
+    ),
+    "sana_sprint": Whole(
+        "SanaSprintPipeline",
+        "sana",
+        DC,
+        text=MASKED,
+        negative=False,
+        config={"guidance_embeds": True},
+        parts=lambda: {"scheduler": diffusers.SCMScheduler()},
+        call=lambda: {"num_inference_steps": 2, "use_resolution_binning": False, **LARGE},
+    ),
+    "lumina2": Whole("Lumina2Pipeline", "lumina2", kl(4), text=MASKED),
+    "cogview4": Whole("CogView4Pipeline", "cogview4", kl(4), text=EMBEDS),
+    "chroma": Whole("ChromaPipeline", "chroma", kl(2), parts=t5, call=lambda: {"max_sequence_length": WORDS}),
+    "aura_flow": Whole("AuraFlowPipeline", "auraflow", kl(4), text=MASKED),
+    "mochi": Whole(
+        "MochiPipeline",
+        "mochi",
+        coded("AutoencoderKLMochi", latent_channels=12),
+        config={"in_channels": 12},
+        parts=lambda: t5() | {"scheduler": FlowMatchEulerDiscreteScheduler(invert_sigmas=True)},
+        call=lambda: {"num_frames": 13, "max_sequence_length": WORDS},
+    ),
+    "allegro": Whole(
+        "AllegroPipeline",
+        "allegro",
+        allegro_vae,
+        parts=lambda: t5() | {"scheduler": diffusers.EulerAncestralDiscreteScheduler()},
+        call=lambda: {"output_type": "latent", "num_frames": 12, "max_sequence_length": WORDS, "clean_caption": False},
+    ),
+    "latte": Whole(
+        "LattePipeline",
+        "latte",
+        kl(4),
+        dtype=torch.float64,
+        config={"out_channels": 8},
+        parts=lambda: t5(120) | {"scheduler": DDIMScheduler()},
+        call=lambda: {"video_length": 3, "clean_caption": False},
+    ),
+    "skyreels_v2": Whole(
+        "SkyReelsV2Pipeline",
+        "skyreels_v2",
+        coded("AutoencoderKLWan"),
+        config=ONE_FRAME_BLOCKS,
+        text=EMBEDS,
+        parts=unipc,
+        call=FRAMES,
+    ),
+    "skyreels_v2_forcing": Whole(
+        "SkyReelsV2DiffusionForcingPipeline",
+        "skyreels_v2",
+        coded("AutoencoderKLWan"),
+        config=ONE_FRAME_BLOCKS,
+        text=EMBEDS,
+        parts=unipc,
+        call=lambda: FRAMES() | {"ar_step": 1, "causal_block_size": 1, "prompt": None},
+    ),
+    "kandinsky5": Whole(
+        "Kandinsky5T2VPipeline",
+        "kandinsky5",
+        coded("AutoencoderKLHunyuanVideo"),
+        text={"prompt_embeds_qwen": (WORDS, TEXT), "prompt_embeds_clip": (10,)},
+        call=lambda: (
+            FRAMES()
+            | {"prompt_cu_seqlens": torch.tensor([0, WORDS]), "negative_prompt_cu_seqlens": torch.tensor([0, WORDS])}
+        ),
+        tolerance=1e-4,
+    ),
+    "hidream": Whole(
+        "HiDreamImagePipeline",
+        "hidream",
+        kl(4),
+        config={"max_resolution": (128, 128)},
+        text={"prompt_embeds_t5": (4, TEXT), "pooled_prompt_embeds": (10,)},
+        call=lambda: {
+            f"{sign}prompt_embeds_llama3": torch.stack([rows(WORDS + i)[None, i:] for i in (0, 1)])
+            for sign in ("", "negative_")
+        },
+    ),
+    "hunyuan_image": Whole("HunyuanImagePipeline", "hunyuan_image", hunyuan_image_vae, text=TWO_TEXTS),
+    "krea2": Whole(
+        "Krea2Pipeline",
+        "krea2",
+        QWEN_VAE,
+        text={"prompt_embeds": (WORDS, 2, TEXT)},
+        parts=shifting,
+        call=lambda: {
+            f"{sign}prompt_embeds_mask": torch.arange(WORDS)[None] < count
+            for sign, count in (("", 5), ("negative_", 6))
+        },
+    ),
+    "cosmos": Whole(
+        "CosmosTextToWorldPipeline",
+        "cosmos",
+        cosmos_vae,
+        text=EMBEDS,
+        unsaved=lambda: {"safety_checker": Unchecked()},
+        call=lambda: FRAMES() | {"output_type": "latent"},
+        parts=lambda: {"scheduler": diffusers.EDMEulerScheduler()},
+    ),
+    "cosmos2": Whole(
+        "Cosmos2TextToImagePipeline",
+        "cosmos",
+        coded("AutoencoderKLWan"),
+        text=EMBEDS,
+        parts=karras,
+        unsaved=lambda: {"safety_checker": Unchecked()},
+        call=lambda: {"guidance_scale": 2.0, "output_type": "latent"},
+    ),
+    "hunyuan_video_15": Whole(
+        "HunyuanVideo15Pipeline",
+        "hunyuan_video_15",
+        hunyuan_video_15_vae,
+        config={"in_channels": 9, "target_size": 64},
+        text=TWO_TEXTS,
+        parts=lambda: {"guider": diffusers.ClassifierFreeGuidance(guidance_scale=2.0)},
+        call=lambda: {"num_frames": 9},
+    ),
+    "ltx2": Whole(
+        "LTX2Pipeline",
+        "ltx2",
+        ltx2_vae,
+        text=MASKED,
+        parts=ltx2_sound,
+        call=lambda: FRAMES() | LARGE | {"output_type": "latent", "spatio_temporal_guidance_blocks": [1]},
+    ),
+    "hunyuan_image_guided": Whole(
+        "HunyuanImagePipeline",
+        "hunyuan_image",
+        hunyuan_image_vae,
+        text=TWO_TEXTS,
+        parts=lambda: {"guider": diffusers.AdaptiveProjectedMixGuidance(guidance_scale=2.0)},
+    ),
+}
