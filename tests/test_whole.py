@@ -1,0 +1,102 @@
+"""Whole pipelines of the model zoo equal themselves on one device; ``--matrix`` runs all of them under all methods."""
+
+import pytest
+import running
+import whole
+from whole import WHOLE
+
+from xfuser.models.registry import PLANS
+from xfuser.testing.zoo import FAMILIES
+from xfuser.vae.engines import PROVEN
+
+METHODS = {
+    "ulysses2": {"ulysses_degree": 2, "use_parallel_vae": True},
+    "cfg2": {"use_cfg_parallel": True},
+    "pipefusion2": {"pipefusion_parallel_degree": 2, "num_pipeline_patch": 2},
+}
+DEFAULT = {
+    "ulysses2": {
+        "wan_two", "wan_vace", "cogvideox", "hunyuan_video_15", "ltx2", "qwen_image", "flux2", "sana", "lumina2",
+        "latte", "skyreels_v2_forcing",
+    },
+    "cfg2": {"wan", "hunyuan_video", "ltx_i2v", "ltx2", "flux_kontext", "z_image", "krea2", "skyreels_v2_forcing"},
+    "pipefusion2": {"wan", "wan_i2v", "hunyuan_video", "ltx", "qwen_image", "flux_fill", "cogview4", "aura_flow"},
+}  # fmt: skip
+REFUSED = {  # by PipeFusion, where the transformer's class is not refused
+    "wan_two": "divide the steps",
+    "cogvideox_i2v": "CogVideoXDPMScheduler, whose state between steps is the pipeline's",
+    "ltx_i2v": "patches must be rows of both",
+    "qwen_image_edit": "patches must be rows of both",
+    "flux_kontext": "patches must be rows of both",
+    "flux2": "patches must be rows of both",
+    "skyreels_v2_forcing": "patches must be rows of both",
+    "hunyuan_image_guided": "guider of HunyuanImagePipeline keeps a momentum",
+    "cosmos": "turns its scheduler back",
+    "cosmos2": "more than the 1 frames",
+}
+
+
+@pytest.fixture(scope="session")
+def path_of(tmp_path_factory):
+    root = tmp_path_factory.mktemp("whole")
+    return lambda name: whole.save(name, root)
+
+
+def degrees_of(name, method):
+    degrees = dict(METHODS[method])
+    if method == "pipefusion2":  # synchronous throughout: equal to serial
+        degrees["warmup_steps"] = whole.call_of(name)["num_inference_steps"]
+    if "use_parallel_vae" in degrees:
+        degrees["use_parallel_vae"] = type(WHOLE[name].vae()).__name__ in PROVEN
+    return degrees
+
+
+def refusal(name):
+    return REFUSED.get(name) or PLANS[FAMILIES[WHOLE[name].family].cls].unpiped
+
+
+def marked(name, method):
+    return pytest.param(name, method, marks=[] if name in DEFAULT[method] else [pytest.mark.matrix])
+
+
+RUN = [marked(name, method) for method in METHODS for name in WHOLE if method != "pipefusion2" or refusal(name) is None]
+
+
+@pytest.mark.parametrize(("name", "method"), RUN)
+def test_pipeline_equals_serial(pool, path_of, name, method):
+    expected = whole.drawn(path_of(name), name)
+    for results in pool.run(2, whole.draw, path_of(name), name, degrees_of(name, method)):
+        for result, reference in zip(results, expected, strict=True):
+            assert running.error(result, reference) <= WHOLE[name].tolerance
+
+
+def refused(path, name, degrees, changes):
+    with pytest.raises(ValueError) as error:
+        whole.draw(path, name, degrees, **changes)
+    whole.loaded.cache_clear()  # its blocks are divided
+    return str(error.value)
+
+
+SLOW = "qwen_image_edit"  # its picture has a megapixel, whatever it is given
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.matrix] * (name == SLOW)) for name in WHOLE if refusal(name)],
+)
+def test_pipefusion_refuses_by_name(pool, path_of, name):
+    for message in pool.run(2, refused, path_of(name), name, degrees_of(name, "pipefusion2"), {}):
+        assert refusal(name) in message
+
+
+def test_guidance_with_calls_of_other_shapes(pool, path_of):
+    """The last window of a long video is shorter than the first, which showed that calls come in pairs."""
+    changes = {"num_frames": 17, "base_num_frames": 13, "overlap_history": 5, "ar_step": 0}
+    path = path_of("skyreels_v2_forcing")
+    expected = whole.draw(path, "skyreels_v2_forcing", None, **changes)
+    for results in pool.run(2, drawn_with, path, "skyreels_v2_forcing", METHODS["cfg2"], changes):
+        assert running.error(results[0], expected[0]) <= running.TOLERANCE
+
+
+def drawn_with(path, name, degrees, changes):
+    return whole.draw(path, name, degrees, **changes)
