@@ -2,7 +2,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-TEST = ["pytest", "ruff", "hypothesis", "distvae"]
+TEST = ["pytest", "ruff", "hypothesis", "distvae", "imageio", "imageio-ffmpeg"]
 
 setup(
     name="xfuser",

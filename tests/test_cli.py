@@ -7,7 +7,9 @@ import sys
 import time
 from pathlib import Path
 
+import imageio
 import pytest
+import whole
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
@@ -62,6 +64,45 @@ def test_xdit_draws_a_preview_of_what_two_stages_draw(tmp_path):
     assert one.returncode == 0 and two.returncode == 0, one.stderr + two.stderr
     preview, staged = (next(tmp_path.glob(f"{name}/*_patch4_0.png")) for name in ("one", "two"))
     assert Image.open(preview).tobytes() == Image.open(staged).tobytes()
+
+
+VIDEO = (
+    "--prompt",
+    "a red circle",
+    "--num_frames",
+    "9",
+    "--height",
+    "160",
+    "--width",
+    "96",
+    "--num_inference_steps",
+    "2",
+)
+
+
+def test_xdit_saves_a_video(tmp_path):
+    """On two ranks, as MP4; without the encoder's program, as GIF of as many frames."""
+    hidden = tmp_path / "hidden" / "imageio_ffmpeg.py"
+    hidden.parent.mkdir()
+    hidden.write_text("raise ImportError('hidden')")
+    command = [sys.executable, "-m", "xfuser.cli", "--model", whole.save("ltx", tmp_path), *VIDEO]
+    done = start([*command, "--ulysses_degree", "2", "--use_parallel_vae", "--output_dir", "two"], tmp_path)
+    without = start(command, tmp_path, PYTHONPATH=f"{hidden.parent}:{ROOT}")
+    assert done.returncode == 0 and without.returncode == 0, done.stderr + without.stderr
+    (film,) = (tmp_path / "two").iterdir()
+    assert str(film.relative_to(tmp_path)) in done.stdout
+    assert film.suffix == ".mp4" and imageio.get_reader(film).count_frames() == 9
+    (animation,) = (tmp_path / "results").iterdir()
+    assert animation.suffix == ".gif" and Image.open(animation).n_frames == 9
+
+
+def test_xdit_makes_a_video_of_a_picture(tmp_path):
+    Image.new("RGB", (96, 160), (255, 0, 0)).save(tmp_path / "red.png")
+    model = whole.save("ltx_i2v", tmp_path)
+    done = xdit(tmp_path, "--model", model, *VIDEO, "--img_file_path", "red.png", "--use_cfg_parallel")
+    assert done.returncode == 0, done.stderr
+    (film,) = (tmp_path / "results").iterdir()
+    assert film.stat().st_size > 0 and film.suffix == ".mp4"
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
