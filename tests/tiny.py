@@ -133,18 +133,24 @@ VAES = {  # of every class that the parallel VAE knows: the configuration
     "AutoencoderKLHunyuanImage": HUNYUAN | {"sample_size": 64},
     "AutoencoderKLHunyuanImageRefiner": HUNYUAN | {"temporal_compression_ratio": 2},
     "AutoencoderKLHunyuanVideo15": HUNYUAN | {"temporal_compression_ratio": 2},
-    "AutoencoderKLKVAE": {"channels": 32, "num_enc_blocks": 1, "num_dec_blocks": 1, "z_channels": 4, "ch_mult": (1, 1, 1)},
-    "AutoencoderKLKVAEVideo": {"ch": 32, "ch_mult": (1, 1, 1), "num_res_blocks": 1, "z_channels": 4, "temporal_compress_times": 2},
+    "AutoencoderKLKVAE": {
+        "channels": 32, "num_enc_blocks": 1, "num_dec_blocks": 1, "z_channels": 4, "ch_mult": (1, 1, 1),
+    },
+    "AutoencoderKLKVAEVideo": {
+        "ch": 32, "ch_mult": (1, 1, 1), "num_res_blocks": 1, "z_channels": 4, "temporal_compress_times": 2,
+    },
     "AutoencoderKLLTX2Video": {
-            "latent_channels": 8, "block_out_channels": (8,) * 4, "down_block_types": ("LTX2VideoDownBlock3D",) * 4,
-            "decoder_block_out_channels": (16,) * 3, "upsample_factor": (1,) * 3, "layers_per_block": (1,) * 5,
-            "decoder_layers_per_block": (1,) * 4, "patch_size": 1,
-        },
-    "AutoencoderKLMagvit": {"latent_channels": 4, "block_out_channels": [8] * 4, "layers_per_block": 1, "norm_num_groups": 4},
+        "latent_channels": 8, "block_out_channels": (8,) * 4, "down_block_types": ("LTX2VideoDownBlock3D",) * 4,
+        "decoder_block_out_channels": (16,) * 3, "upsample_factor": (1,) * 3, "layers_per_block": (1,) * 5,
+        "decoder_layers_per_block": (1,) * 4, "patch_size": 1,
+    },
+    "AutoencoderKLMagvit": {
+        "latent_channels": 4, "block_out_channels": [8] * 4, "layers_per_block": 1, "norm_num_groups": 4,
+    },
     "AutoencoderKLQwenImage21": WAN | {
-            "decoder_base_dim": 4, "dim_mult": [1] * 5, "temperal_downsample": [False] + [True] * 3, "in_channels": 3,
-            "out_channels": 3,
-        },
+        "decoder_base_dim": 4, "dim_mult": [1] * 5, "temperal_downsample": [False] + [True] * 3, "in_channels": 3,
+        "out_channels": 3,
+    },
     "VQModel": BLOCKS | {"block_out_channels": (8, 8)},
 }  # fmt: skip
 
