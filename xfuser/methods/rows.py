@@ -48,5 +48,18 @@ def split_rows(
             return list(group.all_gather(torch.stack(x)[: len(mine)], dim=0, sizes=sizes))
         return group.all_gather(x[: len(mine)], dim=0, sizes=sizes) if isinstance(x, torch.Tensor) else x
 
+    if plan and plan.pictures:
+        arguments = _with_pictures_of(arguments, *plan.pictures, computed)
     output = call({name: cut(name, value) for name, value in arguments.items()})
     return tree_map(gather, output, is_leaf=lambda x: isinstance(x, list))
+
+
+def _with_pictures_of(arguments: dict[str, Any], places: str, pictures: str, rows: range) -> dict[str, Any]:
+    """The arguments with the pictures of these rows alone, which are numbered anew."""
+    owners = [row for row, own in (arguments.get(places) or {}).items() for _ in own]
+    if not owners:
+        return arguments
+    return arguments | {
+        places: {row - rows.start: own for row, own in arguments[places].items() if row in rows},
+        pictures: [one for row, one in zip(owners, arguments[pictures], strict=True) if row in rows],
+    }

@@ -9,4 +9,5 @@ OMNIGEN = ModelPlan(
     head=None,
     carried={"layers": {"hidden_states": ("text", "image")}},
     per_token={"image_rotary_emb": Tokens(("text", "image"), dim=-2)},
+    pictures=("input_image_sizes", "input_img_latents"),
 )

@@ -57,7 +57,6 @@ class ModelPlan:
             after the other; none where the tokens are rows of a batch, which need nothing from each other.
         whole: whether text takes part in the attention, but is not split, as the forward or the attention cuts it by
             its length: every rank has all of it, beside its share of the image.
-        needs_text: whether the blocks fail on no text tokens at all.
         needs_text: whether the blocks fail where there is no text token at all.
         per_token: arguments of the blocks with one entry per token, such as rotary tables and key masks; a tuple for
             an argument that is a tuple of different ones, with None for those that are no such.
@@ -71,6 +70,8 @@ class ModelPlan:
         unbatched: arguments of the forward that have no batch dimension.
         batch_dims: arguments of the forward whose batch dimension is not the first.
         row_lists: arguments of the forward that are lists with an entry for each row of the batch.
+        pictures: argument of the forward with a dict from the number of a row of the batch to what it has of another
+            argument's list, and that argument.
         returns: what a block returns, in order: one stream alone is returned as it is, several as a tuple.
         text_modules: submodules of the blocks that work on text tokens.
         skip: argument of the second half's blocks with the output of the block as far from the other end, for long
@@ -102,6 +103,7 @@ class ModelPlan:
     unbatched: tuple[str, ...] = ()
     batch_dims: dict[str, int] = field(default_factory=dict)
     row_lists: tuple[str, ...] = ()
+    pictures: tuple[str, str] | None = None
     returns: Streams = ("image",)
     text_modules: tuple[str, ...] = ()
     skip: str | None = None

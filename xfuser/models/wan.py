@@ -18,6 +18,7 @@ WAN_VACE = replace(
     WAN,
     blocks=("vace_blocks", "blocks"),
     carried={"vace_blocks": {"hidden_states": ("image",), "control_hidden_states": ("image",)}},
+    unbatched=("control_hidden_states_scale",),
     unpiped="a second stack of blocks feeds those of all stages",
 )
 
