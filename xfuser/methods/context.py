@@ -146,7 +146,7 @@ class ContextParallel:
         if not whole:
             queries, keys = self._exchange(name, query.shape[2], key.shape[2])
             whole = not self._is_split(name, keys)
-        if whole or not self._is_split(name, queries):
+        if whole:
             return attention(query, key, value, attn_mask, scale, self._backend)
         mask = None if attn_mask is None else attn_mask[(None,) * (4 - attn_mask.dim())]
         if mask is not None and mask.shape[2:] != (1, key.shape[2]):
@@ -182,8 +182,9 @@ class ContextParallel:
         Raises:
             ValueError: they are neither that, nor the same on all ranks.
         """
-        for count in range(1, len(self._totals) + 1):
-            for totals in combinations(self._totals, count):
+        known = self._totals * 2  # two streams, as text and image, may be of the same length
+        for count in range(1, len(known) + 1):
+            for totals in combinations(known, count):
                 shares = zip(*(split_sizes(total, self._ranks) for total in totals), strict=True)
                 if [sum(one) for one in shares] == lengths:
                     return True
