@@ -62,13 +62,22 @@ class SequenceParallel:
                 stack.callback(self._model.get_submodule(plan.head).register_forward_hook(self._leave_head).remove)
             self._attentions = self._named_attentions(blocks)
             modules = {name: self._model.get_submodule(name) for name in self._attentions}
-            stack.enter_context(intercepted(modules, lambda name: partial(self._attend, name), many=plan.whole))
+            stack.enter_context(
+                intercepted(modules, lambda name: partial(self._attend, name), many=plan.whole, idle=plan.idle)
+            )
             for module in self._linear_attentions(blocks):
                 stack.enter_context(replaced(module, "forward", summed_state(module, self._sum)))
             yield
 
     def layer(self, call: Call, arguments: Arguments) -> Any:
         """The layer of the transformer's forward that opens and closes one forward's state."""
+        given = [name for name in self._plan.by_number if arguments.get(name) is not None]
+        if given and (self._stage or self._group.world_size > 1):
+            raise ValueError(
+                f"sequence parallelism and PipeFusion do not serve {given[0]}={arguments[given[0]]!r} of"
+                f" {type(self._model).__name__}, whose blocks then pick tokens by their number: leave it away, or use"
+                " CFG or data parallelism"
+            )
         latents = arguments[self._plan.latents]
         if isinstance(latents, torch.Tensor):
             self._image_tokens = self._patches.image_tokens(latents)
@@ -147,8 +156,9 @@ class SequenceParallel:
         smallest = self._stage.smallest_window(tokens) if self._stage else tokens
         return smallest // self._unit >= self._group.world_size
 
-    def _cut_residual(self, x: torch.Tensor) -> torch.Tensor:
-        if not self._splits(x.shape[1]):
+    def _cut_residual(self, unit: int, x: torch.Tensor) -> torch.Tensor:
+        units = x.shape[1] // unit
+        if not self._splits(units):
             return x
         sizes = [size * self._unit for size in split_sizes(x.shape[1] // self._unit, self._group.world_size)]
         return x.split(sizes, dim=1)[self._group.rank_in_group]
@@ -221,6 +231,9 @@ class SequenceParallel:
         order = [place for one in ranks for place in keys.key_places(one)]  # of the keys, one rank's after the other
         mask = None if attn_mask is None else _over_keys(attn_mask[(None,) * (4 - attn_mask.dim())], query, key)
         per_key = mask is not None and mask.shape[2:] == (1, key.shape[2])
+        if mask is not None and not per_key and shares.ranks > 1 and mask.shape[2:] == (queries.total, key.shape[2]):
+            # Of all queries, but cut with the keys.
+            mask, order = self._group.all_gather(mask, dim=3, sizes=keys.key_lengths), [(0, keys.total)]
         if per_key:
             mask = keys.given(additive(mask, query.dtype), 3, rank)
         elif mask is not None:

@@ -66,7 +66,8 @@ class Rows:
         if all(rank in part.givers for part in self._parts):
             return x
         rows = x.split([part.sizes[rank] for part in self._parts], dim=dim)
-        return torch.cat([own for own, part in zip(rows, self._parts, strict=True) if rank in part.givers], dim=dim)
+        given = [own for own, part in zip(rows, self._parts, strict=True) if rank in part.givers]
+        return torch.cat(given, dim=dim) if given else x.narrow(dim, 0, 0)
 
 
 class TokenShares:

@@ -10,6 +10,7 @@ FLUX2 = ModelPlan(
     text="encoder_hidden_states",
     carried={"single_transformer_blocks": {"hidden_states": ("text", "image")}},
     per_token={"image_rotary_emb": Tokens(("text", "image"), dim=0)},
+    by_number=("kv_cache_mode",),
     returns=("text", "image"),
     text_modules=("ff_context", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
 )

@@ -22,9 +22,11 @@ LTX2_VIDEO = ModelPlan(
         "audio_to_video_attn": Attention(queries=("image",), keys=("text",)),
         "video_to_audio_attn": Attention(queries=("text",), keys=("image",)),
     },
+    idle=("all_perturbed",),
     head=None,
     text="audio_hidden_states",
     per_token={
+        "self_attention_mask": Tokens(("image",), dim=-1),
         "temb": _VIDEO,
         "temb_ca_scale_shift": _VIDEO,
         "temb_ca_gate": _VIDEO,

@@ -62,11 +62,13 @@ class ModelPlan:
             an argument that is a tuple of different ones, with None for those that are no such.
         leading: arguments of the blocks that count tokens at the image's beginning.
         spread: those of ``per_token`` that the forward also applies between the last block and the head.
+        idle: arguments of attention modules that switch attention off for a call.
         linear: attention modules that are linear: they sum a state over the tokens by their first ``matmul``.
         rows: argument of the blocks with the number of rows of tokens, where blocks convolve them and rows therefore
             stay together.
         convolutions: modules of a block that do so, ``[B, C, rows, columns]``.
         residuals: arguments of the forward with per-token residuals of a ControlNet, ``[B, image tokens, D]``.
+        by_number: arguments of the forward that make blocks pick tokens by their number, which shares do not know.
         unbatched: arguments of the forward that have no batch dimension.
         batch_dims: arguments of the forward whose batch dimension is not the first.
         row_lists: arguments of the forward that are lists with an entry for each row of the batch.
@@ -96,10 +98,12 @@ class ModelPlan:
     per_token: dict[str, Tokens | tuple[Tokens | None, ...]] = field(default_factory=dict)
     leading: tuple[str, ...] = ()
     spread: tuple[str, ...] = ()
+    idle: tuple[str, ...] = ()
     linear: tuple[str, ...] = ()
     rows: str | None = None
     convolutions: tuple[str, ...] = ()
     residuals: tuple[str, ...] = ()
+    by_number: tuple[str, ...] = ()
     unbatched: tuple[str, ...] = ()
     batch_dims: dict[str, int] = field(default_factory=dict)
     row_lists: tuple[str, ...] = ()

@@ -57,18 +57,23 @@ def what_matters(
 
 
 @contextmanager
-def intercepted(modules: dict[str, nn.Module], attend: Callable[[str], Attend], many: bool = False) -> Iterator[None]:
+def intercepted(
+    modules: dict[str, nn.Module], attend: Callable[[str], Attend], many: bool = False, idle: tuple[str, ...] = ()
+) -> Iterator[None]:
     """Within the context, each of ``modules`` computes its attention by ``attend(name)``.
 
     The replacement takes query, key, value, mask and scale of ``scaled_dot_product_attention``. A module whose
     processor does not call that function exactly once per forward, or at least once with ``many``, raises a ValueError:
-    its attention would not be the one intended.
+    its attention would not be the one intended. One of the arguments ``idle`` that is true says that it attends to
+    nothing.
     """
     active: list[_Interception] = []
     handles = []
     for name, module in modules.items():
         handles.append(module.register_forward_pre_hook(partial(_enter, active, attend(name))))
-        handles.append(module.register_forward_hook(partial(_leave, active, name, many), always_call=True))
+        handles.append(
+            module.register_forward_hook(partial(_leave, active, name, many, idle), with_kwargs=True, always_call=True)
+        )
     try:
         yield
     finally:
@@ -84,9 +89,20 @@ def _enter(active: list[_Interception], attend: Attend, module: nn.Module, args:
     active.append(mode)
 
 
-def _leave(active: list[_Interception], name: str, many: bool, module: nn.Module, args: tuple, output: Any) -> None:
+def _leave(
+    active: list[_Interception],
+    name: str,
+    many: bool,
+    idle: tuple[str, ...],
+    module: nn.Module,
+    args: tuple,
+    kwargs: dict[str, Any],
+    output: Any,
+) -> None:
     mode = active.pop()
     mode.__exit__(None, None, None)
+    if not mode.count and any(kwargs.get(one) for one in idle):
+        return
     if (
         not (mode.count == 1 or (many and mode.count)) and output is not None
     ):  # None: the forward raised, and says so itself
