@@ -206,10 +206,13 @@ def test_classes_without_a_plan_go_by_that_of_diffusers(pool, family):
             assert matrix.error(result, expected) <= matrix.TOLERANCE
 
 
-def test_pipefusion_of_a_class_without_a_plan_is_refused(monkeypatch):
-    monkeypatch.delitem(registry.PLANS, "WanTransformer3DModel")
+def unplanned_in_patches():
     with pytest.raises(ValueError, match="PipeFusion does not serve WanTransformer3DModel: there is no plan for it"):
-        matrix.draw("wan", {"pipefusion_parallel_degree": 1, "num_pipeline_patch": 2}, {})
+        unplanned("wan", {"pipefusion_parallel_degree": 1, "num_pipeline_patch": 2})
+
+
+def test_pipefusion_of_a_class_without_a_plan_is_refused(pool):
+    pool.run(1, unplanned_in_patches)
 
 
 class WithSound(DenoisingLoop):
