@@ -104,9 +104,6 @@ VARIANTS = {
     "z_image, with a ControlNet": with_conditions(
         "z_image", lambda rows, draw: {"controlnet_block_samples": {1: draw(rows, 64, WIDTH)}}
     ),
-    "sana, with a ControlNet": with_conditions(
-        "sana", lambda rows, draw: {"controlnet_block_samples": [draw(rows, 15, WIDTH) for _ in range(2)]}
-    ),
     "cosmos, with a ControlNet": with_conditions(
         "cosmos", lambda rows, draw: {"block_controlnet_hidden_states": [draw(rows, 45, 36) for _ in range(3)]},
         controlnet_block_every_n=1,

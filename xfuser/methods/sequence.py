@@ -156,9 +156,8 @@ class SequenceParallel:
         smallest = self._stage.smallest_window(tokens) if self._stage else tokens
         return smallest // self._unit >= self._group.world_size
 
-    def _cut_residual(self, unit: int, x: torch.Tensor) -> torch.Tensor:
-        units = x.shape[1] // unit
-        if not self._splits(units):
+    def _cut_residual(self, x: torch.Tensor) -> torch.Tensor:
+        if not self._splits(x.shape[1]):
             return x
         sizes = [size * self._unit for size in split_sizes(x.shape[1] // self._unit, self._group.world_size)]
         return x.split(sizes, dim=1)[self._group.rank_in_group]
