@@ -24,13 +24,12 @@ DEFAULT = {
 }  # fmt: skip
 REFUSED = {  # by PipeFusion, where the transformer's class is not refused
     "wan_two": "divide the steps",
-    "cogvideox_i2v": "CogVideoXDPMScheduler, whose state between steps is the pipeline's",
     "ltx_i2v": "patches must be rows of both",
     "qwen_image_edit": "patches must be rows of both",
     "flux_kontext": "patches must be rows of both",
     "flux2": "patches must be rows of both",
-    "skyreels_v2_forcing": "patches must be rows of both",
-    "hunyuan_image_guided": "guider of HunyuanImagePipeline keeps a momentum",
+    "skyreels_v2_forcing": "copy their scheduler",
+    "hunyuan_image_guided": "does not serve AdaptiveProjectedMixGuidance of HunyuanImagePipeline",
     "cosmos": "turns its scheduler back",
     "cosmos2": "more than the 1 frames",
 }

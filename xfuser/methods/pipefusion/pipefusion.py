@@ -62,12 +62,7 @@ class PipeFusion:
                 f"perturbed-attention guidance (PAG) of {type(pipe).__name__} looks for its layers in blocks that other"
                 " stages hold: set pag_scale=0, or use Ulysses or ring"
             )
-        for name, part in pipe.components.items():
-            if hasattr(part, "momentum_buffer"):
-                raise ValueError(
-                    f"{name} of {type(pipe).__name__} keeps a momentum of whole predictions and counts steps: use"
-                    " guidance without, or other methods than PipeFusion"
-                )
+        _check_guiders(pipe)
         return stepwise_callbacks(arguments, lambda: self._clock), has_callback(arguments)
 
     @contextmanager
@@ -158,3 +153,18 @@ class PipeFusion:
                 yield
         finally:
             own["scheduler"] = scheduler
+
+
+def _check_guiders(pipe: Any) -> None:
+    """Refuse guiders that look at the whole prediction, or remember those of steps before."""
+    for guider in pipe.components.values():
+        if not getattr(guider, "_enabled", False) or not hasattr(guider, "prepare_inputs"):
+            continue
+        from diffusers.guiders import ClassifierFreeGuidance  # not in all releases, and only here is one sure to be
+
+        if type(guider) is not ClassifierFreeGuidance or guider.config.guidance_rescale:
+            raise ValueError(
+                f"PipeFusion does not serve {type(guider).__name__} of {type(pipe).__name__}, which looks at the whole"
+                " prediction or counts steps: make the guider a ClassifierFreeGuidance() without guidance_rescale, or"
+                " use other methods"
+            )

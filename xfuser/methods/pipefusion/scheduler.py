@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from xfuser.core.distributed import GroupCoordinator
 from xfuser.methods.forward import arguments_of
@@ -44,12 +44,6 @@ class PatchwiseScheduler:
         return self._copies[0].timesteps.repeat_interleave(self._clock.patches)
 
     @property
-    def sigmas(self) -> torch.Tensor:
-        """As the timesteps, once the loop has begun, which may count sub-steps; what is set ahead of it stays."""
-        sigmas = self._copies[0].sigmas
-        return sigmas.repeat_interleave(self._clock.patches) if self._begun else sigmas
-
-    @property
     def _step_index(self) -> int:
         raise ValueError(
             "PipeFusion does not serve a pipeline that turns its scheduler back to step twice: use Ulysses, ring, CFG"
@@ -59,6 +53,16 @@ class PatchwiseScheduler:
     @property
     def order(self) -> int:
         return self._copies[0].order * self._clock.patches
+
+    @property
+    def sigmas(self) -> torch.Tensor:
+        """As the timesteps, from the first sub-step's end on: pipelines look them up by the number of the sub-step."""
+        real = self._copies[self._clock.patch].sigmas
+        return real.repeat_interleave(self._clock.patches) if self._begun else real
+
+    @sigmas.setter
+    def sigmas(self, value: torch.Tensor) -> None:
+        self._copies[self._clock.patch].sigmas = value
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         if hasattr(self._copies[0], "set_begin_index"):
@@ -74,9 +78,15 @@ class PatchwiseScheduler:
         scaled = self._copies[patch].scale_model_input(self._patches.rows_of(sample, rows), timestep)
         return sample if self._clock.synchronous else self._placed(scaled, rows, sample)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        raise ValueError(
+            "PipeFusion does not serve pipelines that copy their scheduler, as for further latents or single frames:"
+            " use other methods"
+        )
+
     def _set_timesteps(self, *args: Any, **kwargs: Any) -> None:
         real = self._copies[0]
-        self._copies, self._begun = [real], False
+        self._copies, self._results, self._begun = [real], [], False
         real.set_timesteps(*args, **kwargs)
         self._clock.announce(len(real.timesteps), real.order)
 
@@ -102,19 +112,34 @@ class PatchwiseScheduler:
         rows = self._patches.rows(sample, patch)
         dim = self._patches.dim(sample)
 
-        def cut(x: torch.Tensor) -> torch.Tensor:
+        def has_rows(x: Any) -> bool:
+            """Also of times for each token."""
             return (
-                self._patches.rows_of(x, rows) if x.dim() == sample.dim() and x.shape[dim] == sample.shape[dim] else x
+                isinstance(x, torch.Tensor)
+                and x.dim() > 1
+                and self._patches.dim(x) == dim
+                and x.shape[dim] == sample.shape[dim]
             )
 
+        if patch == 0:
+            self._first = arguments
+        # What pipelines say of the step before is of the sub-step before: with the first patch, that is the same.
+        arguments = {
+            name: x if has_rows(self._first.get(name)) else self._first.get(name) for name, x in arguments.items()
+        }
+        arguments = {name: self._patches.rows_of(x, rows) if has_rows(x) else x for name, x in arguments.items()}
         with self._noise.of_patch(patch, rows, sample):
-            output = self._copies[patch].step(**tree_map_only(torch.Tensor, cut, arguments))
-        whole = tree_map_only(
-            torch.Tensor, lambda x: self._placed(x, rows, sample) if x.dim() == sample.dim() else x, output
-        )
-        self._end_substep(tree_leaves(whole))
+            parts, tree = tree_flatten(self._copies[patch].step(**arguments))
+        self._results = [self._whole(index, part, rows, sample) for index, part in enumerate(parts)]
+        self._end_substep([x for x in self._results if isinstance(x, torch.Tensor)])
         self._clock.advance()
-        return whole
+        return tree_unflatten(self._results, tree)
+
+    def _whole(self, index: int, part: Any, rows: range, sample: torch.Tensor) -> Any:
+        """A part of the step's result, for all rows: the next sample; others as the patches last left them."""
+        if not isinstance(part, torch.Tensor) or part.dim() != sample.dim():
+            return part
+        return self._placed(part, rows, self._results[index] if index and self._results else sample)
 
     def _placed(self, part: torch.Tensor, rows: range, whole: torch.Tensor) -> torch.Tensor:
         """A copy of ``whole``, in the dtype of ``part``, with these rows replaced."""
@@ -137,6 +162,8 @@ def patchwise(scheduler: Any, clock: Clock, patches: Patches, end_substep: Calla
     stand_in = object.__new__(type(kind.__name__, (PatchwiseScheduler, kind), {}))
     vars(stand_in).update(
         _copies=[scheduler],
+        _first={},
+        _results=[],
         _begun=False,
         _clock=clock,
         _patches=patches,
@@ -156,11 +183,6 @@ def _check(scheduler: Any) -> None:
         raise ValueError(
             f"PipeFusion does not serve {name}, whose noise is one Brownian path of the whole latents: use another"
             " scheduler, such as DPMSolverMultistepScheduler with algorithm_type='sde-dpmsolver++'"
-        )
-    if "old_pred_original_sample" in signature(scheduler.step).parameters:
-        raise ValueError(
-            f"PipeFusion does not serve {name}, whose state between steps is the pipeline's, which would mix that of"
-            " the patches: use another scheduler"
         )
     if scheduler.config.get("thresholding"):
         raise ValueError(
