@@ -70,6 +70,9 @@ PLANS: dict[str, ModelPlan] = {
 }
 
 
+# Settings with which a class's context-parallel plan of Diffusers gives a wrong picture.
+MISLEADING = {"is_amplify_history": True}  # Helios scales keys by the number of tokens, and counts a rank's own
+
 _REGISTERED: dict[type, ModelPlan] = {}
 
 
@@ -86,7 +89,13 @@ def plan_of(module: nn.Module) -> ModelPlan | None:
     plans = (_REGISTERED.get(cls) or PLANS.get(cls.__name__) for cls in type(module).__mro__)
     own = next(filter(None, plans), None)
     context = getattr(module, "_cp_plan", None)
-    return own or (_by_context(module, context) if context else None)
+    if (
+        own
+        or not context
+        or any(getattr(module, "config", {}).get(name) == value for name, value in MISLEADING.items())
+    ):
+        return own
+    return _by_context(module, context)
 
 
 def _by_context(module: nn.Module, context: dict[str, Any]) -> ModelPlan:

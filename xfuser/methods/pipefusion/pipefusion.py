@@ -62,6 +62,11 @@ class PipeFusion:
                 f"perturbed-attention guidance (PAG) of {type(pipe).__name__} looks for its layers in blocks that other"
                 " stages hold: set pag_scale=0, or use Ulysses or ring"
             )
+        if arguments.get("guidance_rescale"):
+            raise ValueError(
+                f"guidance_rescale={arguments['guidance_rescale']} of {type(pipe).__name__} looks at the whole"
+                " prediction, of which PipeFusion has a patch at a time: leave it away, or use other methods"
+            )
         _check_guiders(pipe)
         return stepwise_callbacks(arguments, lambda: self._clock), has_callback(arguments)
 
