@@ -71,7 +71,7 @@ PLANS: dict[str, ModelPlan] = {
 
 
 # Settings with which a class's context-parallel plan of Diffusers gives a wrong picture.
-MISLEADING = {"is_amplify_history": True}  # Helios scales keys by the number of tokens, and counts a rank's own
+MISLEADING = ("is_amplify_history",)  # Helios scales keys by the number of tokens, and counts a rank's own
 
 _REGISTERED: dict[type, ModelPlan] = {}
 
