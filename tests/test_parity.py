@@ -25,11 +25,11 @@ METHODS = {
 }
 
 
-# A joint and a cross-attention family take every method, the others some that cover them: the matrix has the rest.
+# One family takes every method, the others some that cover them: the matrix has the rest.
 COVERING = ("cfg2-ulysses2", "dp2-cfg2", "ring3")
 CELLS = [
     (family, method) for family in tiny.FAMILIES for method in METHODS
-    if method in COVERING or family in ("flux", "pixart_sigma")
+    if method in COVERING or family == "flux"
 ]  # fmt: skip
 
 

@@ -91,14 +91,14 @@ def check(pool, ranks, path, asked, call, expected, scheduler=None):
 
 
 @pytest.mark.parametrize("patches", [1, 3])
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", ["flux", "hunyuan_dit", "pixart_alpha", "sd3"])
 def test_synchronous_steps_equal_serial(pool, folder_of, family, patches):
     call = call_of(family, 3 if patches == 3 else 1)
     expected = running.bare(folder_of(family), call)
     check(pool, 2, folder_of(family), degrees(2, patches, STEPS), call, expected)
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", ["dit", "flux", "pixart_sigma", "sd3"])
 def test_displaced_steps_equal_the_oracle_on_any_number_of_stages(pool, folder_of, family):
     path, call = folder_of(family, True), call_of(family)
     serial = running.bare(path, call)
@@ -117,7 +117,7 @@ def test_four_stages(pool, folder_of, family):
 
 
 @pytest.mark.parametrize("hybrid", HYBRIDS)
-@pytest.mark.parametrize("family", ["flux", "hunyuan_dit", "pixart_sigma"])
+@pytest.mark.parametrize("family", ["flux", "hunyuan_dit"])
 def test_hybrids_equal_the_oracle(pool, folder_of, family, hybrid):
     path, call = folder_of(family, True), call_of(family, 3 if hybrid == "dp2" else 1)
     expected = displaced(path, call, 2, 1)

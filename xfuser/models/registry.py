@@ -88,12 +88,8 @@ def plan_of(module: nn.Module) -> ModelPlan | None:
     """
     plans = (_REGISTERED.get(cls) or PLANS.get(cls.__name__) for cls in type(module).__mro__)
     own = next(filter(None, plans), None)
-    context = getattr(module, "_cp_plan", None)
-    if (
-        own
-        or not context
-        or any(getattr(module, "config", {}).get(name) == value for name, value in MISLEADING.items())
-    ):
+    context, config = getattr(module, "_cp_plan", None), getattr(module, "config", {})
+    if own or not context or any(config.get(name) for name in MISLEADING):
         return own
     return _by_context(module, context)
 
