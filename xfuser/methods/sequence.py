@@ -180,20 +180,12 @@ class SequenceParallel:
         if shares.is_whole:
             return x
         rows = shares.rows(streams, x.shape[1])
-        places = [place for rank in range(shares.ranks) for place in rows.key_places(rank)]
-        if not self._stage or self._stage.is_last:
-            x = rows.given(x, 1, shares.rank)
-            if shares.ranks > 1:
-                x = self._group.all_gather(x, dim=1, sizes=rows.key_lengths)
-            if x.shape[1] == rows.total and places == sorted(places):
-                return x
-            parts = x.split([length for _, length in places], dim=1)
-        else:
-            parts = []
-        whole = x.new_zeros(x.shape[0], rows.total, x.shape[2])
-        for (start, length), part in zip(places, parts, strict=False):
-            whole[:, start : start + length] = part
-        return whole
+        if self._stage and not self._stage.is_last:
+            return x.new_zeros(x.shape[0], rows.total, x.shape[2])
+        x = rows.given(x, 1, shares.rank)
+        if shares.ranks > 1:
+            x = self._group.all_gather(x, dim=1, sizes=rows.key_lengths)
+        return rows.in_sequence(x)
 
     def _on_rows(self, module: nn.Module) -> AbstractContextManager[None]:
         """Within the context, a module that convolves the grid, ``[B, C, rows, columns]``, looks into others' rows."""
@@ -227,7 +219,7 @@ class SequenceParallel:
             return attention(query, key, value, attn_mask, scale, self._backend)
         layout, rank, ranks = self._attentions[name], shares.rank, range(shares.ranks)
         queries, keys = shares.rows(layout.queries, query.shape[2]), shares.rows(layout.keys, key.shape[2])
-        order = [place for one in ranks for place in keys.key_places(one)]  # of the keys, one rank's after the other
+        order = keys.order
         mask = None if attn_mask is None else _over_keys(attn_mask[(None,) * (4 - attn_mask.dim())], query, key)
         per_key = mask is not None and mask.shape[2:] == (1, key.shape[2])
         if mask is not None and not per_key and shares.ranks > 1 and mask.shape[2:] == (queries.total, key.shape[2]):

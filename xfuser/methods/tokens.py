@@ -61,6 +61,21 @@ class Rows:
         """Where the rows lie that a rank gives as keys."""
         return [part.place(rank) for part in self._parts if rank in part.givers]
 
+    @property
+    def order(self) -> list[tuple[int, int]]:
+        """Where the keys of all ranks lie, those of one rank after those of another."""
+        return [place for rank in range(self._ranks) for place in self.key_places(rank)]
+
+    def in_sequence(self, x: torch.Tensor) -> torch.Tensor:
+        """``[B, rows in this order, D]`` to ``[B, total, D]``: each row at its place; zeros where there is none."""
+        places = self.order
+        if x.shape[1] == self.total and places == sorted(places):
+            return x
+        whole = x.new_zeros(x.shape[0], self.total, x.shape[2])
+        for (start, length), part in zip(places, x.split([length for _, length in places], dim=1), strict=True):
+            whole[:, start : start + length] = part
+        return whole
+
     def given(self, x: torch.Tensor, dim: int, rank: int) -> torch.Tensor:
         """Of a rank's rows along ``dim``, those that it gives as keys."""
         if all(rank in part.givers for part in self._parts):

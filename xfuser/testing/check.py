@@ -122,12 +122,7 @@ def _assembled(
         rows = _rows(shares, streams, own.shape[1]) if shares.total(streams) == reference.shape[1] else None
         if rows is None or rows.lengths != lengths:
             continue
-        parts = group.all_gather(rows.given(own, 1, shares.rank), dim=1, sizes=rows.key_lengths)
-        places = [place for rank in range(shares.ranks) for place in rows.key_places(rank)]
-        whole = torch.empty_like(reference)
-        for (start, length), part in zip(places, parts.split([n for _, n in places], dim=1), strict=True):
-            whole[:, start : start + length] = part
-        yield whole
+        yield rows.in_sequence(group.all_gather(rows.given(own, 1, shares.rank), dim=1, sizes=rows.key_lengths))
 
 
 def _rows(shares: TokenShares, streams: Streams, own: int) -> Rows | None:

@@ -1,6 +1,5 @@
 """A pipeline of a transformer and a scheduler alone: what all denoising loops have in common."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,13 +25,11 @@ class DenoisingLoop(DiffusionPipeline):
         guidance: str = "batched",
         num_inference_steps: int = 3,
         seed: int = 0,
-        changes: Callable[[dict[str, Any]], dict[str, Any]] = lambda conditions: conditions,
     ) -> list[torch.Tensor]:
         """The final latents, ``[images, ...]``, and what else the last forward returned.
 
         Args:
             guidance: ``"batched"``: both branches in one call; ``"sequential"``: in two; ``"none"``.
-            changes: edits the arguments of each forward.
         """
         generator = torch.Generator().manual_seed(seed)
 
@@ -46,8 +43,7 @@ class DenoisingLoop(DiffusionPipeline):
         with self.progress_bar(total=num_inference_steps) as bar:
             for t in self.scheduler.timesteps:
                 outputs = [
-                    self._forward(family, latents.repeat_interleave(rows // images, 0), t, changes(call))
-                    for call in calls
+                    self._forward(family, latents.repeat_interleave(rows // images, 0), t, call) for call in calls
                 ]
                 noise, *others = outputs[-1]
                 if guidance == "batched":

@@ -67,8 +67,8 @@ def _make_felt(name: str, weight: torch.Tensor) -> None:
         weight.data.mul_(3)
 
 
-def _text(name: str = "encoder_hidden_states", features: int = TEXT) -> Callable[..., Inputs]:
-    return lambda model, rows, draw: {name: draw(rows, WORDS, features)}
+def _text(model: Any, rows: int, draw: Callable) -> Inputs:
+    return {"encoder_hidden_states": draw(rows, WORDS, TEXT)}
 
 
 def _mask(rows: int, words: int | None = None) -> torch.Tensor:
@@ -319,7 +319,7 @@ FAMILIES: dict[str, Family] = {
             "caption_projection_dim": WIDTH, "pos_embed_max_size": 64,
         },
         (4, 10, 6),
-        _text(),
+        _text,
         timestep=FRACTION,
     ),
     "chroma": Family(
@@ -497,7 +497,7 @@ FAMILIES: dict[str, Family] = {
             "video_length": 3, "num_embeds_ada_norm": 1000, "attention_bias": True, "norm_elementwise_affine": False,
         },
         (4, 3, 10, 6),
-        _text(),
+        _text,
     ),
     "ltx": Family(
         "LTXVideoTransformer3DModel",
@@ -586,7 +586,7 @@ FAMILIES: dict[str, Family] = {
             "sample_size": 8,
         },
         (4, 5, 3),
-        _text(),
+        _text,
     ),
     "sd3": Family(
         "SD3Transformer2DModel",
@@ -600,9 +600,9 @@ FAMILIES: dict[str, Family] = {
         _sd3,
     ),
     "skyreels_v2": Family(
-        "SkyReelsV2Transformer3DModel", "SkyReels-V2", WAN | {"num_frame_per_block": 2}, (4, 4, 10, 6), _text()
+        "SkyReelsV2Transformer3DModel", "SkyReels-V2", WAN | {"num_frame_per_block": 2}, (4, 4, 10, 6), _text
     ),
-    "wan": Family("WanTransformer3DModel", "Wan 2.1, 2.2", WAN, VIDEO, _text()),
+    "wan": Family("WanTransformer3DModel", "Wan 2.1, 2.2", WAN, VIDEO, _text),
     "wan_vace": Family(
         "WanVACETransformer3DModel", "Wan VACE", WAN | {"vace_layers": [0], "vace_in_channels": 8}, VIDEO, _vace
     ),
