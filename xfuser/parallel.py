@@ -25,12 +25,15 @@ from xfuser.core.distributed import (
     model_parallel_is_initialized,
 )
 from xfuser.core.distributed.utils import share, split_sizes
+from xfuser.core.staleness import Staleness
 from xfuser.inputs import pipeline_arguments
 from xfuser.logger import quiet_libraries
 from xfuser.methods.cfg import GuidanceParallel
 from xfuser.methods.context import ContextParallel
 from xfuser.methods.data import data_parallel, split_decode
+from xfuser.methods.distrifusion import DistriFusion
 from xfuser.methods.forward import layered_forward, replaced
+from xfuser.methods.naive_patch import NaivePatches
 from xfuser.methods.pipefusion.blocks import Stub, stage_layers
 from xfuser.methods.pipefusion.pipefusion import PipeFusion
 from xfuser.methods.pipefusion.stage import Stage
@@ -120,10 +123,14 @@ class xDiTParallel:
             if self._pipefusion:
                 when_there = guidance.when_there if guidance else _at_once
                 stages = stack.enter_context(self._pipefusion.active(self._pipe, models, when_there, every_step_whole))
-            if guidance:
-                stack.enter_context(_before_step(self._pipe, guidance.step_ends))
+            parts = {name: self._parts() for name in models} if self.engine_config.parallel_config.patched else {}
+            for part in parts.values():
+                stack.callback(part.restart)  # nothing on its way is left to the next call
+            counting = [*([guidance] if guidance else []), *parts.values()]
+            stack.enter_context(_before(self._pipe, "step", [one.step_ends for one in counting]))
+            stack.enter_context(_before(self._pipe, "set_timesteps", [one.restart for one in parts.values()]))
             for name, (model, plan) in models.items():
-                stage = stages.get(name)
+                stage, part = stages.get(name), parts.get(name)
                 layers = [guidance.layer(plan)] if guidance else []
                 if get_dp_group().world_size > 1:
                     layers.append(data_parallel(get_dp_group(), plan))
@@ -131,13 +138,17 @@ class xDiTParallel:
                     layers.insert(0, refuse_mixed_rows(self._pipe))
                 if stage:
                     layers = [stage.assembled, *layers, stage.computed]
-                if stage and guidance:
-                    guidance.part, guidance.rows_stay = stage.part, True
+                if part:
+                    layers.insert(0, part.layer)
+                if guidance and (stage or part):
+                    guidance.rows_stay = True
+                if guidance and stage:
+                    guidance.part = stage.part
                 if stage or self._sp.world_size > 1 or self._backend not in ("auto", "sdpa"):
                     if plan.context:
                         sequence = ContextParallel(model, plan, self._sp, self._backend)
                     else:
-                        sequence = SequenceParallel(model, plan, self._sp, self._backend, stage)
+                        sequence = SequenceParallel(model, plan, self._sp, self._backend, stage, part)
                     layers.append(sequence.layer)
                     stack.enter_context(sequence.active())
                 if layers:
@@ -202,6 +213,14 @@ class xDiTParallel:
             vae, get_replica_group().device_group, runtime.vae_engine, runtime.vae_split, runtime.vae_chunk_rows
         )
         return [split_decode(vae, get_dp_group()), rows] if get_dp_group().world_size > 1 else [rows]
+
+    def _parts(self) -> DistriFusion | NaivePatches:
+        """How the ranks that compute a part of the picture each go through a loop of one transformer."""
+        parallel, scheduler = self.engine_config.parallel_config, getattr(self._pipe, "scheduler", None)
+        if parallel.naive_patch_degree > 1:
+            return NaivePatches(parallel.split_scheme or "row")
+        warmup = self.engine_config.runtime_config.warmup_steps * getattr(scheduler, "order", 1)
+        return DistriFusion(Staleness(self._sp.ring_group, parallel.distrifusion_mode, warmup))
 
     def _check_usable(self) -> None:
         if self._pipe is None:
@@ -272,16 +291,17 @@ def _quiet_progress(pipe: Any) -> AbstractContextManager[None]:
     )
 
 
-def _before_step(pipe: Any, notify: Callable[[], None]) -> AbstractContextManager[None]:
-    """Within the context, ``notify`` is called ahead of each step of the pipeline's scheduler, or of a copy of it."""
+def _before(pipe: Any, method: str, notify: list[Callable[[], None]]) -> AbstractContextManager[None]:
+    """Within the context, ``notify`` are called ahead of a method of the pipeline's scheduler, or of a copy of it."""
     scheduler = getattr(pipe, "scheduler", None)
-    if scheduler is None:
+    if scheduler is None or not notify:
         return nullcontext()
-    original, of_class = scheduler.step, type(scheduler).step
+    original, of_class = getattr(scheduler, method), getattr(type(scheduler), method)
 
     @wraps(of_class)
-    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        notify()
+    def notifying(self: Any, *args: Any, **kwargs: Any) -> Any:
+        for one in notify:
+            one()
         return original(*args, **kwargs) if self is scheduler else of_class(self, *args, **kwargs)
 
-    return replaced(scheduler, "step", MethodType(step, scheduler))  # copies get a method of their own
+    return replaced(scheduler, method, MethodType(notifying, scheduler))  # copies get a method of their own

@@ -14,6 +14,7 @@ from xfuser.core import device as devices
 from xfuser.core.attention.kernels import available_backends, check_backend
 from xfuser.core.distributed import init_distributed_environment, launched_world_size
 from xfuser.core.distributed.failure import fail_together
+from xfuser.core.staleness import ASYNCHRONOUS, MODES
 from xfuser.models.registry import check_folder
 from xfuser.vae.engines import check_engine
 
@@ -57,7 +58,9 @@ class xFuserArgs:
     download_dir: str | None = _model(None, "Folder for what is downloaded from the hub.")
     trust_remote_code: bool = _model(False, "Allow a pipeline's own code from the hub.")
 
-    warmup_steps: int = _runtime(1, "Synchronous first steps of PipeFusion; no effect on other methods.")
+    warmup_steps: int = _runtime(
+        1, "Synchronous first steps of PipeFusion and DistriFusion; no effect on other methods."
+    )
     use_parallel_vae: bool = _runtime(False, "Encode and decode with the rows of the picture divided over ranks.")
     vae_engine: str = _runtime("auto", "Parallel VAE: auto, native, or the package distvae.")
     vae_split: str = _runtime("auto", "Parallel VAE: divide height, width, or auto, the longer one.")
@@ -92,7 +95,16 @@ class xFuserArgs:
         None, "Blocks of each PipeFusion stage; balanced by time if not given.", "+"
     )
     tensor_parallel_degree: int = _parallel(1, "Ranks that share each layer's weights (not available yet).")
-    split_scheme: str | None = _parallel(None, "How tensor parallelism cuts weights (not available yet).")
+    distrifusion_degree: int = _parallel(
+        1, "Ranks that each compute a part of the picture, from the others' keys and values of the last step."
+    )
+    distrifusion_mode: str = _parallel(ASYNCHRONOUS, f"What DistriFusion waits for: {', '.join(MODES)}.")
+    naive_patch_degree: int = _parallel(
+        1, "Ranks that each compute a part of the picture as if it were all; a baseline that shows its seams."
+    )
+    split_scheme: str | None = _parallel(
+        None, "Naive patches are cut by row, col, or alternate (step by step); row if not given."
+    )
 
     height: int | None = _input(None, "Height of the image in pixels; the model's own if not given.")
     width: int | None = _input(None, "Width of the image in pixels; the model's own if not given.")
@@ -145,19 +157,21 @@ class xFuserArgs:
         self._refuse_unavailable()
         check_backend(self.attention_backend)
         parallel = ParallelConfig(
-            dp_degree=self.data_parallel_degree,
-            cfg_degree=2 if self._guidance_in_parallel() else 1,
-            ulysses_degree=self.ulysses_degree,
-            ring_degree=self.ring_degree,
-            pp_degree=self.pipefusion_parallel_degree,
-            tp_degree=self.tensor_parallel_degree,
-            num_pipeline_patch=self._patches(),
-            attn_layer_num_for_pp=tuple(self.attn_layer_num_for_pp) if self.attn_layer_num_for_pp else None,
+            **self._fields_of(ParallelConfig)
+            | {
+                "dp_degree": self.data_parallel_degree,
+                "cfg_degree": 2 if self._guidance_in_parallel() else 1,
+                "pp_degree": self.pipefusion_parallel_degree,
+                "tp_degree": self.tensor_parallel_degree,
+                "num_pipeline_patch": self._patches(),
+                "attn_layer_num_for_pp": tuple(self.attn_layer_num_for_pp) if self.attn_layer_num_for_pp else None,
+            }
         )
         parallel.check(parallel.world_size if world_size is None else world_size)
         inputs = self._input_config()
         inputs.check()
-        if parallel.pipelined and not 0 <= self.warmup_steps <= self.num_inference_steps:
+        displaced = parallel.pipelined or parallel.distrifusion_degree > 1
+        if displaced and not 0 <= self.warmup_steps <= self.num_inference_steps:
             raise ValueError(
                 f"warmup_steps={self.warmup_steps} must be from 0 to num_inference_steps={self.num_inference_steps}"
             )
@@ -219,7 +233,6 @@ class xFuserArgs:
         refused = {
             "use_torch_compile": self.use_torch_compile,
             "tensor_parallel_degree": self.tensor_parallel_degree > 1,
-            "split_scheme": self.split_scheme,
         }
         for name, asked in refused.items():
             if asked:

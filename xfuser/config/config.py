@@ -6,6 +6,8 @@ from itertools import product
 
 import torch
 
+from xfuser.core.staleness import ASYNCHRONOUS, MODES
+
 OUTPUT_TYPES = ("pil", "pt", "np", "latent")
 
 
@@ -38,6 +40,12 @@ class RuntimeConfig:
     enable_slicing: bool = False
 
 
+# Methods whose ranks compute a part of the picture each, and what they may be cut by.
+PATCH_METHODS = ("distrifusion_degree", "naive_patch_degree")
+DIVIDING = ("ulysses_degree", "ring_degree", "pipefusion_parallel_degree", "num_pipeline_patch", *PATCH_METHODS)
+SPLIT_SCHEMES = {"tensor_parallel_degree": ("row", "col"), "naive_patch_degree": ("row", "col", "alternate")}
+
+
 @dataclass(frozen=True)
 class ParallelConfig:
     """The degrees of parallelism, whose product is the number of ranks."""
@@ -50,10 +58,15 @@ class ParallelConfig:
     tp_degree: int = 1
     num_pipeline_patch: int = 1
     attn_layer_num_for_pp: tuple[int, ...] | None = None
+    distrifusion_degree: int = 1
+    distrifusion_mode: str = ASYNCHRONOUS
+    naive_patch_degree: int = 1
+    split_scheme: str | None = None
 
     @property
     def sp_degree(self) -> int:
-        return self.ulysses_degree * self.ring_degree
+        """Ranks that share a picture's rows, by whatever method."""
+        return self.ulysses_degree * self.ring_degree * self.distrifusion_degree * self.naive_patch_degree
 
     @property
     def group_degrees(self) -> dict[str, int]:
@@ -62,7 +75,7 @@ class ParallelConfig:
             "data_parallel_degree": self.dp_degree,
             "classifier_free_guidance_degree": self.cfg_degree,
             "ulysses_degree": self.ulysses_degree,
-            "ring_degree": self.ring_degree,
+            "ring_degree": self.sp_degree // self.ulysses_degree,
             "tensor_parallel_degree": self.tp_degree,
             "pipeline_parallel_degree": self.pp_degree,
         }
@@ -76,6 +89,11 @@ class ParallelConfig:
         """Whether PipeFusion is used, if only as a preview on one rank."""
         return self.pp_degree > 1 or self.num_pipeline_patch > 1
 
+    @property
+    def patched(self) -> bool:
+        """Whether ranks compute a part of the picture each, which sees of the others what was, or nothing."""
+        return self.distrifusion_degree > 1 or self.naive_patch_degree > 1
+
     def check(self, world_size: int) -> None:
         """Raise a ValueError unless the degrees multiply to ``world_size``."""
         for flag, degree in self.degrees().items():
@@ -88,6 +106,30 @@ class ParallelConfig:
                 f" With {world_size} rank{'s' * (world_size > 1)} you can choose: {legal_choices(world_size)}"
             )
         self._check_pipeline()
+        self._check_patches()
+
+    def _check_patches(self) -> None:
+        """DistriFusion and naive patches divide the rows as sequence parallelism does: they exclude each other."""
+        if self.distrifusion_mode not in MODES:
+            raise ValueError(f"distrifusion_mode={self.distrifusion_mode!r} is unknown; known are {', '.join(MODES)}")
+        degrees = self.degrees() | {"num_pipeline_patch": self.num_pipeline_patch}
+        dividing = [name for name in DIVIDING if degrees[name] > 1]
+        if len(dividing) > 1 and set(dividing) & set(PATCH_METHODS):
+            raise ValueError(
+                f"{' and '.join(f'{name}={degrees[name]}' for name in dividing)} divide the picture in ways that"
+                f" exclude each other: choose one. {' and '.join(PATCH_METHODS)} go with data_parallel_degree, use_cfg_parallel"
+                " and tensor_parallel_degree"
+            )
+        naive = self.naive_patch_degree > 1
+        if self.split_scheme and not naive and self.tp_degree == 1:
+            raise ValueError(
+                f"split_scheme={self.split_scheme!r} is of use with tensor_parallel_degree or naive_patch_degree alone"
+            )
+        method = "naive_patch_degree" if naive else "tensor_parallel_degree"
+        if self.split_scheme not in (None, *SPLIT_SCHEMES[method]):
+            raise ValueError(
+                f"split_scheme={self.split_scheme!r} is unknown; {method} knows {', '.join(SPLIT_SCHEMES[method])}"
+            )
 
     def _check_pipeline(self) -> None:
         patches, layers = self.num_pipeline_patch, self.attn_layer_num_for_pp
@@ -110,12 +152,16 @@ class ParallelConfig:
             "ring_degree": self.ring_degree,
             "pipefusion_parallel_degree": self.pp_degree,
             "tensor_parallel_degree": self.tp_degree,
+            "distrifusion_degree": self.distrifusion_degree,
+            "naive_patch_degree": self.naive_patch_degree,
         }
 
     def __str__(self) -> str:
+        patched = {"distrifusion": self.distrifusion_degree, "naive": self.naive_patch_degree}
         return (
             f"dp{self.dp_degree}_cfg{self.cfg_degree}_ulysses{self.ulysses_degree}_ring{self.ring_degree}"
             f"_tp{self.tp_degree}_pp{self.pp_degree}_patch{self.num_pipeline_patch}"
+            + "".join(f"_{name}{degree}" for name, degree in patched.items() if degree > 1)
         )
 
 
@@ -142,18 +188,6 @@ class EngineConfig:
     model_config: ModelConfig
     runtime_config: RuntimeConfig
     parallel_config: ParallelConfig
-
-    @property
-    def group_degrees(self) -> dict[str, int]:
-        """The arguments of ``initialize_model_parallel``."""
-        return {
-            "data_parallel_degree": self.dp_degree,
-            "classifier_free_guidance_degree": self.cfg_degree,
-            "ulysses_degree": self.ulysses_degree,
-            "ring_degree": self.ring_degree,
-            "tensor_parallel_degree": self.tp_degree,
-            "pipeline_parallel_degree": self.pp_degree,
-        }
 
     @property
     def world_size(self) -> int:

@@ -14,8 +14,9 @@ from xfuser.core.attention.kernels import additive, attention
 from xfuser.core.attention.linear import summed_state
 from xfuser.core.attention.usp import usp_attention
 from xfuser.core.distributed import SequenceParallelGroupCoordinator
-from xfuser.core.distributed.utils import split_sizes
+from xfuser.methods.distrifusion import DistriFusion
 from xfuser.methods.forward import Arguments, Call, edited_arguments, replaced
+from xfuser.methods.naive_patch import NaivePatches
 from xfuser.methods.pipefusion.patches import Patches
 from xfuser.methods.pipefusion.stage import Stage
 from xfuser.methods.tokens import Rows, TokenShares, Window
@@ -27,7 +28,8 @@ from xfuser.vae.parallelize import OnBands
 class SequenceParallel:
     """Sequence parallelism (USP: Ulysses x ring) of one transformer over one group.
 
-    With a pipeline ``stage``, a forward computes one patch of the image: the patch's tokens are what is shared.
+    With a pipeline ``stage``, a forward computes one patch of the image: the patch's tokens are what is shared. With
+    ``parts``, attention sees of other ranks' tokens what these say, and there is no Ulysses and no ring.
     """
 
     def __init__(
@@ -37,8 +39,10 @@ class SequenceParallel:
         group: SequenceParallelGroupCoordinator,
         backend: str = "auto",
         stage: Stage | None = None,
+        parts: DistriFusion | NaivePatches | None = None,
     ) -> None:
         self._model, self._plan, self._group, self._backend, self._stage = model, plan, group, backend, stage
+        self._parts = parts
         self._patches = Patches(1, getattr(model, "config", model), plan.frames)
         self._reset()
 
@@ -81,7 +85,12 @@ class SequenceParallel:
         latents = arguments[self._plan.latents]
         if isinstance(latents, torch.Tensor):
             self._image_tokens = self._patches.image_tokens(latents)
-        self._unit = self._image_tokens // self._patches.row_count(latents) if self._plan.rows else 1
+        rows = self._patches.row_count(latents)
+        columns = self._image_tokens // rows
+        self._lines = self._parts.lines(rows, columns) if self._parts else 1
+        self._unit = columns if self._plan.rows else self._lines
+        if self._plan.rows and self._lines > 1:
+            raise ValueError(f"the blocks of {type(self._model).__name__} need whole rows: use split_scheme='row'")
         for name in self._plan.residuals:
             if arguments.get(name) is not None:
                 arguments[name] = tree_map_only(torch.Tensor, self._cut_residual, arguments[name])
@@ -146,10 +155,13 @@ class SequenceParallel:
         elif plan.carriers(blocks)[plan.image] != ("image",):  # text is in there, too
             whole, count = count, self._image_tokens
             text = whole - count
-        window = stage.window(count) if stage else Window(range(count))
+        return self._share_of(count, text, stage.window(count) if stage else Window(range(count)))
+
+    def _share_of(self, count: int, text: int | None, window: Window) -> TokenShares:
         rank, ranks = (self._group.rank_in_group, self._group.world_size) if self._splits(count) else (0, 1)
-        whole = ranks > 1 and bool(text) and text < ranks  # blocks need not bear having none
-        return TokenShares(rank, ranks, count, text, window, self._unit, whole, plan.needs_text)
+        asked = self._parts is not None and self._parts.whole_text
+        whole = ranks > 1 and bool(text) and (asked or text < ranks)  # blocks need not bear having none
+        return TokenShares(rank, ranks, count, text, window, self._unit, whole, self._plan.needs_text, self._lines)
 
     def _splits(self, tokens: int) -> bool:
         """Fewer image tokens than ranks stay whole on every rank: blocks need not bear having none."""
@@ -159,8 +171,7 @@ class SequenceParallel:
     def _cut_residual(self, x: torch.Tensor) -> torch.Tensor:
         if not self._splits(x.shape[1]):
             return x
-        sizes = [size * self._unit for size in split_sizes(x.shape[1] // self._unit, self._group.world_size)]
-        return x.split(sizes, dim=1)[self._group.rank_in_group]
+        return self._share_of(x.shape[1], None, Window(range(x.shape[1]))).cut(x, Tokens(("image",)))
 
     def _leave_blocks(self, outputs: list[Streams], block: nn.Module, args: tuple, output: Any) -> Any:
         """Behind the last block: all tokens of what it returns, if the head is not the place for that."""
@@ -219,17 +230,22 @@ class SequenceParallel:
             return attention(query, key, value, attn_mask, scale, self._backend)
         layout, rank, ranks = self._attentions[name], shares.rank, range(shares.ranks)
         queries, keys = shares.rows(layout.queries, query.shape[2]), shares.rows(layout.keys, key.shape[2])
-        order = keys.order
+        apart = shares.ranks > 1 and self._parts
+        order = self._parts.keys(keys, rank) if apart else keys.order
         mask = None if attn_mask is None else _over_keys(attn_mask[(None,) * (4 - attn_mask.dim())], query, key)
         per_key = mask is not None and mask.shape[2:] == (1, key.shape[2])
         if mask is not None and not per_key and shares.ranks > 1 and mask.shape[2:] == (queries.total, key.shape[2]):
             # Of all queries, but cut with the keys.
             mask, order = self._group.all_gather(mask, dim=3, sizes=keys.key_lengths), [(0, keys.total)]
         if per_key:
-            mask = keys.given(additive(mask, query.dtype), 3, rank)
+            mask = additive(mask, query.dtype)
         elif mask is not None:
             block = self._group.ulysses_block if shares.ranks > 1 else ranks
             mask = _part(mask, queries, block, keys, [(0, keys.total)] if self._stage else order, query.dtype)
+        if apart:
+            with self._parts.reach(name, keys, rank, key, value, mask if per_key else None) as (k, v, seen):
+                return attention(query, k, v, seen if per_key else mask, scale, self._backend)
+        mask = keys.given(mask, 3, rank) if per_key else mask
         key, value = keys.given(key, 2, rank), keys.given(value, 2, rank)
 
         def renew(k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> tuple:

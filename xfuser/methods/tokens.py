@@ -20,17 +20,21 @@ class Window:
 class Part(NamedTuple):
     """One stream's rows in a sequence: those of the ranks, one after the other from ``start``, or all on every rank.
 
-    ``givers`` are the ranks whose rows are keys.
+    ``givers`` are the ranks whose rows are keys. With ``lines`` above 1, the sequence is that many lines of equal
+    length, and the ranks have their part of each line.
     """
 
     start: int
     sizes: list[int]
     split: bool
     givers: range
+    lines: int = 1
 
-    def place(self, rank: int) -> tuple[int, int]:
+    def places(self, rank: int) -> list[tuple[int, int]]:
         """A rank's rows: (first row, number of rows)."""
-        return self.start + sum(self.sizes[:rank]) * self.split, self.sizes[rank]
+        first, length = (count // self.lines for count in (sum(self.sizes[:rank]) * self.split, self.sizes[rank]))
+        line = sum(self.sizes) // self.lines
+        return [(self.start + number * line + first, length) for number in range(self.lines)]
 
 
 class Rows:
@@ -55,11 +59,11 @@ class Rows:
 
     def places(self, rank: int) -> list[tuple[int, int]]:
         """Where the rows of a rank lie in the whole sequence: (first row, number of rows)."""
-        return [part.place(rank) for part in self._parts]
+        return [place for part in self._parts for place in part.places(rank)]
 
     def key_places(self, rank: int) -> list[tuple[int, int]]:
         """Where the rows lie that a rank gives as keys."""
-        return [part.place(rank) for part in self._parts if rank in part.givers]
+        return [place for part in self._parts if rank in part.givers for place in part.places(rank)]
 
     @property
     def order(self) -> list[tuple[int, int]]:
@@ -95,6 +99,7 @@ class TokenShares:
         unit: image tokens that stay together.
         whole: whether every rank holds all of the text.
         ballast: whether every rank holds one text token that counts for nothing where the window has none.
+        lines: the image is that many lines of tokens, and each rank holds its part of each of them.
     """
 
     def __init__(
@@ -107,10 +112,11 @@ class TokenShares:
         unit: int = 1,
         whole: bool = False,
         ballast: bool = False,
+        lines: int = 1,
     ) -> None:
         self.rank, self.ranks, self.window = rank, ranks, window
         self._made_of = rank, ranks, image, text
-        self._unit, self._whole, self._ballast = unit, whole, ballast
+        self._unit, self._whole, self._ballast, self._lines = unit, whole, ballast, lines
         self.totals = {"image": image, "text": text}
         idle = ballast and not window.text
         self._active = {"image": window.image, "text": range((text or 0) if window.text else int(idle))}
@@ -123,7 +129,7 @@ class TokenShares:
 
     def at(self, window: Window) -> "TokenShares":
         """The shares of the same streams in a forward that computes another window."""
-        return TokenShares(*self._made_of, window, self._unit, self._whole, self._ballast)
+        return TokenShares(*self._made_of, window, self._unit, self._whole, self._ballast, self._lines)
 
     @property
     def is_whole(self) -> bool:
@@ -152,7 +158,8 @@ class TokenShares:
             total = text if unknown else self.totals[stream]
             sizes = [text] * self.ranks if unknown else self.sizes[stream]
             givers = range(1) if unknown else self._givers[stream]
-            parts.append(Part(start + self._active[stream].start, sizes, len(givers) == self.ranks, givers))
+            lines = self._lines if stream == "image" else 1
+            parts.append(Part(start + self._active[stream].start, sizes, len(givers) == self.ranks, givers, lines))
             start += total
         return Rows(parts, self.ranks, start)
 
@@ -189,5 +196,5 @@ class TokenShares:
 
     def leading(self, count: int) -> int:
         """How many of the image's first ``count`` tokens this rank holds."""
-        (start, length), *_ = self._rows(("image",), 0).places(self.rank)
-        return min(max(count - start, 0), length)
+        places = self._rows(("image",), 0).places(self.rank)
+        return sum(min(max(count - start, 0), length) for start, length in places)

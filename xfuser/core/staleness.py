@@ -1,0 +1,133 @@
+"""Displaced patches (DistriFusion, arXiv 2402.19481): a rank computes its rows from the others' of one step ago.
+
+Activations of two steps that follow one another are much alike. So what a rank needs of the others' rows, it takes from
+the last step, while this step's rows are on their way behind the compute.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+ASYNCHRONOUS = "corrected_async_gn"  # what DistriFusion does if nothing else is asked for
+MODES = {
+    ASYNCHRONOUS: "others' rows are those of the last step; group norms correct the last step's moments by their own",
+    "stale_gn": "as that, with group norms of the others' last moments and the own fresh ones",
+    "sync_gn": "others' rows are those of the last step; group norms wait for the moments of this one",
+    "separate_gn": "others' rows are those of the last step; group norms see the own rows alone",
+    "no_sync": "others' rows stay those of the last synchronous step",
+    "full_sync": "every step waits for the others' rows: equal to one rank",
+}
+
+
+class Staleness:
+    """The exchanges of one transformer during a denoising loop: which of them wait, and what each left behind.
+
+    An exchange is known by the index of the transformer's call within the step, its name, and how often that name came
+    in this call. Its first time, and whenever shapes change, it waits.
+
+    Args:
+        group: the ranks that exchange rows; nothing else may travel on it meanwhile.
+        mode: one of ``MODES``.
+        synchronous: number of first steps whose exchanges wait; the very first one does in any case.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, mode: str, synchronous: int) -> None:
+        self.mode, self._group, self._first_steps = mode, group, synchronous
+        self._kept: dict[tuple[int, str, int], _Rows] = {}
+        self.restart()
+
+    def restart(self) -> None:
+        """To be called when a schedule is made: what comes next is another image's first step."""
+        self.settle()
+        self._kept.clear()
+        self._step, self._call = 0, -1
+
+    def step_ends(self) -> None:
+        """To be called when the scheduler is about to step."""
+        self._step, self._call = self._step + 1, -1
+
+    def layer(self, call: Callable[[dict[str, Any]], Any], arguments: dict[str, Any]) -> Any:
+        """The outermost layer of the transformer's forward: counts its calls, also those that another rank computes."""
+        self._call += 1
+        self._seen: dict[str, int] = {}
+        return call(arguments)
+
+    @property
+    def synchronous(self) -> bool:
+        """Whether this step's exchanges wait."""
+        return self.mode == "full_sync" or self._step < self._first_steps
+
+    @contextmanager
+    def exchange(self, name: str, own: torch.Tensor, sizes: list[int]) -> Iterator[torch.Tensor]:
+        """Within the context, the rows of all ranks, in rank order: the own ones fresh, those of others as it is due.
+
+        Args:
+            name: of what is exchanged, the same on all ranks.
+            own: this rank's rows, ``[sizes[rank], ...]``.
+            sizes: rows of every rank.
+        """
+        nth = self._seen[name] = self._seen.get(name, -1) + 1
+        key = (self._call, name, nth)
+        rows = self._kept.get(key)
+        fresh = rows is None or not rows.fit(own, sizes)
+        if fresh:
+            rows = self._kept[key] = _Rows(own, sizes, self._group)
+        rows.renew(own)
+        if fresh or self.synchronous:
+            rows.start()
+            rows.settle()
+            yield rows.whole
+        else:
+            yield rows.whole
+            if self.mode != "no_sync":
+                rows.start()  # behind their use: what arrives overwrites them
+
+    def settle(self) -> None:
+        """Wait for all that is under way."""
+        for rows in self._kept.values():
+            rows.settle()
+
+    @property
+    def buffered(self) -> int:
+        """Bytes of what outlives a step."""
+        return sum(rows.whole.nbytes for rows in self._kept.values())
+
+
+class _Rows:
+    """Rows of all ranks in one tensor; those of others arrive right where they belong."""
+
+    def __init__(self, own: torch.Tensor, sizes: list[int], group: dist.ProcessGroup) -> None:
+        self.whole = own.new_empty(sum(sizes), *own.shape[1:])
+        self._sizes, self._group, self._works = sizes, group, []
+        starts = [0, *accumulate(sizes)]
+        self._parts = [self.whole[start : start + size] for start, size in zip(starts, sizes, strict=False)]
+        self._own = self._parts[dist.get_rank(group)]
+
+    def fit(self, own: torch.Tensor, sizes: list[int]) -> bool:
+        """Whether these are rows like those from before, on every rank."""
+        return sizes == self._sizes and own.shape[1:] == self.whole.shape[1:] and own.dtype == self.whole.dtype
+
+    def renew(self, own: torch.Tensor) -> None:
+        self.settle()
+        self._own.copy_(own)
+
+    def start(self) -> None:
+        """Send the own rows to all others, and receive theirs."""
+        peers = [rank for rank in range(len(self._parts)) if rank != dist.get_rank(self._group)]
+        messages: list[tuple[Callable, torch.Tensor, int]] = [(dist.irecv, self._parts[peer], peer) for peer in peers]
+        messages += [(dist.isend, self._own, peer) for peer in peers]
+        operations = [
+            dist.P2POp(send_or_receive, x, group=self._group, group_peer=peer)
+            for send_or_receive, x, peer in messages
+            if x.numel()
+        ]
+        self._works = dist.batch_isend_irecv(operations) if operations else []
+
+    def settle(self) -> None:
+        works, self._works = self._works, []
+        for work in works:
+            work.wait()

@@ -1,0 +1,44 @@
+"""DistriFusion (arXiv 2402.19481) of a transformer: attention to the keys and values that others had one step ago."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from xfuser.core.staleness import Staleness
+from xfuser.methods.tokens import Rows
+
+KeysValues = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+
+
+class DistriFusion:
+    """What attention of a rank's part of the tokens sees: own keys and values, and what the others' last were."""
+
+    whole_text = False
+
+    def __init__(self, staleness: Staleness) -> None:
+        self._staleness = staleness
+        self.layer, self.step_ends, self.restart = staleness.layer, staleness.step_ends, staleness.restart
+
+    def lines(self, rows: int, columns: int) -> int:
+        """Lines of tokens of which each rank takes a part: one, as shares are consecutive."""
+        return 1
+
+    def keys(self, keys: Rows, rank: int) -> list[tuple[int, int]]:
+        """Where the keys lie in the whole sequence that :meth:`reach` gives."""
+        return keys.order
+
+    @contextmanager
+    def reach(
+        self, name: str, keys: Rows, rank: int, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+    ) -> Iterator[KeysValues]:
+        """Keys, values and key mask to attend to within the context, of this rank's (``[B, H, S_local, D]``)."""
+        sizes = keys.key_lengths
+        own = keys.given(torch.cat([key, value], dim=-1), 2, rank).permute(2, 0, 1, 3)
+        with self._staleness.exchange(name, own, sizes) as whole:
+            k, v = whole.permute(1, 2, 0, 3).split([key.shape[-1], value.shape[-1]], dim=-1)
+            if mask is None:
+                yield k, v, None
+                return
+            with self._staleness.exchange(f"{name} mask", keys.given(mask, 3, rank).movedim(3, 0), sizes) as masks:
+                yield k, v, masks.movedim(0, 3)

@@ -1,0 +1,60 @@
+"""Naive patches: each rank computes its part of the picture as if it were all. The baseline that shows its seams."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from xfuser.methods.distrifusion import KeysValues
+from xfuser.methods.forward import Arguments, Call
+from xfuser.methods.tokens import Rows
+
+
+class NaivePatches:
+    """What attention of a rank's part of the tokens sees: that part, and all of the text.
+
+    Args:
+        scheme: ``"row"``: parts are consecutive rows of tokens; ``"col"``: columns; ``"alternate"``: rows and columns
+            in turns, step by step. Rows of a video are its frames, and columns are parts of each frame.
+    """
+
+    whole_text = True
+
+    def __init__(self, scheme: str) -> None:
+        self._scheme = scheme
+        self.restart()
+
+    def restart(self) -> None:
+        """To be called when a schedule is made."""
+        self._step = 0
+
+    def step_ends(self) -> None:
+        """To be called when the scheduler is about to step."""
+        self._step += 1
+
+    def layer(self, call: Call, arguments: Arguments) -> Any:
+        return call(arguments)
+
+    def lines(self, rows: int, columns: int) -> int:
+        """Lines of tokens of which each rank takes a part.
+
+        Raises:
+            ValueError: the tokens come without rows and columns.
+        """
+        across = self._scheme == "col" or (self._scheme == "alternate" and self._step % 2 == 1)
+        if across and columns == 1:
+            raise ValueError(
+                f"split_scheme={self._scheme!r} needs latents with rows and columns, and here they are packed, or in"
+                " one column: use 'row'"
+            )
+        return rows if across else 1
+
+    def keys(self, keys: Rows, rank: int) -> list[tuple[int, int]]:
+        return keys.places(rank)
+
+    @contextmanager
+    def reach(
+        self, name: str, keys: Rows, rank: int, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+    ) -> Iterator[KeysValues]:
+        yield key, value, mask
