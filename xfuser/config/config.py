@@ -117,8 +117,8 @@ class ParallelConfig:
         if len(dividing) > 1 and set(dividing) & set(PATCH_METHODS):
             raise ValueError(
                 f"{' and '.join(f'{name}={degrees[name]}' for name in dividing)} divide the picture in ways that"
-                f" exclude each other: choose one. {' and '.join(PATCH_METHODS)} go with data_parallel_degree, use_cfg_parallel"
-                " and tensor_parallel_degree"
+                f" exclude each other: choose one. {' and '.join(PATCH_METHODS)} go with data_parallel_degree,"
+                " use_cfg_parallel and tensor_parallel_degree"
             )
         naive = self.naive_patch_degree > 1
         if self.split_scheme and not naive and self.tp_degree == 1:
