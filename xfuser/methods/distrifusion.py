@@ -14,8 +14,6 @@ KeysValues = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 class DistriFusion:
     """What attention of a rank's part of the tokens sees: own keys and values, and what the others' last were."""
 
-    whole_text = False
-
     def __init__(self, staleness: Staleness) -> None:
         self._staleness = staleness
         self.layer, self.step_ends, self.restart = staleness.layer, staleness.step_ends, staleness.restart

@@ -19,8 +19,6 @@ class NaivePatches:
             in turns, step by step. Rows of a video are its frames, and columns are parts of each frame.
     """
 
-    whole_text = True
-
     def __init__(self, scheme: str) -> None:
         self._scheme = scheme
         self.restart()

@@ -42,7 +42,7 @@ class SequenceParallel:
         parts: DistriFusion | NaivePatches | None = None,
     ) -> None:
         self._model, self._plan, self._group, self._backend, self._stage = model, plan, group, backend, stage
-        self._parts = parts
+        self._parts, self._alone = parts, isinstance(parts, NaivePatches)
         self._patches = Patches(1, getattr(model, "config", model), plan.frames)
         self._reset()
 
@@ -83,10 +83,10 @@ class SequenceParallel:
                 " CFG or data parallelism"
             )
         latents = arguments[self._plan.latents]
+        rows = columns = 1
         if isinstance(latents, torch.Tensor):
-            self._image_tokens = self._patches.image_tokens(latents)
-        rows = self._patches.row_count(latents)
-        columns = self._image_tokens // rows
+            self._image_tokens, rows = self._patches.image_tokens(latents), self._patches.row_count(latents)
+            columns = self._image_tokens // rows
         self._lines = self._parts.lines(rows, columns) if self._parts else 1
         self._unit = columns if self._plan.rows else self._lines
         if self._plan.rows and self._lines > 1:
@@ -159,8 +159,7 @@ class SequenceParallel:
 
     def _share_of(self, count: int, text: int | None, window: Window) -> TokenShares:
         rank, ranks = (self._group.rank_in_group, self._group.world_size) if self._splits(count) else (0, 1)
-        asked = self._parts is not None and self._parts.whole_text
-        whole = ranks > 1 and bool(text) and (asked or text < ranks)  # blocks need not bear having none
+        whole = ranks > 1 and bool(text) and (self._alone or text < ranks)  # blocks need not bear having none
         return TokenShares(rank, ranks, count, text, window, self._unit, whole, self._plan.needs_text, self._lines)
 
     def _splits(self, tokens: int) -> bool:
@@ -204,7 +203,7 @@ class SequenceParallel:
 
         @wraps(original)
         def forward(x: torch.Tensor) -> torch.Tensor:
-            if self._shares.ranks == 1:
+            if self._shares.ranks == 1 or self._alone:
                 return original(x)
             rows = [size // x.shape[3] for size in self._shares.sizes["image"]]
             with OnBands(Bands(-2, rows, x.shape[3], self._group.device_group), None):
@@ -213,7 +212,7 @@ class SequenceParallel:
         return replaced(module, "forward", forward)
 
     def _sum(self, state: torch.Tensor) -> torch.Tensor:
-        return state if self._shares.ranks == 1 else self._group.all_reduce(state)
+        return state if self._shares.ranks == 1 or self._alone else self._group.all_reduce(state)
 
     def _attend(
         self,

@@ -1,14 +1,17 @@
-"""PipeFusion's semantics in one process, by another mechanism than the engine's.
+"""The semantics of methods that are not exact, in one process, by another mechanism than the engine's.
 
 The pipeline's loop and scheduler are untouched. Each call of the transformer becomes M forwards of the *whole* image,
-of which forward m gives the rows of patch m. What makes them differ are key and value projections: in forward m, those
-of other patches' tokens, and of text for m > 0, are replaced by what was kept of the forward that owned them.
+of which forward m gives the rows of part m. What makes them differ are key and value projections: in forward m, those
+of other parts' tokens are replaced by what was kept of the forward that owned them, in this step or the last. Under
+PipeFusion, text belongs to part 0; under DistriFusion, it is divided, too. Naive patches hide all other parts.
 """
 
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
@@ -26,6 +29,21 @@ def bands(count: int, parts: int) -> list[slice]:
     return [slice(a, b) for a, b in itertools.pairwise(starts)]
 
 
+def layout(model: nn.Module, plan: ModelPlan, latents: torch.Tensor) -> tuple[int, int, int]:
+    """The dimension that is divided, its entries per row of tokens, and the tokens in such a row."""
+    size = getattr(model.config, "patch_size", 1)
+    of_time, of_rows, of_columns = (
+        [*([1] * (3 - len(size))), *size] if isinstance(size, list | tuple) else (1, size, size)
+    )
+    of_time = getattr(model.config, "patch_size_t", None) or of_time
+    if latents.dim() == 3:
+        return 1, 1, 1
+    if latents.dim() == 4:
+        return 2, of_rows, latents.shape[3] // of_columns
+    height, width = latents.shape[2:4] if model.config.get("in_visual_dim") else latents.shape[3:5]
+    return plan.frames, of_time, (height // of_rows) * (width // of_columns)
+
+
 class Displaced:
     """The state of one loop: where it is, and the projections kept from earlier forwards."""
 
@@ -37,7 +55,7 @@ class Displaced:
 
     def forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         latents = args[0] if args else kwargs[self.plan.latents]
-        dim, unit, self.width = self.layout(latents)
+        dim, unit, self.width = layout(self.model, self.plan, latents)
         self.tokens = latents.shape[dim] // unit * self.width
         rows = bands(latents.shape[dim] // unit, self.patches)
         self.own = [slice(band.start * self.width, band.stop * self.width) for band in rows]
@@ -58,21 +76,6 @@ class Displaced:
             output = whole if kind is torch.Tensor else (whole,) if kind is tuple else kind(sample=whole)
         self.call += 1
         return output
-
-    def layout(self, latents: torch.Tensor) -> tuple[int, int, int]:
-        """The dimension that is divided, its entries per row of tokens, and the tokens in such a row."""
-        size = getattr(self.model.config, "patch_size", 1)
-        of_time, of_rows, of_columns = (
-            [*([1] * (3 - len(size))), *size] if isinstance(size, list | tuple) else (1, size, size)
-        )
-        of_time = getattr(self.model.config, "patch_size_t", None) or of_time
-        if latents.dim() == 3:
-            return 1, 1, 1
-        if latents.dim() == 4:
-            return 2, of_rows, latents.shape[3] // of_columns
-        dim = self.plan.frames
-        height, width = latents.shape[2:4] if self.model.config.get("in_visual_dim") else latents.shape[3:5]
-        return dim, of_time, (height // of_rows) * (width // of_columns)
 
     def project(self, name: str, text_first: bool, columns: slice, output: torch.Tensor) -> torch.Tensor:
         """Hook on a projection ``[B, tokens, C]``: own rows are kept, the others replaced by kept ones."""
@@ -99,12 +102,139 @@ class Displaced:
         return result
 
 
+class PartByPart:
+    """One loop whose forwards compute a part of the tokens each, all the same way through the blocks.
+
+    Args:
+        share: the image tokens of each part, of ``tokens`` in rows of ``width``.
+    """
+
+    def __init__(self, pipe: Any, share: Callable[[int, int], list[torch.Tensor]]) -> None:
+        self.model, self.share = pipe.transformer, share
+        self.plan = plan_of(self.model)
+        self.step = self.call = 0
+        self.part: int | None = None  # None: the whole image in one forward
+
+    def forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        latents = args[0] if args else kwargs[self.plan.latents]
+        dim, unit, width = layout(self.model, self.plan, latents)
+        self.tokens = latents.shape[dim] // unit * width
+        self.own, self.assembled = self.share(self.tokens, width), None
+        parts = [None] if self.waits() else range(len(self.own))
+        for self.part in parts:
+            output = original(*args, **kwargs)
+        self.part = None
+        self.call += 1
+        return output
+
+    def waits(self) -> bool:
+        """Whether this step is that of one rank."""
+        return False
+
+    def head(self, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+        """Hook on the head: behind the last part's forward, the rows of all parts."""
+        if self.part is None:
+            return output
+        if self.assembled is None:
+            self.assembled = torch.zeros_like(output)
+        self.assembled[:, self.own[self.part]] = output[:, self.own[self.part]]
+        return self.assembled
+
+
+class Lagging(PartByPart):
+    """DistriFusion: in asynchronous steps, projections of other parts' tokens are those of the last step."""
+
+    def __init__(self, pipe: Any, parts: int, warmup: int, renews: bool) -> None:
+        super().__init__(pipe, lambda tokens, width: _ranges(tokens, parts))
+        self.synchronous, self.renews, self.parts = max(1, warmup * pipe.scheduler.order), renews, parts
+        self.kept: dict[tuple[str, int], torch.Tensor] = {}
+        self.fresh: dict[tuple[str, int], torch.Tensor] = {}
+
+    def waits(self) -> bool:
+        return self.step < self.synchronous
+
+    def project(self, name: str, text_first: bool, columns: slice, output: torch.Tensor) -> torch.Tensor:
+        key = (name, self.call)
+        if self.part is None:
+            self.fresh[key] = output.clone()
+            return output
+        if self.part == 0:
+            if self.renews or key not in self.kept:
+                self.kept[key] = self.fresh[key]
+            self.fresh[key] = output.clone()
+        own = self._rows(name, text_first, output.shape[1])
+        self.fresh[key][:, own] = output[:, own]
+        result = output.clone()
+        result[..., columns] = self.kept[key][..., columns]
+        result[:, own] = output[:, own]
+        return result
+
+    def _rows(self, name: str, text_first: bool, count: int) -> torch.Tensor:
+        """Rows of this part in a projection of so many tokens."""
+        only_text = name.rpartition(".")[2].startswith("add_")
+        words = count if only_text else count - self.tokens
+        text = _ranges(words, self.parts, longer_last=True)[self.part]
+        if only_text:
+            return text
+        image = self.own[self.part]
+        return torch.cat([text, image + words]) if text_first else torch.cat([image, text + self.tokens])
+
+
+class Alone(PartByPart):
+    """Naive patches: attention between tokens sees those of the own part, and all text."""
+
+    def attend(self, original: Callable[..., torch.Tensor], q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> Any:
+        words = None if self.part is None else k.shape[2] - self.tokens
+        if words is None or words < 0:  # of the text encoder, or to text alone
+            return original(q, k, v, *args, **kwargs)
+        text_first = self.plan.attentions().popitem()[1].keys[0] == "text"
+        own = self.own[self.part] + (words if text_first else 0)
+        text = torch.arange(words) + (0 if text_first else self.tokens)
+        seen = torch.cat([own, text])
+        return original(q, k[:, :, seen], v[:, :, seen], *args, **kwargs)
+
+
+def _ranges(count: int, parts: int, longer_last: bool = False) -> list[torch.Tensor]:
+    sizes = [band.stop - band.start for band in bands(count, parts)]
+    return list(torch.arange(count).split(sizes[::-1] if longer_last else sizes))
+
+
+@contextmanager
+def distrifusion(pipe: Any, parts: int, warmup: int, renews: bool = True) -> Iterator[None]:
+    """Within the context, a bare pipeline draws with DistriFusion's semantics; ``renews`` is false for ``no_sync``."""
+    state = Lagging(pipe, parts, warmup, renews)
+    with _projecting(pipe, state), _whole_forward(pipe, state):
+        yield
+
+
+@contextmanager
+def naive(pipe: Any, parts: int, scheme: str) -> Iterator[None]:
+    """Within the context, a bare pipeline draws its picture in parts that know nothing of each other."""
+
+    def share(tokens: int, width: int) -> list[torch.Tensor]:
+        if scheme == "row" or (scheme == "alternate" and state.step % 2 == 0):
+            return _ranges(tokens, parts)
+        grid = torch.arange(tokens).view(-1, width)
+        return [grid[:, columns].flatten() for columns in _ranges(width, parts)]
+
+    state = Alone(pipe, share)
+    attend = partial(state.attend, nn.functional.scaled_dot_product_attention)
+    with mock.patch.object(nn.functional, "scaled_dot_product_attention", attend), _whole_forward(pipe, state):
+        yield
+
+
 @contextmanager
 def displaced(pipe: Any, patches: int, warmup: int) -> Iterator[None]:
     """Within the context, a bare pipeline draws with PipeFusion's semantics."""
+    state = Displaced(pipe.transformer, plan_of(pipe.transformer), patches, warmup, pipe.scheduler.order)
+    with _projecting(pipe, state), _whole_forward(pipe, state):
+        yield
+
+
+@contextmanager
+def _projecting(pipe: Any, state: Displaced | Lagging) -> Iterator[None]:
+    """Within the context, key and value projections of the blocks' attention are what ``state`` makes of them."""
     model, plan = pipe.transformer, plan_of(pipe.transformer)
-    state = Displaced(model, plan, patches, warmup, pipe.scheduler.order)
-    original, step = model.forward, pipe.scheduler.step
     with ExitStack() as stack:
         for block in blocks_of(model, plan):
             for attention, streams in plan.attentions().items():
@@ -122,14 +252,27 @@ def displaced(pipe: Any, patches: int, warmup: int) -> Iterator[None]:
                         return state.project(name, s.keys[0] == "text", c, out)
 
                     stack.callback(model.get_submodule(name).register_forward_hook(hook).remove)
-        model.forward = lambda *args, **kwargs: state.forward(original, *args, **kwargs)
-        stack.callback(lambda: model.__dict__.pop("forward"))
-
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            state.step, state.call = state.step + 1, 0
-            return step(*args, **kwargs)
-
-        counted.__wrapped__ = step
-        pipe.scheduler.step = counted
-        stack.callback(lambda: pipe.scheduler.__dict__.pop("step"))
         yield
+
+
+@contextmanager
+def _whole_forward(pipe: Any, state: Displaced | PartByPart) -> Iterator[None]:
+    """Within the context, the transformer's forward is that of ``state``, which counts steps and calls."""
+    model, step = pipe.transformer, pipe.scheduler.step
+    original = model.forward
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        state.step, state.call = state.step + 1, 0
+        return step(*args, **kwargs)
+
+    counted.__wrapped__ = step
+    model.forward = lambda *args, **kwargs: state.forward(original, *args, **kwargs)
+    pipe.scheduler.step = counted
+    hook = isinstance(state, PartByPart) and model.get_submodule(state.plan.head).register_forward_hook(state.head)
+    try:
+        yield
+    finally:
+        model.__dict__.pop("forward")
+        pipe.scheduler.__dict__.pop("step")
+        if hook:
+            hook.remove()
