@@ -30,14 +30,17 @@ def parallelize(
         transformer: any module built of blocks that a plan can describe; the same weights on every rank.
         plan: is registered for its class; None for a class that has one.
         engine_config: from ``xFuserArgs.create_config()``.
-        scheduler: of Diffusers' kind. PipeFusion needs it, and guidance in two calls a step, which learns from it where
-            steps end. Within ``active()``, take it from what this returns: ``parallel.scheduler``.
+        scheduler: of Diffusers' kind. PipeFusion and DistriFusion need it, and guidance in two calls a step, which learn
+            from it where steps end. Within ``active()``, take it from what this returns: ``parallel.scheduler``.
 
     Raises:
         ValueError: there is no plan, or the degrees do not fit it or the number of ranks.
     """
     if plan is not None:
         register_plan(type(transformer), plan)
-    if scheduler is None and engine_config.parallel_config.pipelined:
-        raise ValueError("PipeFusion goes through patches by the scheduler's steps: give parallelize() the scheduler")
+    parallel = engine_config.parallel_config
+    if scheduler is None and (parallel.pipelined or parallel.patched):
+        raise ValueError(
+            "PipeFusion, DistriFusion and naive patches go by the scheduler's steps: give parallelize() the scheduler"
+        )
     return xDiTParallel(Loop(transformer, scheduler), engine_config)

@@ -236,6 +236,12 @@ def _pipeline_split(pipe: Any, parallel: ParallelConfig) -> dict[str, list[int]]
         raise ValueError(
             f"an earlier wrap divided the blocks of this {type(pipe).__name__} over stages: call unwrap() on it first"
         )
+    for model, plan in models.values():
+        if parallel.patched and plan.context:
+            raise ValueError(
+                f"DistriFusion and naive patches do not serve {type(model).__name__}: {plan.unpiped}. Use Ulysses, ring,"
+                " CFG or data parallelism"
+            )
     if not parallel.pipelined:
         return {}
     for model, plan in models.values():
