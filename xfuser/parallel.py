@@ -239,8 +239,8 @@ def _pipeline_split(pipe: Any, parallel: ParallelConfig) -> dict[str, list[int]]
     for model, plan in models.values():
         if parallel.patched and plan.context:
             raise ValueError(
-                f"DistriFusion and naive patches do not serve {type(model).__name__}: {plan.unpiped}. Use Ulysses, ring,"
-                " CFG or data parallelism"
+                f"DistriFusion and naive patches do not serve {type(model).__name__}: {plan.unpiped}. Use Ulysses,"
+                " ring, CFG or data parallelism"
             )
     if not parallel.pipelined:
         return {}
