@@ -30,8 +30,8 @@ def parallelize(
         transformer: any module built of blocks that a plan can describe; the same weights on every rank.
         plan: is registered for its class; None for a class that has one.
         engine_config: from ``xFuserArgs.create_config()``.
-        scheduler: of Diffusers' kind. PipeFusion, DistriFusion and guidance in two calls a step learn from it where steps
-            end. Within ``active()``, take it from what this returns: ``parallel.scheduler``.
+        scheduler: of Diffusers' kind. PipeFusion, DistriFusion and guidance in two calls a step learn from it where a
+            step ends. Within ``active()``, take it from what this returns: ``parallel.scheduler``.
 
     Raises:
         ValueError: there is no plan, or the degrees do not fit it or the number of ranks.
