@@ -2,6 +2,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+BENCH = ["matplotlib", "torchmetrics"]
 TEST = ["pytest", "ruff", "hypothesis", "distvae", "imageio", "imageio-ffmpeg"]
 
 setup(
@@ -22,6 +23,6 @@ setup(
         "safetensors",
         "yunchang",
     ],
-    extras_require={"flash-attn": ["flash-attn"], "distvae": ["distvae"], "test": TEST},
+    extras_require={"flash-attn": ["flash-attn"], "distvae": ["distvae"], "bench": BENCH, "test": TEST + BENCH},
     entry_points={"console_scripts": ["xdit=xfuser.cli:main"]},
 )

@@ -4,12 +4,12 @@ One process suffices: the result depends on the number of patches M and of synch
 """
 
 import argparse
-import math
 import statistics
 from typing import Any
 
 import torch
 
+from xfuser.bench.quality import psnr
 from xfuser.config import xFuserArgs
 from xfuser.loading import load_pipeline
 from xfuser.parallel import xDiTParallel
@@ -40,11 +40,6 @@ def pictures(patches: int, warmup: int) -> torch.Tensor:
     ]
     pipe.unwrap()
     return torch.cat(drawn)
-
-
-def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Decibels, for pictures in 0..1."""
-    return -10 * math.log10((a - b).square().mean().item() + 1e-12)
 
 
 def main() -> None:

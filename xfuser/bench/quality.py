@@ -1,0 +1,85 @@
+"""How near pictures are to other pictures: PSNR, SSIM, and FID between two folders."""
+
+import math
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from xfuser.bench.extras import extra
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+FID_SIDE = 299  # pixels, as the Inception network takes
+
+
+def psnr(a: torch.Tensor, b: torch.Tensor, peak: float = 1.0) -> float:
+    """Peak signal-to-noise ratio in decibels, at most 120: ``a`` and ``b`` of one shape, in 0..``peak``."""
+    return -10 * math.log10((a.double() - b.double()).square().mean().item() / peak**2 + 1e-12)
+
+
+def ssim(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Structural similarity of pictures ``[N, C, H, W]`` in 0..1, at least 11 pixels a side: 1 for equal ones.
+
+    Wang et al., Image Quality Assessment, 2004; Gaussian window of 11 pixels. Raises a ValueError without torchmetrics.
+    """
+    metrics = extra("torchmetrics.functional.image", "SSIM")
+    return metrics.structural_similarity_index_measure(a.float(), b.float(), data_range=1.0).item()
+
+
+def fid(one: str | Path, other: str | Path, features: str | Path, batch: int = 32) -> float:
+    """Fréchet distance between the features of two folders of pictures (arXiv 1706.08500).
+
+    Args:
+        one, other: folders; pictures are scaled to 299 x 299 pixels.
+        features: a file with the network, as TorchScript or as ``torch.save`` writes a module (loading that runs its
+            code). It takes uint8 pictures ``[N, 3, 299, 299]`` and returns ``[N, D]``.
+
+    Raises:
+        ValueError: a folder has less than two pictures, the file holds no such network, or torchmetrics is absent.
+    """
+    metrics = extra("torchmetrics.image.fid", "FID")
+    files = [pictures_in(folder) for folder in (one, other)]
+    distance = metrics.FrechetInceptionDistance(feature=_network(features))
+    for paths, real in zip(files, (True, False), strict=True):
+        for pixels in _batches(paths, batch):
+            distance.update(pixels, real=real)
+    return distance.compute().item()
+
+
+def pictures_in(folder: str | Path) -> list[Path]:
+    """The pictures of a folder, by name."""
+    if not Path(folder).is_dir():
+        raise ValueError(f"{str(folder)!r} is no folder")
+    found = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in PICTURES)
+    if len(found) < 2:
+        raise ValueError(f"{str(folder)!r} has {len(found)} pictures ({', '.join(PICTURES)}); FID needs two at least")
+    return found
+
+
+def _network(path: str | Path) -> torch.nn.Module:
+    if not Path(path).is_file():
+        raise ValueError(f"features={str(path)!r} is no file: give that of a network (docs/fid.md says which)")
+    try:
+        try:
+            network: Any = torch.jit.load(path, map_location="cpu")
+        except RuntimeError:
+            network = torch.load(path, map_location="cpu", weights_only=False)
+    except (RuntimeError, pickle.UnpicklingError, AttributeError, ImportError) as error:
+        raise ValueError(f"features={str(path)!r} holds no network that can be loaded: {error}") from error
+    if not isinstance(network, torch.nn.Module):
+        raise ValueError(f"features={str(path)!r} holds a {type(network).__name__}, where a module is needed")
+    return network.eval()
+
+
+def _batches(paths: list[Path], size: int) -> Iterator[torch.Tensor]:
+    for start in range(0, len(paths), size):
+        yield torch.stack([_pixels(path) for path in paths[start : start + size]])
+
+
+def _pixels(path: Path) -> torch.Tensor:
+    picture = Image.open(path).convert("RGB").resize((FID_SIDE, FID_SIDE), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1)
