@@ -1,5 +1,9 @@
-"""Meters that do not drift: bytes sent to other ranks, and bytes of live tensors."""
+"""Meters: bytes sent to other ranks, time spent waiting for them, and bytes of live tensors.
 
+All but waiting are counted, so they do not drift with the machine.
+"""
+
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,65 +13,118 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from torch.distributed import _functional_collectives as functional
+from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from xfuser.core.distributed import GroupCoordinator
-from xfuser.methods.pipefusion.channel import Channel
+OPERATIONS = {  # of torch.distributed, by what it is called where torch dispatches it
+    "alltoall_base_": "all_to_all_single",
+    "alltoall_": "all_to_all_single",
+    "all_to_all_single": "all_to_all_single",
+    "allgather_": "all_gather",
+    "_allgather_base_": "all_gather",
+    "all_gather_into_tensor": "all_gather",
+    "allreduce_": "all_reduce",
+    "all_reduce": "all_reduce",
+    "all_reduce_": "all_reduce",
+    "reduce_scatter_": "reduce_scatter",
+    "_reduce_scatter_base_": "reduce_scatter",
+    "reduce_scatter_tensor": "reduce_scatter",
+    "broadcast_": "broadcast",
+    "broadcast": "broadcast",
+    "gather_": "gather",
+    "scatter_": "scatter",
+    "send": "send",
+}
 
 
-class Traffic:
-    """Bytes that this rank sends to other ranks, by operation of ``torch.distributed``."""
+class Traffic(TorchDispatchMode):
+    """Bytes that this rank sends to other ranks within the context, by operation (``sent``, ``total``).
+
+    Counted where torch dispatches collectives, whoever calls them. What a collective sends is that of its usual
+    algorithm: a ring for reductions, one copy for each receiver of a broadcast, from its source.
+    """
 
     def __init__(self) -> None:
+        super().__init__()
         self.sent: dict[str, int] = {}
 
     @property
     def total(self) -> int:
         return sum(self.sent.values())
 
-    def add(self, operation: str, count: int) -> None:
-        self.sent[operation] = self.sent.get(operation, 0) + count
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        space, _, name = func._schema.name.partition("::")
+        if "c10d" in space and name in OPERATIONS:
+            given = {spec.name: value for spec, value in zip(func._schema.arguments, args, strict=False)}
+            self._add(OPERATIONS[name], given | (kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def _add(self, operation: str, given: dict[str, Any]) -> None:
+        group = _group_of(given)
+        size = group.size()
+        own = next((given[name] for name in ("input_tensors", "input", "input_tensor", "tensors") if name in given), [])
+        count = sum(x.nbytes for x in tree_leaves(own) if isinstance(x, torch.Tensor))
+        if operation == "all_to_all_single":
+            counts = given.get("input_split_sizes")
+            kept = count * counts[group.rank()] // max(1, sum(counts)) if counts else count // size
+            sent = count - kept
+        elif operation in ("broadcast", "scatter"):
+            source = given.get("root_rank", given.get("src", 0)) == group.rank()
+            sent = source * (count * (size - 1) if operation == "broadcast" else count - count // size)
+        elif operation == "gather":
+            sent = 0 if given.get("root_rank") == group.rank() else count
+        else:
+            shares = {"all_gather": size - 1, "all_reduce": 2 * (size - 1) / size, "reduce_scatter": (size - 1) / size}
+            sent = int(count * shares.get(operation, 1))
+        if sent:
+            self.sent[operation] = self.sent.get(operation, 0) + sent
+
+
+def _group_of(given: dict[str, Any]) -> dist.ProcessGroup:
+    if "group_name" in given:
+        return _resolve_process_group(given["group_name"])
+    return dist.ProcessGroup.unbox(given["process_group"])
+
+
+def traffic() -> Traffic:
+    """Count what is sent within the context: ``with traffic() as sent``."""
+    return Traffic()
+
+
+class Waiting:
+    """When the calling thread waited for other ranks: pairs of moments of ``time.perf_counter``."""
+
+    def __init__(self) -> None:
+        self.waits: list[tuple[float, float]] = []
+
+    def between(self, start: float, end: float) -> float:
+        """Seconds of waiting between two moments."""
+        return sum(max(0.0, min(b, end) - max(a, start)) for a, b in self.waits)
 
 
 @contextmanager
-def traffic() -> Iterator[Traffic]:
-    """Count what the library sends within the context."""
-    meter = Traffic()
+def waiting() -> Iterator[Waiting]:
+    """Time the waiting within the context. On an accelerator the device waits, not the caller: nothing is seen then."""
+    meter = Waiting()
 
-    def counted(name: str, size: Callable[..., int]) -> Any:
-        original = getattr(dist, name)
+    def timed(original: Callable[..., Any]) -> Callable[..., Any]:
+        def wait(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return original(*args, **kwargs)
+            finally:
+                meter.waits.append((start, time.perf_counter()))
 
-        def call(*args: Any, **kwargs: Any) -> Any:
-            meter.add(name, size(*args, **kwargs))
-            return original(*args, **kwargs)
+        return wait
 
-        return mock.patch.object(dist, name, call)
-
-    def isend(group: GroupCoordinator, x: torch.Tensor, dst: int | None = None) -> dist.Work:
-        meter.add("isend", x.nbytes)
-        return start_sending(group, x, dst)
-
-    def send(channel: Channel, x: torch.Tensor) -> None:
-        meter.add("send", x.nbytes)
-        start_passing(channel, x)
-
-    start_sending, start_passing = GroupCoordinator.isend, Channel.send
     with (
-        mock.patch.object(GroupCoordinator, "isend", isend),
-        mock.patch.object(Channel, "send", send),
-        counted("all_to_all_single", _all_to_all_bytes),
-        counted("all_gather", lambda parts, x, group=None: x.nbytes * (len(parts) - 1)),
-        counted("batch_isend_irecv", lambda ops: sum(op.tensor.nbytes for op in ops if op.op is dist.isend)),
+        mock.patch.object(dist.Work, "wait", timed(dist.Work.wait)),
+        mock.patch.object(functional, "wait_tensor", timed(functional.wait_tensor)),
     ):
         yield meter
-
-
-def _all_to_all_bytes(output: Any, x: Any, outs: Any = None, counts: Any = None, group: Any = None, **_: Any) -> int:
-    size, rank = dist.get_world_size(group), dist.get_rank(group)
-    own = counts[rank] if counts else x.numel() // size
-    return (x.numel() - own) * x.element_size()
 
 
 def peak_allocation(action: Callable[[], Any]) -> int:
@@ -79,12 +136,20 @@ def peak_allocation(action: Callable[[], Any]) -> int:
 
 
 class LiveMemory(TorchDispatchMode):
-    """High-water mark of the bytes of tensors made within the context and still alive (``peak``)."""
+    """High-water mark of the bytes of tensors made within the context and still alive (``peak``).
+
+    ``epoch`` is set by the user: tensors bear the one that they were made in, or None.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.live = self.peak = 0
-        self._known: set[int] = set()
+        self.epoch: int | None = None
+        self._known: dict[int, tuple[int, int | None]] = {}
+
+    def older(self, epoch: int) -> int:
+        """Bytes alive of tensors that bear ``epoch`` or an earlier one."""
+        return sum(size for size, born in self._known.values() if born is not None and born <= epoch)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -98,11 +163,11 @@ class LiveMemory(TorchDispatchMode):
         key, size = storage._cdata, storage.nbytes()
         if key in self._known:
             return
-        self._known.add(key)
+        self._known[key] = size, self.epoch
         self.live += size
         self.peak = max(self.peak, self.live)
         weakref.finalize(storage, self._gone, key, size)
 
     def _gone(self, key: int, size: int) -> None:
-        self._known.discard(key)
+        self._known.pop(key, None)
         self.live -= size
