@@ -1,5 +1,6 @@
-"""``xdit``: a picture from a prompt, on as many ranks as the degrees ask for."""
+"""``xdit``: a picture from a prompt, on as many ranks as the degrees ask for; ``xdit COMMAND`` does what else there is."""
 
+import importlib
 import os
 import sys
 import time
@@ -10,11 +11,16 @@ from xfuser.config import FlexibleArgumentParser, xFuserArgs
 from xfuser.core import device as devices
 from xfuser.core.distributed import destroy_distributed_environment, get_world_group
 
+COMMANDS = {"plan": "xfuser.planning:main"}  # functions that take the arguments behind, and return the exit code
+
 
 def main() -> int:
     """Entry point of the console script; returns the exit code."""
     arguments, is_rank = sys.argv[1:], "RANK" in os.environ
     try:
+        if arguments and arguments[0] in COMMANDS:
+            module, _, function = COMMANDS[arguments[0]].partition(":")
+            return getattr(importlib.import_module(module), function)(arguments[1:])
         options = parser().parse_args(arguments)
         args = xFuserArgs.from_cli_args(options)
         if not any(args.prompt):
@@ -37,7 +43,8 @@ def parser() -> FlexibleArgumentParser:
     flags = FlexibleArgumentParser(
         prog="xdit",
         description="Draw a picture from a prompt, on as many processes as the product of the degrees.",
-        epilog='Example: xdit --prompt "a red circle above a blue square" --ulysses_degree 2',
+        epilog='Example: xdit --prompt "a red circle above a blue square" --ulysses_degree 2.'
+        f" Other commands, with a --help of their own: {', '.join(f'xdit {name}' for name in COMMANDS)}.",
     )
     flags.add_argument("--output_dir", default="results", help="Folder for the pictures (default: results).")
     return xFuserArgs.add_cli_args(flags)

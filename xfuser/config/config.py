@@ -165,18 +165,26 @@ class ParallelConfig:
         )
 
 
-def legal_choices(world_size: int, limit: int = 16) -> str:
-    """The products of degrees for this world size, in words."""
+def legal_degrees(world_size: int) -> list[dict[str, int]]:
+    """The products of degrees that are this world size, by the names of the methods."""
     divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
     cfg_degrees = [n for n in (1, 2) if world_size % n == 0]
-    choices = []
+    found = []
     for cfg, dp, pp, ring in product(cfg_degrees, divisors, divisors, divisors):
         ulysses, rest = divmod(world_size, cfg * dp * pp * ring)
-        if rest or not ulysses:
-            continue
-        named = {"cfg": cfg, "dp": dp, "pipefusion": pp, "ulysses": ulysses, "ring": ring}
-        choices.append(" x ".join(f"{name} {n}" for name, n in named.items() if n > 1) or "all degrees 1")
-    choices.sort(key=len)
+        if ulysses and not rest:
+            found.append({"cfg": cfg, "dp": dp, "pipefusion": pp, "ulysses": ulysses, "ring": ring})
+    return found
+
+
+def in_words(degrees: dict[str, int]) -> str:
+    """A product of degrees by the names of the methods."""
+    return " x ".join(f"{name} {n}" for name, n in degrees.items() if n > 1) or "all degrees 1"
+
+
+def legal_choices(world_size: int, limit: int = 16) -> str:
+    """The products of degrees for this world size, in words."""
+    choices = sorted((in_words(degrees) for degrees in legal_degrees(world_size)), key=len)
     more = f", and {len(choices) - limit} more" if len(choices) > limit else ""
     return "; ".join(choices[:limit]) + more
 
