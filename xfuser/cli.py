@@ -1,4 +1,4 @@
-"""``xdit``: a picture from a prompt, on as many ranks as the degrees ask for; ``xdit COMMAND`` does what else there is."""
+"""``xdit``: a picture from a prompt, on as many ranks as the degrees ask for; ``xdit COMMAND`` does the rest."""
 
 import importlib
 import os
@@ -11,7 +11,10 @@ from xfuser.config import FlexibleArgumentParser, xFuserArgs
 from xfuser.core import device as devices
 from xfuser.core.distributed import destroy_distributed_environment, get_world_group
 
-COMMANDS = {"plan": "xfuser.planning:main"}  # functions that take the arguments behind, and return the exit code
+COMMANDS = {
+    "bench": "xfuser.bench.command:main",
+    "plan": "xfuser.planning:main",
+}  # functions that take the arguments behind, and return the exit code
 
 
 def main() -> int:

@@ -1,1 +1,1 @@
-"""Measures: what the methods cost and gain on this machine (``python -m xfuser.bench``)."""
+"""Measures: what the methods cost and gain on this machine (``xdit bench``, ``xdit quality``)."""

@@ -1,195 +1,129 @@
-"""The cases of the bench: a transformer of the real class with random weights, timed under each method.
+"""Named cases: pipelines of real classes with random weights, which need no file, and the arguments of their calls."""
 
-A round times, one after the other: a serial pass on both ranks at once (so that the machine is as busy as in a
-parallel run), a serial pass on rank 0 alone, and a pass of each method on both ranks. Figures are medians over rounds.
-
-    efficiency = serial pass beside another / (2 x parallel pass)      speed-up = serial pass alone / parallel pass
-"""
-
-import statistics
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import diffusers
 import torch
-import torch.distributed as dist
 
-from xfuser.bench.meters import LiveMemory, traffic
-from xfuser.config import EngineConfig, ModelConfig, ParallelConfig, RuntimeConfig
-from xfuser.core.distributed import destroy_distributed_environment
-from xfuser.parallel import xDiTParallel
-
-HEADS, HEAD_DIM = 8, 64
-HIDDEN = HEADS * HEAD_DIM
-Forward = Callable[[], torch.Tensor]
+TEXT = 64  # size of the prompts' embeddings
+SEQUENCE = ("ulysses_degree={ranks}", "ring_degree={ranks}")
+PIPEFUSION = "pipefusion_parallel_degree={{ranks}} num_pipeline_patch={0}"
+VAE = "use_parallel_vae vae_engine={0} ulysses_degree={{ranks}}"
 
 
 @dataclass(frozen=True)
 class Case:
-    """One table: a model with its inputs, and the degrees to compare."""
+    """A pipeline to make, with seeded weights, and what to call it with.
+
+    Attributes:
+        configs: what is compared where nothing else is asked; None for all methods.
+    """
 
     title: str
-    model: Callable[[], torch.nn.Module]
-    inputs: Callable[[], dict[str, Any]]
-    methods: dict[str, ParallelConfig]
-    peers: bool = False
+    pipeline: Callable[[], Any]
+    call: Callable[[], dict[str, Any]]
+    configs: tuple[str, ...] | None = None
 
 
-def pixart(blocks: int = 8) -> torch.nn.Module:
-    return diffusers.PixArtTransformer2DModel(
-        num_attention_heads=HEADS, attention_head_dim=HEAD_DIM, in_channels=4, out_channels=4, num_layers=blocks,
-        cross_attention_dim=HIDDEN, sample_size=128, patch_size=2, caption_channels=64, use_additional_conditions=False,
+def pixart(blocks: int = 8, heads: int = 8, head_dim: int = 64, vae: Callable[[], Any] | None = None) -> Any:
+    """A PixArt pipeline that takes prompts' embeddings."""
+    transformer = diffusers.PixArtTransformer2DModel(
+        num_attention_heads=heads, attention_head_dim=head_dim, in_channels=4, out_channels=4, num_layers=blocks,
+        cross_attention_dim=heads * head_dim, sample_size=128, patch_size=2, caption_channels=TEXT,
+        use_additional_conditions=False,
     )  # fmt: skip
+    return diffusers.PixArtSigmaPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=vae() if vae else None,
+        transformer=transformer,
+        scheduler=diffusers.DPMSolverMultistepScheduler(),
+    )
 
 
-def pixart_inputs(batch: int) -> dict[str, Any]:
-    return {
-        "hidden_states": torch.randn(batch, 4, 128, 128),
-        "encoder_hidden_states": torch.randn(batch, 32, 64),
-        "timestep": torch.full((batch,), 500),
-        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
-        "return_dict": False,
-    }
+def pixart_call(side: int, steps: int, guidance: float = 1.0, tokens: int = 32) -> dict[str, Any]:
+    text, other = torch.randn(2, 1, tokens, TEXT, generator=torch.Generator().manual_seed(0))
+    call = {
+        "prompt_embeds": text, "prompt_attention_mask": torch.ones(1, tokens), "negative_prompt": None,
+        "height": side, "width": side, "use_resolution_binning": False, "num_inference_steps": steps,
+        "guidance_scale": guidance, "output_type": "latent",
+    }  # fmt: skip
+    if guidance > 1:
+        call |= {"negative_prompt_embeds": other, "negative_prompt_attention_mask": torch.ones(1, tokens)}
+    return call
 
 
-def flux() -> torch.nn.Module:
-    return diffusers.FluxTransformer2DModel(
-        in_channels=64, num_layers=4, num_single_layers=8, attention_head_dim=HEAD_DIM, num_attention_heads=HEADS,
-        joint_attention_dim=64, pooled_projection_dim=64, axes_dims_rope=(16, 24, 24),
+def flux() -> Any:
+    """A Flux pipeline that takes prompts' embeddings."""
+    transformer = diffusers.FluxTransformer2DModel(
+        in_channels=64, num_layers=4, num_single_layers=8, attention_head_dim=64, num_attention_heads=8,
+        joint_attention_dim=TEXT, pooled_projection_dim=TEXT, axes_dims_rope=(16, 24, 24),
     )  # fmt: skip
+    parts = dict.fromkeys(("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    return diffusers.FluxPipeline(
+        transformer=transformer, scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), **parts
+    )
 
 
-def flux_inputs(image: int, text: int) -> dict[str, Any]:
+def flux_call(height: int, width: int, text: int, steps: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(0)
     return {
-        "hidden_states": torch.randn(1, image, 64),
-        "encoder_hidden_states": torch.randn(1, text, 64),
-        "pooled_projections": torch.randn(1, 64),
-        "timestep": torch.tensor([0.5]),
-        "img_ids": torch.randint(0, 32, (image, 3)).float(),
-        "txt_ids": torch.zeros(text, 3),
-        "return_dict": False,
-    }
+        "prompt_embeds": torch.randn(1, text, TEXT, generator=generator),
+        "pooled_prompt_embeds": torch.randn(1, TEXT, generator=generator),
+        "height": height, "width": width, "num_inference_steps": steps, "output_type": "latent",
+    }  # fmt: skip
 
 
-SEQUENCE = {"ulysses": ParallelConfig(ulysses_degree=2), "ring": ParallelConfig(ring_degree=2)}
+def decoder(widths: tuple[int, int, int, int]) -> Any:
+    """An ``AutoencoderKL`` of Stable Diffusion's structure with random weights."""
+    return diffusers.AutoencoderKL(
+        block_out_channels=widths,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+        latent_channels=4,
+    ).eval()
+
+
 CASES = {
     "guidance": Case(
-        "CFG: PixArt, 4,096 tokens, hidden 512, 8 layers, batch 2",
-        pixart,
-        lambda: pixart_inputs(2),
-        {"cfg": ParallelConfig(cfg_degree=2)},
+        "PixArt with guidance, 8 layers, hidden 512", pixart, partial(pixart_call, 1024, 2, 4.5), ("use_cfg_parallel",)
     ),
-    "sequence": Case(
-        "Sequence: PixArt, 4,096 tokens, hidden 512, 8 layers, batch 1", pixart, lambda: pixart_inputs(1), SEQUENCE
-    ),
+    "sequence": Case("PixArt, 8 layers, hidden 512", pixart, partial(pixart_call, 1024, 2), SEQUENCE),
     "joint": Case(
-        "Joint attention: Flux, 1,024 + 128 tokens, hidden 512, 4 + 8 layers",
-        flux,
-        lambda: flux_inputs(1024, 128),
-        SEQUENCE,
-        peers=True,
+        "Flux, 4 + 8 layers, hidden 512, 128 tokens of text", flux, partial(flux_call, 512, 512, 128, 2), SEQUENCE
     ),
     "uneven": Case(
-        "Joint attention: Flux, 1,023 + 127 tokens, hidden 512, 4 + 8 layers",
-        flux,
-        lambda: flux_inputs(1023, 127),
-        SEQUENCE,
+        "Flux, 4 + 8 layers, hidden 512, 127 tokens of text", flux, partial(flux_call, 528, 496, 127, 2), SEQUENCE
     ),
-}
+    "pipefusion": Case(
+        "PixArt, 16 layers, hidden 512",
+        partial(pixart, 16),
+        partial(pixart_call, 1024, 9),
+        (PIPEFUSION.format(4), PIPEFUSION.format(8)),
+    ),
+    "costs": Case("PixArt, 8 layers, hidden 512", pixart, partial(pixart_call, 512, 6), ("methods",)),
+    "links": Case("PixArt with guidance, 8 layers, hidden 512", pixart, partial(pixart_call, 512, 6, 4.5)),
+    "vae": Case(
+        "AutoencoderKL, widths 128 to 512, behind a small PixArt",
+        partial(pixart, 1, 1, 8, partial(decoder, (128, 256, 512, 512))),
+        lambda: pixart_call(512, 1) | {"output_type": "pt"},
+        tuple(VAE.format(engine) for engine in ("native", "distvae")),
+    ),
+    "tiny": Case(
+        "PixArt with guidance, 4 layers, hidden 32", partial(pixart, 4, 4, 8), partial(pixart_call, 128, 4, 4.5)
+    ),
+}  # fmt: skip
 
 
-def run_case(rank: int, name: str, rounds: int, store: str) -> None:
-    """One rank's part of a case; rank 0 prints the table."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    case = CASES[name]
+def seeded(make: Callable[[], Any]) -> Any:
+    """What ``make`` makes with the same random weights on every rank."""
     torch.manual_seed(0)
-    inputs = case.inputs()
-    serial = _pass(_seeded(case.model), inputs)
-    contenders = {label: partial(_ours, case, inputs, degrees) for label, degrees in case.methods.items()}
-    if case.peers:
-        contenders |= _peers(case, inputs)
-    expected = serial()
-    rows = {label: _measure_once(contender, expected) for label, contender in contenders.items()}
-    beside, alone, parallel = [], [], {label: [] for label in contenders}
-    for _ in range(rounds):
-        beside.append(_timed(serial))
-        alone.append(_timed(serial if rank == 0 else lambda: None))
-        for label, contender in contenders.items():
-            with contender() as forward:
-                parallel[label].append(_timed(forward))
-    if rank == 0:
-        _print(rows, statistics.median(beside), statistics.median(alone), parallel, _live(serial))
-    destroy_distributed_environment()
-    dist.destroy_process_group()
-
-
-def _seeded(model: Callable[[], torch.nn.Module]) -> torch.nn.Module:
-    torch.manual_seed(0)
-    return model().eval()
-
-
-def _pass(model: torch.nn.Module, inputs: dict[str, Any]) -> Forward:
-    return torch.no_grad()(lambda: model(**inputs)[0])
-
-
-@contextmanager
-def _ours(case: Case, inputs: dict[str, Any], degrees: ParallelConfig) -> Iterator[Forward]:
-    model = _seeded(case.model)
-    engine = EngineConfig(ModelConfig(""), RuntimeConfig(torch.float32), degrees)
-    with xDiTParallel(SimpleNamespace(components={"transformer": model}), engine).active():
-        yield _pass(model, inputs)
-
-
-def _peers(case: Case, inputs: dict[str, Any]) -> dict[str, Callable[[], Any]]:
-    """Diffusers' own Ulysses, where this release has it (its ring has no kernel for the CPU)."""
-    if not hasattr(diffusers, "ContextParallelConfig"):
-        return {}
-    model = _seeded(case.model)
-    with mock.patch("torch.accelerator.device_count", lambda: 1):  # it divides by the number of GPUs
-        model.enable_parallelism(config=diffusers.ContextParallelConfig(ulysses_degree=2))
-    return {"diffusers ulysses": partial(nullcontext, _pass(model, inputs))}
-
-
-def _timed(forward: Forward) -> float:
-    dist.barrier()
-    start = time.perf_counter()
-    forward()
-    dist.barrier()
-    return time.perf_counter() - start
-
-
-def _measure_once(contender: Callable[[], Any], expected: torch.Tensor) -> tuple[float, int, int]:
-    """Relative error, bytes sent by this rank, and bytes of live tensors at the peak."""
-    with contender() as forward:
-        with traffic() as sent:
-            output = forward()
-        error = ((output - expected).abs().max() / expected.abs().max()).item()
-        return error, sent.total, _live(forward)
-
-
-def _live(forward: Forward) -> int:
-    with LiveMemory() as memory:
-        forward()
-    return memory.peak
-
-
-def _print(rows: dict, beside: float, alone: float, parallel: dict[str, list[float]], serial_memory: int) -> None:
-    print(
-        f"Serial pass {alone:.2f} s alone, {beside:.2f} s beside another; live tensors {serial_memory / 1e6:.1f} MB.\n"
-    )
-    print("| method | pass | efficiency | speed-up | sent per rank | live tensors | rel. error |")
-    print("|---|---|---|---|---|---|---|")
-    for label, (error, sent, memory) in rows.items():
-        seconds = statistics.median(parallel[label])
-        print(
-            f"| {label} | {seconds:.2f} s | {beside / (2 * seconds):.2f} | {alone / seconds:.2f} | {sent / 1e6:.1f} MB"
-            f" | {memory / 1e6:.1f} MB | {error:.0e} |"
-        )
-    print(flush=True)
+    pipe = make()
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.eval()
+    return pipe

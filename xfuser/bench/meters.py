@@ -147,9 +147,19 @@ class LiveMemory(TorchDispatchMode):
         self.epoch: int | None = None
         self._known: dict[int, tuple[int, int | None]] = {}
 
-    def older(self, epoch: int) -> int:
-        """Bytes alive of tensors that bear ``epoch`` or an earlier one."""
-        return sum(size for size, born in self._known.values() if born is not None and born <= epoch)
+    def by_epoch(self) -> dict[int, int]:
+        """Bytes alive of the tensors of each epoch."""
+        sizes: dict[int, int] = {}
+        for size, epoch in self._known.values():
+            if epoch is not None:
+                sizes[epoch] = sizes.get(epoch, 0) + size
+        return sizes
+
+    def free_of_epoch(self, tensors: Any) -> None:
+        """Let the tensors in a structure of them bear no epoch."""
+        for x in tree_leaves(tensors):
+            if isinstance(x, torch.Tensor) and (key := x.untyped_storage()._cdata) in self._known:
+                self._known[key] = self._known[key][0], None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = func(*args, **(kwargs or {}))

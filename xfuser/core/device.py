@@ -1,6 +1,7 @@
 """The one place that knows which device and which communication backend this machine has."""
 
 import os
+import platform
 import resource
 import sys
 
@@ -11,6 +12,17 @@ def device_type() -> str:
     """The accelerator's type as torch names it, or ``"cpu"`` where there is none."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return accelerator.type if accelerator else "cpu"
+
+
+def device_name() -> str:
+    """What this machine's device is called: the accelerator, or the processor."""
+    if device_type() != "cpu":
+        return torch.get_device_module(device_type()).get_device_name()
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def device(local_rank: int) -> torch.device:

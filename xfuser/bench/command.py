@@ -1,0 +1,174 @@
+"""``xdit bench``: configurations of one pipeline side by side with a serial run of it, on this machine."""
+
+import argparse
+import json
+import os
+import tempfile
+from dataclasses import fields
+from typing import Any
+
+from xfuser.bench.configurations import GROUPS, PRESETS, Configuration, configurations
+from xfuser.bench.files import output_folder, write_json
+from xfuser.config import FlexibleArgumentParser, xFuserArgs
+from xfuser.core.distributed.failure import fail_together
+
+PROMPT = "a red circle above a blue square"
+SIZES = ("height", "width", "num_inference_steps")  # flags that also change a case
+STEPS = 20
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command; returns the exit code.
+
+    Raises:
+        ValueError: for what cannot be run, before any rank starts.
+    """
+    options = parser().parse_args(arguments)
+    if options.slow_links:
+        from xfuser.bench import slow_links
+
+        return slow_links.main(options, arguments)
+    if options.vae_memory:
+        from xfuser.bench import vae_memory
+
+        return vae_memory.run_memory()
+    chosen = chosen_configurations(options)
+    if "RANK" in os.environ:
+        fail_together()
+        return _run_rank(options, chosen)
+    output_folder(options.output_dir)
+    _check_packages(options)
+    told = run_ranks("bench", arguments, chosen)
+    if told is None:
+        return 1
+    _report(options, told)
+    return 0
+
+
+def parser() -> FlexibleArgumentParser:
+    """The flags of the bench, and those of the library for the pipeline and its inputs."""
+    flags = FlexibleArgumentParser(
+        prog="xdit bench",
+        description="Compare configurations of a pipeline with a serial run: time, memory, traffic, error.",
+        epilog='Example: xdit bench --configs "ulysses_degree=2" "pipefusion_parallel_degree=2 num_pipeline_patch=4"',
+    )
+    presets = "; ".join(f"{name}: {text}" for name, text in PRESETS.items())
+    flags.add_argument("--configs", nargs="+", metavar="FLAGS", help=f"Flags of each, or {presets} (default: both).")
+    flags.add_argument("--ranks", nargs="+", type=int, help="Ranks that presets are made for (default: 2).")
+    flags.add_argument("--case", metavar="NAME", help="A pipeline with random weights, instead of --model.")
+    flags.add_argument("--costs", action="store_true", help="Every method on 2 and 4 ranks, beside its formula.")
+    flags.add_argument("--slow_links", action="store_true", help="On two network namespaces, over links of each rate.")
+    flags.add_argument("--rates", nargs="+", metavar="RATE", help="Of --slow_links (default: 100mbit 1gbit 10gbit).")
+    flags.add_argument("--delay", metavar="TIME", help="Of --slow_links, such as 1ms; needs netem in the kernel.")
+    flags.add_argument("--vae_memory", action="store_true", help="The largest picture that the parallel VAE decodes.")
+    flags.add_argument("--against", choices=["diffusers"], help="Also run Diffusers' own context parallelism.")
+    flags.add_argument("--rounds", type=int, default=5, help="Interleaved rounds; medians are shown (default: 5).")
+    flags.add_argument("--warm_up", type=int, default=1, help="Short calls ahead of each timed one (default: 1).")
+    flags.add_argument("--timeline", metavar="FILE", help="Draw what PipeFusion's stages did when into this PNG file.")
+    flags.add_argument("--output_dir", default="results/bench", help="Folder for the report (default: results/bench).")
+    flags.add_argument("--part", help=argparse.SUPPRESS)  # where rank 0 leaves what it measured for who started it
+    xFuserArgs.add_cli_args(flags).set_defaults(num_inference_steps=None)  # a case has steps of its own
+    return flags
+
+
+def base_arguments(options: argparse.Namespace) -> xFuserArgs:
+    """What is the same for all configurations."""
+    args = xFuserArgs.from_cli_args(options)
+    for spec in fields(xFuserArgs):
+        given = getattr(args, spec.name)
+        if spec.metadata["group"] == GROUPS[0] and given != spec.default and spec.name != "do_classifier_free_guidance":
+            raise ValueError(f"{spec.name}={given!r} is of one configuration: give it within --configs")
+    args.prompt = args.prompt or [PROMPT]
+    args.num_inference_steps = STEPS if args.num_inference_steps is None else args.num_inference_steps
+    args.checked()
+    return args
+
+
+def chosen_configurations(options: argparse.Namespace) -> list[Configuration]:
+    """Check the options, and say what is to be compared."""
+    if options.costs and not options.case and not options.model:
+        options.case = "costs"
+    options.ranks = options.ranks or ([2, 4] if options.costs else [2])
+    for name, least in (("rounds", 1), ("warm_up", 0)):
+        if getattr(options, name) < least:
+            raise ValueError(f"{name}={getattr(options, name)}: a whole number of {least} or more is needed")
+    texts = options.configs
+    if options.case:
+        from xfuser.bench.cases import CASES
+
+        if options.case not in CASES or options.model:
+            raise ValueError(f"case={options.case!r} must be one of {', '.join(CASES)}, without a model")
+        texts = texts or (list(CASES[options.case].configs) if CASES[options.case].configs else None)
+    chosen = configurations(texts, options.ranks, base_arguments(options))
+    if not chosen:
+        raise ValueError(f"there is nothing to compare on {options.ranks} ranks: give --configs")
+    return chosen
+
+
+def run_ranks(command: str, arguments: list[str], chosen: list[Configuration]) -> list[dict[str, Any]] | None:
+    """Start ``xdit COMMAND`` on each number of ranks that is asked for; what each run tells, or None if one failed."""
+    from xfuser.cli import launch
+
+    worlds = sorted({configuration.ranks for configuration in chosen})
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // worlds[-1])))  # the same for all
+    told = []
+    with tempfile.TemporaryDirectory() as folder:
+        for ranks in worlds:
+            part = os.path.join(folder, f"{ranks}.json")
+            if launch(ranks, [command, *arguments, "--part", part]):
+                return None
+            with open(part, encoding="utf-8") as file:
+                told.append(json.load(file))
+    return told
+
+
+def of_this_world(chosen: list[Configuration]) -> list[Configuration]:
+    """The configurations for as many ranks as run."""
+    ranks = int(os.environ["WORLD_SIZE"])
+    mine = [configuration for configuration in chosen if configuration.ranks == ranks]
+    if not mine:
+        raise ValueError(f"{ranks} ranks run, and the configurations are for {sorted({one.ranks for one in chosen})}")
+    return mine
+
+
+def _check_packages(options: argparse.Namespace) -> None:
+    from xfuser.bench.extras import extra
+
+    extra("matplotlib", "a plot")
+    if options.against:
+        from xfuser.bench.workload import check_peer
+
+        check_peer()
+
+
+def _run_rank(options: argparse.Namespace, chosen: list[Configuration]) -> int:
+    """One rank's part; rank 0 writes the report, or leaves what was measured for the process that started the ranks."""
+    from xfuser.bench.measure import measure
+    from xfuser.bench.workload import Workload, diffusers_own, ours
+    from xfuser.core.distributed import (
+        destroy_distributed_environment,
+        get_world_group,
+        init_distributed_environment,
+    )
+
+    mine = of_this_world(chosen)
+    init_distributed_environment()
+    sizes = {name: value for name in SIZES if (value := getattr(options, name)) is not None}
+    workload = Workload(base_arguments(options), options.case, sizes)
+    contenders = [ours(workload, configuration) for configuration in mine]
+    if options.against:
+        contenders.append(diffusers_own(workload, mine[0].ranks))
+    told = measure(workload, contenders, options.rounds, options.warm_up)
+    if get_world_group().is_first_rank and options.part:
+        write_json(options.part, told)
+    elif get_world_group().is_first_rank:
+        _report(options, [told])
+    destroy_distributed_environment()
+    return 0
+
+
+def _report(options: argparse.Namespace, told: list[dict[str, Any]]) -> None:
+    from xfuser.bench.report import write_report
+
+    title = f"case {options.case}" if options.case else (options.model or "the shipped pipeline")
+    print(write_report(options.output_dir, title, vars(options), told))

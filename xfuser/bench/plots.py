@@ -1,0 +1,112 @@
+"""Plots of what was measured (matplotlib, an optional package)."""
+
+import statistics
+from typing import Any
+
+from xfuser.bench.extras import extra
+from xfuser.bench.files import replace_file
+
+PARTS = (("parameters", "parameters"), ("buffers", "buffers"), ("activations", "activations"))
+
+
+def pyplot() -> Any:
+    """matplotlib, drawing into files."""
+    extra("matplotlib", "a plot").use("Agg")
+    return extra("matplotlib.pyplot", "a plot")
+
+
+def save(figure: Any, path: str) -> str:
+    written = replace_file(path, lambda part: figure.savefig(part, dpi=110, bbox_inches="tight"))
+    pyplot().close(figure)
+    return written
+
+
+def draw_report(path: str, title: str, told: list[dict[str, Any]]) -> str:
+    """Four panels: time of a call, efficiency, bytes sent a step, memory; a bar for each configuration."""
+    rows = [(run, row) for run in told for row in run["rows"] if "summary" in row]
+    names = [_label(row["name"], run["ranks"] if len(told) > 1 else None) for run, row in rows]
+    figure, panels = pyplot().subplots(2, 2, figsize=(13, 2.4 + 0.62 * len(rows)), sharey=True, squeeze=False)
+    figure.suptitle(title)
+    summaries = [row["summary"] for _, row in rows]
+    _draw_times(panels[0][0], told, rows)
+    _draw_gains(panels[0][1], summaries)
+    _draw_traffic(panels[1][0], [row for _, row in rows])
+    _draw_memory(panels[1][1], told, summaries)
+    for panel in panels.flat:
+        panel.set_yticks(range(len(rows)), names, fontsize=8)
+        panel.grid(axis="x", alpha=0.3)
+        panel.set_axisbelow(True)
+    panels[0][0].invert_yaxis()
+    figure.tight_layout()
+    return save(figure, path)
+
+
+def _label(name: str, ranks: int | None) -> str:
+    return name.replace(" ", "\n") + (f"\n({ranks} ranks)" if ranks else "")
+
+
+def _draw_times(panel: Any, told: list[dict[str, Any]], rows: list[Any]) -> None:
+    for place, (_, row) in enumerate(rows):
+        one = row["summary"]
+        spread = [[one["seconds"] - one["fastest"]], [one["slowest"] - one["seconds"]]]
+        panel.barh(place, one["seconds"], xerr=spread, color="#4e79a7", ecolor="black", capsize=3)
+    for run in told:
+        serial = statistics.median(run["serial"]["seconds"])
+        panel.axvline(serial, color="#e15759", label=f"serial ({run['ranks']} ranks' run)" if told[1:] else "serial")
+    panel.set_title("seconds of a call: median, fastest, slowest", fontsize=10)
+    panel.legend(fontsize=8)
+
+
+def _draw_gains(panel: Any, summaries: list[dict[str, float]]) -> None:
+    places = range(len(summaries))
+    panel.barh([place - 0.2 for place in places], [one["speed_up"] for one in summaries], 0.38, label="speed-up")
+    panel.barh([place + 0.2 for place in places], [one["efficiency"] for one in summaries], 0.38, label="efficiency")
+    panel.axvline(1, color="black", linewidth=0.8)
+    panel.set_title("speed-up over serial, efficiency", fontsize=10)
+    panel.legend(fontsize=8)
+
+
+def _draw_traffic(panel: Any, rows: list[dict[str, Any]]) -> None:
+    most = [max(row["sent"], key=lambda sent: sum(sent.values())) for row in rows]
+    start = [0.0] * len(rows)
+    for operation in sorted({name for sent in most for name in sent}):
+        sizes = [sent.get(operation, 0) / 1e6 for sent in most]
+        panel.barh(range(len(rows)), sizes, left=start, label=operation)
+        start = [a + b for a, b in zip(start, sizes, strict=True)]
+    panel.set_title("MB sent a step, by the rank that sends most", fontsize=10)
+    panel.legend(fontsize=8)
+
+
+def _draw_memory(panel: Any, told: list[dict[str, Any]], summaries: list[dict[str, float]]) -> None:
+    start = [0.0] * len(summaries)
+    for key, label in PARTS:
+        sizes = [one[key] if key in one else one["live"] - one["buffers"] for one in summaries]
+        sizes = [size / 1e6 for size in sizes]
+        panel.barh(range(len(summaries)), sizes, left=start, label=label)
+        start = [a + b for a, b in zip(start, sizes, strict=True)]
+    serial = told[0]["serial"]
+    panel.axvline((serial["parameters"][0] + serial["live"][0]) / 1e6, color="#e15759", label="serial")
+    panel.set_title("MB at the peak, on the rank that holds most", fontsize=10)
+    panel.legend(fontsize=8)
+
+
+def draw_timeline(path: str, told: list[dict[str, Any]], steps: int = 4) -> str:
+    """The first steps of the first run with PipeFusion: a band for each stage, a colour for each patch."""
+    spans = next((row["spans"] for run in told for row in run["rows"] if row.get("spans")), None)
+    if not spans:
+        raise ValueError("timeline: no configuration has several PipeFusion stages")
+    shown = [span for span in spans if span["step"] < steps]
+    begin = min(span["start"] for span in shown)
+    stages = 1 + max(span["stage"] for span in shown)
+    figure, panel = pyplot().subplots(figsize=(11, 0.8 + 0.6 * stages))
+    colours = pyplot().get_cmap("tab10").colors
+    for span in shown:
+        colour = "#aaaaaa" if span["step"] == 0 else colours[span["patch"] % 10]
+        left, width = span["start"] - begin, span["end"] - span["start"]
+        panel.barh(span["stage"], width, left=left, color=colour, edgecolor="white")
+        label = f"{span['step']}.{span['patch']}" if span["step"] else "0"
+        panel.text(left + width / 2, span["stage"], label, ha="center", va="center", color="white", fontsize=7)
+    panel.set_yticks(range(stages), [f"stage {stage}" for stage in range(stages)])
+    panel.invert_yaxis()
+    panel.set_xlabel("seconds")
+    return save(figure, path)

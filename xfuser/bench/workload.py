@@ -1,0 +1,124 @@
+"""What is run: a pipeline, the arguments of its call, and the ways to call it."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import diffusers
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from xfuser.bench.cases import CASES, seeded
+from xfuser.bench.configurations import Configuration
+from xfuser.config import EngineConfig, InputConfig, xFuserArgs
+from xfuser.core import device as devices
+from xfuser.core.distributed import get_world_group
+from xfuser.inputs import pipeline_arguments
+from xfuser.loading import load_pipeline
+from xfuser.output import media_of
+from xfuser.parallel import xDiTParallel
+
+LOADING = ("dtype", "use_fp8_t5_encoder")  # runtime options that change what is loaded, beside those named enable_...
+
+
+class Workload:
+    """A pipeline to measure: that of ``args.model``, or a named case; ``sizes`` change the case's arguments."""
+
+    def __init__(self, args: xFuserArgs, case: str | None, sizes: dict[str, int]) -> None:
+        self._engine, self._inputs = args.checked()
+        self._case = CASES[case] if case else None
+        self._sizes = sizes
+        self._loaded: dict[tuple, Any] = {}
+        self.seed = args.seed
+
+    def pipe(self, engine: EngineConfig | None = None) -> Any:
+        """The bare pipeline, loaded once for all configurations that load it alike; the serial one by default."""
+        engine = engine or self._engine
+        runtime = vars(engine.runtime_config)
+        key = tuple((name, runtime[name]) for name in sorted(runtime) if name in LOADING or name.startswith("enable_"))
+        if key not in self._loaded:
+            self._loaded[key] = self.load(engine)
+        return self._loaded[key]
+
+    def load(self, engine: EngineConfig | None = None) -> Any:
+        """A pipeline of its own."""
+        engine = engine or self._engine
+        if self._case:
+            pipe = seeded(self._case.pipeline).to(devices.device(get_world_group().local_rank))
+        else:
+            pipe = load_pipeline(engine, self._inputs)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def call(self) -> dict[str, Any]:
+        """The arguments of the call."""
+        if self._case:
+            return self._case.call() | self._sizes
+        inputs = self._inputs
+        call = pipeline_arguments(self.pipe(), inputs)
+        return call | ({"output_type": "pt"} if inputs.output_type == "pil" and "output_type" in call else {})
+
+    def run(self, pipe: Any, **changes: Any) -> torch.Tensor:
+        """Call it; returns the pictures, ``[N, ...]``, in 0..1 unless they are latents."""
+        generator = torch.Generator().manual_seed(self.seed)
+        with torch.no_grad():
+            media = media_of(pipe(**self.call() | {"generator": generator} | changes))
+        return torch.stack([torch.as_tensor(np.asarray(one) if isinstance(one, list) else one) for one in media])
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A way to call the workload's pipeline: a context that yields the pipeline to call."""
+
+    name: str
+    opened: Callable[[], AbstractContextManager[Any]]
+
+
+def ours(workload: Workload, configuration: Configuration) -> Contender:
+    return Contender(configuration.name, partial(_wrapped, workload, configuration))
+
+
+@contextmanager
+def _wrapped(workload: Workload, configuration: Configuration) -> Iterator[Any]:
+    pipe = xDiTParallel(workload.pipe(configuration.engine), configuration.engine, InputConfig())
+    yield pipe
+    pipe.unwrap()  # not after an error: the others would have to take part
+
+
+def diffusers_own(workload: Workload, ranks: int) -> Contender:
+    """Diffusers' own Ulysses (its ring has no kernel for the CPU), on a pipeline of its own."""
+    held: list[Any] = []
+
+    @contextmanager
+    def opened() -> Iterator[Any]:
+        if not held:
+            held.append(workload.load())
+            devices_here = {"device_count": lambda: 1} if devices.device_type() == "cpu" else {}
+            with mock.patch.multiple("torch.accelerator", **devices_here):  # it divides by the number of devices
+                config = diffusers.ContextParallelConfig(ulysses_degree=ranks)
+                held[0].transformer.enable_parallelism(config=config)
+        yield held[0]
+
+    return Contender(f"diffusers ulysses_degree={ranks}", opened)
+
+
+def check_peer() -> None:
+    """Raise a ValueError where the installed release of Diffusers has no context parallelism."""
+    if not hasattr(diffusers, "ContextParallelConfig"):
+        raise ValueError(f"against diffusers: release {diffusers.__version__} has no ContextParallelConfig")
+
+
+def timed(action: Callable[[], Any]) -> tuple[float, float]:
+    """When ``action`` began on all ranks, and when all had ended it: seconds of the machine's clock."""
+    dist.barrier()
+    devices.synchronize()
+    start = time.perf_counter()
+    action()
+    devices.synchronize()
+    dist.barrier()
+    return start, time.perf_counter()
