@@ -24,7 +24,8 @@ def main(arguments: list[str]) -> int:
         ValueError: for what cannot be run, before any rank starts.
     """
     options = parser().parse_args(arguments)
-    if options.slow_links:
+    is_rank = "RANK" in os.environ
+    if options.slow_links and not is_rank:
         from xfuser.bench import slow_links
 
         return slow_links.main(options, arguments)
@@ -33,7 +34,7 @@ def main(arguments: list[str]) -> int:
 
         return vae_memory.run_memory()
     chosen = chosen_configurations(options)
-    if "RANK" in os.environ:
+    if is_rank:
         fail_together()
         return _run_rank(options, chosen)
     output_folder(options.output_dir)
@@ -86,8 +87,8 @@ def base_arguments(options: argparse.Namespace) -> xFuserArgs:
 
 def chosen_configurations(options: argparse.Namespace) -> list[Configuration]:
     """Check the options, and say what is to be compared."""
-    if options.costs and not options.case and not options.model:
-        options.case = "costs"
+    if not options.case and not options.model:
+        options.case = "costs" if options.costs else "links" if options.slow_links else None
     options.ranks = options.ranks or ([2, 4] if options.costs else [2])
     for name, least in (("rounds", 1), ("warm_up", 0)):
         if getattr(options, name) < least:

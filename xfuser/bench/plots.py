@@ -110,3 +110,23 @@ def draw_timeline(path: str, told: list[dict[str, Any]], steps: int = 4) -> str:
     panel.invert_yaxis()
     panel.set_xlabel("seconds")
     return save(figure, path)
+
+
+def draw_links(path: str, title: str, told: dict[float, dict[str, Any]]) -> str:
+    """Speed-up over serial by the link's rate, in bits a second: a line for each configuration."""
+    figure, panel = pyplot().subplots(figsize=(8, 5))
+    rates = sorted(told)
+    names = [row["name"] for row in told[rates[0]]["rows"] if "summary" in row]
+    for place, name in enumerate(names):
+        rows = [next(row for row in told[rate]["rows"] if row["name"] == name) for rate in rates]
+        gains = [row["summary"]["speed_up"] for row in rows]
+        panel.plot([rate / 1e6 for rate in rates], gains, marker="os^Dvp*"[place % 7], label=name)
+    panel.axhline(1, color="black", linewidth=0.8)
+    panel.set_xscale("log")
+    panel.set_xticks([rate / 1e6 for rate in rates], [f"{rate / 1e6:,.0f}" for rate in rates])
+    panel.set_xlabel("Mbit/s between the nodes")
+    panel.set_ylabel("speed-up over serial")
+    panel.set_title(title, fontsize=11)
+    panel.grid(alpha=0.3)
+    panel.legend(fontsize=8)
+    return save(figure, path)
