@@ -10,6 +10,7 @@ from typing import Any
 from xfuser.config import FlexibleArgumentParser, xFuserArgs
 from xfuser.core import device as devices
 from xfuser.core.distributed import destroy_distributed_environment, get_world_group
+from xfuser.words import check_words, known_words
 
 COMMANDS = {
     "bench": "xfuser.bench.command:main",
@@ -28,7 +29,9 @@ def main() -> int:
         args = xFuserArgs.from_cli_args(options)
         if not any(args.prompt):
             raise ValueError('there is nothing to draw: give --prompt "..."')
-        ranks = args.checked()[0].world_size
+        engine_config, _ = args.checked()
+        check_words(engine_config.model_config.model, [*_texts(args.prompt), *_texts(args.negative_prompt)])
+        ranks = engine_config.world_size
         if ranks > 1 and not is_rank:
             return launch(ranks, arguments)
         pipe, call = prepare(args)
@@ -41,13 +44,18 @@ def main() -> int:
     return 0
 
 
+def _texts(given: str | list[str]) -> list[str]:
+    return [given] if isinstance(given, str) else given
+
+
 def parser() -> FlexibleArgumentParser:
     """All flags of the library, and where to save."""
     flags = FlexibleArgumentParser(
         prog="xdit",
         description="Draw a picture from a prompt, on as many processes as the product of the degrees.",
         epilog='Example: xdit --prompt "a red circle above a blue square" --ulysses_degree 2.'
-        f" Other commands, with a --help of their own: {', '.join(f'xdit {name}' for name in COMMANDS)}.",
+        f" Other commands, with a --help of their own: {', '.join(f'xdit {name}' for name in COMMANDS)}. Without --model,"
+        f" the pipeline that comes with the package draws; the words that it knows are: {', '.join(known_words())}.",
     )
     flags.add_argument("--output_dir", default="results", help="Folder for the pictures (default: results).")
     return xFuserArgs.add_cli_args(flags)

@@ -1,0 +1,38 @@
+"""The words that a shipped pipeline was trained with: it draws nothing sensible for any other."""
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Iterable
+
+from xfuser.config.args import SHIPPED_PIPELINE
+
+
+def known_words(folder: str = SHIPPED_PIPELINE) -> list[str]:
+    """The whole words in the vocabulary of a pipeline's tokenizer, sorted."""
+    with open(os.path.join(folder, "tokenizer", "tokenizer.json"), encoding="utf-8") as file:
+        vocabulary = json.load(file)["model"]["vocab"]
+    return sorted(word for word in vocabulary if not word.startswith("<"))
+
+
+def check_words(folder: str, prompts: Iterable[str]) -> None:
+    """Raise a ValueError that names the nearest known words if a prompt for a shipped pipeline holds an unknown one.
+
+    Other pipelines take any text.
+    """
+    if os.path.dirname(os.path.abspath(folder)) != os.path.dirname(SHIPPED_PIPELINE):
+        return
+    known = known_words(folder)
+    asked = dict.fromkeys(re.findall(r"\w+", " ".join(prompts).lower()))
+    unknown = [_with_nearest(word, known) for word in asked if word not in known]
+    if unknown:
+        raise ValueError(
+            f"the shipped pipeline does not know the word{'s' * (len(unknown) > 1)} {', '.join(unknown)}:"
+            " xdit --help lists all that it knows; --model takes other pipelines"
+        )
+
+
+def _with_nearest(word: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(word, known, cutoff=0.55)
+    return f"{word!r} (near it: {', '.join(near)})" if near else repr(word)
