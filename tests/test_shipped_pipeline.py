@@ -4,10 +4,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import running
 from PIL import Image
 
+from xfuser import cli
 from xfuser.config.args import SHIPPED_PIPELINE
+from xfuser.words import check_words, known_words
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "tiny_model"))
 
@@ -17,9 +20,33 @@ import scenes
 PROMPTS = 24
 
 
-def test_checker_is_right_about_true_pictures():
-    rates = check.true_rates(200, seed=3)
-    assert rates["background and colours"] >= 0.97
+def test_checker_is_right_about_true_pictures_and_spoilt_ones():
+    assert min(check.true_rates(100, seed=3).values()) >= 0.97
+    assert max(check.false_rates(20, seed=3).values()) <= 0.1
+
+
+def test_distance_to_true_pictures_grows_with_what_is_wrong():
+    rng = np.random.default_rng(0)
+    asked = [scenes.sample_scene(rng) for _ in range(40)]
+    true, again = (np.stack([check.features(scenes.render(scene, rng)) for scene in asked]) for _ in range(2))
+    spoilt = np.stack([check.features(scenes.render(scene, rng).rotate(20)) for scene in asked])
+    scale = np.maximum(true.std(0), 0.05)
+    near, far = (check.frechet_distance(other, true, scale) for other in (again, spoilt))
+    assert 0 <= near < 0.2 * far
+
+
+@pytest.mark.parametrize("folder", [SHIPPED_PIPELINE])
+def test_the_pipeline_knows_the_words_of_its_world(folder):
+    assert set(known_words(folder)) <= set(scenes.vocabulary()) | {"an"}
+
+
+def test_unknown_words_are_refused_with_the_nearest_known_ones(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["xdit", "--prompt", "A red cirle, above a sqare!", "--ulysses_degree", "2"])
+    assert cli.main() == 1
+    told = capsys.readouterr().err
+    assert "'cirle' (near it: circle" in told and "'sqare' (near it: square" in told and "'red'" not in told
+    assert "triangles, two" in cli.parser().format_help().replace("\n", " ")
+    check_words("another/pipeline", ["a cactus"])
 
 
 def draw(prompts):

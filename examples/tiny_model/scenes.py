@@ -26,19 +26,36 @@ DEFAULT_BACKGROUND = "white"
 SHAPES = ("circle", "square", "triangle")
 SIZES = ("small", "large")
 COUNTS = {"two": 2, "three": 3, "four": 4}
-RELATIONS = {
-    "above": ("above", "over"),
-    "below": ("below", "under"),
-    "left of": ("left of", "to the left of"),
-    "right of": ("right of", "to the right of"),
-    "and": ("and",),
-}
-PREFIXES = ("a picture of", "a drawing of")
+RELATIONS = ("above", "below", "left of", "right of", "and")
+KINDS = ("single", "pair", "count")
+PREFIXES = ("a picture of", "a drawing of", "an image of", "a photo of", "a painting of", "draw", "paint", "show")
 
-# Diameters and centres as fractions of the picture's side.
-SINGLE_DIAMETERS = {"small": 0.28, "": 0.44, "large": 0.62}
-GROUP_DIAMETERS = {"small": 0.23, "": 0.34, "large": 0.42}
-NEAR, MIDDLE, FAR = 0.26, 0.5, 0.74
+# What else a caption may say for a word; a new word starts with the meaning of the one it stands for.
+SYNONYMS = {
+    "purple": ("violet",),
+    "gray": ("grey",),
+    "circle": ("disc", "disk"),
+    "circles": ("discs", "disks"),
+    "small": ("little", "tiny"),
+    "large": ("big", "huge"),
+    "a": ("one", "1", "the", "single"),
+    "two": ("2",),
+    "three": ("3",),
+    "four": ("4",),
+    "above": ("over", "on top of"),
+    "below": ("under", "beneath", "underneath"),
+    "left of": ("to the left of",),
+    "right of": ("to the right of",),
+    "and": ("beside", "next to", "with"),
+    "background": ("backdrop",),
+}
+
+# Diameters, centres and steps aside, in parts of the picture's side: whole numbers of the 8 pixels which one latent
+# pixel stands for, so that there are few ways in which outlines cross them.
+UNIT = 1 / 32
+SINGLE_DIAMETERS = {"small": 9 * UNIT, "": 14 * UNIT, "large": 20 * UNIT}
+GROUP_DIAMETERS = {"small": 7 * UNIT, "": 11 * UNIT, "large": 13 * UNIT}
+NEAR, MIDDLE, FAR = 0.25, 0.5, 0.75
 GROUP_CENTRES = {
     2: ((NEAR, MIDDLE), (FAR, MIDDLE)),
     3: ((MIDDLE, NEAR), (NEAR, FAR), (FAR, FAR)),
@@ -85,24 +102,23 @@ class Placed:
 
 def vocabulary() -> list[str]:
     """Return every word a caption may hold, sorted."""
-    words = {"a", "an", "one", "on", "background", "grey", *COLOURS, *BACKGROUNDS, *SIZES, *COUNTS, *SHAPES}
-    words.update(shape + "s" for shape in SHAPES)
-    for phrase in (*PREFIXES, *(text for texts in RELATIONS.values() for text in texts)):
+    words = {"a", "an", "on", *COLOURS, *BACKGROUNDS, *SIZES, *COUNTS, *SHAPES, *(shape + "s" for shape in SHAPES)}
+    for phrase in (*PREFIXES, *RELATIONS, *SYNONYMS, *(text for texts in SYNONYMS.values() for text in texts)):
         words.update(phrase.split())
     return sorted(words)
 
 
-def sample_scene(rng: np.random.Generator, held_out: bool = False) -> Scene:
-    """Draw a scene; pairs come from the held-out pairs or from the others, as `held_out` says."""
+def sample_scene(rng: np.random.Generator, held_out: bool = False, kind: str | None = None) -> Scene:
+    """Draw a scene, of the kind if one is given; pairs are held-out ones or others, as `held_out` says."""
     background = DEFAULT_BACKGROUND if rng.random() < 0.5 else str(rng.choice(list(BACKGROUNDS)))
-    kind = rng.choice(["single", "several", "pair"], p=[0.2, 0.2, 0.6])
+    kind = kind or rng.choice(KINDS, p=[0.25, 0.5, 0.25])
     if kind == "single":
         return Scene((_sample_group(rng, 0.5),), background=background)
-    if kind == "several":
+    if kind == "count":
         return Scene((_sample_group(rng, 0.25, int(rng.integers(2, 5))),), background=background)
     while True:
         groups = (_sample_group(rng, 0.15), _sample_group(rng, 0.15))
-        scene = Scene(groups, str(rng.choice(list(RELATIONS))), background)
+        scene = Scene(groups, str(rng.choice(RELATIONS)), background)
         if is_held_out(scene) == held_out:
             return scene
 
@@ -122,44 +138,49 @@ def is_held_out(scene: Scene) -> bool:
 
 
 def caption(scene: Scene, rng: np.random.Generator | None = None) -> str:
-    """Put a scene into words: the plainest words without `rng`, one of several phrasings with it."""
-    text = _noun_phrase(scene.groups[0])
+    """Put a scene into words: the plainest words without `rng`, one of many phrasings with it."""
+    text = _noun_phrase(scene.groups[0], rng)
     if scene.relation:
-        words = RELATIONS[scene.relation]
-        joint = words[0] if rng is None or rng.random() < 0.7 else str(rng.choice(words))
-        text = f"{text} {joint} {_noun_phrase(scene.groups[1])}"
-    named = scene.background != DEFAULT_BACKGROUND or (rng is not None and rng.random() < 0.25)
-    if named:
-        grey = scene.background == "gray" and rng is not None and rng.random() < 0.2
-        text += f" on a {'grey' if grey else scene.background} background"
-    if rng is not None and rng.random() < 0.1:
-        text = f"{rng.choice(PREFIXES)} {text}"
-    return text
+        text = f"{text} {_say(scene.relation, rng)} {_noun_phrase(scene.groups[1], rng)}"
+    if scene.background != DEFAULT_BACKGROUND or _chance(rng, 0.25):
+        colour = _say(scene.background, rng)
+        text += f" on {colour}" if _chance(rng, 0.1) else f" on a {colour} {_say('background', rng, 0.1)}"
+    return f"{rng.choice(PREFIXES)} {text}" if _chance(rng, 0.15) else text
 
 
-def _noun_phrase(group: Group) -> str:
+def _chance(rng: np.random.Generator | None, share: float) -> bool:
+    return rng is not None and rng.random() < share
+
+
+def _say(word: str, rng: np.random.Generator | None, share: float = 0.3) -> str:
+    """Return the word, or one that means the same."""
+    return str(rng.choice(SYNONYMS[word])) if word in SYNONYMS and _chance(rng, share) else word
+
+
+def _noun_phrase(group: Group, rng: np.random.Generator | None) -> str:
+    """Name a group; with `rng`, some lack their article or their colour."""
     number = {count: word for word, count in COUNTS.items()}.get(group.count, "a")
-    words = [word for word in (number, group.size, group.colour, group.shape) if word]
-    if group.count > 1:
-        words[-1] += "s"
-    elif words[1][0] in "aeiou":
-        words[0] = "an"
-    return " ".join(words)
+    colour = "" if _chance(rng, 0.03) else _say(group.colour, rng, 0.2)
+    words = [_say(group.size, rng), colour, _say(group.shape + "s" * (group.count > 1), rng, 0.2)]
+    words = [word for word in words if word]
+    if group.count == 1 and _chance(rng, 0.1):
+        return " ".join(words)
+    article = "an" if number == "a" and words[0][0] in "aeiou" else number
+    return " ".join([_say(article, rng, 0.15), *words])
 
 
 def parse(text: str) -> Scene:
-    """Read a caption written by `caption` back into its scene."""
-    text = text.lower().replace("grey", "gray")
+    """Read a plain caption back into its scene."""
     background = re.search(r" on a (\w+) background", text)
-    noun = rf"(?:(\w+) )?(?:({'|'.join(SIZES)}) )?({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})s?\b"
+    noun = rf"(\w+) (?:({'|'.join(SIZES)}) )?({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})s?\b"
     groups = tuple(
         Group(colour, shape, size, COUNTS.get(number, 1)) for number, size, colour, shape in re.findall(noun, text)
     )
     if not 1 <= len(groups) <= 2:
-        raise ValueError(f"not a caption of this little world: {text!r}")
+        raise ValueError(f"not a plain caption of this little world: {text!r}")
     relation = ""
     if len(groups) == 2:
-        found = [name for name, texts in RELATIONS.items() if any(f" {words} " in text for words in texts)]
+        found = [name for name in RELATIONS if f" {name} " in text]
         if len(found) != 1:
             raise ValueError(f"two objects need one relation: {text!r}")
         relation = found[0]
@@ -167,19 +188,18 @@ def parse(text: str) -> Scene:
 
 
 def place(scene: Scene, rng: np.random.Generator) -> list[Placed]:
-    """Give every object of a scene its place and its diameter, with a little chance in both."""
+    """Give every object of a scene its place, with a little chance in it, and its diameter."""
     if scene.relation:
         objects = list(zip(scene.groups, PAIR_CENTRES[scene.relation], strict=True))
     else:
         group = scene.groups[0]
         objects = [(group, centre) for centre in GROUP_CENTRES.get(group.count, ((MIDDLE, MIDDLE),))]
     alone = len(objects) == 1
-    diameters, jitter = (SINGLE_DIAMETERS, 0.06) if alone else (GROUP_DIAMETERS, 0.015)
+    diameters, step = (SINGLE_DIAMETERS, 2 * UNIT) if alone else (GROUP_DIAMETERS, UNIT)
     placed = []
     for group, centre in objects:
-        x, y = centre + rng.uniform(-jitter, jitter, 2)
-        diameter = diameters[group.size] * rng.uniform(0.96, 1.04)
-        placed.append(Placed(group.colour, group.shape, float(x), float(y), float(diameter)))
+        x, y = centre + rng.integers(-1, 2, 2) * step
+        placed.append(Placed(group.colour, group.shape, float(x), float(y), diameters[group.size]))
     return placed
 
 

@@ -21,7 +21,7 @@ from models import (
     build_transformer,
     build_vae,
 )
-from scenes import caption, draw, parse, place, render, sample_scene
+from scenes import SYNONYMS, caption, draw, parse, place, render, sample_scene
 from torch import nn
 from torch.nn import functional
 
@@ -231,6 +231,35 @@ def train_text(work: Path, steps: int, batch: int, seed: int) -> None:
     save_checkpoint(work / "text.pt", encoder=encoder.state_dict())
 
 
+# ---- going on from a pipeline --------------------------------------------------------------------------------
+
+
+def start(work: Path, folder: Path) -> None:
+    """Write the checkpoints to go on from an exported pipeline; new words mean what those do that they stand for."""
+    pipeline = PixArtSigmaPipeline.from_pretrained(folder)
+    save_checkpoint(work / "vae-final.pt", vae=pipeline.vae.state_dict())
+    known, tokenizer = pipeline.tokenizer.get_vocab(), build_tokenizer()
+    rows = [known.get(word, known.get(stands_for(word), known["picture"])) for word in _by_number(tokenizer)]
+    encoder, weights = build_text_encoder(len(tokenizer)), pipeline.text_encoder.state_dict()
+    for name in ("shared.weight", "encoder.embed_tokens.weight"):
+        if name in weights:
+            weights[name] = weights[name][rows]
+    encoder.load_state_dict(weights)
+    parts = nn.ModuleDict({"encoder": encoder, "transformer": pipeline.transformer}).state_dict()
+    save_checkpoint(work / "text.pt", encoder=encoder.state_dict())
+    save_checkpoint(work / "transformer.pt", parts=parts, average=parts, step=0, optimizers=[])
+
+
+def _by_number(tokenizer) -> list[str]:
+    return sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
+
+
+def stands_for(word: str) -> str:
+    """Return the first word of that which this one is a synonym of, or is part of a synonym of; "" if it is none."""
+    heads = [head for head, texts in SYNONYMS.items() if any(word in text.split() for text in texts)]
+    return heads[0].split()[0] if heads else ""
+
+
 # ---- transformer -------------------------------------------------------------------------------------------
 
 
@@ -252,11 +281,21 @@ class _Bfloat16Linear(torch.autograd.Function):
         return inputs, (low.T @ rows).float(), outer.sum(0)
 
 
+def attend_in_bfloat16(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None):
+    """Scaled dot product attention with all its products in bfloat16, half the time of the fused one."""
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scores = (query * scale).bfloat16() @ key.bfloat16().transpose(-1, -2)
+    if attn_mask is not None:
+        scores = scores + attn_mask.bfloat16()
+    return (scores.softmax(-1) @ value.bfloat16()).to(query.dtype)
+
+
 def use_bfloat16_products(transformer) -> None:
-    """Compute the large products of a transformer's blocks in bfloat16 while it trains."""
+    """Compute the large products of a transformer's blocks, and all attention, in bfloat16 while it trains."""
     for module in transformer.transformer_blocks.modules():
         if isinstance(module, nn.Linear):
             module.forward = lambda inputs, m=module: _Bfloat16Linear.apply(inputs, m.weight, m.bias)
+    functional.scaled_dot_product_attention = attend_in_bfloat16
 
 
 class Trainer:
@@ -297,7 +336,7 @@ class Trainer:
         state = torch.load(self.path)
         self.parts.load_state_dict(state["parts"])
         self.average, self.step = state["average"], state["step"]
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=False):  # none at a new start
             rates = [group["rate"] for group in optimizer.param_groups]
             optimizer.load_state_dict(saved)
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -403,7 +442,7 @@ def edit_json(path: Path, **changes) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("stage", choices=("vae", "cache", "text", "transformer", "export"))
+    parser.add_argument("stage", choices=("vae", "cache", "text", "start", "transformer", "export"))
     parser.add_argument("--work", type=Path, default=Path("/tmp/tiny_model"), help="where checkpoints are kept")
     parser.add_argument("--steps", type=int, default=1600, help="steps of the stage in all, resumed ones included")
     parser.add_argument("--batch", type=int, default=64)
@@ -413,7 +452,9 @@ def main() -> None:
     parser.add_argument("--cooldown", type=int, default=0, help="steps at the end in which the rates fall to 0")
     parser.add_argument("--shift", type=float, default=2.0, help="how far training leans to high noise")
     parser.add_argument("--bfloat16", action="store_true", help="compute the blocks' products in bfloat16")
-    parser.add_argument("--folder", type=Path, default=Path("shapes-256"), help="where export writes the pipeline")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("shapes-256"), help="the pipeline to write or to start from"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -423,6 +464,8 @@ def main() -> None:
         cache_latents(args.work, args.size, args.count, args.seed)
     elif args.stage == "text":
         train_text(args.work, args.steps, args.batch, args.seed)
+    elif args.stage == "start":
+        start(args.work, args.folder)
     elif args.stage == "transformer":
         train_transformer(args)
     else:

@@ -1,0 +1,242 @@
+"""What parallel methods do to the pictures of the shipped pipelines: draws them, and fills in docs/quality.md.
+
+python quality.py draw         # draws what is not drawn yet: stop it and go on as you like
+python quality.py lossless     # the largest error of the methods that have none by design
+python quality.py page         # writes the tables and the pictures of all that is drawn
+
+One process draws all: what a lossy method draws depends on patches and synchronous steps, not on ranks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from check import MEASURES, check, features, frechet_distance, rates
+from PIL import Image, ImageDraw, ImageFont
+from scenes import KINDS, Scene, caption, render, sample_scene
+
+from xfuser import xDiTParallel, xFuserArgs
+from xfuser.bench.quality import psnr, ssim
+from xfuser.loading import load_pipeline
+from xfuser.testing.ranks import RankPool
+
+ROOT = Path(__file__).parent.parent.parent
+ASSETS, PAGE, IMAGES = ROOT / "xfuser" / "assets", ROOT / "docs" / "quality.md", ROOT / "docs" / "images"
+
+
+def pipefusion(patches: int, warmup: int) -> dict[str, int]:
+    """Return the arguments of `xFuserArgs` which draw what any number of stages with these patches draw."""
+    return {"num_pipeline_patch": patches, "warmup_steps": warmup}
+
+
+SERIAL = "serial"
+METHODS: dict[str, dict[str, Any]] = {SERIAL: {}}
+METHODS |= {f"PipeFusion M = {m}, W = {w}": pipefusion(m, w) for w in (1, 4) for m in (2, 4, 8)}
+LOSSLESS: dict[str, dict[str, Any]] = {
+    "Ulysses 2": {"ulysses_degree": 2},
+    "ring 2": {"ring_degree": 2},
+    "guidance (CFG) 2": {"use_cfg_parallel": True},
+    "data 2": {"data_parallel_degree": 2},
+    "parallel VAE, Ulysses 2": {"ulysses_degree": 2, "use_parallel_vae": True},
+    "PipeFusion 2, W = all steps": {"pipefusion_parallel_degree": 2, "num_pipeline_patch": 4, "warmup_steps": "steps"},
+}
+
+
+def prompts(count: int, seed: int = 1) -> list[Scene]:
+    """Return scenes of each of `KINDS` in turn; none of the pairs was in the training."""
+    rng = np.random.default_rng(seed)
+    return [sample_scene(rng, held_out=True, kind=KINDS[index % len(KINDS)]) for index in range(count)]
+
+
+# ---- drawing -----------------------------------------------------------------------------------------------
+
+
+def folder_of(args: argparse.Namespace, method: str) -> Path:
+    """Return where a method's pictures are kept: new weights, steps or guidance have new folders."""
+    weights = (ASSETS / args.pipeline / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes()
+    made = f"{args.pipeline}-{zlib.crc32(weights):08x}-{args.steps}-{args.guidance}"
+    return args.work / made / re.sub(r"\W+", "-", method)
+
+
+def wrapped(args: argparse.Namespace, degrees: dict[str, Any]) -> tuple[xDiTParallel, dict[str, Any]]:
+    """Return the pipeline under a method, and the arguments of a call without a prompt."""
+    given = {"num_inference_steps": args.steps, "guidance_scale": args.guidance, "max_sequence_length": args.tokens}
+    asked = xFuserArgs(model=str(ASSETS / args.pipeline), prompt="a", **given, **degrees)
+    engine, inputs = asked.create_config()
+    pipe = xDiTParallel(load_pipeline(engine, inputs), engine, inputs)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, pipe.call_arguments()
+
+
+def draw(args: argparse.Namespace) -> None:
+    """Draw each prompt under each method, where it is not drawn yet."""
+    scenes = prompts(args.count)
+    for method in args.methods or METHODS:
+        folder = folder_of(args, method)
+        folder.mkdir(parents=True, exist_ok=True)
+        missing = [index for index in range(len(scenes)) if not (folder / f"{index}.png").exists()]
+        if not missing:
+            continue
+        pipe, call = wrapped(args, METHODS[method])
+        for index in missing:
+            call |= {"prompt": caption(scenes[index]), "generator": torch.Generator().manual_seed(index)}
+            pipe(**call).images[0].save(folder / f"{index}.png")
+        pipe.unwrap()
+        print(f"{method}: {len(missing)} drawn", flush=True)
+
+
+def drawn(args: argparse.Namespace, method: str) -> list[Image.Image]:
+    """Return the pictures of a method that are drawn, as many as stand in a row from the first."""
+    pictures, folder = [], folder_of(args, method)
+    while (path := folder / f"{len(pictures)}.png").exists() and len(pictures) < args.count:
+        pictures.append(Image.open(path).convert("RGB"))
+    return pictures
+
+
+def lossless(args: argparse.Namespace) -> None:
+    """Write the largest error of each lossless method, on two ranks, in units of the largest pixel value."""
+    pool, found = RankPool(2), {}
+    expected = pool.run(1, draw_few, args, {})[0]
+    for method, degrees in LOSSLESS.items():
+        degrees = {name: args.steps if value == "steps" else value for name, value in degrees.items()}
+        found[method] = max(float(np.abs(one - expected).max()) for one in pool.run(2, draw_few, args, degrees))
+        print(f"{method}: {found[method]:.1e}", flush=True)
+    pool.close()
+    (folder_of(args, SERIAL).parent / "lossless.json").write_text(json.dumps(found))
+
+
+def draw_few(args: argparse.Namespace, degrees: dict[str, Any]) -> np.ndarray:
+    """Draw one prompt of each kind on this rank, `[3, 256, 256, 3]` in 0..1."""
+    pipe, call = wrapped(args, degrees)
+    texts = [caption(scene) for scene in prompts(len(KINDS))]
+    return pipe(**call | {"prompt": texts, "output_type": "np"}).images
+
+
+# ---- the page ----------------------------------------------------------------------------------------------
+
+
+def tensor(picture: Image.Image) -> torch.Tensor:
+    """Return a picture as `[1, 3, H, W]` in 0..1."""
+    return torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1)[None] / 255
+
+
+def adherence(pictures: list[Image.Image], scenes: list[Scene]) -> dict[str, dict[str, float]]:
+    """Return the checker's rates for each kind of prompt, and for all."""
+    verdicts = [check(picture, scene) for picture, scene in zip(pictures, scenes, strict=False)]
+    groups = {kind: verdicts[index :: len(KINDS)] for index, kind in enumerate(KINDS)} | {"all": verdicts}
+    return {kind: rates(found) for kind, found in groups.items()}
+
+
+def adherence_table(args: argparse.Namespace) -> list[str]:
+    """Return what the checker says of serial pictures, in each measure and kind of prompt."""
+    pictures = drawn(args, SERIAL)
+    found = adherence(pictures, prompts(args.count))
+    lines = ["| prompts | number | " + " | ".join((*MEASURES, "everything")) + " |"]
+    lines.append("|---" * (len(MEASURES) + 3) + "|")
+    for kind, row in found.items():
+        number = len(pictures) if kind == "all" else len(pictures[KINDS.index(kind) :: len(KINDS)])
+        lines.append(f"| {kind} | {number} | " + " | ".join(f"{value:.3f}" for value in row.values()) + " |")
+    return lines
+
+
+def methods_table(args: argparse.Namespace) -> list[str]:
+    """Return a line for each method that is drawn: how near to serial, and how good by itself."""
+    scenes, serial = prompts(args.count), drawn(args, SERIAL)
+    rng = np.random.default_rng(0)
+    true = np.stack([features(render(scene, rng)) for scene in scenes])
+    scale = np.maximum(true.std(0), 0.05)
+    lines = [
+        "| method | pictures | PSNR, median (lowest) | SSIM, mean (lowest) | everything right | distance to true |",
+        "|---|---|---|---|---|---|",
+    ]
+    for method in METHODS:
+        pictures = drawn(args, method)
+        number = min(len(pictures), len(serial))
+        if number < 2 * len(KINDS):
+            continue
+        pairs = [(tensor(one), tensor(other)) for one, other in zip(pictures, serial, strict=False)]
+        decibels, similar = [psnr(*pair) for pair in pairs], [ssim(*pair) for pair in pairs]
+        near = f"{statistics.median(decibels):.1f} ({min(decibels):.1f}) | {np.mean(similar):.3f} ({min(similar):.3f})"
+        right = adherence(pictures[:number], scenes)["all"]["everything"]
+        distance = frechet_distance(np.stack([features(one) for one in pictures[:number]]), true[:number], scale)
+        near = "equal | equal" if method == SERIAL else near
+        lines.append(f"| {method} | {number} | {near} | {right:.3f} | {distance:.2f} |")
+    return lines
+
+
+def lossless_table(args: argparse.Namespace) -> list[str]:
+    """Return a line for each lossless method with its largest error."""
+    path = folder_of(args, SERIAL).parent / "lossless.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
+    return ["| method | |", "|---|---|"] + [
+        f"| {method} | equal, largest error of a pixel {error:.1e} |" for method, error in found.items()
+    ]
+
+
+def page(args: argparse.Namespace) -> None:
+    """Renew what stands between the marks of this pipeline in the page, and its pictures."""
+    text = PAGE.read_text()
+    for name, table in (("adherence", adherence_table), ("methods", methods_table), ("lossless", lossless_table)):
+        begin, end = f"<!-- {args.pipeline} {name} -->\n", "<!-- end -->"
+        before, found, rest = text.partition(begin)
+        if found:
+            text = before + begin + "\n" + "\n".join(table(args)) + "\n\n" + end + rest.partition(end)[2]
+    PAGE.write_text(text)
+    side_by_side(args, IMAGES / f"quality_{args.pipeline}.png")
+    grid(args, IMAGES / f"{args.pipeline}.png")
+
+
+def side_by_side(args: argparse.Namespace, path: Path, columns: int = 6, size: int = 160) -> None:
+    """Write a row of pictures for each method: the first prompts of each kind."""
+    rows = {method: pictures for method in METHODS if len(pictures := drawn(args, method)) >= columns}
+    label = 190
+    sheet = Image.new("RGB", (label + columns * size, len(rows) * size), "white")
+    brush, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
+    for y, (method, pictures) in enumerate(rows.items()):
+        brush.text((8, y * size + size // 2 - 8), method, fill="black", font=font)
+        for x, picture in enumerate(pictures[:columns]):
+            sheet.paste(picture.resize((size - 4, size - 4)), (label + x * size, y * size + 2))
+    sheet.quantize(64).save(path)
+
+
+def grid(args: argparse.Namespace, path: Path, columns: int = 6, rows: int = 4, size: int = 192) -> None:
+    """Write the first serial pictures, each with its caption and what is wrong with it."""
+    sheet = Image.new("RGB", (columns * (size + 4), rows * (size + 30)), "white")
+    pen, scenes = ImageDraw.Draw(sheet), prompts(args.count)
+    for index, picture in enumerate(drawn(args, SERIAL)[: columns * rows]):
+        x, y = index % columns * (size + 4), index // columns * (size + 30)
+        sheet.paste(picture.resize((size, size)), (x, y))
+        wrong = [name for name, right in check(picture, scenes[index]).items() if not right]
+        words = caption(scenes[index]).split()
+        half = next(n for n in range(len(words) + 1) if len(" ".join(words[:n])) > 24 or n == len(words))
+        lines = [" ".join(words[:half]), " ".join(words[half:]) + (f" (wrong: {', '.join(wrong)})" if wrong else "")]
+        for line, content in enumerate(lines):
+            pen.text((x, y + size + 12 * line), content, fill="red" if wrong else "black")
+    sheet.quantize(64).save(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=("draw", "lossless", "page"))
+    parser.add_argument("--pipeline", default="shapes-256", help="a folder of xfuser/assets")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), help="which to draw (default: all)")
+    parser.add_argument("--count", type=int, default=201, help="prompts, of each kind in turn")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--guidance", type=float, default=3.5)
+    parser.add_argument("--tokens", type=int, default=32, help="longest prompt in tokens")
+    parser.add_argument("--work", type=Path, default=Path("/tmp/tiny_model/quality"), help="where pictures are kept")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    {"draw": draw, "lossless": lossless, "page": page}[args.stage](args)
+
+
+if __name__ == "__main__":
+    main()
