@@ -54,8 +54,9 @@ def parser() -> FlexibleArgumentParser:
         prog="xdit",
         description="Draw a picture from a prompt, on as many processes as the product of the degrees.",
         epilog='Example: xdit --prompt "a red circle above a blue square" --ulysses_degree 2.'
-        f" Other commands, with a --help of their own: {', '.join(f'xdit {name}' for name in COMMANDS)}. Without --model,"
-        f" the pipeline that comes with the package draws; the words that it knows are: {', '.join(known_words())}.",
+        f" Other commands, with a --help of their own: {', '.join(f'xdit {name}' for name in COMMANDS)}."
+        " Without --model, the pipeline that comes with the package draws; the words that it knows are:"
+        f" {', '.join(known_words())}.",
     )
     flags.add_argument("--output_dir", default="results", help="Folder for the pictures (default: results).")
     return xFuserArgs.add_cli_args(flags)
