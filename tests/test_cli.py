@@ -153,10 +153,10 @@ def test_xdit_refuses_bad_input_once(tmp_path, flags, message):
 
 
 def test_xdit_refuses_unknown_transformers_and_unets_before_loading(tmp_path, folder_of):
-    unet = edited(folder_of, tmp_path, {"transformer": [None, None], "unet": ["diffusers", "UNet2DConditionModel"]})
+    unet = edited(folder_of, tmp_path, {"transformer": [None, None], "unet": ["diffusers", "UNet3DConditionModel"]})
     done = xdit(tmp_path, "--prompt", "x", "--model", unet, "--ulysses_degree", "2")
     assert done.returncode == 1 and done.stderr.count("ValueError") == 1
-    assert "no plan for UNet2DConditionModel" in done.stderr and "PixArtTransformer2DModel" in done.stderr
+    assert "no plan for UNet3DConditionModel" in done.stderr and "PixArtTransformer2DModel" in done.stderr
 
 
 @pytest.mark.parametrize(

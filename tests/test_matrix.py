@@ -40,7 +40,7 @@ def deaf(family, degrees, call):
         sequence.usp_attention, sequence.SequenceParallel._sum = whole, summed
 
 
-@pytest.mark.parametrize("family", PRESENT)
+@pytest.mark.parametrize("family", [name for name in PRESENT if not matrix.refusal(name, "ulysses2")])
 def test_attention_of_own_tokens_alone_would_be_noticed(pool, family):
     call = {"num_inference_steps": 2}
     expected = matrix.draw(family, None, call)

@@ -40,7 +40,7 @@ from xfuser.methods.pipefusion.stage import Stage
 from xfuser.methods.refusals import refuse_mixed_rows, refuse_unsuited
 from xfuser.methods.sequence import SequenceParallel
 from xfuser.models.plan import blocks_of
-from xfuser.models.registry import planned_models
+from xfuser.models.registry import check_methods, planned_models
 from xfuser.output import media_of, write_media
 from xfuser.vae.engines import parallel_vae
 
@@ -242,14 +242,9 @@ def _pipeline_split(pipe: Any, parallel: ParallelConfig) -> dict[str, list[int]]
                 f"DistriFusion and naive patches do not serve {type(model).__name__}: {plan.unpiped}. Use Ulysses,"
                 " ring, CFG or data parallelism"
             )
+        check_methods(type(model).__name__, plan, parallel.sp_degree > 1, parallel.pipelined)
     if not parallel.pipelined:
         return {}
-    for model, plan in models.values():
-        if plan.unpiped:
-            raise ValueError(
-                f"PipeFusion does not serve {type(model).__name__}: {plan.unpiped}. Use Ulysses, ring, CFG or data"
-                " parallelism"
-            )
     if len(models) > 1:
         raise ValueError(
             f"PipeFusion does not serve {type(pipe).__name__}: {' and '.join(models)} divide the steps, and the later"

@@ -67,7 +67,10 @@ class ModelPlan:
         rows: argument of the blocks with the number of rows of tokens, where blocks convolve them and rows therefore
             stay together.
         convolutions: modules of a block that do so, ``[B, C, rows, columns]``.
-        residuals: arguments of the forward with per-token residuals of a ControlNet, ``[B, image tokens, D]``.
+        residuals: arguments of the forward with per-token residuals of a ControlNet, ``[B, image tokens, D]``; maps
+            where the class has ``halvings``.
+        halvings: attribute of the class that says how often its maps, ``[B, C, H, W]``, are halved and doubled again
+            between ``embed`` and ``head``: a U-Net's. All of it then lies between these two, and there are no blocks.
         by_number: arguments of the forward that make blocks pick tokens by their number, which shares do not know.
         unbatched: arguments of the forward that have no batch dimension.
         batch_dims: arguments of the forward whose batch dimension is not the first.
@@ -82,6 +85,7 @@ class ModelPlan:
         counts_steps: arguments of the forward that pipelines pass by the number of the step.
         frames: dimension of video latents that counts frames, ``[B, C, F, H, W]`` or ``[B, F, C, H, W]``.
         context: the class's own context-parallel plan of Diffusers, in place of all that is said here about blocks.
+        unsequenced: why sequence parallelism (Ulysses, ring) cannot serve the class; None where it does.
         unpiped: why PipeFusion cannot serve the class; None where it does.
     """
 
@@ -103,6 +107,7 @@ class ModelPlan:
     rows: str | None = None
     convolutions: tuple[str, ...] = ()
     residuals: tuple[str, ...] = ()
+    halvings: str | None = None
     by_number: tuple[str, ...] = ()
     unbatched: tuple[str, ...] = ()
     batch_dims: dict[str, int] = field(default_factory=dict)
@@ -115,6 +120,7 @@ class ModelPlan:
     counts_steps: tuple[str, ...] = ()
     frames: int = 2
     context: dict[str, Any] | None = None
+    unsequenced: str | None = None
     unpiped: str | None = None
 
     def carriers(self, blocks: str) -> dict[str, Streams]:

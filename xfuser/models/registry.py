@@ -31,6 +31,7 @@ from xfuser.models.plan import ModelPlan
 from xfuser.models.qwen_image import QWEN_IMAGE
 from xfuser.models.sana import SANA
 from xfuser.models.sd3 import SD3
+from xfuser.models.unet import UNET
 from xfuser.models.wan import SKYREELS_V2, WAN, WAN_VACE
 from xfuser.models.z_image import Z_IMAGE
 
@@ -64,6 +65,7 @@ PLANS: dict[str, ModelPlan] = {
     "SD3Transformer2DModel": SD3,
     "SanaTransformer2DModel": SANA,
     "SkyReelsV2Transformer3DModel": SKYREELS_V2,
+    "UNet2DConditionModel": UNET,
     "WanTransformer3DModel": WAN,
     "WanVACETransformer3DModel": WAN_VACE,
     "ZImageTransformer2DModel": Z_IMAGE,
@@ -120,8 +122,24 @@ def planned_models(pipe) -> dict[str, tuple[nn.Module, ModelPlan]]:
     raise _no_plan(type(pipe).__name__, denoisers)
 
 
-def check_folder(path: str) -> None:
-    """Raise a ValueError, without loading weights, for a folder that is no pipeline or has no known transformer.
+def check_methods(cls: str, plan: ModelPlan, sequence: bool, pipelined: bool) -> None:
+    """Raise a ValueError where sequence parallelism or PipeFusion is asked for, and does not serve the class."""
+    served = ["CFG", "data parallelism"]
+    if plan.unsequenced is None:
+        served.insert(0, "Ulysses, ring")
+    if plan.halvings:
+        served.append("DistriFusion")
+    for asked, method, reason in (
+        (sequence, "sequence parallelism (ulysses_degree, ring_degree)", plan.unsequenced),
+        (pipelined, "PipeFusion", plan.unpiped),
+    ):
+        if asked and reason:
+            raise ValueError(f"{method} does not serve {cls}: {reason}. Use {', '.join(served[:-1])} or {served[-1]}")
+
+
+def check_folder(path: str, sequence: bool = False, pipelined: bool = False) -> None:
+    """Raise a ValueError, without loading weights, for a folder that is no pipeline, has no known transformer, or one
+    that a method does not serve.
 
     Names on the hub pass; they are checked once they are loaded.
     """
@@ -135,6 +153,9 @@ def check_folder(path: str) -> None:
     with open(index, encoding="utf-8") as file:
         parts = json.load(file).values()
     names = [part[1] for part in parts if isinstance(part, list) and len(part) == 2 and part[1]]
+    for name in names:
+        if name in PLANS:
+            check_methods(name, PLANS[name], sequence, pipelined)
     if not any(name in PLANS for name in names):
         _check_classes(path, names)
 
@@ -150,8 +171,7 @@ def _check_classes(path: str, names: list[str]) -> None:
 
 
 def _no_plan(owner: str, denoisers: list[str]) -> ValueError:
-    advice = " U-Nets are not supported." if any("UNet" in name for name in denoisers) else ""
     return ValueError(
-        f"{owner}: there is no plan for {', '.join(denoisers) or 'a pipeline without a transformer'}.{advice} Known"
-        f" classes: {', '.join(PLANS)}. docs/adding_models/README.md shows how to add one"
+        f"{owner}: there is no plan for {', '.join(denoisers) or 'a pipeline without a transformer'}. Known classes:"
+        f" {', '.join(PLANS)}. docs/adding_models/README.md shows how to add one"
     )

@@ -35,7 +35,10 @@ METHODS: dict[str, tuple[int, dict[str, Any]]] = {  # ranks, degrees
 
 def refusal(family: str, method: str) -> str | None:
     """Why this cell is refused; None where it runs."""
-    return PLANS[FAMILIES[family].cls].unpiped if "pipefusion" in method else None
+    plan = PLANS[FAMILIES[family].cls]
+    if "pipefusion" in method:
+        return plan.unpiped
+    return plan.unsequenced if "ulysses" in method or "ring" in method else None
 
 
 def draw(family: str, degrees: dict[str, Any] | None, call: dict[str, Any]) -> list[torch.Tensor]:
@@ -104,8 +107,9 @@ def support() -> list[str]:
     """What is served by what, as lines of Markdown: the table of the README."""
     lines = ["| transformer | models | Ulysses, ring, both | CFG | data | PipeFusion |", "|---|---|:-:|:-:|:-:|:-:|"]
     for family in sorted(FAMILIES.values(), key=lambda one: one.cls):
-        piped = "no" if PLANS[family.cls].unpiped else "✓"
-        lines.append(f"| `{family.cls}` | {family.models} | ✓ | ✓ | ✓ | {piped} |")
+        plan = PLANS[family.cls]
+        split, piped = ("no" if reason else "✓" for reason in (plan.unsequenced, plan.unpiped))
+        lines.append(f"| `{family.cls}` | {family.models} | {split} | ✓ | ✓ | {piped} |")
     return lines
 
 

@@ -33,6 +33,7 @@ class Family:
         conditions: ``(transformer, rows, draw)`` to the other arguments of the forward but the time; ``draw(*shape)``
             gives seeded noise, of which row after row is different.
         time: the argument with the time, and a function from it, ``[rows]`` in (0, 1000], to what the class takes.
+        scaled: whether projections are scaled up; not where attention is felt anyway, and rounding would be, too.
     """
 
     cls: str
@@ -42,6 +43,7 @@ class Family:
     conditions: Callable[[Any, int, Callable[..., torch.Tensor]], Inputs]
     time: str = "timestep"
     timestep: Callable[[torch.Tensor], torch.Tensor] = lambda t: t
+    scaled: bool = True
 
     @property
     def present(self) -> bool:
@@ -53,14 +55,16 @@ class Family:
         torch.manual_seed(0)
         model = getattr(diffusers, self.cls)(**self.config).eval().requires_grad_(False)
         for name, weight in model.named_parameters():
-            _make_felt(name, weight)
+            _make_felt(name, weight, self.scaled)
         return model
 
 
-def _make_felt(name: str, weight: torch.Tensor) -> None:
+def _make_felt(name: str, weight: torch.Tensor, scaled: bool) -> None:
     """Undo initialisations with zeros, as of gates, or with nothing, and scale queries and keys up."""
     if not weight.any() or name.endswith(("scale_shift_table", "pad_token")):
         torch.nn.init.normal_(weight, std=0.3)
+    if not scaled:
+        return
     if weight.dim() == 2 and name.endswith(tuple(f"{kind}.weight" for kind in PROJECTIONS)):
         weight.data.mul_(4)
     if weight.dim() == 2 and name.endswith(("to_v.weight", "add_v_proj.weight", "norm1.linear.weight")):
@@ -243,6 +247,11 @@ def _krea2(model: Any, rows: int, draw: Callable) -> Inputs:
         "position_ids": torch.cat([torch.zeros(WORDS, 3), image.float()]),
         "encoder_attention_mask": _mask(rows).bool(),
     }
+
+
+def _unet(model: Any, rows: int, draw: Callable) -> Inputs:
+    added = {"text_embeds": draw(rows, 8), "time_ids": 10 * draw(rows, 6)}
+    return {"encoder_hidden_states": draw(rows, WORDS, TEXT), "added_cond_kwargs": added}
 
 
 def _omnigen(model: Any, rows: int, draw: Callable) -> Inputs:
@@ -601,6 +610,21 @@ FAMILIES: dict[str, Family] = {
     ),
     "skyreels_v2": Family(
         "SkyReelsV2Transformer3DModel", "SkyReels-V2", WAN | {"num_frame_per_block": 2}, (4, 4, 10, 6), _text
+    ),
+    "unet": Family(
+        "UNet2DConditionModel",
+        "Stable Diffusion 1.x, 2.x, XL",
+        {
+            "in_channels": 4, "out_channels": 4, "block_out_channels": (12, 24, 24), "layers_per_block": 1,
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), "norm_num_groups": 3,
+            "attention_head_dim": HEADS, "cross_attention_dim": TEXT, "use_linear_projection": True,
+            "addition_embed_type": "text_time", "addition_time_embed_dim": 4,
+            "projection_class_embeddings_input_dim": 8 + 6 * 4,
+        },
+        (4, 17, 13),
+        _unet,
+        scaled=False,
     ),
     "wan": Family("WanTransformer3DModel", "Wan 2.1, 2.2", WAN, VIDEO, _text),
     "wan_vace": Family(

@@ -1,0 +1,58 @@
+"""U-Nets: pipelines over them under the methods that serve them, and what those that do not serve them say."""
+
+import pytest
+import running
+import torch.distributed as dist
+import unets
+
+from xfuser import xDiTParallel, xFuserArgs
+
+CFG, DP = {"use_cfg_parallel": True}, {"data_parallel_degree": 2}
+
+
+@pytest.fixture(scope="session")
+def path_of(tmp_path_factory):
+    root = tmp_path_factory.mktemp("unets")
+    return lambda name: unets.save(name, root)
+
+
+def check(pool, path, ranks, degrees, *call, **changes):
+    expected = unets.draw(path, None, *call, **changes)
+    for result in pool.run(ranks, draw, path, degrees, call, changes):
+        assert running.error(result, expected) <= running.TOLERANCE
+
+
+def draw(path, degrees, call, changes):
+    return unets.draw(path, degrees, *call, **changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "degrees", "images", "kind"),
+    [
+        ("sdxl", 2, CFG, 1, "text"),
+        ("sdxl", 4, CFG | DP, 3, "controlnet"),
+        ("sdxl", 2, DP, 3, "image"),
+        ("sdxl", 2, CFG, 1, "inpaint"),
+        ("sd15", 2, CFG, 3, "text"),
+        ("sd15", 2, DP, 2, "inpaint"),
+    ],
+)
+def test_guidance_and_data_parallelism(pool, path_of, name, ranks, degrees, images, kind):
+    check(pool, path_of(name), ranks, degrees, images, kind)
+
+
+@pytest.mark.parametrize(
+    ("degrees", "message"),
+    [
+        ({"ulysses_degree": 2}, "sequence parallelism .* does not serve UNet2DConditionModel: .* maps of several"),
+        ({"pipefusion_parallel_degree": 2}, "PipeFusion does not serve UNet2DConditionModel: .* Use CFG, data"),
+        ({"num_pipeline_patch": 2}, "PipeFusion does not serve"),
+    ],
+)
+def test_methods_over_tokens_and_stages_are_refused_before_any_group(path_of, degrees, message):
+    with pytest.raises(ValueError, match=message):
+        xFuserArgs(model=path_of("sdxl"), **degrees).checked()
+    engine_config, _ = xFuserArgs(**degrees).checked()
+    with pytest.raises(ValueError, match=message):
+        xDiTParallel(running.loaded(path_of("sdxl")), engine_config)
+    assert not dist.is_initialized()
