@@ -41,6 +41,26 @@ def test_guidance_and_data_parallelism(pool, path_of, name, ranks, degrees, imag
     check(pool, path_of(name), ranks, degrees, images, kind)
 
 
+def synchronous(ranks, **changes):
+    return {"distrifusion_degree": ranks, "distrifusion_mode": "full_sync"} | changes
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "degrees", "images", "kind", "changes"),
+    [
+        ("sdxl", 2, synchronous(2), 1, "text", {}),
+        ("sdxl", 3, synchronous(3), 3, "controlnet", {}),
+        ("sdxl", 4, synchronous(2) | CFG, 1, "inpaint", {}),
+        ("sdxl", 4, synchronous(4), 1, "text", {"height": 160, "width": 40}),
+        ("sd15", 3, synchronous(3), 1, "image", {}),
+        ("sd15", 4, synchronous(2) | DP, 2, "text", {"height": 128, "width": 64}),
+    ],
+)
+def test_synchronous_distrifusion(pool, path_of, name, ranks, degrees, images, kind, changes):
+    """Bands are uneven, and have a single row in the middle of the U-Net."""
+    check(pool, path_of(name), ranks, degrees, images, kind, **changes)
+
+
 @pytest.mark.parametrize(
     ("degrees", "message"),
     [

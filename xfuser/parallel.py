@@ -33,6 +33,7 @@ from xfuser.methods.context import ContextParallel
 from xfuser.methods.data import data_parallel, split_decode
 from xfuser.methods.distrifusion import DistriFusion
 from xfuser.methods.forward import layered_forward, replaced
+from xfuser.methods.maps import MapParallel
 from xfuser.methods.naive_patch import NaivePatches
 from xfuser.methods.pipefusion.blocks import Stub, stage_layers
 from xfuser.methods.pipefusion.pipefusion import PipeFusion
@@ -147,6 +148,8 @@ class xDiTParallel:
                 if stage or self._sp.world_size > 1 or self._backend not in ("auto", "sdpa"):
                     if plan.context:
                         sequence = ContextParallel(model, plan, self._sp, self._backend)
+                    elif plan.halvings:
+                        sequence = MapParallel(model, plan, self._sp, self._backend, part)
                     else:
                         sequence = SequenceParallel(model, plan, self._sp, self._backend, stage, part)
                     layers.append(sequence.layer)
@@ -242,7 +245,7 @@ def _pipeline_split(pipe: Any, parallel: ParallelConfig) -> dict[str, list[int]]
                 f"DistriFusion and naive patches do not serve {type(model).__name__}: {plan.unpiped}. Use Ulysses,"
                 " ring, CFG or data parallelism"
             )
-        check_methods(type(model).__name__, plan, parallel.sp_degree > 1, parallel.pipelined)
+        check_methods(type(model).__name__, plan, parallel.sequenced, parallel.pipelined)
     if not parallel.pipelined:
         return {}
     if len(models) > 1:

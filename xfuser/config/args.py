@@ -176,7 +176,7 @@ class xFuserArgs:
                 f"warmup_steps={self.warmup_steps} must be from 0 to num_inference_steps={self.num_inference_steps}"
             )
         model = ModelConfig(self.model or SHIPPED_PIPELINE, self.download_dir, self.trust_remote_code)
-        check_folder(model.model, parallel.sp_degree > 1, parallel.pipelined)
+        check_folder(model.model, parallel.sequenced, parallel.pipelined)
         return EngineConfig(model, self._runtime_config(), parallel), inputs
 
     def _guidance_in_parallel(self) -> bool:

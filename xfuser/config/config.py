@@ -85,6 +85,11 @@ class ParallelConfig:
         return self.dp_degree * self.cfg_degree * self.sp_degree * self.pp_degree * self.tp_degree
 
     @property
+    def sequenced(self) -> bool:
+        """Whether ranks share a sequence of tokens."""
+        return self.ulysses_degree * self.ring_degree > 1
+
+    @property
     def pipelined(self) -> bool:
         """Whether PipeFusion is used, if only as a preview on one rank."""
         return self.pp_degree > 1 or self.num_pipeline_patch > 1

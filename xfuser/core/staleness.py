@@ -32,11 +32,11 @@ class Staleness:
     Args:
         group: the ranks that exchange rows; nothing else may travel on it meanwhile.
         mode: one of ``MODES``.
-        synchronous: number of first steps whose exchanges wait; the very first one does in any case.
+        synchronous: number of first steps whose exchanges wait; those of the very first one do in any case.
     """
 
     def __init__(self, group: dist.ProcessGroup, mode: str, synchronous: int) -> None:
-        self.mode, self._group, self._first_steps = mode, group, synchronous
+        self.mode, self.group, self._first_steps = mode, group, max(1, synchronous)
         self._kept: dict[tuple[int, str, int], _Rows] = {}
         self.restart()
 
@@ -62,22 +62,23 @@ class Staleness:
         return self.mode == "full_sync" or self._step < self._first_steps
 
     @contextmanager
-    def exchange(self, name: str, own: torch.Tensor, sizes: list[int]) -> Iterator[torch.Tensor]:
+    def exchange(self, name: str, own: torch.Tensor, sizes: list[int], wait: bool = False) -> Iterator[torch.Tensor]:
         """Within the context, the rows of all ranks, in rank order: the own ones fresh, those of others as it is due.
 
         Args:
             name: of what is exchanged, the same on all ranks.
             own: this rank's rows, ``[sizes[rank], ...]``.
             sizes: rows of every rank.
+            wait: whether others' rows are to be those of this step in any case.
         """
         nth = self._seen[name] = self._seen.get(name, -1) + 1
         key = (self._call, name, nth)
         rows = self._kept.get(key)
         fresh = rows is None or not rows.fit(own, sizes)
         if fresh:
-            rows = self._kept[key] = _Rows(own, sizes, self._group)
+            rows = self._kept[key] = _Rows(own, sizes, self.group)
         rows.renew(own)
-        if fresh or self.synchronous:
+        if fresh or wait or self.synchronous:
             rows.start()
             rows.settle()
             yield rows.whole
@@ -85,6 +86,12 @@ class Staleness:
             yield rows.whole
             if self.mode != "no_sync":
                 rows.start()  # behind their use: what arrives overwrites them
+
+    def last(self, name: str) -> torch.Tensor | None:
+        """This rank's rows in the exchange of that name that comes next, as they were one step ago; None if there were
+        none."""
+        rows = self._kept.get((self._call, name, self._seen.get(name, -1) + 1))
+        return None if rows is None else rows.own.clone()
 
     def settle(self) -> None:
         """Wait for all that is under way."""
@@ -105,7 +112,7 @@ class _Rows:
         self._sizes, self._group, self._works = sizes, group, []
         starts = [0, *accumulate(sizes)]
         self._parts = [self.whole[start : start + size] for start, size in zip(starts, sizes, strict=False)]
-        self._own = self._parts[dist.get_rank(group)]
+        self.own = self._parts[dist.get_rank(group)]
 
     def fit(self, own: torch.Tensor, sizes: list[int]) -> bool:
         """Whether these are rows like those from before, on every rank."""
@@ -113,13 +120,13 @@ class _Rows:
 
     def renew(self, own: torch.Tensor) -> None:
         self.settle()
-        self._own.copy_(own)
+        self.own.copy_(own)
 
     def start(self) -> None:
         """Send the own rows to all others, and receive theirs."""
         peers = [rank for rank in range(len(self._parts)) if rank != dist.get_rank(self._group)]
         messages: list[tuple[Callable, torch.Tensor, int]] = [(dist.irecv, self._parts[peer], peer) for peer in peers]
-        messages += [(dist.isend, self._own, peer) for peer in peers]
+        messages += [(dist.isend, self.own, peer) for peer in peers]
         operations = [
             dist.P2POp(send_or_receive, x, group=self._group, group_peer=peer)
             for send_or_receive, x, peer in messages

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 
 from xfuser.core.staleness import Staleness
+from xfuser.methods.map_bands import MapBands, OnMaps
 from xfuser.methods.tokens import Rows
 
 KeysValues = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
@@ -13,6 +14,8 @@ KeysValues = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 
 class DistriFusion:
     """What attention of a rank's part of the tokens sees: own keys and values, and what the others' last were."""
+
+    alone = across = False
 
     def __init__(self, staleness: Staleness) -> None:
         self._staleness = staleness
@@ -25,6 +28,10 @@ class DistriFusion:
     def keys(self, keys: Rows, rank: int) -> list[tuple[int, int]]:
         """Where the keys lie in the whole sequence that :meth:`reach` gives."""
         return keys.order
+
+    def on_maps(self, sizes: list[int], columns: int) -> OnMaps:
+        """The mode in which a U-Net works on bands of its maps, of these heights at first."""
+        return OnMaps(MapBands(sizes, columns, self._staleness))
 
     @contextmanager
     def reach(

@@ -19,6 +19,8 @@ class NaivePatches:
             in turns, step by step. Rows of a video are its frames, and columns are parts of each frame.
     """
 
+    alone = True
+
     def __init__(self, scheme: str) -> None:
         self._scheme = scheme
         self.restart()
@@ -34,19 +36,23 @@ class NaivePatches:
     def layer(self, call: Call, arguments: Arguments) -> Any:
         return call(arguments)
 
+    @property
+    def across(self) -> bool:
+        """Whether this step's parts are columns."""
+        return self._scheme == "col" or (self._scheme == "alternate" and self._step % 2 == 1)
+
     def lines(self, rows: int, columns: int) -> int:
         """Lines of tokens of which each rank takes a part.
 
         Raises:
             ValueError: the tokens come without rows and columns.
         """
-        across = self._scheme == "col" or (self._scheme == "alternate" and self._step % 2 == 1)
-        if across and columns == 1:
+        if self.across and columns == 1:
             raise ValueError(
                 f"split_scheme={self._scheme!r} needs latents with rows and columns, and here they are packed, or in"
                 " one column: use 'row'"
             )
-        return rows if across else 1
+        return rows if self.across else 1
 
     def keys(self, keys: Rows, rank: int) -> list[tuple[int, int]]:
         return keys.places(rank)

@@ -22,6 +22,9 @@ class Bands:
         across: length of the input's other dimension.
     """
 
+    owner = "parallel VAE"  # what a refusal speaks of, and what it advises
+    advice = "Leave use_parallel_vae away for this VAE"
+
     def __init__(self, dim: int, sizes: list[int], across: int, group: dist.ProcessGroup) -> None:
         self.dim, self.group, self.rank = dim, group, dist.get_rank(group)
         self._sizes = sizes
@@ -47,8 +50,8 @@ class Bands:
                 self._sizes = [size // down for size in self._sizes]
             else:
                 raise ValueError(
-                    f"parallel VAE: {where} was given {height} rows where this rank holds {before}: an operation"
-                    " ahead of it changed the rows in a way that is not known here. Leave use_parallel_vae away"
+                    f"{self.owner}: {where} was given {height} rows where this rank holds {before}: an operation"
+                    f" ahead of it changed the rows in a way that is not known here. {self.advice}"
                 )
         return self._sizes
 
@@ -73,7 +76,7 @@ class Bands:
 
     def with_halo(self, x: torch.Tensor, sizes: list[int], needs: list[range]) -> torch.Tensor:
         """What this rank needs: its own band's part of that between rows of others."""
-        mine = _common(share(sizes, self.rank), needs[self.rank])
+        mine = common(share(sizes, self.rank), needs[self.rank])
         own_rows = partial(self._rows, x, share(sizes, self.rank))
         above, below = self.borrow(own_rows, x, sizes, needs)
         own = [own_rows(mine)] if mine else []
@@ -97,7 +100,7 @@ class Bands:
         for other in range(len(sizes)):
             if other == self.rank:
                 continue
-            lent, borrowed = _common(held[self.rank], needs[other]), _common(held[other], needs[self.rank])
+            lent, borrowed = common(held[self.rank], needs[other]), common(held[other], needs[self.rank])
             if lent:
                 rows = own_rows(lent).contiguous()
                 ops.append(dist.P2POp(dist.isend, rows, ranks[other], self.group))
@@ -118,9 +121,24 @@ class Bands:
             return x
         return torch.cat(all_gather_parts(x, dim % x.dim(), sizes, self.group), dim=dim)
 
+    def joined(self, moments: torch.Tensor, eps: float) -> torch.Tensor:
+        """Moments of the whole map from those of this rank's band, as :func:`join_moments` has them."""
+        return join_moments(self.gather(moments.unsqueeze(0), [1] * self.ranks, 0))
+
     def _rows(self, x: torch.Tensor, held: range, rows: range) -> torch.Tensor:
         return x.narrow(self.dim, rows.start - held.start, len(rows))
 
 
-def _common(a: range, b: range) -> range:
+def common(a: range, b: range) -> range:
     return range(max(a.start, b.start), max(a.start, b.start, min(a.stop, b.stop)))
+
+
+def join_moments(moments: torch.Tensor) -> torch.Tensor:
+    """The moments of all parts together, ``[1 + 2 n]`` from ``[parts, 1 + 2 n]``: pixels, means, variances, with
+    the same constant in each."""
+    pixels = moments[:, :1]
+    means, variances = moments[:, 1:].chunk(2, dim=1)
+    shares = pixels / pixels.sum()
+    mean = (means * shares).sum(0)
+    variance = ((variances + (means - mean).square()) * shares).sum(0)
+    return torch.cat([pixels.sum(0), mean, variance])

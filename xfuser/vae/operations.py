@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from xfuser.core.distributed.group_coordinator import gather_together
 from xfuser.core.distributed.utils import share
-from xfuser.vae.bands import Bands
+from xfuser.vae.bands import Bands, join_moments
 from xfuser.vae.deferred import Deferral, DeferredMap, Map, computed, same_rows
 
 MOVES = {  # take rows along as they are, or show it by their result's shape
@@ -29,13 +29,13 @@ def padding_of(x: torch.Tensor) -> RowPadding | None:
     return getattr(x, "_row_padding", None)
 
 
-def keep_padding(function: Any, before: list[torch.Tensor], after: Any) -> torch.Tensor:
+def keep_padding(bands: Bands, function: Any, before: list[torch.Tensor], after: Any) -> torch.Tensor:
     """Take padding along through an operation that leaves rows as they are; ``before`` are the maps that it joins."""
     name, paddings = function.__name__, [padding_of(x) for x in before]
     alike = all(one and vars(one) == vars(paddings[0]) for one in paddings)
     moved = name in MOVES and isinstance(after, torch.Tensor)
     if not moved or not alike or any(after.shape[-2:] != x.shape[-2:] for x in before):
-        raise ValueError(f"parallel VAE: {name} behind a padding of rows is not known here")
+        raise ValueError(f"{bands.owner}: {name} behind a padding of rows is not known here")
     after._row_padding = paddings[0]
     return after
 
@@ -57,11 +57,11 @@ def pad(
     pad[place] = 0, 0
     before = padding_of(x)
     if top < 0 or bottom < 0 or (before and (top or bottom)):
-        raise ValueError(f"parallel VAE: rows are padded twice, or cropped (by {top} and {bottom}): not known here")
+        raise ValueError(f"{bands.owner}: rows are padded twice, or cropped (by {top} and {bottom}): not known here")
     if before and (before.mode, mode) == ("constant", "constant") and before.value != (value or 0.0) and any(pad):
-        raise ValueError("parallel VAE: padding of two dimensions with different values is not known here")
+        raise ValueError(f"{bands.owner}: padding of two dimensions with different values is not known here")
     if mode == "circular" and (top or bottom):
-        raise ValueError("parallel VAE: padding of rows with mode='circular' is not known here")
+        raise ValueError(f"{bands.owner}: padding of rows with mode='circular' is not known here")
     if mode != "constant":  # takes as many entries as there are spatial dimensions
         pad = (pad + [0] * 6)[: 2 * (x.dim() - 2)]
     if deferral:
@@ -99,7 +99,7 @@ def convolution(
     padding_rows = padding[bands.dim]
     top, bottom = deferred.top + padding_rows, deferred.bottom + padding_rows
     if padding_rows and (deferred.mode != "constant" or deferred.value):
-        raise ValueError("parallel VAE: rows are padded in two ways, by a pad and by a convolution: not known here")
+        raise ValueError(f"{bands.owner}: rows are padded in two ways, by a pad and by a convolution: not known here")
 
     source = deferral.map_of(x, function.__name__) if deferral else None
     sizes = source.sizes if source else bands.sizes(x.shape[bands.dim], function.__name__)
@@ -121,7 +121,7 @@ def convolution(
         return range(start, min(height, max(stop, start + 1)))
 
     if not all(outputs) or height + top + bottom <= reach:
-        raise ValueError(f"parallel VAE: {height} rows are too few for {bands.ranks} ranks: some would have none left")
+        raise ValueError(f"{bands.owner}: {height} rows are too few for {bands.ranks} ranks: some would have none left")
 
     def compute(x: torch.Tensor, row_padding: int = 0) -> torch.Tensor:
         paddings = list(padding)
@@ -219,11 +219,11 @@ def group_norm(
 
     if deferral and (isinstance(x, DeferredMap) or x.dim() >= 4):
         source = deferral.map_of(x, "group_norm")
-        moments = _join(torch.stack([own_moments(part)[1] for part in deferral.parts(source)]))
+        moments = join_moments(torch.stack([own_moments(part)[1] for part in deferral.parts(source)]))
     else:
         source = None
         normal, moments = own_moments(x)
-    whole = _join(bands.gather(moments.unsqueeze(0), [1] * bands.ranks, 0))
+    whole = bands.joined(moments, eps)
     (mean, variance), (whole_mean, whole_variance) = (
         one[1:].view(2, batch, num_groups).repeat_interleave(channels // num_groups, dim=2) for one in (moments, whole)
     )
@@ -246,16 +246,6 @@ def group_norm(
     return deferral.defer(Map(source.sizes, source.like, source.device, [source], same_rows, compute))
 
 
-def _join(moments: torch.Tensor) -> torch.Tensor:
-    """The moments of all parts together, ``[1 + 2 n]`` from ``[parts, 1 + 2 n]``: pixels, means, variances."""
-    pixels = moments[:, :1]
-    means, variances = moments[:, 1:].chunk(2, dim=1)
-    shares = pixels / pixels.sum()
-    mean = (means * shares).sum(0)
-    variance = ((variances + (means - mean).square()) * shares).sum(0)
-    return torch.cat([pixels.sum(0), mean, variance])
-
-
 def pooling(
     bands: Bands,
     function: Any,
@@ -272,7 +262,7 @@ def pooling(
     kernel, step, padded, dilation = (_each(value, 3 if "3d" in name else 2)[bands.dim] for value in values)
     sizes = bands.sizes(x.shape[bands.dim], name)
     if kernel != step or padded or dilation > 1 or any(size % step for size in sizes):
-        raise ValueError(f"parallel VAE: {name} of windows that lie on two bands is not known here")
+        raise ValueError(f"{bands.owner}: {name} of windows that lie on two bands is not known here")
     result = function(x, kernel_size, stride, padding, *args, **kwargs)
     bands.now([size // step for size in sizes], result)
     return result
@@ -297,19 +287,19 @@ def attention(
     tokens, pixels, sizes = key.shape[-2], height * width, bands.sizes(height, "attention")
     if tokens in (bands.frames, pixels) and bands.frames in [size * width for size in sizes]:
         raise ValueError(
-            f"parallel VAE: attention over as many frames as a band has pixels, {bands.frames}, is ambiguous"
+            f"{bands.owner}: attention over as many frames as a band has pixels, {bands.frames}, is ambiguous"
         )
     if tokens == bands.frames or tokens % pixels:
         if query.shape[0] % pixels:
-            raise ValueError(f"parallel VAE: attention over {tokens} tokens of {pixels} pixels is not known here")
+            raise ValueError(f"{bands.owner}: attention over {tokens} tokens of {pixels} pixels is not known here")
         return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **options)
     if is_causal:
-        raise ValueError("parallel VAE: causal attention over pixels is not known here")
+        raise ValueError(f"{bands.owner}: causal attention over pixels is not known here")
     frames = tokens // pixels
     if attn_mask is not None:
         firsts = torch.arange(frames, device=key.device) * pixels
         if not torch.equal(attn_mask, attn_mask[..., firsts.repeat_interleave(pixels)]):
-            raise ValueError("parallel VAE: an attention mask that tells pixels apart is not known here")
+            raise ValueError(f"{bands.owner}: an attention mask that tells pixels apart is not known here")
         attn_mask = attn_mask[..., torch.cat([firsts.repeat_interleave(size * width) for size in sizes])]
     key, value = gather_together(key, value, key.dim() - 2, [frames * size * width for size in sizes], bands.group)
     return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, **options)
@@ -328,7 +318,7 @@ def matmul(bands: Bands, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return product
     if pixels not in (n, m) or k == pixels or m == n:
         raise ValueError(
-            f"parallel VAE: a product of {tuple(a.shape)} and {tuple(b.shape)} over bands of {pixels} pixels is not"
+            f"{bands.owner}: a product of {tuple(a.shape)} and {tuple(b.shape)} over bands of {pixels} pixels is not"
             " known here; the picture may be too small for so many ranks"
         )
     return torch.matmul(a, b)

@@ -42,6 +42,8 @@ REFUSED = {  # functions that may mix rows, and are not known
     torch.Tensor.cumsum,
     torch.cumsum,
     torch.einsum,
+    torch.fft.fft2,
+    torch.fft.fftn,
     torch.Tensor.flip,
     torch.flip,
     torch.roll,
@@ -104,11 +106,13 @@ class OnBands(TorchFunctionMode):
             args, kwargs = computed(args), computed(kwargs)
         if func in REFUSED or (func in REDUCTIONS and self._mixes_rows(func, *args, **kwargs)):
             raise ValueError(
-                f"parallel VAE: {func.__name__} may mix the rows of the picture, which lie on different ranks. Leave"
-                " use_parallel_vae away for this VAE"
+                f"{self._bands.owner}: {func.__name__} may mix the rows of the picture, which lie on different ranks."
+                f" {self._bands.advice}"
             )
         if func is F.interpolate and kwargs.get("mode", "nearest") not in ("nearest", "nearest-exact"):
-            raise ValueError(f"parallel VAE: interpolation with mode={kwargs['mode']!r} mixes rows: not known here")
+            raise ValueError(
+                f"{self._bands.owner}: interpolation with mode={kwargs['mode']!r} mixes rows: not known here"
+            )
         if func in PADDING:
             return handler(*args, **kwargs)
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
@@ -122,7 +126,7 @@ class OnBands(TorchFunctionMode):
             result = func(*args, **kwargs)
         made = any(isinstance(x, torch.Tensor) for x in tree_leaves(result))
         if made and any(operations.padding_of(x) for x in inputs):
-            return operations.keep_padding(func, inputs, result)
+            return operations.keep_padding(self._bands, func, inputs, result)
         return result
 
     def _mixes_rows(self, func: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> bool:

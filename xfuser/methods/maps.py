@@ -1,0 +1,142 @@
+"""Parts of a U-Net's maps on different ranks: each has a band of rows, or of columns, at every level."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map_only
+
+from xfuser.core.attention.intercept import intercepted
+from xfuser.core.attention.kernels import attention
+from xfuser.core.distributed import SequenceParallelGroupCoordinator
+from xfuser.core.distributed.utils import share, split_sizes
+from xfuser.methods.distrifusion import DistriFusion
+from xfuser.methods.forward import Arguments, Call, edited_arguments
+from xfuser.methods.map_bands import OnMaps
+from xfuser.methods.naive_patch import NaivePatches
+from xfuser.models.plan import ModelPlan
+
+TEXT = "encoder_hidden_states"
+
+
+class MapParallel:
+    """One U-Net over one group, whose ranks have a part each; what :class:`SequenceParallel` is for transformers.
+
+    Args:
+        parts: what a part sees of the others; None where there is one rank.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: ModelPlan,
+        group: SequenceParallelGroupCoordinator,
+        backend: str = "auto",
+        parts: DistriFusion | NaivePatches | None = None,
+    ) -> None:
+        self._model, self._plan, self._group, self._backend, self._parts = model, plan, group, backend, parts
+        self._running = ExitStack()  # what lasts from the first maps to the last ones
+        self._mode: OnMaps | None = None
+        self._text: dict[str, int] = {}  # number of text tokens that an attention module has been called with
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Within the context, the U-Net's maps are parts."""
+        model, plan = self._model, self._plan
+        attentions = {name: module for name, module in model.named_modules() if hasattr(module, "processor")}
+        with ExitStack() as stack:
+            if self._parts:
+                stack.callback(model.get_submodule(plan.embed).register_forward_hook(self._begin).remove)
+                stack.callback(model.get_submodule(plan.head).register_forward_hook(self._end).remove)
+            for name, module in attentions.items():
+                stack.enter_context(edited_arguments(module, partial(self._enter_attention, name)))
+            stack.enter_context(intercepted(attentions, lambda name: partial(self._attend, name), many=True))
+            yield
+
+    def layer(self, call: Call, arguments: Arguments) -> object:
+        """The layer of the U-Net's forward that opens and closes one forward's state."""
+        if not self._parts:
+            return call(arguments)
+        self._dim = -1 if self._parts.across else -2
+        self._set_levels(arguments[self._plan.latents].shape[self._dim])
+        names = [*self._plan.residuals, *([self._plan.latents] if self._parts.alone else [])]
+        for name in names:
+            if arguments.get(name) is not None:
+                arguments[name] = tree_map_only(torch.Tensor, self._cut, arguments[name])
+        try:
+            return call(arguments)
+        finally:
+            self._leave()
+
+    def _leave(self) -> None:
+        self._running.close()
+        self._mode = None
+
+    def _set_levels(self, rows: int) -> None:
+        """The rows of each rank's parts, by the rows of whole maps: any two levels' parts begin at the same place."""
+        halvings, ranks = getattr(self._model, self._plan.halvings), self._group.world_size
+        unit = 2**halvings
+        units = -(-rows // unit)
+        if units < ranks:
+            raise ValueError(
+                f"{ranks} ranks cannot divide latents of {rows} {'columns' if self._dim == -1 else 'rows'}, which come"
+                f" to {units} in the middle of this {type(self._model).__name__}: use a degree of at most {units}, or"
+                " draw a larger picture"
+            )
+        sizes = [size * unit for size in split_sizes(units, ranks)]
+        sizes[-1] -= units * unit - rows
+        levels = [[-(-size // 2**level) for size in sizes] for level in range(halvings + 1)]
+        self._sizes = levels[0]
+        self._levels = {sum(level): level for level in levels}
+
+    def _cut(self, x: torch.Tensor) -> torch.Tensor:
+        sizes = self._levels.get(x.shape[self._dim])
+        if sizes is None:
+            raise ValueError(
+                f"a map of {x.shape[self._dim]} rows is at no level of this {type(self._model).__name__}, whose maps"
+                f" have {', '.join(map(str, self._levels))}"
+            )
+        own = share(sizes, self._group.rank_in_group)
+        return x.narrow(self._dim, own.start, len(own))
+
+    def _begin(self, embed: nn.Module, args: tuple, maps: torch.Tensor) -> torch.Tensor:
+        """Behind the module that makes maps of latents, which every rank has whole."""
+        if self._parts.alone:
+            return maps
+        self._mode = self._running.enter_context(self._parts.on_maps(self._sizes, maps.shape[-1]))
+        return self._cut(maps)
+
+    def _end(self, head: nn.Module, args: tuple, maps: torch.Tensor) -> torch.Tensor:
+        """Behind the last module: the whole map."""
+        self._leave()
+        return self._group.all_gather(maps, dim=maps.dim() + self._dim, sizes=self._sizes)
+
+    def _enter_attention(self, name: str, arguments: Arguments) -> None:
+        text = arguments.get(TEXT)
+        self._text[name] = 0 if text is None else text.shape[1]
+
+    def _attend(
+        self,
+        name: str,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None,
+        scale: float | None,
+    ) -> torch.Tensor:
+        """Stands in for ``scaled_dot_product_attention`` (``[B, H, S_local, D]``)."""
+        if self._mode is None:
+            return attention(query, key, value, attn_mask, scale, self._backend)
+        text, pixels = self._text[name], query.shape[2]
+        with self._mode.attending():
+            if text and key.shape[2] != text + pixels:
+                return attention(query, key, value, attn_mask, scale, self._backend)
+            if text or attn_mask is not None:
+                raise ValueError(
+                    f"DistriFusion: {name} masks its attention to pixels, or attends to them and to text at once:"
+                    " not known here. Use CFG or data parallelism for this model"
+                )
+            with self._mode.bands.reach(key, value) as (keys, values):
+                return attention(query, keys, values, None, scale, self._backend)
