@@ -1,11 +1,13 @@
 """U-Nets: pipelines over them under the methods that serve them, and what those that do not serve them say."""
 
+import displaced_unet
 import pytest
 import running
 import torch.distributed as dist
 import unets
 
 from xfuser import xDiTParallel, xFuserArgs
+from xfuser.core.staleness import MODES
 
 CFG, DP = {"use_cfg_parallel": True}, {"data_parallel_degree": 2}
 
@@ -59,6 +61,31 @@ def synchronous(ranks, **changes):
 def test_synchronous_distrifusion(pool, path_of, name, ranks, degrees, images, kind, changes):
     """Bands are uneven, and have a single row in the middle of the U-Net."""
     check(pool, path_of(name), ranks, degrees, images, kind, **changes)
+
+
+def definition(path, edges, mode, warmup, **call):
+    """What DistriFusion is defined to draw."""
+    pipe = unets.loaded(path, "text")
+    with displaced_unet.DisplacedUNet(pipe.unet, edges, mode, warmup).active():
+        return unets.draw(path, None, **call)
+
+
+ASYNCHRONOUS = [mode for mode in MODES if mode != "full_sync"]
+EDGES = {2: [0, 12, 17], 3: [0, 8, 16, 17]}
+
+
+@pytest.mark.parametrize(
+    ("mode", "ranks", "warmup"),
+    [*((mode, 2, 1) for mode in ASYNCHRONOUS), ("corrected_async_gn", 3, 0), ("stale_gn", 3, 2)],
+)
+def test_asynchronous_distrifusion(pool, path_of, mode, ranks, warmup):
+    call = {"num_inference_steps": 4, "output_type": "latent"}
+    expected = definition(path_of("sdxl"), EDGES[ranks], mode, warmup, **call)
+    exact = unets.draw(path_of("sdxl"), None, **call)
+    assert running.error(expected, exact) > 100 * running.TOLERANCE
+    degrees = {"distrifusion_degree": ranks, "distrifusion_mode": mode, "warmup_steps": warmup}
+    for result in pool.run(ranks, draw, path_of("sdxl"), degrees, (), call):
+        assert running.error(result, expected) <= running.TOLERANCE
 
 
 @pytest.mark.parametrize(
