@@ -4,8 +4,7 @@ import pytest
 import running
 import tiny
 
-from xfuser.testing import matrix, oracle
-from xfuser.testing.zoo import FAMILIES
+from xfuser.testing import oracle
 
 STEPS = 4
 
@@ -98,15 +97,6 @@ def test_a_second_picture_starts_anew(pool, folder_of):
     for pictures in pool.run(2, running.wrapped_calls, path, degrees(2), calls):
         for picture, one in zip(pictures, expected, strict=True):
             assert running.error(picture, one) <= running.TOLERANCE
-
-
-@pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.present])
-@pytest.mark.matrix
-def test_every_class_waits_as_one_rank(pool, family):
-    call = {"num_inference_steps": 2}
-    expected = matrix.draw(family, None, call)
-    for result in pool.run(2, matrix.draw, family, degrees(2, 2), call):
-        assert matrix.error(result, expected) <= matrix.TOLERANCES.get(family, matrix.TOLERANCE)
 
 
 def bad(path, asked):

@@ -48,11 +48,11 @@ class LoadedPipeline(xDiTParallel):
     def prepare_run(self, input_config: InputConfig, steps: int = 3) -> None:
         """Draw once with few steps and throw the picture away, so that later calls find everything made.
 
-        There are more steps than asked for where PipeFusion's warm-up is longer, and never one alone, which some
-        pipelines take for a request of another way to draw.
+        There are more steps than asked for where the warm-up of PipeFusion or DistriFusion is longer, and never one
+        alone, which some pipelines take for a request of another way to draw.
         """
-        runtime = self.engine_config.runtime_config
-        steps = max(steps, 2, runtime.warmup_steps + 1 if self.engine_config.parallel_config.pipelined else 0)
+        runtime, parallel = self.engine_config.runtime_config, self.engine_config.parallel_config
+        steps = max(steps, 2, runtime.warmup_steps + 1 if parallel.pipelined or parallel.patched else 0)
         self(**pipeline_arguments(self._pipe, input_config) | {"num_inference_steps": steps, "output_type": "latent"})
         self.__dict__["_output"] = None
 

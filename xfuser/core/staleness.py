@@ -120,7 +120,7 @@ class _Rows:
 
     def renew(self, own: torch.Tensor) -> None:
         self.settle()
-        self.own.copy_(own)
+        self.own.copy_(own.detach())
 
     def start(self) -> None:
         """Send the own rows to all others, and receive theirs."""

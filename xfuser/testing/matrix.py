@@ -6,6 +6,7 @@
 import argparse
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ METHODS: dict[str, tuple[int, dict[str, Any]]] = {  # ranks, degrees
     "ulysses2 x ring2": (4, {"ulysses_degree": 2, "ring_degree": 2}),
     "cfg2": (2, {"use_cfg_parallel": True}),
     "dp2": (2, {"data_parallel_degree": 2}),
-    "pipefusion2 M=2": (2, PIPED | {"num_pipeline_patch": 2}),
+    "distrifusion2": (2, {"distrifusion_degree": 2, "warmup_steps": 1}),
     "pipefusion2 M=3": (2, PIPED | {"num_pipeline_patch": 3}),
     "pipefusion2 M=2 x ulysses2": (4, PIPED | {"num_pipeline_patch": 2, "ulysses_degree": 2}),
 }
@@ -59,10 +60,14 @@ def draw_family(family: Family, degrees: dict[str, Any] | None, call: dict[str, 
 
 def reference(family: str, degrees: dict[str, Any], call: dict[str, Any]) -> list[torch.Tensor]:
     """What a cell must equal: serial; under PipeFusion, the oracle."""
-    if "num_pipeline_patch" not in degrees:
-        return draw(family, None, call)
     pipe = loop_of(FAMILIES[family])
-    with oracle.displaced(pipe, degrees["num_pipeline_patch"], degrees["warmup_steps"]):
+    if "num_pipeline_patch" in degrees:
+        semantics = oracle.displaced(pipe, degrees["num_pipeline_patch"], degrees["warmup_steps"])
+    elif degrees.get("warmup_steps") == 1:
+        semantics = oracle.distrifusion(pipe, degrees["distrifusion_degree"], degrees["warmup_steps"])
+    else:
+        semantics = nullcontext()
+    with semantics:
         return pipe(FAMILIES[family], **call)
 
 
@@ -76,8 +81,10 @@ def cell(family: str, method: str, pool: RankPool, **changes: Any) -> float:
     """The largest error of any rank; ``changes`` are those of the call."""
     ranks, degrees = METHODS[method]
     # Batched guidance of one image is what most calls are; data parallelism needs more images than replicas.
-    steps = 3 if "pipefusion" in method else 2
+    steps = 3 if "fusion" in method else 2
     call = {"images": 3 if method == "dp2" else 1, "num_inference_steps": steps} | changes
+    if method == "distrifusion2" and PLANS[FAMILIES[family].cls].unpiped:
+        degrees = degrees | {"warmup_steps": steps}  # the oracle knows the tokens of the others alone
     expected = reference(family, degrees, call)
     return max(error(result, expected) for result in pool.run(ranks, draw, family, degrees, call))
 

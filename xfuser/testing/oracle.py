@@ -77,7 +77,7 @@ class Displaced:
         self.call += 1
         return output
 
-    def project(self, name: str, text_first: bool, columns: slice, output: torch.Tensor) -> torch.Tensor:
+    def project(self, name: str, streams: tuple[str, ...], columns: slice, output: torch.Tensor) -> torch.Tensor:
         """Hook on a projection ``[B, tokens, C]``: own rows are kept, the others replaced by kept ones."""
         key = (name, self.call)
         if self.patch is None:
@@ -90,10 +90,10 @@ class Displaced:
             text, image = slice(0, count), slice(0, 0)
         else:
             words = count - self.tokens
-            start = words if text_first else 0
+            start = words if streams[0] == "text" else 0
             own = self.own[self.patch]
             image = slice(start + own.start, start + own.stop)
-            text = slice(0, words) if text_first else slice(self.tokens, count)
+            text = slice(0, words) if start else slice(self.tokens, count)
         kept[:, image] = output[:, image]
         if self.patch == 0:
             kept[:, text] = output[:, text]
@@ -119,7 +119,7 @@ class PartByPart:
         latents = args[0] if args else kwargs[self.plan.latents]
         dim, unit, width = layout(self.model, self.plan, latents)
         self.tokens = latents.shape[dim] // unit * width
-        self.own, self.assembled = self.share(self.tokens, width), None
+        self.own, self.assembled = self.share(self.tokens, width), {}
         parts = [None] if self.waits() else range(len(self.own))
         for self.part in parts:
             output = original(*args, **kwargs)
@@ -131,14 +131,32 @@ class PartByPart:
         """Whether this step is that of one rank."""
         return False
 
-    def head(self, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
-        """Hook on the head: behind the last part's forward, the rows of all parts."""
+    def complete(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        """Hook on the head, or the last block without one: behind the last part's forward, the rows of all parts."""
         if self.part is None:
             return output
-        if self.assembled is None:
-            self.assembled = torch.zeros_like(output)
-        self.assembled[:, self.own[self.part]] = output[:, self.own[self.part]]
-        return self.assembled
+        if self.plan.head:
+            return self._assemble(0, output, ("image",))
+        streams = self.plan.outputs(self.plan.blocks[-1])
+        if isinstance(output, torch.Tensor):
+            return self._assemble(0, output, streams[0])
+        return tuple(self._assemble(i, x, one) for i, (x, one) in enumerate(zip(output, streams, strict=True)))
+
+    def _assemble(self, index: int, output: torch.Tensor, streams: tuple[str, ...]) -> torch.Tensor:
+        whole = self.assembled.setdefault(index, torch.zeros_like(output))
+        own = self.rows(streams, output.shape[1])
+        whole[:, own] = output[:, own]
+        return whole
+
+    def rows(self, streams: tuple[str, ...], count: int) -> torch.Tensor:
+        """Rows of this part in a sequence of so many tokens; text belongs to all parts."""
+        words = count - self.tokens * ("image" in streams)
+        starts = {"text": self.tokens if streams[0] == "image" else 0, "image": words if streams[0] == "text" else 0}
+        own = {"text": self.text(words), "image": self.own[self.part]}
+        return torch.cat([own[stream] + starts[stream] for stream in streams])
+
+    def text(self, words: int) -> torch.Tensor:
+        return torch.arange(words)
 
 
 class Lagging(PartByPart):
@@ -153,7 +171,7 @@ class Lagging(PartByPart):
     def waits(self) -> bool:
         return self.step < self.synchronous
 
-    def project(self, name: str, text_first: bool, columns: slice, output: torch.Tensor) -> torch.Tensor:
+    def project(self, name: str, streams: tuple[str, ...], columns: slice, output: torch.Tensor) -> torch.Tensor:
         key = (name, self.call)
         if self.part is None:
             self.fresh[key] = output.clone()
@@ -162,22 +180,19 @@ class Lagging(PartByPart):
             if self.renews or key not in self.kept:
                 self.kept[key] = self.fresh[key]
             self.fresh[key] = output.clone()
-        own = self._rows(name, text_first, output.shape[1])
+        if name.rpartition(".")[2].startswith("add_"):
+            streams = ("text",)
+        elif output.shape[1] == self.tokens:  # text has projections of its own
+            streams = ("image",)
+        own = self.rows(streams, output.shape[1])
         self.fresh[key][:, own] = output[:, own]
         result = output.clone()
         result[..., columns] = self.kept[key][..., columns]
         result[:, own] = output[:, own]
         return result
 
-    def _rows(self, name: str, text_first: bool, count: int) -> torch.Tensor:
-        """Rows of this part in a projection of so many tokens."""
-        only_text = name.rpartition(".")[2].startswith("add_")
-        words = count if only_text else count - self.tokens
-        text = _ranges(words, self.parts, longer_last=True)[self.part]
-        if only_text:
-            return text
-        image = self.own[self.part]
-        return torch.cat([text, image + words]) if text_first else torch.cat([image, text + self.tokens])
+    def text(self, words: int) -> torch.Tensor:
+        return _ranges(words, self.parts, longer_last=True)[self.part]
 
 
 class Alone(PartByPart):
@@ -187,10 +202,7 @@ class Alone(PartByPart):
         words = None if self.part is None else k.shape[2] - self.tokens
         if words is None or words < 0:  # of the text encoder, or to text alone
             return original(q, k, v, *args, **kwargs)
-        text_first = self.plan.attentions().popitem()[1].keys[0] == "text"
-        own = self.own[self.part] + (words if text_first else 0)
-        text = torch.arange(words) + (0 if text_first else self.tokens)
-        seen = torch.cat([own, text])
+        seen = self.rows(next(iter(self.plan.attentions().values())).keys if words else ("image",), k.shape[2])
         return original(q, k[:, :, seen], v[:, :, seen], *args, **kwargs)
 
 
@@ -249,7 +261,7 @@ def _projecting(pipe: Any, state: Displaced | Lagging) -> Iterator[None]:
                     def hook(
                         m: nn.Module, a: tuple, out: torch.Tensor, name=name, s=streams, c=columns
                     ) -> torch.Tensor:
-                        return state.project(name, s.keys[0] == "text", c, out)
+                        return state.project(name, s.keys, c, out)
 
                     stack.callback(model.get_submodule(name).register_forward_hook(hook).remove)
         yield
@@ -268,11 +280,15 @@ def _whole_forward(pipe: Any, state: Displaced | PartByPart) -> Iterator[None]:
     counted.__wrapped__ = step
     model.forward = lambda *args, **kwargs: state.forward(original, *args, **kwargs)
     pipe.scheduler.step = counted
-    hook = isinstance(state, PartByPart) and model.get_submodule(state.plan.head).register_forward_hook(state.head)
+    hooks = []
+    if isinstance(state, PartByPart):
+        plan = state.plan
+        end = model.get_submodule(plan.head) if plan.head else blocks_of(model, plan)[-1].module
+        hooks.append(end.register_forward_hook(state.complete))
     try:
         yield
     finally:
         model.__dict__.pop("forward")
         pipe.scheduler.__dict__.pop("step")
-        if hook:
+        for hook in hooks:
             hook.remove()
