@@ -67,8 +67,9 @@ def test_config_objects_carry_what_users_read():
         ),
         ({"attn_layer_num_for_pp": [0]}, r"attn_layer_num_for_pp=\[0\] must name"),
         ({"num_pipeline_patch": 2, "warmup_steps": 21}, "warmup_steps=21 must be from 0 to num_inference_steps=20"),
-        ({"tensor_parallel_degree": 2}, "not available yet"),
+        ({"tensor_parallel_degree": 2}, "tensor_parallel_degree=2 multiply to 2, but 1 ranks? run"),
         ({"split_scheme": "row"}, "of use with tensor_parallel_degree or naive_patch_degree alone"),
+        ({"tensor_parallel_text_encoder": True}, "of use with tensor_parallel_degree above 1 alone"),
         (
             {"vae_engine": "best", "use_parallel_vae": True},
             "vae_engine='best' is unknown; known are auto, native, distvae",

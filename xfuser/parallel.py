@@ -6,6 +6,8 @@ from functools import wraps
 from types import MethodType
 from typing import Any
 
+from torch import nn
+
 from xfuser.config import EngineConfig, InputConfig, ParallelConfig
 from xfuser.core import device as devices
 from xfuser.core.attention.kernels import check_backend
@@ -40,7 +42,8 @@ from xfuser.methods.pipefusion.pipefusion import PipeFusion
 from xfuser.methods.pipefusion.stage import Stage
 from xfuser.methods.refusals import refuse_mixed_rows, refuse_unsuited
 from xfuser.methods.sequence import SequenceParallel
-from xfuser.models.plan import blocks_of
+from xfuser.methods.tensor import TensorParallel, division_of, refuse_divided
+from xfuser.models.plan import ModelPlan, blocks_of
 from xfuser.models.registry import check_methods, planned_models
 from xfuser.output import media_of, write_media
 from xfuser.vae.engines import parallel_vae
@@ -50,8 +53,9 @@ class xDiTParallel:
     """A Diffusers pipeline whose calls run on all ranks, and return what the pipeline returns on one.
 
     The pipeline's own ``__call__`` runs on every rank. During a call, and only then, the forward of its transformer
-    is shared among the ranks by the methods that ``engine_config`` asks for; the pipeline is never modified. All
-    other attributes are the pipeline's, to read and to set.
+    is shared among the ranks by the methods that ``engine_config`` asks for; the pipeline is never modified, but for
+    weights that PipeFusion and tensor parallelism divide until :meth:`unwrap`. All other attributes are the pipeline's,
+    to read and to set.
 
     Args:
         pipe: a Diffusers pipeline with a transformer that has a plan (``xfuser.models``).
@@ -66,7 +70,9 @@ class xDiTParallel:
             raise ValueError("this pipeline is wrapped already: call unwrap() on it first")
         own = self.__dict__
         own["_pipe"] = pipe
-        pipeline_split = _pipeline_split(pipe, engine_config.parallel_config)
+        parallel = engine_config.parallel_config
+        pipeline_split = _pipeline_split(pipe, parallel)
+        _check_tensor(pipe, parallel)
         if engine_config.runtime_config.use_parallel_vae and getattr(pipe, "vae", None) is None:
             raise ValueError(f"use_parallel_vae: {type(pipe).__name__} has no VAE; leave it away")
         own["_backend"] = engine_config.runtime_config.attention_backend
@@ -82,9 +88,13 @@ class xDiTParallel:
                 planned_models(pipe),
                 get_pp_group(),
                 pipeline_split,
-                engine_config.parallel_config.num_pipeline_patch,
+                parallel.num_pipeline_patch,
                 engine_config.runtime_config.warmup_steps,
             )
+        # Behind PipeFusion, which leaves the blocks of other stages out.
+        own["_tensor"] = None
+        if parallel.tp_degree > 1:
+            own["_tensor"] = TensorParallel(_tensor_models(pipe, parallel), get_tp_group(), parallel.tensor_scheme)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the pipeline on all ranks; every rank returns the whole result."""
@@ -179,9 +189,12 @@ class xDiTParallel:
     def unwrap(self) -> Any:
         """Give the pipeline back; it is as it was before, and this wrapper is of no further use.
 
-        After PipeFusion, the stages give each other their blocks: all ranks must call it, and have the memory for all.
+        After PipeFusion and tensor parallelism, the ranks give each other their weights: all must call it, and have the
+        memory for all.
         """
         pipe = self._pipe
+        if self._tensor:
+            self._tensor.restore()
         if self._pipefusion:
             self._pipefusion.restore()
         self.__dict__["_pipe"] = None
@@ -221,7 +234,7 @@ class xDiTParallel:
         """How the ranks that compute a part of the picture each go through a loop of one transformer."""
         parallel, scheduler = self.engine_config.parallel_config, getattr(self._pipe, "scheduler", None)
         if parallel.naive_patch_degree > 1:
-            return NaivePatches(parallel.split_scheme or "row")
+            return NaivePatches(parallel.tensor_scheme or "row")
         warmup = self.engine_config.runtime_config.warmup_steps * getattr(scheduler, "order", 1)
         return DistriFusion(Staleness(self._sp.ring_group, parallel.distrifusion_mode, warmup))
 
@@ -255,6 +268,35 @@ def _pipeline_split(pipe: Any, parallel: ParallelConfig) -> dict[str, list[int]]
         )
     stages, asked = parallel.pp_degree, parallel.attn_layer_num_for_pp
     return {name: stage_layers(model, plan, stages, asked) for name, (model, plan) in models.items()}
+
+
+def _tensor_models(pipe: Any, parallel: ParallelConfig) -> list[tuple[nn.Module, ModelPlan | None]]:
+    """What tensor parallelism divides: the transformers, and the text encoders where that is asked for."""
+    if parallel.tp_degree == 1:
+        return []
+    models = list(planned_models(pipe).values())
+    if parallel.tensor_parallel_text_encoder:
+        encoders = [
+            part
+            for name, part in pipe.components.items()
+            if name.startswith("text_encoder") and isinstance(part, nn.Module)
+        ]
+        if not encoders:
+            raise ValueError(f"tensor_parallel_text_encoder: {type(pipe).__name__} has no text encoder; leave it away")
+        models += [(encoder, None) for encoder in encoders]
+    return models
+
+
+def _check_tensor(pipe: Any, parallel: ParallelConfig) -> None:
+    """Refuse what tensor parallelism cannot divide, before a process group is made."""
+    asked = {id(model): plan for model, plan in _tensor_models(pipe, parallel)}
+    for part in pipe.components.values():
+        if not isinstance(part, nn.Module):
+            continue
+        if id(part) not in asked:
+            refuse_divided(part)
+        elif not refuse_divided(part, parallel.tp_degree, parallel.tensor_scheme):
+            division_of(part, asked[id(part)], parallel.tp_degree, parallel.tensor_scheme)
 
 
 def _at_once(action: Callable[[], None], results: list[Any]) -> None:

@@ -94,7 +94,8 @@ class xFuserArgs:
     attn_layer_num_for_pp: list[int] | None = _parallel(
         None, "Blocks of each PipeFusion stage; balanced by time if not given.", "+"
     )
-    tensor_parallel_degree: int = _parallel(1, "Ranks that share each layer's weights (not available yet).")
+    tensor_parallel_degree: int = _parallel(1, "Ranks that share each layer's weights.")
+    tensor_parallel_text_encoder: bool = _parallel(False, "Share the weights of the text encoders as well.")
     distrifusion_degree: int = _parallel(
         1, "Ranks that each compute a part of the picture, from the others' keys and values of the last step."
     )
@@ -103,7 +104,9 @@ class xFuserArgs:
         1, "Ranks that each compute a part of the picture as if it were all; a baseline that shows its seams."
     )
     split_scheme: str | None = _parallel(
-        None, "Naive patches are cut by row, col, or alternate (step by step); row if not given."
+        None,
+        "Naive patches are cut by row, col, or alternate (step by step); row if not given. Tensor parallelism divides"
+        " each layer's outputs (col) or inputs (row); pairs of both if not given.",
     )
 
     height: int | None = _input(None, "Height of the image in pixels; the model's own if not given.")
@@ -205,6 +208,13 @@ class xFuserArgs:
         self._check_vae()
         if self.enable_model_cpu_offload and self.enable_sequential_cpu_offload:
             raise ValueError("enable_model_cpu_offload and enable_sequential_cpu_offload exclude each other")
+        if self.enable_sequential_cpu_offload and self.tensor_parallel_degree > 1:
+            raise ValueError(
+                "enable_sequential_cpu_offload moves whole layers, which tensor_parallel_degree divides: use"
+                " enable_model_cpu_offload with it"
+            )
+        if self.use_fp8_t5_encoder and self.tensor_parallel_text_encoder:
+            raise ValueError("use_fp8_t5_encoder and tensor_parallel_text_encoder exclude each other")
         if (self.enable_model_cpu_offload or self.enable_sequential_cpu_offload) and devices.device_type() == "cpu":
             raise ValueError("CPU offload needs an accelerator to offload from; this machine has none")
         return RuntimeConfig(
@@ -232,13 +242,12 @@ class xFuserArgs:
             raise ValueError("use_onediff: OneDiff is no longer maintained, and is not supported; leave it away")
         refused = {
             "use_torch_compile": self.use_torch_compile,
-            "tensor_parallel_degree": self.tensor_parallel_degree > 1,
         }
         for name, asked in refused.items():
             if asked:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} is not available yet; what is: data_parallel_degree,"
-                    " use_cfg_parallel, ulysses_degree, ring_degree, pipefusion_parallel_degree"
+                    " use_cfg_parallel, ulysses_degree, ring_degree, pipefusion_parallel_degree, tensor_parallel_degree"
                 )
 
 

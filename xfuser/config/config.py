@@ -62,11 +62,17 @@ class ParallelConfig:
     distrifusion_mode: str = ASYNCHRONOUS
     naive_patch_degree: int = 1
     split_scheme: str | None = None
+    tensor_parallel_text_encoder: bool = False
 
     @property
     def sp_degree(self) -> int:
         """Ranks that share a picture's rows, by whatever method."""
         return self.ulysses_degree * self.ring_degree * self.distrifusion_degree * self.naive_patch_degree
+
+    @property
+    def tensor_scheme(self) -> str | None:
+        """How tensor parallelism divides layers; None for pairs. Beside naive patches, ``split_scheme`` is theirs."""
+        return self.split_scheme if self.naive_patch_degree == 1 else None
 
     @property
     def group_degrees(self) -> dict[str, int]:
@@ -112,6 +118,8 @@ class ParallelConfig:
             )
         self._check_pipeline()
         self._check_patches()
+        if self.tensor_parallel_text_encoder and self.tp_degree == 1:
+            raise ValueError("tensor_parallel_text_encoder is of use with tensor_parallel_degree above 1 alone")
 
     def _check_patches(self) -> None:
         """DistriFusion and naive patches divide the rows as sequence parallelism does: they exclude each other."""
@@ -175,10 +183,10 @@ def legal_degrees(world_size: int) -> list[dict[str, int]]:
     divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
     cfg_degrees = [n for n in (1, 2) if world_size % n == 0]
     found = []
-    for cfg, dp, pp, ring in product(cfg_degrees, divisors, divisors, divisors):
-        ulysses, rest = divmod(world_size, cfg * dp * pp * ring)
+    for cfg, dp, pp, ring, tp in product(cfg_degrees, divisors, divisors, divisors, divisors):
+        ulysses, rest = divmod(world_size, cfg * dp * pp * ring * tp)
         if ulysses and not rest:
-            found.append({"cfg": cfg, "dp": dp, "pipefusion": pp, "ulysses": ulysses, "ring": ring})
+            found.append({"cfg": cfg, "dp": dp, "pipefusion": pp, "ulysses": ulysses, "ring": ring, "tensor": tp})
     return found
 
 

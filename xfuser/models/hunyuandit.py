@@ -11,4 +11,5 @@ HUNYUAN_DIT = ModelPlan(
     unbatched=("image_rotary_emb",),
     text_modules=("attn2.to_k", "attn2.to_v"),
     skip="skip",
+    undivided=("time_extra_emb.pooler",),
 )

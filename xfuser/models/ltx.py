@@ -10,6 +10,7 @@ LTX_VIDEO = ModelPlan(
     per_token={"image_rotary_emb": Tokens(("image",)), "temb": Tokens(("image",))},
     spread=("temb",),
     text_modules=("attn2.to_k", "attn2.to_v"),
+    per_head={"image_rotary_emb": {3: -1}},
 )
 
 # The second stream, which plans call text, is sound.
@@ -39,5 +40,6 @@ LTX2_VIDEO = ModelPlan(
         "ca_audio_rotary_emb": Tokens(("text",), dim=-2),
     },
     returns=("image", "text"),
+    per_head={"query_rotary_emb": {3: -1, 4: 1}, "key_rotary_emb": {3: -1, 4: 1}},
     unpiped="it makes two outputs, and sound is no part of a patch of the video",
 )

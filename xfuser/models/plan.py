@@ -84,6 +84,9 @@ class ModelPlan:
         lent: submodules of blocks that the forward uses outside of their block.
         counts_steps: arguments of the forward that pipelines pass by the number of the step.
         frames: dimension of video latents that counts frames, ``[B, C, F, H, W]`` or ``[B, F, C, H, W]``.
+        per_head: arguments of attention modules with an entry for each head, or for each channel of all heads, as
+            rotary tables that are applied before heads are told apart: number of dimensions to the dimension.
+        undivided: modules whose weights the forward uses without calling the layers that have them.
         context: the class's own context-parallel plan of Diffusers, in place of all that is said here about blocks.
         unsequenced: why sequence parallelism (Ulysses, ring) cannot serve the class; None where it does.
         unpiped: why PipeFusion cannot serve the class; None where it does.
@@ -119,6 +122,8 @@ class ModelPlan:
     lent: tuple[str, ...] = ()
     counts_steps: tuple[str, ...] = ()
     frames: int = 2
+    per_head: dict[str, dict[int, int]] = field(default_factory=dict)
+    undivided: tuple[str, ...] = ()
     context: dict[str, Any] | None = None
     unsequenced: str | None = None
     unpiped: str | None = None

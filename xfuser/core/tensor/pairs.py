@@ -1,0 +1,90 @@
+"""Feed-forward and convolutional modules that can be divided in pairs, told by the names and sizes of their layers."""
+
+from torch import nn
+
+from xfuser.core.tensor.attention import Pairs, children, layers_of
+from xfuser.core.tensor.division import Section, evenly
+
+# Linears of a feed-forward module: those in front of its activation, and the one behind. Where there is one in front
+# that has twice the outputs, one half is the gate of the other.
+FEED_FORWARDS = (
+    (("net.0.proj",), "net.2"),
+    (("w1", "w3"), "w2"),
+    (("linear_1", "linear_2"), "out_projection"),
+    (("linear_1", "linear_3"), "linear_2"),
+    (("gate", "up"), "down"),
+    (("gate_proj", "up_proj"), "down_proj"),
+    (("gate_up_proj",), "down_proj"),
+    (("in_layer",), "out_layer"),
+    (("linear_in",), "linear_out"),
+    (("wi_0", "wi_1"), "wo"),
+    (("wi",), "wo"),
+    (("fc1",), "fc2"),
+)
+ELEMENTWISE = (nn.GELU, nn.SiLU, nn.ReLU)
+
+
+def feed_forward_pairs(name: str, module: nn.Module, ranks: int) -> Pairs | None:
+    """How to divide a feed-forward module by its hidden channels; None where it is no such module."""
+    if isinstance(module, nn.Sequential):
+        kinds = [type(one) for one in module]
+        in_a_row = len(kinds) == 3 and kinds[0] is kinds[2] is nn.Linear and kinds[1] in ELEMENTWISE
+        tables = ((("0",), "2"),) if in_a_row else ()
+    else:
+        tables = FEED_FORWARDS
+    if not tables or len(list(module.children())) > 6:
+        return None
+    layers = layers_of(module)
+    for columns, row in tables:
+        if layers.keys() == {*columns, row} and all(isinstance(one, nn.Linear) for one in layers.values()):
+            hidden = layers[row].in_features
+            times = {layers[one].out_features / hidden for one in columns}
+            if hidden >= ranks and (times == {1} or (times == {2} and len(columns) == 1)):
+                halves = (evenly(hidden, ranks),) * int(times.pop())
+                return Pairs(dict.fromkeys(columns, halves), {row: halves[:1]})
+    return None
+
+
+def residual_pairs(name: str, module: nn.Module, ranks: int) -> Pairs | None:
+    """A residual block, ``conv2(act(norm2(conv1(...) + time_emb_proj(...))))``, by the groups of the norm in it.
+
+    The projection of the time may have twice the channels, for scales and shifts.
+    """
+    first, norm, last, time = children(module, "conv1", "norm2", "conv2", "time_emb_proj")
+    if not (type(first) is type(last) is nn.Conv2d and type(norm) is nn.GroupNorm and "norm1" in module._modules):
+        return None
+    known = {"norm1", "conv1", "norm2", "conv2", "time_emb_proj", "conv_shortcut"}
+    width, groups = first.out_channels, norm.num_groups
+    if not layers_of(module).keys() <= known or groups < ranks or last.in_channels != width:
+        return None
+    of_groups = evenly(groups, ranks)
+    channels = of_groups.times(width // groups)
+    pairs = Pairs({"conv1": (channels,), "norm2": (channels,)}, {"conv2": (channels,)})
+    if time is not None:
+        times, rest = divmod(time.out_features, width)
+        if rest or times not in (1, 2):
+            return None
+        pairs.columns["time_emb_proj"] = (channels,) * times
+    pairs.numbers = {"norm2.num_groups": _sizes(of_groups), "norm2.num_channels": _sizes(channels)}
+    return pairs
+
+
+def inverted_pairs(name: str, module: nn.Module, ranks: int) -> Pairs | None:
+    """A pointwise, a depthwise and a pointwise convolution, with a gate: half of the channels in between."""
+    first, depth, last = children(module, "conv_inverted", "conv_depth", "conv_point")
+    if not (type(first) is type(depth) is type(last) is nn.Conv2d):
+        return None
+    hidden = last.in_channels
+    if not layers_of(module).keys() <= {"conv_inverted", "conv_depth", "conv_point", "norm"} or hidden < ranks:
+        return None
+    if not first.out_channels == depth.in_channels == depth.out_channels == depth.groups == 2 * hidden:
+        return None
+    halves = (evenly(hidden, ranks),) * 2
+    pairs = Pairs({"conv_inverted": halves, "conv_depth": halves}, {"conv_point": halves[:1]})
+    own = tuple(2 * size for size in _sizes(halves[0]))
+    pairs.numbers = {"conv_depth.groups": own, "conv_depth.in_channels": own}
+    return pairs
+
+
+def _sizes(section: Section) -> tuple[int, ...]:
+    return tuple(map(len, section.parts))

@@ -1,0 +1,111 @@
+"""Tensor parallelism of a pipeline's models: each layer's weights are divided over the ranks (arXiv 1909.08053)."""
+
+from contextlib import ExitStack
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map_only
+
+from xfuser.core.distributed import GroupCoordinator
+from xfuser.core.tensor.division import Division, Section, cut
+from xfuser.core.tensor.layers import Divided
+from xfuser.core.tensor.structure import describe
+from xfuser.methods.forward import Arguments, edited_arguments
+from xfuser.models.plan import ModelPlan
+
+
+def division_of(model: nn.Module, plan: ModelPlan | None, ranks: int, scheme: str | None = None) -> Division:
+    """How a whole model with this plan is divided over ``ranks``; its weights may be on the meta device.
+
+    Raises:
+        ValueError: it has fewer heads than ranks, or layers whose forward is not that of their class.
+    """
+    return describe(model, ranks, scheme, plan.undivided if plan else ())
+
+
+def divide(model: nn.Module, plan: ModelPlan | None, group: GroupCoordinator, scheme: str | None = None) -> Division:
+    """Divide a model in place, and return how; a :class:`TensorParallel` of the same scheme then takes it as it is.
+
+    This is for loaders: a model on the meta device becomes one of the sizes that this rank keeps, and ``Division.kept``
+    says of which ranges of the whole.
+    """
+    division = division_of(model, plan, group.world_size, scheme)
+    model.__dict__[_APPLIED] = _Applied(division, division.numbers_of(model), scheme)
+    division.apply(model, group)
+    return division
+
+
+def refuse_divided(model: nn.Module, ranks: int = 1, scheme: str | None = None) -> bool:
+    """Whether :func:`divide` was called on a model, for so many ranks.
+
+    Raises:
+        ValueError: it is divided in another way, or for a wrap that is still there.
+    """
+    applied = vars(model).get(_APPLIED)
+    if applied and (applied.division.ranks, applied.scheme) == (ranks, scheme):
+        return True
+    if applied or any(isinstance(module, Divided) for module in model.modules()):
+        raise ValueError(
+            f"{type(model).__name__} is divided over ranks already: call unwrap() on the wrap that did it, or wrap it"
+            " with the tensor_parallel_degree and split_scheme that it was loaded with"
+        )
+    return False
+
+
+class _Applied(NamedTuple):
+    """What it takes to make a divided model whole."""
+
+    division: Division
+    numbers: dict[str, dict[str, Any]]
+    scheme: str | None
+
+
+_APPLIED = "_xfuser_division"
+
+
+class TensorParallel:
+    """Models that are divided over a group from now on, until :meth:`restore`.
+
+    Args:
+        models: with their plans; None for those that have none, such as text encoders.
+    """
+
+    def __init__(
+        self, models: list[tuple[nn.Module, ModelPlan | None]], group: GroupCoordinator, scheme: str | None = None
+    ) -> None:
+        self._group = group
+        self._hooks = ExitStack()
+        self._divided: list[tuple[nn.Module, _Applied]] = []
+        for model, plan in models:
+            if not refuse_divided(model, group.world_size, scheme):
+                divide(model, plan, group, scheme)
+            applied = model.__dict__.pop(_APPLIED)
+            self._divided.append((model, applied))
+            self._hook_tables(model, plan, applied.division)
+
+    def restore(self) -> None:
+        """Give every rank the whole weights again; all ranks of the group must call it, and have the memory."""
+        self._hooks.close()
+        for model, applied in self._divided:
+            applied.division.restore(model, self._group, applied.numbers)
+        self._divided = []
+
+    def _hook_tables(self, model: nn.Module, plan: ModelPlan | None, division: Division) -> None:
+        for name, heads in division.heads.items() if plan and plan.per_head else ():
+            edit = partial(self._cut_tables, plan.per_head, heads)
+            self._hooks.enter_context(edited_arguments(model.get_submodule(name), edit))
+
+    def _cut_tables(self, tables: dict[str, dict[int, int]], heads: Section, arguments: Arguments) -> None:
+        """Leave the entries of this rank's heads of what has some for each head or channel."""
+
+        def own(dims: dict[int, int], x: torch.Tensor) -> torch.Tensor:
+            dim = dims.get(x.dim())
+            if dim is None or x.shape[dim] == 1:
+                return x
+            return cut(dim, heads.times(x.shape[dim] // heads.total)).part(x, self._group.rank_in_group)
+
+        for name, dims in tables.items():
+            if arguments.get(name) is not None:
+                arguments[name] = tree_map_only(torch.Tensor, partial(own, dims), arguments[name])
