@@ -1,6 +1,7 @@
 """Loading a pipeline as the configuration asks."""
 
 import inspect
+import os
 from typing import Any
 
 import diffusers
@@ -12,8 +13,11 @@ from xfuser.config import EngineConfig, InputConfig
 from xfuser.core import device as devices
 from xfuser.core.distributed import get_world_group
 from xfuser.logger import quiet_libraries
-from xfuser.models.registry import planned_models
+from xfuser.models.registry import check_folder, planned_models
+from xfuser.parallel import join_groups
+from xfuser.skeleton import check_files, load_transformers
 
+LEFT_TO_DIFFUSERS = ("quantization_config", "device_map", "custom_pipeline", "use_flashpack")  # arguments
 DTYPE_ARGUMENT = "dtype" if Version(diffusers.__version__) >= Version("0.40") else "torch_dtype"
 
 
@@ -25,19 +29,27 @@ def load_pipeline(
 ) -> Any:
     """The pipeline of ``engine_config.model_config``, in its dtype, on this rank's device or offloaded from it.
 
-    ``components`` take the place of those in the folder. With ``input_config.img_file_path``, a text-to-image pipeline
-    becomes its image-to-image variant.
+    Of the transformer, a rank reads what it keeps under the degrees of ``engine_config``, with which the pipeline is to
+    be wrapped then; ranks of one machine read each file once between them. All ranks must call this.
+
+    ``components`` take the place of those in the folder, or are arguments of Diffusers, such as ``variant``. With
+    ``input_config.img_file_path``, a text-to-image pipeline becomes its image-to-image variant.
 
     Raises:
-        ValueError: there is no pipeline, none that is known, or it lacks what the configuration asks for.
+        ValueError: there is no pipeline, none that is known, its files are damaged, or it lacks what the configuration
+            asks for. Ranks do not wait for each other then.
     """
     model, runtime = engine_config.model_config, engine_config.runtime_config
+    join_groups(engine_config)
     options: dict[str, Any] = {DTYPE_ARGUMENT: runtime.dtype, "cache_dir": model.download_dir}
     if model.trust_remote_code:
         options["trust_remote_code"] = True
+    options |= components
     try:
         with quiet_libraries():
-            pipe = pipeline_class.from_pretrained(model.model, **options | components)
+            if not any(options.get(name) for name in LEFT_TO_DIFFUSERS):
+                options |= _transformers(engine_config, pipeline_class, options)
+            pipe = pipeline_class.from_pretrained(model.model, **options)
     except OSError as error:
         raise ValueError(f"model={model.model!r} is no Diffusers pipeline that can be loaded: {error}") from error
     planned_models(pipe)
@@ -50,6 +62,39 @@ def load_pipeline(
     if runtime.enable_slicing:
         _vae(pipe, "enable_slicing").enable_slicing()
     return _placed(pipe, engine_config)
+
+
+def _transformers(engine_config: EngineConfig, pipeline_class: Any, options: dict[str, Any]) -> dict[str, Any]:
+    folder = _fetched(engine_config.model_config.model, pipeline_class, options)
+    check_folder(folder)
+    check_files(folder, options.get("variant"))
+    asked = options[DTYPE_ARGUMENT]
+
+    def dtype_of(name: str) -> torch.dtype:
+        dtype = asked.get(name, asked.get("default")) if isinstance(asked, dict) else asked
+        return dtype or torch.float32
+
+    return load_transformers(
+        folder,
+        engine_config.parallel_config,
+        dtype_of,
+        options.get("variant"),
+        torch.device("cpu") if _offloads(engine_config) else devices.device(get_world_group().local_rank),
+        set(options),
+    )
+
+
+def _fetched(model: str, pipeline_class: Any, options: dict[str, Any]) -> str:
+    """The folder of a pipeline; what is on the hub alone is fetched by one rank of a machine, ahead of the others."""
+    if os.path.isdir(model):
+        return model
+    world = get_world_group()
+    if world.local_rank > 0:
+        world.barrier()
+    folder = pipeline_class.download(model, **options)
+    if world.local_rank == 0:
+        world.barrier()
+    return folder
 
 
 def _image_to_image(pipe: Any) -> Any:
@@ -84,11 +129,15 @@ def _store_t5_in_fp8(pipe: Any, dtype: torch.dtype) -> None:
         )
 
 
+def _offloads(engine_config: EngineConfig) -> bool:
+    runtime = engine_config.runtime_config
+    return runtime.enable_model_cpu_offload or runtime.enable_sequential_cpu_offload
+
+
 def _placed(pipe: Any, engine_config: EngineConfig) -> Any:
     runtime, local_rank = engine_config.runtime_config, get_world_group().local_rank
     device = devices.device(local_rank)
-    offload = runtime.enable_model_cpu_offload or runtime.enable_sequential_cpu_offload
-    if not offload:
+    if not _offloads(engine_config):
         return pipe.to(device)
     if runtime.enable_sequential_cpu_offload:
         pipe.enable_sequential_cpu_offload(device=device)

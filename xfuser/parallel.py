@@ -37,13 +37,13 @@ from xfuser.methods.distrifusion import DistriFusion
 from xfuser.methods.forward import layered_forward, replaced
 from xfuser.methods.maps import MapParallel
 from xfuser.methods.naive_patch import NaivePatches
-from xfuser.methods.pipefusion.blocks import Stub, stage_layers
+from xfuser.methods.pipefusion.blocks import divided, stage_layers
 from xfuser.methods.pipefusion.pipefusion import PipeFusion
 from xfuser.methods.pipefusion.stage import Stage
 from xfuser.methods.refusals import refuse_mixed_rows, refuse_unsuited
 from xfuser.methods.sequence import SequenceParallel
 from xfuser.methods.tensor import TensorParallel, division_of, refuse_divided
-from xfuser.models.plan import ModelPlan, blocks_of
+from xfuser.models.plan import ModelPlan
 from xfuser.models.registry import check_methods, planned_models
 from xfuser.output import media_of, write_media
 from xfuser.vae.engines import parallel_vae
@@ -71,7 +71,7 @@ class xDiTParallel:
         own = self.__dict__
         own["_pipe"] = pipe
         parallel = engine_config.parallel_config
-        pipeline_split = _pipeline_split(pipe, parallel)
+        split = pipeline_split(planned_models(pipe), type(pipe).__name__, parallel)
         _check_tensor(pipe, parallel)
         if engine_config.runtime_config.use_parallel_vae and getattr(pipe, "vae", None) is None:
             raise ValueError(f"use_parallel_vae: {type(pipe).__name__} has no VAE; leave it away")
@@ -80,14 +80,14 @@ class xDiTParallel:
         own["engine_config"] = engine_config
         own["input_config"] = input_config or InputConfig()
         own["_output"] = None
-        _join_groups(engine_config)
+        join_groups(engine_config)
         own["_sp"] = get_sp_group()
         own["_pipefusion"] = None
-        if pipeline_split:
+        if split:
             own["_pipefusion"] = PipeFusion(
                 planned_models(pipe),
                 get_pp_group(),
-                pipeline_split,
+                split,
                 parallel.num_pipeline_patch,
                 engine_config.runtime_config.warmup_steps,
             )
@@ -245,12 +245,18 @@ class xDiTParallel:
             raise RuntimeError("the process groups were made anew since this wrap: wrap the pipeline again")
 
 
-def _pipeline_split(pipe: Any, parallel: ParallelConfig) -> dict[str, list[int]]:
-    """Number of blocks of each stage, for each of the pipeline's transformers; empty without PipeFusion."""
-    models = planned_models(pipe)
-    if any(isinstance(block.module, Stub) for model, plan in models.values() for block in blocks_of(model, plan)):
+def pipeline_split(
+    models: dict[str, tuple[nn.Module, ModelPlan]], pipeline: str, parallel: ParallelConfig
+) -> dict[str, list[int]]:
+    """Number of blocks of each stage, for each of a pipeline's transformers; empty without PipeFusion.
+
+    Raises:
+        ValueError: PipeFusion does not serve them, or their blocks are divided in another way already.
+    """
+    stubs = {name: divided(model, plan) for name, (model, plan) in models.items()}
+    if any(stub.held for ones in stubs.values() for stub in ones):
         raise ValueError(
-            f"an earlier wrap divided the blocks of this {type(pipe).__name__} over stages: call unwrap() on it first"
+            f"an earlier wrap divided the blocks of this {pipeline} over stages: call unwrap() on it first"
         )
     for model, plan in models.values():
         if parallel.patched and plan.context:
@@ -259,15 +265,22 @@ def _pipeline_split(pipe: Any, parallel: ParallelConfig) -> dict[str, list[int]]
                 " ring, CFG or data parallelism"
             )
         check_methods(type(model).__name__, plan, parallel.sequenced, parallel.pipelined)
+    loaded_for = {name: ones[0].stage_layers for name, ones in stubs.items() if ones}
+    for layers in loaded_for.values():
+        if len(layers) != parallel.pp_degree or list(parallel.attn_layer_num_for_pp or layers) != layers:
+            raise ValueError(
+                f"this {pipeline} was loaded for stages of {layers} blocks: wrap it with the degrees that it was loaded"
+                " with, or load it again"
+            )
     if not parallel.pipelined:
         return {}
     if len(models) > 1:
         raise ValueError(
-            f"PipeFusion does not serve {type(pipe).__name__}: {' and '.join(models)} divide the steps, and the later"
+            f"PipeFusion does not serve {pipeline}: {' and '.join(models)} divide the steps, and the later"
             " one would begin without keys and values. Use Ulysses, ring, CFG or data parallelism"
         )
     stages, asked = parallel.pp_degree, parallel.attn_layer_num_for_pp
-    return {name: stage_layers(model, plan, stages, asked) for name, (model, plan) in models.items()}
+    return loaded_for or {name: stage_layers(model, plan, stages, asked) for name, (model, plan) in models.items()}
 
 
 def _tensor_models(pipe: Any, parallel: ParallelConfig) -> list[tuple[nn.Module, ModelPlan | None]]:
@@ -303,7 +316,7 @@ def _at_once(action: Callable[[], None], results: list[Any]) -> None:
     action()
 
 
-def _join_groups(engine_config: EngineConfig) -> None:
+def join_groups(engine_config: EngineConfig) -> None:
     """Make the groups that the configuration asks for, or use those that are there if they are the same."""
     parallel = engine_config.parallel_config
     parallel.check(launched_world_size())

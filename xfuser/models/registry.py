@@ -96,6 +96,13 @@ def plan_of(module: nn.Module) -> ModelPlan | None:
     return _by_context(module, context)
 
 
+def is_known(cls: type) -> bool:
+    """Whether modules of this class have a plan, or a context-parallel plan of Diffusers."""
+    return bool(getattr(cls, "_cp_plan", None)) or any(
+        base in _REGISTERED or base.__name__ in PLANS for base in cls.__mro__
+    )
+
+
 def _by_context(module: nn.Module, context: dict[str, Any]) -> ModelPlan:
     first = next(iter(inspect.signature(module.forward).parameters))
     split = {name: entry for name, entry in context.get("", {}).items() if isinstance(name, str)}
@@ -165,8 +172,7 @@ def _check_classes(path: str, names: list[str]) -> None:
 
     classes = [cls for name in names if inspect.isclass(cls := getattr(diffusers, name, None))]
     denoisers = [cls for cls in classes if issubclass(cls, nn.Module) and not cls.__name__.startswith("Autoencoder")]
-    known = [cls for cls in denoisers if cls._cp_plan or any(base.__name__ in PLANS for base in cls.__mro__)]
-    if denoisers and not known:
+    if denoisers and not any(map(is_known, denoisers)):
         raise _no_plan(f"model={path!r}", [cls.__name__ for cls in denoisers])
 
 

@@ -81,14 +81,21 @@ class Stub(nn.Module):
     """Stands in for a block of another stage: passes the streams on, and has the block's attributes.
 
     The block's weights are freed. Of its submodules only those lent to the forward keep theirs, and stay registered.
+
+    Attributes:
+        stage_layers: number of blocks of each stage, as the blocks were divided.
+        held: whether a wrapped pipeline has it, and will give the block back.
     """
 
-    def __init__(self, block: nn.Module, plan: ModelPlan, list_name: str, lent: list[str]) -> None:
+    def __init__(self, block: nn.Module, plan: ModelPlan, place: tuple[str, int], layers: list[int]) -> None:
         super().__init__()
+        list_name, prefix = place[0], f"{place[0]}.{place[1]}."
+        lent = [name.removeprefix(prefix) for name in plan.lent if name.startswith(prefix)]
         self.lent = nn.ModuleList(block.get_submodule(name) for name in lent)
         self.__dict__["block"] = block  # unregistered: its weights are gone
+        self.stage_layers, self.held = layers, False
         for weight, owner, key in tensors_of(block, set(self.lent.parameters())):
-            _set(owner, key, weight, weight.to("meta"))
+            set_tensor(owner, key, weight, weight.to("meta"))
         names = {streams: name for name, streams in plan.carriers(list_name).items()}
         returned = [names[streams] for streams in plan.outputs(list_name)]
         signature = inspect.signature(block.forward)
@@ -108,6 +115,19 @@ class Stub(nn.Module):
             return getattr(self.__dict__["block"], name)
 
 
+def divide(model: nn.Module, plan: ModelPlan, layers: list[int], stage: int) -> None:
+    """Leave the blocks of this stage in the model, and put a :class:`Stub` in the place of each of the others."""
+    owners = [owner for owner, count in enumerate(layers) for _ in range(count)]
+    for (block, name, i), owner in zip(blocks_of(model, plan), owners, strict=True):
+        if owner != stage:
+            model.get_submodule(name)[i] = Stub(block, plan, (name, i), layers)
+
+
+def divided(model: nn.Module, plan: ModelPlan) -> list[Stub]:
+    """The stubs that are in the place of a model's blocks."""
+    return [block.module for block in blocks_of(model, plan) if isinstance(block.module, Stub)]
+
+
 class StageBlocks:
     """The blocks of a transformer that this stage holds. The weights of all others are freed until :meth:`restore`."""
 
@@ -116,13 +136,16 @@ class StageBlocks:
         self.owners = [stage for stage, count in enumerate(layers) for _ in range(count)]
         self._places = [(block.list_name, block.index) for block in blocks_of(model, plan)]
         self._model = model
-        self._stubs: dict[int, Stub] = {}
-        for index, (name, i) in enumerate(self._places):
-            if self.owners[index] != group.rank_in_group:
-                prefix = f"{name}.{i}."
-                lent = [one.removeprefix(prefix) for one in plan.lent if one.startswith(prefix)]
-                blocks = model.get_submodule(name)
-                blocks[i] = self._stubs[index] = Stub(blocks[i], plan, name, lent)
+        if not divided(model, plan):  # it is where the pipeline was loaded for these stages
+            divide(model, plan, layers, group.rank_in_group)
+        modules = [block.module for block in blocks_of(model, plan)]
+        self._stubs = {index: block for index, block in enumerate(modules) if isinstance(block, Stub)}
+        if set(self._stubs) != {index for index, owner in enumerate(self.owners) if owner != group.rank_in_group}:
+            raise ValueError(
+                f"this {type(model).__name__} was loaded for other degrees: wrap it with those, or load it again"
+            )
+        for stub in self._stubs.values():
+            stub.held = True
 
     def restore(self) -> None:
         """Give every stage all blocks again, with the weights of the stage that holds them; all stages must call it."""
@@ -138,7 +161,7 @@ class StageBlocks:
                     x = torch.empty_like(weight, dtype=dtype, device=self._group.device)
                 x = self._group.broadcast(x, src=self.owners[index])
                 if weight.is_meta:
-                    _set(owner, key, weight, x)
+                    set_tensor(owner, key, weight, x)
             if stub:
                 self._model.get_submodule(name)[i] = block
         self._stubs = {}
@@ -156,7 +179,8 @@ def tensors_of(
     ]
 
 
-def _set(owner: nn.Module, key: str, old: torch.Tensor, new: torch.Tensor) -> None:
+def set_tensor(owner: nn.Module, key: str, old: torch.Tensor, new: torch.Tensor) -> None:
+    """Put a tensor in the place of a module's parameter or buffer."""
     if key in owner._parameters:
         owner._parameters[key] = nn.Parameter(new, requires_grad=old.requires_grad)
     else:

@@ -1,0 +1,181 @@
+"""Loading: each rank has and reads what it keeps, and damaged files are named before anybody waits."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import diffusers
+import pytest
+import running
+import tiny
+import torch
+import torch.distributed as dist
+import whole
+from safetensors.torch import save_file
+
+import xfuser
+from xfuser import xDiTParallel, xFuserArgs
+from xfuser.loading import load_pipeline
+from xfuser.skeleton import skeleton
+
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+
+
+def configs(path, **degrees):
+    return xFuserArgs(model=path, dtype="float32", **degrees).create_config()
+
+
+def draw(path, degrees, call, options=None):
+    """The picture of a pipeline that is loaded for the degrees, and the weights of its transformer once unwrapped."""
+    engine_config, _ = configs(path, **degrees)
+    pipe = load_pipeline(engine_config, None, **options or {})
+    pipe.set_progress_bar_config(disable=True)
+    held = sum(weight.numel() for weight in pipe.transformer.parameters())
+    pipe = xDiTParallel(pipe, engine_config)
+    picture = running.array(pipe(**call, generator=running.seeded()))
+    weights = {name: x.clone() for name, x in pipe.unwrap().transformer.state_dict().items()}
+    return picture, held, weights
+
+
+def in_shards(path, folder, variant=None):
+    """A copy of a pipeline's folder with the transformer's weights in several files and an index."""
+    copy = shutil.copytree(path, folder)
+    (copy / WEIGHTS).unlink()
+    transformer = running.loaded(path).transformer
+    transformer.save_pretrained(copy / "transformer", max_shard_size="10KB", variant=variant)
+    assert len(list((copy / "transformer").glob("*.safetensors"))) > 2
+    return str(copy)
+
+
+@pytest.mark.parametrize(
+    ("family", "ranks", "degrees"),
+    [
+        ("sd3", 2, {"pipefusion_parallel_degree": 2}),
+        ("flux", 4, {"pipefusion_parallel_degree": 2, "ulysses_degree": 2}),
+        ("hunyuan_dit", 2, {"pipefusion_parallel_degree": 2}),  # long skips, and submodules that blocks lend
+        ("dit", 2, {"ulysses_degree": 2}),
+    ],
+)
+def test_loaded_for_its_degrees_a_pipeline_draws_as_before_and_is_whole_when_unwrapped(
+    pool, folder_of, family, ranks, degrees
+):
+    """Warm-up steps alone, in which PipeFusion is exact."""
+    path, call = folder_of(family), tiny.call_of(family, 2)
+    expected = running.bare(path, call)
+    before = running.loaded(path).transformer.state_dict()
+    warm = {"warmup_steps": 3} if "pipefusion_parallel_degree" in degrees else {}
+    for picture, held, weights in pool.run(ranks, draw, path, degrees | warm, call):
+        assert running.error(picture, expected) <= running.TOLERANCE
+        assert (held < sum(x.numel() for x in before.values())) == ("pipefusion_parallel_degree" in degrees)
+        assert weights.keys() == before.keys() and all(torch.equal(weights[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_shards_and_variants(pool, folder_of, tmp_path, variant):
+    path, call = folder_of("sd3"), tiny.call_of("sd3")
+    copy = in_shards(path, tmp_path / "copy", variant)
+    options = {"variant": variant} if variant else {}
+    for picture, *_ in pool.run(2, draw, copy, {"pipefusion_parallel_degree": 2, "warmup_steps": 3}, call, options):
+        assert running.error(picture, running.bare(path, call)) <= running.TOLERANCE
+
+
+def from_pretrained_matches(path):
+    """The one-call class: the same weights, dtypes and configuration as Diffusers gives."""
+    absent = dict.fromkeys(("text_encoder", "tokenizer", "transformer_2"))
+    config, _ = configs(path, ulysses_degree=2)
+    ours = xfuser.xFuserWanPipeline.from_pretrained(path, config, torch.bfloat16, **absent).transformer
+    theirs = diffusers.WanTransformer3DModel.from_pretrained(f"{path}/transformer", torch_dtype=torch.bfloat16)
+    assert {name: x.dtype for name, x in ours.state_dict().items()} == {
+        name: x.dtype for name, x in theirs.state_dict().items()
+    }
+    assert all(torch.equal(x, theirs.state_dict()[name]) for name, x in ours.state_dict().items())
+    buffers = dict(theirs.named_buffers())
+    assert all(torch.equal(x, buffers[name]) and x.dtype == buffers[name].dtype for name, x in ours.named_buffers())
+    assert ours.config == theirs.config and not ours.training
+
+
+def test_weights_are_those_that_diffusers_loads(pool, tmp_path):
+    """Of a class with parts that stay in float32."""
+    pool.run(2, from_pretrained_matches, whole.save("wan", tmp_path))
+
+
+# What a load costs, each rank in a process of its own
+
+
+def big(folder, path, layers=8, width=768):
+    """A pipeline whose transformer has about 180 MB in bfloat16, in four files."""
+    copy = shutil.copytree(path, folder)
+    (copy / WEIGHTS).unlink()
+    changes = {"num_layers": layers, "num_attention_heads": 12, "attention_head_dim": width // 12}
+    changes |= {"cross_attention_dim": width}
+    model = skeleton(lambda: tiny.pixart_transformer(**changes), torch.bfloat16)
+    (copy / "transformer/config.json").unlink()
+    model.save_config(copy / "transformer")
+    names, parts, places = list(model.state_dict().items()), 4, {}
+    for part in range(parts):
+        file = f"diffusion_pytorch_model-{part + 1:05}-of-{parts:05}.safetensors"
+        tensors = {name: torch.empty(x.shape, dtype=torch.bfloat16) for name, x in names[part::parts]}
+        for x in tensors.values():
+            x.view(-1).view(torch.uint8).random_(0, 60)
+        save_file(tensors, copy / "transformer" / file)
+        places |= dict.fromkeys(tensors, file)
+    index = {"metadata": {}, "weight_map": places}
+    (copy / "transformer/diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    return str(copy)
+
+
+def status(key):
+    """A figure of this process as the system tells it, in bytes."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) * 1024
+
+
+def bytes_read():
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+def cost(rank, world, store, paths, degrees, answers):
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    try:
+        small, large = (xFuserArgs(model=path, dtype="bfloat16", **degrees).create_config()[0] for path in paths)
+        load_pipeline(small)  # what is imported on the way is not what is asked
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+        before, read = status("VmRSS"), bytes_read()
+        pipe = load_pipeline(large)
+        share = sum(weight.nbytes for weight in pipe.transformer.parameters())
+        answers.put((status("VmHWM") - before, share, bytes_read() - read))
+    except BaseException as error:
+        answers.put(error)
+        raise
+
+
+def costs(world, tmp_path, paths, degrees):
+    """Each rank's high-water mark and share, in processes that begin with what the server has imported."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["xfuser.loading", "transformers", "running"])
+    answers = context.Queue()
+    store = tmp_path / "_".join(["store", str(world), *degrees])
+    arguments = (world, str(store), paths, degrees, answers)
+    ranks = [context.Process(target=cost, args=(rank, *arguments), daemon=True) for rank in range(world)]
+    for rank in ranks:
+        rank.start()
+    told = [answers.get(timeout=60) for _ in ranks]
+    assert not [answer for answer in told if isinstance(answer, BaseException)], told
+    for rank in ranks:
+        rank.join()
+    return told
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_rank_needs_memory_for_its_share_and_one_file(tmp_path, folder_of):
+    base = folder_of("pixart_sigma")
+    paths = _, path = big(tmp_path / "small", base, layers=4, width=48), big(tmp_path / "big", base)
+    sizes = [os.path.getsize(file) for file in Path(path, "transformer").glob("*.safetensors")]
+    for world in (2, 4):
+        for peak, share, _ in costs(world, tmp_path, paths, {"pipefusion_parallel_degree": world}):
+            assert share < 1.2 * sum(sizes) / world and share <= peak <= share + max(sizes)
+    read = sum(read for _, _, read in costs(2, tmp_path, paths, {"ulysses_degree": 2}))
+    assert read <= 1.1 * sum(sizes)

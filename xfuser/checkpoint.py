@@ -1,0 +1,186 @@
+"""The weights in a folder's safetensors files: checked by their headers, and read once per node by the ranks that
+keep them."""
+
+import json
+import os
+import socket
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from xfuser.core.distributed import GroupCoordinator
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+
+Index = tuple[Any, ...]  # what a tensor is indexed with to get a rank's part of it; () for the whole
+
+
+class Entry(NamedTuple):
+    """A tensor in a file: where its bytes begin."""
+
+    path: str
+    start: int
+    shape: torch.Size
+    dtype: torch.dtype
+
+    def read(self) -> torch.Tensor:
+        """The tensor, in memory of its own."""
+        x = torch.empty(self.shape, dtype=self.dtype)
+        if x.numel():
+            with open(self.path, "rb") as file:  # not mapped: pages of a map count as this process's memory
+                file.seek(self.start)
+                file.readinto(x.view(-1).view(torch.uint8).numpy())
+        return x
+
+
+def entries_of(path: str) -> dict[str, Entry]:
+    """What a safetensors file holds, by name; reads its header alone.
+
+    Raises:
+        ValueError: it is no such file, or ends before its tensors do.
+    """
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 + length or not length:
+            raise ValueError(f"{path} is truncated, or no safetensors file: it has {size} bytes. Fetch it again")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    for name, told in header.items():
+        if told["dtype"] not in DTYPES:
+            raise ValueError(f"{path}: {name!r} is of the dtype {told['dtype']!r}; known are {', '.join(DTYPES)}")
+        end = 8 + length + told["data_offsets"][1]
+        if end > size:
+            raise ValueError(f"{path} is truncated: {name!r} ends at byte {end} of {size}. Fetch the file again")
+    return {
+        name: Entry(path, 8 + length + told["data_offsets"][0], torch.Size(told["shape"]), DTYPES[told["dtype"]])
+        for name, told in header.items()
+    }
+
+
+def checkpoint(folder: str, stem: str, variant: str | None = None) -> dict[str, Entry] | None:
+    """The tensors of ``{stem}.safetensors``, or of the files in its index; None where there is neither.
+
+    A variant, such as fp16, is taken where there is one.
+
+    Raises:
+        ValueError: a file is missing or truncated, or lacks a tensor that the index says it has.
+    """
+    for ending in (f".{variant}", "") if variant else ("",):
+        index = os.path.join(folder, f"{stem}.safetensors.index{ending}.json")
+        if os.path.isfile(index):
+            return _indexed(index)
+        single = os.path.join(folder, f"{stem}{ending}.safetensors")
+        if os.path.isfile(single):
+            return entries_of(single)
+    return None
+
+
+def _indexed(index: str) -> dict[str, Entry]:
+    with open(index, encoding="utf-8") as file:
+        places = json.load(file)["weight_map"]
+    held: dict[str, Entry] = {}
+    for name in sorted(set(places.values())):
+        path = os.path.join(os.path.dirname(index), name)
+        keys = [key for key, one in places.items() if one == name]
+        if not os.path.isfile(path):
+            raise ValueError(f"{path} is missing: {index} says that it holds {_named(keys)}")
+        held |= entries_of(path)
+    for key, name in places.items():
+        if key not in held:
+            raise ValueError(f"{os.path.join(os.path.dirname(index), name)} lacks {key!r}, which {index} names")
+    return held
+
+
+def check_keys(held: dict[str, Entry], expected: dict[str, torch.Tensor], owner: str) -> None:
+    """Compare a checkpoint with the state dict that it is for.
+
+    Raises:
+        ValueError: a tensor is missing, surplus or of another shape.
+    """
+    files = ", ".join(sorted({entry.path for entry in held.values()}))
+    if missing := [name for name in expected if name not in held]:
+        raise ValueError(
+            f"{files}: {owner} needs {_named(missing)}, missing there. Is the checkpoint that of its config?"
+        )
+    if surplus := [name for name in held if name not in expected]:
+        raise ValueError(
+            f"{held[surplus[0]].path}: {owner} has no place for {_named(surplus)}. After fuse_lora(), call"
+            " unload_lora_weights() before saving; otherwise the checkpoint is not that of the config"
+        )
+    for name, entry in held.items():
+        if entry.shape != expected[name].shape:
+            raise ValueError(
+                f"{entry.path}: {name!r} has the shape {list(entry.shape)}, {owner} by its config"
+                f" {list(expected[name].shape)}"
+            )
+
+
+def _named(names: list[str]) -> str:
+    return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def node_group(world: GroupCoordinator, backend: str) -> GroupCoordinator:
+    """The ranks that run on one machine; every rank of the world must call it."""
+    hosts = world.all_gather_object(socket.gethostname())
+    ranks = [[rank for rank, host in enumerate(hosts) if host == one] for one in dict.fromkeys(hosts)]
+    return GroupCoordinator(ranks, world.local_rank, backend)
+
+
+def read_shared(
+    held: dict[str, Entry],
+    kept: dict[str, Index],
+    node: GroupCoordinator,
+    cast: Callable[[str, torch.Tensor], torch.Tensor],
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Read what the ranks of a node keep: each tensor by one of those that keep it, who hands the others their parts.
+
+    Args:
+        held: the checkpoint, the same on every rank.
+        kept: by name, which part of a tensor this rank keeps; those that it lacks are not kept.
+        node: the ranks that read together; every one must exhaust the iterator.
+        cast: from a tensor and its name to the dtype and device that it travels in and stays in.
+
+    A rank has no more in memory than its own parts and the tensor that it reads or receives.
+    """
+    wanted = node.all_gather_object(kept)
+    for number, (name, entry) in enumerate(held.items()):
+        parts = {rank: names[name] for rank, names in enumerate(wanted) if name in names}
+        if node.rank_in_group in parts:
+            reader = list(parts)[number % len(parts)]
+            yield name, _handed_out(entry, parts, reader, node, lambda x, name=name: cast(name, x))
+
+
+def _handed_out(
+    entry: Entry,
+    parts: dict[int, Index],
+    reader: int,
+    node: GroupCoordinator,
+    cast: Callable[[torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """This rank's part of a tensor that ``reader`` reads; ``parts`` are those of all that keep it."""
+    rank, reads = node.rank_in_group, node.rank_in_group == reader
+    if len(parts) == node.world_size and not any(parts.values()):
+        return node.broadcast(cast(entry.read() if reads else torch.empty(entry.shape, dtype=entry.dtype)), reader)
+    if reads:
+        x = cast(entry.read())
+        others = [(one, x[index].contiguous()) for one, index in parts.items() if one != reader]
+        sends = [(node.isend(part, one), part) for one, part in others]
+        for work, _ in sends:
+            work.wait()
+        return x[parts[rank]].clone() if parts[rank] else x  # a view would keep all of it in memory
+    shape = torch.empty(entry.shape, device="meta")[parts[rank]].shape
+    part = cast(torch.empty(shape, dtype=entry.dtype))
+    node.irecv(part, reader).wait()
+    return part
+
+
+def backend_for(device: torch.device) -> str:
+    """The backend over which ranks hand out tensors that are to stay on this device."""
+    return "gloo" if device.type == "cpu" else dist.get_backend()

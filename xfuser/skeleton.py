@@ -1,0 +1,121 @@
+"""Transformers that are built without weights, and get those that this rank keeps."""
+
+import inspect
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+import diffusers
+import torch
+from accelerate import init_empty_weights
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from torch import nn
+
+from xfuser.checkpoint import Entry, backend_for, check_keys, checkpoint, node_group, read_shared
+from xfuser.config import ParallelConfig
+from xfuser.core.distributed import GroupCoordinator, get_pp_group, get_world_group
+from xfuser.methods.pipefusion.blocks import divide, set_tensor
+from xfuser.models.registry import is_known, plan_of
+from xfuser.parallel import pipeline_split
+
+STEMS = {"diffusers": SAFETENSORS_WEIGHTS_NAME.removesuffix(".safetensors"), "transformers": "model"}  # of weight files
+
+
+def skeleton(build: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
+    """The module that ``build`` makes, with parameters that have shapes alone; buffers are as they would be."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with init_empty_weights(include_buffers=False):
+            return build().eval()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def components_of(folder: str) -> dict[str, tuple[str, str]]:
+    """The parts of a pipeline's folder that have configurations: library and class by name."""
+    with open(os.path.join(folder, "model_index.json"), encoding="utf-8") as file:
+        index = json.load(file)
+    return {name: tuple(part) for name, part in index.items() if isinstance(part, list) and len(part) == 2 and part[0]}
+
+
+def check_files(folder: str, variant: str | None) -> None:
+    """Raise a ValueError for weights of a pipeline's folder that are missing or truncated."""
+    for name in components_of(folder):
+        for stem in STEMS.values():
+            checkpoint(os.path.join(folder, name), stem, variant)
+
+
+def load_transformers(
+    folder: str,
+    parallel: ParallelConfig,
+    dtype_of: Callable[[str], torch.dtype],
+    variant: str | None,
+    device: torch.device,
+    given: set[str],
+) -> dict[str, nn.Module]:
+    """The transformers of a pipeline's folder, with the weights that this rank keeps; every rank must call it.
+
+    Blocks of other PipeFusion stages are stubs. A file is read once per node. Left to Diffusers are parts that are
+    ``given``, quantised weights, and those that are not in safetensors files.
+
+    Raises:
+        ValueError: a checkpoint does not fit its configuration, or the degrees do not fit the transformers. All ranks
+            raise it before they talk to each other.
+    """
+    models: dict[str, nn.Module] = {}
+    held: dict[str, dict[str, Entry]] = {}
+    for name, (library, kind) in components_of(folder).items():
+        cls = getattr(diffusers, kind, None) if library == "diffusers" and name not in given else None
+        if not (inspect.isclass(cls) and issubclass(cls, nn.Module) and is_known(cls)):
+            continue
+        part = os.path.join(folder, name)
+        config, entries = cls.load_config(part), checkpoint(part, STEMS[library], variant)
+        if entries and not config.get("quantization_config"):
+            models[name] = skeleton(lambda cls=cls, config=config: cls.from_config(config), dtype_of(name))
+            models[name].register_to_config(_name_or_path=part)
+            check_keys(entries, models[name].state_dict(), kind)
+            held[name] = entries
+    places = {name: _places(model) for name, model in models.items()}
+    planned = {name: (model, plan) for name, model in models.items() if (plan := plan_of(model))}
+    for name, layers in pipeline_split(planned, f"pipeline of {folder}", parallel).items():
+        divide(*planned[name], layers, get_pp_group().rank_in_group)
+    node = node_group(get_world_group(), backend_for(device))
+    for name, model in models.items():
+        _fill(model, places[name], held[name], node, dtype_of(name), device)
+    node.barrier()
+    node.destroy()
+    return models
+
+
+def _places(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """The module that has a tensor, and its name there, by the name that checkpoints have for it."""
+    return {
+        f"{prefix}.{key}" if prefix else key: (owner, key)
+        for prefix, owner in model.named_modules()
+        for key in (*owner._parameters, *owner._buffers)
+    }
+
+
+def _fill(
+    model: nn.Module,
+    places: dict[str, tuple[nn.Module, str]],
+    held: dict[str, Entry],
+    node: GroupCoordinator,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Give a skeleton the weights of the modules that it still has."""
+    precise = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+
+    def cast(name: str, x: torch.Tensor) -> torch.Tensor:
+        if x.is_floating_point():
+            x = x.to(torch.float32 if precise & set(name.split(".")) else dtype)
+        return x.to(device)
+
+    modules = set(model.modules())
+    kept: dict[str, Any] = {name: () for name in held if places[name][0] in modules}
+    for name, x in read_shared(held, kept, node, cast):
+        owner, key = places[name]
+        set_tensor(owner, key, getattr(owner, key), x)
