@@ -14,7 +14,7 @@ import tiny
 import torch
 import torch.distributed as dist
 import whole
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import xfuser
 from xfuser import xDiTParallel, xFuserArgs
@@ -179,3 +179,79 @@ def test_a_rank_needs_memory_for_its_share_and_one_file(tmp_path, folder_of):
             assert share < 1.2 * sum(sizes) / world and share <= peak <= share + max(sizes)
     read = sum(read for _, _, read in costs(2, tmp_path, paths, {"ulysses_degree": 2}))
     assert read <= 1.1 * sum(sizes)
+
+
+# Damage
+
+
+def damaged(folder, path, damage):
+    copy = Path(in_shards(path, folder))
+    damage(copy / "transformer", sorted((copy / "transformer").glob("*.safetensors"))[1])
+    return str(copy)
+
+
+def truncate(_, file):
+    file.write_bytes(file.read_bytes()[:-8])
+
+
+def empty(_, file):
+    file.write_bytes(b"")
+
+
+def lose(_, file):
+    file.unlink()
+
+
+def drop(_, file):
+    tensors = load_file(file)
+    tensors.pop(min(tensors))
+    save_file(tensors, file)
+
+
+def drop_everywhere(folder, file):
+    index = folder / "diffusion_pytorch_model.safetensors.index.json"
+    told = json.loads(index.read_text())
+    del told["weight_map"][min(load_file(file))]
+    index.write_text(json.dumps(told))
+    drop(folder, file)
+
+
+def add(_, file):
+    save_file(load_file(file) | {"base_layer.lora_A": torch.ones(2)}, file)
+
+
+def reshape(_, file):
+    tensors = load_file(file)
+    save_file(tensors | {min(tensors): torch.ones(5, 1)}, file)
+
+
+def text_encoder(folder, _):
+    truncate(None, folder.parent / "text_encoder_3/model.safetensors")
+
+
+KEY = "'transformer_blocks"
+DAMAGES = {
+    truncate: ("00002-of", "is truncated: 'transformer_blocks"),
+    empty: ("00002-of", "is truncated"),
+    lose: ("00002-of", "is missing", KEY),
+    drop: ("00002-of", "lacks 'transformer_blocks"),
+    drop_everywhere: ("SD3Transformer2DModel needs 'transformer_blocks", "missing there"),
+    add: ("00002-of", "no place for 'base_layer.lora_A'", "unload_lora_weights"),
+    reshape: ("00002-of", "'transformer_blocks", "has the shape [5, 1]"),
+    text_encoder: ("text_encoder_3/model.safetensors is truncated",),
+}
+
+
+def refusal(path):
+    try:
+        load_pipeline(configs(path, pipefusion_parallel_degree=2)[0])
+    except ValueError as error:
+        return str(error)
+    return "loaded"
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_damage_is_named_by_all_ranks(pool, folder_of, tmp_path, damage):
+    path = damaged(tmp_path / "copy", folder_of("sd3"), damage)
+    for told in pool.run(2, refusal, path):
+        assert all(part in told for part in DAMAGES[damage]), told

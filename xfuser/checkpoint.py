@@ -5,7 +5,7 @@ import json
 import os
 import socket
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,7 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 
-Index = tuple[Any, ...]  # what a tensor is indexed with to get a rank's part of it; () for the whole
+Part = tuple[int, tuple[range, ...]] | None  # a dimension, and the ranges of it that are kept, joined; None for all
 
 
 class Entry(NamedTuple):
@@ -135,7 +135,7 @@ def node_group(world: GroupCoordinator, backend: str) -> GroupCoordinator:
 
 def read_shared(
     held: dict[str, Entry],
-    kept: dict[str, Index],
+    kept: dict[str, Part],
     node: GroupCoordinator,
     cast: Callable[[str, torch.Tensor], torch.Tensor],
 ) -> Iterator[tuple[str, torch.Tensor]]:
@@ -159,7 +159,7 @@ def read_shared(
 
 def _handed_out(
     entry: Entry,
-    parts: dict[int, Index],
+    parts: dict[int, Part],
     reader: int,
     node: GroupCoordinator,
     cast: Callable[[torch.Tensor], torch.Tensor],
@@ -170,15 +170,19 @@ def _handed_out(
         return node.broadcast(cast(entry.read() if reads else torch.empty(entry.shape, dtype=entry.dtype)), reader)
     if reads:
         x = cast(entry.read())
-        others = [(one, x[index].contiguous()) for one, index in parts.items() if one != reader]
-        sends = [(node.isend(part, one), part) for one, part in others]
-        for work, _ in sends:
+        others = [(_cut(x, part), one) for one, part in parts.items() if one != reader]
+        sends = [node.isend(mine, one) for mine, one in others]
+        for work in sends:
             work.wait()
-        return x[parts[rank]].clone() if parts[rank] else x  # a view would keep all of it in memory
-    shape = torch.empty(entry.shape, device="meta")[parts[rank]].shape
-    part = cast(torch.empty(shape, dtype=entry.dtype))
-    node.irecv(part, reader).wait()
-    return part
+        return _cut(x, parts[rank])
+    x = cast(torch.empty(_cut(torch.empty(entry.shape, device="meta"), parts[rank]).shape, dtype=entry.dtype))
+    node.irecv(x, reader).wait()
+    return x
+
+
+def _cut(x: torch.Tensor, part: Part) -> torch.Tensor:
+    """A part of a tensor, as a tensor of its own: a view would keep all of it in memory."""
+    return x if part is None else torch.cat([x.narrow(part[0], one.start, len(one)) for one in part[1]], part[0])
 
 
 def backend_for(device: torch.device) -> str:

@@ -4,7 +4,6 @@ import inspect
 import json
 import os
 from collections.abc import Callable
-from typing import Any
 
 import diffusers
 import torch
@@ -12,7 +11,7 @@ from accelerate import init_empty_weights
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 
-from xfuser.checkpoint import Entry, backend_for, check_keys, checkpoint, node_group, read_shared
+from xfuser.checkpoint import Entry, Part, backend_for, check_keys, checkpoint, node_group, read_shared
 from xfuser.config import ParallelConfig
 from xfuser.core.distributed import GroupCoordinator, get_pp_group, get_world_group
 from xfuser.methods.pipefusion.blocks import divide, set_tensor
@@ -115,7 +114,7 @@ def _fill(
         return x.to(device)
 
     modules = set(model.modules())
-    kept: dict[str, Any] = {name: () for name in held if places[name][0] in modules}
+    kept: dict[str, Part] = {name: None for name in held if places[name][0] in modules}
     for name, x in read_shared(held, kept, node, cast):
         owner, key = places[name]
         set_tensor(owner, key, getattr(owner, key), x)
