@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils._pytree import tree_leaves
 
 ASYNCHRONOUS = "corrected_async_gn"  # what DistriFusion does if nothing else is asked for
 MODES = {
@@ -27,16 +28,17 @@ class Staleness:
     """The exchanges of one transformer during a denoising loop: which of them wait, and what each left behind.
 
     An exchange is known by the index of the transformer's call within the step, its name, and how often that name came
-    in this call. Its first time, and whenever shapes change, it waits.
+    in this call. In the first call of an index, and whenever its arguments' shapes change, all exchanges wait: a batch
+    that has lost its unconditional half would else meet rows of other pictures.
 
     Args:
         group: the ranks that exchange rows; nothing else may travel on it meanwhile.
         mode: one of ``MODES``.
-        synchronous: number of first steps whose exchanges wait; those of the very first one do in any case.
+        synchronous: number of first steps whose exchanges wait; the very first one does in any case.
     """
 
     def __init__(self, group: dist.ProcessGroup, mode: str, synchronous: int) -> None:
-        self.mode, self.group, self._first_steps = mode, group, max(1, synchronous)
+        self.mode, self.group, self._first_steps = mode, group, synchronous
         self._kept: dict[tuple[int, str, int], _Rows] = {}
         self.restart()
 
@@ -44,6 +46,7 @@ class Staleness:
         """To be called when a schedule is made: what comes next is another image's first step."""
         self.settle()
         self._kept.clear()
+        self._shapes: dict[int, list[torch.Size]] = {}  # of the arguments of each call of the last step
         self._step, self._call = 0, -1
 
     def step_ends(self) -> None:
@@ -54,12 +57,15 @@ class Staleness:
         """The outermost layer of the transformer's forward: counts its calls, also those that another rank computes."""
         self._call += 1
         self._seen: dict[str, int] = {}
+        shapes = [x.shape for x in tree_leaves(arguments) if isinstance(x, torch.Tensor)]
+        self._changed = self._shapes.get(self._call) != shapes
+        self._shapes[self._call] = shapes
         return call(arguments)
 
     @property
     def synchronous(self) -> bool:
-        """Whether this step's exchanges wait."""
-        return self.mode == "full_sync" or self._step < self._first_steps
+        """Whether this call's exchanges wait."""
+        return self.mode == "full_sync" or self._step < self._first_steps or self._changed
 
     @contextmanager
     def exchange(self, name: str, own: torch.Tensor, sizes: list[int], wait: bool = False) -> Iterator[torch.Tensor]:
@@ -76,6 +82,8 @@ class Staleness:
         rows = self._kept.get(key)
         fresh = rows is None or not rows.fit(own, sizes)
         if fresh:
+            if rows:
+                rows.settle()
             rows = self._kept[key] = _Rows(own, sizes, self.group)
         rows.renew(own)
         if fresh or wait or self.synchronous:
