@@ -114,21 +114,21 @@ def test_a_second_picture_starts_anew(pool, path_of):
         assert (first == third).all()
 
 
-def guided_at_first(path, degrees):
-    """A callback drops the unconditional half of the batch behind the first step."""
+def guided_now_and_then(path, degrees):
+    """A callback drops the unconditional half of the batch behind the first step, and doubles it behind the next."""
 
-    def drop(pipe, step, timestep, values):
-        pipe._guidance_scale = 0.0
-        return {name: x.chunk(2)[1] if step == 0 else x for name, x in values.items()}
+    def change(pipe, step, timestep, values):
+        pipe._guidance_scale = 3.0 * (step > 0)
+        return {name: torch.cat([x, -x]) if step else x.chunk(2)[1] for name, x in values.items()}
 
     names = ["prompt_embeds", "add_text_embeds", "add_time_ids"]
-    call = {"callback_on_step_end": drop, "callback_on_step_end_tensor_inputs": names, "num_inference_steps": 2}
-    return unets.draw(path, degrees, 1, **call)
+    call = {"callback_on_step_end": change, "callback_on_step_end_tensor_inputs": names}
+    return unets.draw(path, degrees, 1, **LATENT | call | {"num_inference_steps": 3})
 
 
 def test_a_batch_that_changes_waits_for_its_rows(pool, path_of):
-    expected = guided_at_first(path_of("sdxl"), None)
-    for result in pool.run(4, guided_at_first, path_of("sdxl"), {"distrifusion_degree": 2} | CFG):
+    expected = guided_now_and_then(path_of("sdxl"), None)
+    for result in pool.run(4, guided_now_and_then, path_of("sdxl"), {"distrifusion_degree": 2} | CFG):
         assert running.error(result, expected) <= running.TOLERANCE
 
 
