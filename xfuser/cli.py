@@ -15,6 +15,7 @@ from xfuser.words import check_words, known_words
 COMMANDS = {
     "bench": "xfuser.bench.command:main",
     "plan": "xfuser.planning:main",
+    "quality": "xfuser.bench.quality_command:main",
 }  # functions that take the arguments behind, and return the exit code
 
 

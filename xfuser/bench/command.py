@@ -24,8 +24,7 @@ def main(arguments: list[str]) -> int:
         ValueError: for what cannot be run, before any rank starts.
     """
     options = parser().parse_args(arguments)
-    is_rank = "RANK" in os.environ
-    if options.slow_links and not is_rank:
+    if options.slow_links and not is_rank():
         from xfuser.bench import slow_links
 
         return slow_links.main(options, arguments)
@@ -34,7 +33,7 @@ def main(arguments: list[str]) -> int:
 
         return vae_memory.run_memory()
     chosen = chosen_configurations(options)
-    if is_rank:
+    if is_rank():
         fail_together()
         return _run_rank(options, chosen)
     output_folder(options.output_dir)
@@ -70,6 +69,11 @@ def parser() -> FlexibleArgumentParser:
     flags.add_argument("--part", help=argparse.SUPPRESS)  # where rank 0 leaves what it measured for who started it
     xFuserArgs.add_cli_args(flags).set_defaults(num_inference_steps=None)  # a case has steps of its own
     return flags
+
+
+def is_rank() -> bool:
+    """Whether this process is one of the ranks, not the one that starts them."""
+    return "RANK" in os.environ
 
 
 def base_arguments(options: argparse.Namespace) -> xFuserArgs:

@@ -1,6 +1,7 @@
 """Plots of what was measured (matplotlib, an optional package)."""
 
 import statistics
+import textwrap
 from typing import Any
 
 from xfuser.bench.extras import extra
@@ -129,4 +130,22 @@ def draw_links(path: str, title: str, told: dict[float, dict[str, Any]]) -> str:
     panel.set_title(title, fontsize=11)
     panel.grid(alpha=0.3)
     panel.legend(fontsize=8)
+    return save(figure, path)
+
+
+def draw_pictures(path: str, prompts: list[str], rows: dict[str, dict[str, Any]], columns: int = 6) -> str:
+    """Pictures side by side: a row for each configuration, a column for each of the first prompts."""
+    from PIL import Image
+
+    shown = min(columns, len(prompts))
+    figure, panels = pyplot().subplots(len(rows), shown, figsize=(2.1 * shown, 2.3 * len(rows)), squeeze=False)
+    for line, (name, row) in zip(panels, rows.items(), strict=True):
+        for place, panel in enumerate(line):
+            with Image.open(row["paths"][place]) as picture:
+                panel.imshow(picture.convert("RGB"))
+            panel.set(xticks=[], yticks=[])
+            title = textwrap.fill(prompts[place], 24) if name == "serial" else f"{row['psnr'][place]:.1f} dB"
+            panel.set_title(title, fontsize=8)
+        line[0].set_ylabel(name.replace(" ", "\n"), fontsize=8)
+    figure.tight_layout()
     return save(figure, path)

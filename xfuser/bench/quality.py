@@ -1,9 +1,9 @@
 """How near pictures are to other pictures: PSNR, SSIM, and FID between two folders."""
 
 import math
+import os
 import pickle
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,19 +30,19 @@ def ssim(a: torch.Tensor, b: torch.Tensor) -> float:
     return metrics.structural_similarity_index_measure(a.float(), b.float(), data_range=1.0).item()
 
 
-def fid(one: str | Path, other: str | Path, features: str | Path, batch: int = 32) -> float:
-    """Fréchet distance between the features of two folders of pictures (arXiv 1706.08500).
+def fid(one: str | list[str], other: str | list[str], features: str, batch: int = 32) -> float:
+    """Fréchet distance between the features of two sets of pictures (arXiv 1706.08500).
 
     Args:
-        one, other: folders; pictures are scaled to 299 x 299 pixels.
+        one, other: folders, or lists of files; pictures are scaled to 299 x 299 pixels.
         features: a file with the network, as TorchScript or as ``torch.save`` writes a module (loading that runs its
             code). It takes uint8 pictures ``[N, 3, 299, 299]`` and returns ``[N, D]``.
 
     Raises:
-        ValueError: a folder has less than two pictures, the file holds no such network, or torchmetrics is absent.
+        ValueError: there are less than two pictures, the file holds no such network, or torchmetrics is absent.
     """
     metrics = extra("torchmetrics.image.fid", "FID")
-    files = [pictures_in(folder) for folder in (one, other)]
+    files = [_pictures(given) for given in (one, other)]
     distance = metrics.FrechetInceptionDistance(feature=_network(features))
     for paths, real in zip(files, (True, False), strict=True):
         for pixels in _batches(paths, batch):
@@ -50,36 +50,40 @@ def fid(one: str | Path, other: str | Path, features: str | Path, batch: int = 3
     return distance.compute().item()
 
 
-def pictures_in(folder: str | Path) -> list[Path]:
-    """The pictures of a folder, by name."""
-    if not Path(folder).is_dir():
-        raise ValueError(f"{str(folder)!r} is no folder")
-    found = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in PICTURES)
-    if len(found) < 2:
-        raise ValueError(f"{str(folder)!r} has {len(found)} pictures ({', '.join(PICTURES)}); FID needs two at least")
-    return found
+def _pictures(given: str | list[str]) -> list[str]:
+    """The files themselves, or those of a folder, by name."""
+    if isinstance(given, str):
+        if not os.path.isdir(given):
+            raise ValueError(f"{given!r} is no folder")
+        paths = [os.path.join(given, name) for name in sorted(os.listdir(given)) if name.lower().endswith(PICTURES)]
+    else:
+        paths = [path for path in given if path.lower().endswith(PICTURES)]
+    if len(paths) < 2:
+        where = repr(given) if isinstance(given, str) else "what was drawn"
+        raise ValueError(f"{where} has {len(paths)} pictures ({', '.join(PICTURES)}); FID needs two at least")
+    return paths
 
 
-def _network(path: str | Path) -> torch.nn.Module:
-    if not Path(path).is_file():
-        raise ValueError(f"features={str(path)!r} is no file: give that of a network (docs/fid.md says which)")
+def _network(path: str) -> torch.nn.Module:
+    if not os.path.isfile(path):
+        raise ValueError(f"features={path!r} is no file: give that of a network (docs/fid.md says which)")
     try:
         try:
             network: Any = torch.jit.load(path, map_location="cpu")
         except RuntimeError:
             network = torch.load(path, map_location="cpu", weights_only=False)
     except (RuntimeError, pickle.UnpicklingError, AttributeError, ImportError) as error:
-        raise ValueError(f"features={str(path)!r} holds no network that can be loaded: {error}") from error
+        raise ValueError(f"features={path!r} holds no network that can be loaded: {error}") from error
     if not isinstance(network, torch.nn.Module):
-        raise ValueError(f"features={str(path)!r} holds a {type(network).__name__}, where a module is needed")
+        raise ValueError(f"features={path!r} holds a {type(network).__name__}, where a module is needed")
     return network.eval()
 
 
-def _batches(paths: list[Path], size: int) -> Iterator[torch.Tensor]:
+def _batches(paths: list[str], size: int) -> Iterator[torch.Tensor]:
     for start in range(0, len(paths), size):
         yield torch.stack([_pixels(path) for path in paths[start : start + size]])
 
 
-def _pixels(path: Path) -> torch.Tensor:
+def _pixels(path: str) -> torch.Tensor:
     picture = Image.open(path).convert("RGB").resize((FID_SIDE, FID_SIDE), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1)

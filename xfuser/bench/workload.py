@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -29,12 +29,11 @@ LOADING = ("dtype", "use_fp8_t5_encoder")  # runtime options that change what is
 class Workload:
     """A pipeline to measure: that of ``args.model``, or a named case; ``sizes`` change the case's arguments."""
 
-    def __init__(self, args: xFuserArgs, case: str | None, sizes: dict[str, int]) -> None:
+    def __init__(self, args: xFuserArgs, case: str | None = None, sizes: dict[str, int] | None = None) -> None:
         self._engine, self._inputs = args.checked()
         self._case = CASES[case] if case else None
-        self._sizes = sizes
+        self._sizes = sizes or {}
         self._loaded: dict[tuple, Any] = {}
-        self.seed = args.seed
 
     def pipe(self, engine: EngineConfig | None = None) -> Any:
         """The bare pipeline, loaded once for all configurations that load it alike; the serial one by default."""
@@ -55,19 +54,22 @@ class Workload:
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
-    def call(self) -> dict[str, Any]:
-        """The arguments of the call."""
+    def call(self, prompt: str | None = None) -> dict[str, Any]:
+        """The arguments of the call; with ``prompt`` in place of those asked for."""
         if self._case:
             return self._case.call() | self._sizes
-        inputs = self._inputs
+        inputs = replace(self._inputs, prompt=prompt) if prompt else self._inputs
         call = pipeline_arguments(self.pipe(), inputs)
         return call | ({"output_type": "pt"} if inputs.output_type == "pil" and "output_type" in call else {})
 
-    def run(self, pipe: Any, **changes: Any) -> torch.Tensor:
-        """Call it; returns the pictures, ``[N, ...]``, in 0..1 unless they are latents."""
-        generator = torch.Generator().manual_seed(self.seed)
+    def run(self, pipe: Any, prompt: str | None = None, place: int = 0, **changes: Any) -> torch.Tensor:
+        """Call it; returns the pictures, ``[N, ...]``, in 0..1 unless they are latents.
+
+        Noise is that of the seed, and another one for each ``place`` among several prompts.
+        """
+        call = self.call(prompt) | {"generator": torch.Generator().manual_seed(self._inputs.seed + place)}
         with torch.no_grad():
-            media = media_of(pipe(**self.call() | {"generator": generator} | changes))
+            media = media_of(pipe(**call | changes))
         return torch.stack([torch.as_tensor(np.asarray(one) if isinstance(one, list) else one) for one in media])
 
 

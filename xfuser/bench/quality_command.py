@@ -1,0 +1,205 @@
+"""``xdit quality``: what configurations do to pictures, prompt by prompt, against a serial run."""
+
+import argparse
+import importlib
+import os
+import re
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+from xfuser.bench.command import base_arguments, is_rank, of_this_world, run_ranks
+from xfuser.bench.configurations import Configuration, configurations
+from xfuser.bench.extras import extra
+from xfuser.bench.files import output_folder, write_json, write_text
+from xfuser.config import FlexibleArgumentParser, xFuserArgs
+from xfuser.core.distributed.failure import fail_together
+
+PROMPTS = [  # what the shipped pipeline knows
+    "a red circle above a blue square",
+    "a green triangle left of a yellow circle",
+    "a blue square on a white background",
+    "two red squares on a black background",
+    "a yellow triangle below a purple circle",
+    "a large green circle on a gray background",
+    "a small red triangle right of a blue square",
+    "three yellow circles on a gray background",
+]
+CONFIGS = [f"num_pipeline_patch={patches} warmup_steps={steps}" for patches in (2, 4, 8) for steps in (1, 4)]
+CHECKER = Path(__file__).parents[2] / "examples" / "tiny_model"
+SERIAL = "serial"
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command; returns the exit code.
+
+    Raises:
+        ValueError: for what cannot be run, before any rank starts.
+    """
+    options = parser().parse_args(arguments)
+    if options.fid:
+        from xfuser.bench.quality import fid
+
+        print(f"FID {fid(*options.fid, _features(options)):.4f}")
+        return 0
+    prompts = _prompts(options)
+    chosen = configurations(options.configs or CONFIGS, options.ranks, base_arguments(options))
+    if is_rank():
+        fail_together()
+        return _run_rank(options, of_this_world(chosen), prompts)
+    if options.features:
+        _features(options)
+    output_folder(options.output_dir)
+    told = run_ranks("quality", arguments, chosen)
+    if told is None:
+        return 1
+    print(_write_report(options, prompts, told))
+    return 0
+
+
+def parser() -> FlexibleArgumentParser:
+    """The flags of the command, and those of the library for the pipeline and its inputs."""
+    flags = FlexibleArgumentParser(
+        prog="xdit quality",
+        description="Draw prompts under configurations and serially; PSNR, SSIM, FID, and what the prompt asks for.",
+        epilog='Example: xdit quality --configs "pipefusion_parallel_degree=2 num_pipeline_patch=4"',
+    )
+    flags.add_argument("--configs", nargs="+", metavar="FLAGS", help="As of xdit bench (default: PipeFusion previews).")
+    flags.add_argument("--ranks", nargs="+", type=int, default=[2], help="Ranks of presets (default: 2).")
+    flags.add_argument("--prompts", metavar="FILE", help="A prompt a line; those of the shipped pipeline if not given.")
+    flags.add_argument("--fid", nargs=2, metavar="FOLDER", help="Only compute FID between two folders of pictures.")
+    flags.add_argument("--features", metavar="FILE", help="Network that FID takes features of (docs/fid.md).")
+    flags.add_argument("--output_dir", default="results/quality", help="Folder for pictures and the report.")
+    flags.add_argument("--part", help=argparse.SUPPRESS)  # where rank 0 leaves what it measured for who started it
+    xFuserArgs.add_cli_args(flags).set_defaults(num_inference_steps=None)
+    return flags
+
+
+def _prompts(options: argparse.Namespace) -> list[str]:
+    if options.prompts:
+        try:
+            lines = Path(options.prompts).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"prompts={options.prompts!r} cannot be read: {error}") from None
+        found = [line.strip() for line in lines if line.strip()]
+    else:
+        found = options.prompt or ([] if options.model else PROMPTS)
+    if not found:
+        raise ValueError("there is nothing to draw: give --prompts FILE, with a prompt on each line")
+    return found
+
+
+def _features(options: argparse.Namespace) -> str:
+    extra("torchmetrics.image.fid", "FID")
+    if not options.features or not os.path.isfile(options.features):
+        raise ValueError(
+            f"features={options.features!r}: FID needs the file of a network, which is not part of this package and is"
+            " never downloaded; docs/fid.md says which, and how to get it"
+        )
+    return options.features
+
+
+def folder_of(name: str) -> str:
+    """A configuration's folder of pictures."""
+    return re.sub(r"[^\w.=-]+", "_", name)
+
+
+def _run_rank(options: argparse.Namespace, chosen: list[Configuration], prompts: list[str]) -> int:
+    """One rank's part: rank 0 draws serially, all draw under each configuration, rank 0 compares and saves."""
+    from xfuser.bench.workload import Workload, ours
+    from xfuser.core.distributed import destroy_distributed_environment, get_world_group, init_distributed_environment
+
+    init_distributed_environment()
+    first = get_world_group().is_first_rank
+    workload = Workload(base_arguments(options))
+    drawn = {SERIAL: [workload.run(workload.pipe(), prompt, place) for place, prompt in enumerate(prompts) if first]}
+    for configuration in chosen:
+        with ours(workload, configuration).opened() as pipe:
+            pictures = [workload.run(pipe, prompt, place) for place, prompt in enumerate(prompts)]
+        if first:
+            drawn[configuration.name] = pictures
+    if first:
+        told = {name: _compared(options.output_dir, name, drawn[name], drawn[SERIAL]) for name in drawn}
+        if options.part:
+            write_json(options.part, told)
+        else:
+            print(_write_report(options, prompts, [told]))
+    destroy_distributed_environment()
+    return 0
+
+
+def _compared(directory: str, name: str, pictures: list[Any], serial: list[Any]) -> dict[str, list[Any]]:
+    """Save pictures; PSNR and SSIM of each, and its path."""
+    from xfuser.bench.quality import psnr, ssim
+    from xfuser.output import write_media
+
+    paths = [write_media(x[0], os.path.join(directory, folder_of(name)), f"{i:05}") for i, x in enumerate(pictures)]
+    pairs = list(zip(pictures, serial, strict=True))
+    told = {"paths": paths, "psnr": [psnr(a.float(), b.float()) for a, b in pairs]}
+    try:
+        return told | {"ssim": [ssim(_flat(a), _flat(b)) for a, b in pairs]}
+    except ValueError as error:  # without torchmetrics the rest is of use, too
+        print(f"SSIM is left out: {error}", file=sys.stderr)
+        return told | {"ssim": None}
+
+
+def _flat(x: Any) -> Any:
+    """Pictures, or the frames of videos, as ``[N, C, H, W]``."""
+    x = x.movedim(-1, -3) if x.shape[-3] not in (1, 3) else x
+    return x.reshape(-1, *x.shape[-3:])
+
+
+def _write_report(options: argparse.Namespace, prompts: list[str], told: list[dict[str, Any]]) -> str:
+    from xfuser.bench.plots import draw_pictures
+    from xfuser.bench.quality import fid
+    from xfuser.bench.report import describe, describe_machine
+
+    rows = {name: row for run in told for name, row in run.items()}
+    checked = not options.model and CHECKER.is_dir()
+    for name, row in rows.items():
+        row["adherence"] = _adherence(prompts, row["paths"]) if checked else None
+        if options.features and name != SERIAL:
+            row["fid"] = fid(rows[SERIAL]["paths"], row["paths"], options.features)
+    machine = describe_machine()
+    path = os.path.join(options.output_dir, "quality")
+    write_json(f"{path}.json", {"machine": machine, "prompts": prompts, "rows": rows})
+    count = f"{len(prompts)} prompts. PSNR and SSIM against serial: median, and lowest."
+    text = "\n\n".join(["# Quality", describe(machine), count, _table(rows)]) + "\n"
+    write_text(f"{path}.md", text)
+    draw_pictures(f"{path}.png", prompts, rows)
+    return text
+
+
+def _adherence(prompts: list[str], paths: list[str]) -> float | None:
+    """Share of pictures that show all that their prompts ask for, where the shipped pipeline's checker knows these."""
+    from PIL import Image
+
+    sys.path.insert(0, str(CHECKER))
+    try:
+        check, scenes = importlib.import_module("check"), importlib.import_module("scenes")
+    finally:
+        sys.path.remove(str(CHECKER))
+    verdicts = []
+    for prompt, path in zip(prompts, paths, strict=True):
+        try:
+            scene = scenes.parse(prompt)
+        except ValueError:  # words that it does not know
+            continue
+        with Image.open(path) as picture:
+            verdicts.append(all(check.check(picture, scene).values()))
+    return statistics.mean(verdicts) if verdicts else None
+
+
+def _table(rows: dict[str, dict[str, Any]]) -> str:
+    lines = ["| configuration | PSNR | SSIM | as the prompt asks | FID |", "|---|---|---|---|---|"]
+    for name, row in rows.items():
+        asked = "" if row["adherence"] is None else f"{row['adherence']:.0%}"
+        distance = f"{row['fid']:.3g}" if "fid" in row else ""
+        shown = [_median(row[key], digits) if name != SERIAL else "" for key, digits in (("psnr", 1), ("ssim", 4))]
+        lines.append(f"| `{name}` | {shown[0]} | {shown[1]} | {asked} | {distance} |")
+    return "\n".join(lines)
+
+
+def _median(values: list[float] | None, digits: int) -> str:
+    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f})" if values else ""
