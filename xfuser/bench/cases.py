@@ -56,10 +56,10 @@ def pixart_call(side: int, steps: int, guidance: float = 1.0, tokens: int = 32) 
     return call
 
 
-def flux() -> Any:
+def flux(double: int = 4, single: int = 8, heads: int = 8) -> Any:
     """A Flux pipeline that takes prompts' embeddings."""
     transformer = diffusers.FluxTransformer2DModel(
-        in_channels=64, num_layers=4, num_single_layers=8, attention_head_dim=64, num_attention_heads=8,
+        in_channels=64, num_layers=double, num_single_layers=single, attention_head_dim=64, num_attention_heads=heads,
         joint_attention_dim=TEXT, pooled_projection_dim=TEXT, axes_dims_rope=(16, 24, 24),
     )  # fmt: skip
     parts = dict.fromkeys(("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
@@ -112,6 +112,9 @@ CASES = {
         partial(pixart, 1, 1, 8, partial(decoder, (128, 256, 512, 512))),
         lambda: pixart_call(512, 1) | {"output_type": "pt"},
         tuple(VAE.format(engine) for engine in ("native", "distvae")),
+    ),
+    "tiny-joint": Case(
+        "Flux, 1 + 1 layers, hidden 128, 8 tokens of text", partial(flux, 1, 1, 2), partial(flux_call, 128, 96, 8, 2)
     ),
     "tiny": Case(
         "PixArt with guidance, 4 layers, hidden 32", partial(pixart, 4, 4, 8), partial(pixart_call, 128, 4, 4.5)
