@@ -125,7 +125,7 @@ FOUR = {"num_attention_heads": 4, "cross_attention_dim": 32}  # divides evenly, 
 
 def headless():
     """A broken engine: attention modules are not told how many heads they have left."""
-    with mock.patch.object(structure._Describing, "_number", lambda *args: None):
+    with mock.patch.object(structure.Describing, "_number", lambda *args: None):
         return drawn("pixart", {"tensor_parallel_degree": 2}, FOUR)[0]
 
 

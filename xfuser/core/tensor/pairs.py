@@ -10,6 +10,7 @@ from xfuser.core.tensor.division import Section, evenly
 FEED_FORWARDS = (
     (("net.0.proj",), "net.2"),
     (("w1", "w3"), "w2"),
+    (("w1",), "w2"),
     (("linear_1", "linear_2"), "out_projection"),
     (("linear_1", "linear_3"), "linear_2"),
     (("gate", "up"), "down"),

@@ -36,7 +36,7 @@ def describe(model: nn.Module, ranks: int, scheme: str | None = None, whole: tup
     """
     excluded = tuple(f"{name}." for name in whole)
     modules = {name: one for name, one in model.named_modules() if not (excluded and f"{name}.".startswith(excluded))}
-    describing = _Describing(ranks)
+    describing = Describing(ranks)
     if scheme is None:
         for name, module in modules.items():
             describing.pairs(name, module)
@@ -54,8 +54,8 @@ def describe(model: nn.Module, ranks: int, scheme: str | None = None, whole: tup
     return describing.division
 
 
-class _Describing:
-    """A division in the making."""
+class Describing:
+    """A division in the making, of what is known of a model's modules."""
 
     def __init__(self, ranks: int) -> None:
         self.division = Division(ranks)
@@ -68,7 +68,7 @@ class _Describing:
             return
         found = next((pairs for find in FINDERS if (pairs := find(name, module, self._ranks))), None)
         if found:
-            self._add(name, module, found)
+            self.add(name, module, found)
 
     def single(self, name: str, layer: nn.Module, scheme: str | None) -> None:
         """Divide a layer by itself: its outputs, or, by ``row``, its inputs."""
@@ -86,7 +86,8 @@ class _Describing:
             self._keep_outputs(name, layer, (section,))
             self.division.completions[name] = Gathered, cut(-1, section)
 
-    def _add(self, name: str, module: nn.Module, found: Pairs) -> None:
+    def add(self, name: str, module: nn.Module, found: Pairs) -> None:
+        """Divide a module in these pairs."""
         layers = dict(module.named_modules(prefix=name))
         found = found.within(name)
         for layer, sections in found.columns.items():

@@ -10,40 +10,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from xfuser.core.distributed import GroupCoordinator, get_tp_group
-from xfuser.core.distributed.utils import share, split_sizes
-from xfuser.core.gradients import forward_only
+from xfuser.core.distributed import get_tp_group
+from xfuser.core.tensor.attention import Pairs
+from xfuser.core.tensor.division import evenly
+from xfuser.core.tensor.layers import Divided
+from xfuser.core.tensor.pairs import feed_forward_pairs
+from xfuser.core.tensor.structure import Describing
 
 # What a linear of this name in an attention module computes: so many of queries, keys and values.
 PROJECTIONS = {"wqkv": 3, "to_qkv": 3, "qkv": 3, "wq": 1, "to_q": 1, "q": 1, "wkv": 2, "to_kv": 2, "kv": 2}
 PROJECTIONS |= dict.fromkeys(("wk", "wv", "to_k", "to_v", "k", "v"), 1)  # behind those of queries, as arguments are
 OUTPUTS = ("wo", "to_out.0", "to_out", "out_proj", "proj", "o")
 HEADS = ("n_heads", "num_heads", "heads")
-# Linears of a feed-forward module: those in front of its activation, and the one behind.
-FEED_FORWARDS = ((("net.0.proj",), "net.2"), (("fc1",), "fc2"), (("w1", "w3"), "w2"), (("w1",), "w2"))
-ELEMENTWISE = (nn.GELU, nn.SiLU, nn.ReLU)
 
 BY_HEAD, BY_PROJECTION = "by_head", "by_projection"
 LAYOUTS = (BY_HEAD, BY_PROJECTION)
-
-
-class RowParallelLinear(nn.Linear):
-    """A linear of which this rank holds some inputs: ``[..., own inputs]`` to ``[..., outputs]``, summed over ranks."""
-
-    def __init__(self, whole: nn.Linear, inputs: torch.Tensor, group: GroupCoordinator) -> None:
-        super().__init__(len(inputs), whole.out_features, bias=False, device="meta")
-        self.weight = _parameter(whole.weight[:, inputs])
-        self.bias = whole.bias
-        self._group = group
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            out = self._group.all_reduce(F.linear(x, self.weight))
-        out = forward_only(out, x, self.weight)
-        return out if self.bias is None else out + self.bias
 
 
 class TensorParallelApplicator:
@@ -80,51 +63,43 @@ class TensorParallelApplicator:
         Raises:
             ValueError: nothing in the model can be divided, or something that should be cannot.
         """
-        if any(isinstance(module, RowParallelLinear) for module in model.modules()):
+        if any(isinstance(module, Divided) for module in model.modules()):
             raise ValueError(f"{type(model).__name__} is divided over ranks already")
-        attentions = [found for name, module in model.named_modules() if (found := _attention(name, module))]
-        feed_forwards = [found for module in model.modules() if (found := _feed_forward(module))]
+        ranks = self._group.world_size
+        modules = dict(model.named_modules())
+        attentions = [found for name, module in modules.items() if (found := _attention(name, module))]
+        feed_forwards = {
+            name: found for name, one in modules.items() if (found := feed_forward_pairs(name, one, ranks))
+        }
         if not attentions and not feed_forwards:
             raise ValueError(
                 f"{type(model).__name__} has neither attention with linears named {', '.join(PROJECTIONS)} and"
                 f" {', '.join(OUTPUTS)}, nor a feed-forward module: there is nothing to divide"
             )
-        if self._group.world_size == 1:
+        if ranks == 1:
             return
+        describing = Describing(ranks)
+        layouts = {attention.name: self._layout(attention) for attention in attentions}
         for attention in attentions:
-            self._divide_attention(attention)
-        for module, columns, row in feed_forwards:
-            self._divide_feed_forward(module, columns, row)
+            describing.add(attention.name, attention.module, attention.pairs(layouts[attention.name][0], ranks))
+        for name, found in feed_forwards.items():
+            describing.add(name, modules[name], found)
+        describing.division.apply(model, self._group)
+        for attention in attentions:
+            layout, is_certain = layouts[attention.name]
+            if not is_certain:
+                attention.verify_at_first_forward(layout)
 
-    def _divide_attention(self, attention: "_Attention") -> None:
+    def _layout(self, attention: "_Attention") -> tuple[str, bool]:
+        """The order of an attention module's stacked linears, and whether its first forward need not confirm it."""
         seen = attention.layout()
-        layout = seen or self._stacked or BY_HEAD
         one_each = attention.heads < 2 * self._group.world_size  # then the order cannot be told any more behind this
         if one_each and seen is None and not self._stacked:
             raise ValueError(
                 f"{attention.name}: {type(attention.module).__name__} must be told of which order"
                 f" {', '.join(attention.stacked)} are: give stacked={' or '.join(map(repr, LAYOUTS))}"
             )
-        own = list(share(split_sizes(attention.heads, self._group.world_size), self._group.rank_in_group))
-        for name, parts in attention.projections.items():
-            outputs = _places(attention.heads, parts, attention.head_dim, layout)[own].flatten().sort().values
-            attention.module.set_submodule(name, _own_outputs(attention.module.get_submodule(name), outputs))
-        inputs = _places(attention.heads, 1, attention.head_dim, BY_HEAD)[own].flatten()
-        whole = attention.module.get_submodule(attention.output)
-        attention.module.set_submodule(attention.output, RowParallelLinear(whole, inputs, self._group))
-        attention.set_heads(len(own))
-        if seen is None and attention.stacked and not one_each:
-            attention.verify_at_first_forward(layout)
-
-    def _divide_feed_forward(self, module: nn.Module, columns: tuple[str, ...], row: str) -> None:
-        whole = module.get_submodule(row)
-        inputs = torch.tensor(share(split_sizes(whole.in_features, self._group.world_size), self._group.rank_in_group))
-        for name in columns:
-            first = module.get_submodule(name)
-            # A gated activation's linear has twice the outputs, the gate's behind the others.
-            outputs = torch.arange(first.out_features).view(-1, whole.in_features)[:, inputs].flatten()
-            module.set_submodule(name, _own_outputs(first, outputs))
-        module.set_submodule(row, RowParallelLinear(whole, inputs, self._group))
+        return seen or self._stacked or BY_HEAD, bool(seen) or not attention.stacked or one_each
 
 
 @dataclass
@@ -142,8 +117,16 @@ class _Attention:
     def heads(self) -> int:
         return getattr(self.module, self.heads_name)
 
-    def set_heads(self, heads: int) -> None:
-        setattr(self.module, self.heads_name, heads)
+    def pairs(self, layout: str, ranks: int) -> Pairs:
+        """How to divide the module by heads, of linears in this order."""
+        heads = evenly(self.heads, ranks)
+        channels = heads.times(self.head_dim)
+        columns = {
+            name: (heads.times(parts * self.head_dim),) if layout == BY_HEAD else (channels,) * parts
+            for name, parts in self.projections.items()
+        }
+        own = tuple(map(len, heads.parts))
+        return Pairs(columns, {self.output: (channels,)}, numbers={self.heads_name: own})
 
     @property
     def stacked(self) -> dict[str, int]:
@@ -233,37 +216,12 @@ def _attention(name: str, module: nn.Module) -> _Attention | None:
     return _Attention(name, module, projections, output, heads_name, width // heads)
 
 
-def _feed_forward(module: nn.Module) -> tuple[nn.Module, tuple[str, ...], str] | None:
-    if isinstance(module, nn.Sequential):
-        plain = [type(one) for one in module]
-        in_a_row = len(plain) == 3 and plain[0] is plain[2] is nn.Linear and plain[1] in ELEMENTWISE
-        return (module, ("0",), "2") if in_a_row else None
-    for columns, row in FEED_FORWARDS:
-        linears = [_linear(module, name) for name in (*columns, row)]
-        if all(linears) and all(
-            one.out_features in (linears[-1].in_features, 2 * linears[-1].in_features) for one in linears[:-1]
-        ):
-            return module, columns, row
-    return None
-
-
 def _places(heads: int, parts: int, head_dim: int, layout: str) -> torch.Tensor:
     """Where a linear's outputs are: ``[H, parts, D]`` numbers of rows of its weight."""
     count = torch.arange(heads * parts * head_dim)
     if layout == BY_HEAD:
         return count.view(heads, parts, head_dim)
     return count.view(parts, heads, head_dim).transpose(0, 1)
-
-
-def _own_outputs(whole: nn.Linear, outputs: torch.Tensor) -> nn.Linear:
-    linear = nn.Linear(whole.in_features, len(outputs), bias=False, device="meta")
-    linear.weight = _parameter(whole.weight[outputs])
-    linear.bias = None if whole.bias is None else _parameter(whole.bias[outputs])
-    return linear
-
-
-def _parameter(weight: torch.Tensor) -> nn.Parameter:
-    return nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
 
 
 def _linear(module: nn.Module, name: str) -> nn.Linear | None:
