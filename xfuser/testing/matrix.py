@@ -30,6 +30,7 @@ METHODS: dict[str, tuple[int, dict[str, Any]]] = {  # ranks, degrees
     "dp2": (2, {"data_parallel_degree": 2}),
     "distrifusion2": (2, {"distrifusion_degree": 2, "warmup_steps": 1}),
     "pipefusion2 M=3": (2, PIPED | {"num_pipeline_patch": 3}),
+    "tensor2": (2, {"tensor_parallel_degree": 2}),
     "pipefusion2 M=2 x ulysses2": (4, PIPED | {"num_pipeline_patch": 2, "ulysses_degree": 2}),
 }
 
@@ -112,11 +113,14 @@ def _entry(family: str, method: str, pool: RankPool) -> str:
 
 def support() -> list[str]:
     """What is served by what, as lines of Markdown: the table of the README."""
-    lines = ["| transformer | models | Ulysses, ring, both | CFG | data | PipeFusion |", "|---|---|:-:|:-:|:-:|:-:|"]
+    lines = [
+        "| transformer | models | Ulysses, ring, both | CFG | data | tensor | PipeFusion |",
+        "|---|---|:-:|:-:|:-:|:-:|:-:|",
+    ]
     for family in sorted(FAMILIES.values(), key=lambda one: one.cls):
         plan = PLANS[family.cls]
         split, piped = ("no" if reason else "✓" for reason in (plan.unsequenced, plan.unpiped))
-        lines.append(f"| `{family.cls}` | {family.models} | {split} | ✓ | ✓ | {piped} |")
+        lines.append(f"| `{family.cls}` | {family.models} | {split} | ✓ | ✓ | ✓ | {piped} |")
     return lines
 
 
