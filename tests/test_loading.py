@@ -229,15 +229,15 @@ def text_encoder(folder, _):
     truncate(None, folder.parent / "text_encoder_3/model.safetensors")
 
 
-KEY = "'transformer_blocks"
+KEY = "'time_text_embed.timestep_embedder.linear_1.weight'"
 DAMAGES = {
-    truncate: ("00002-of", "is truncated: 'transformer_blocks"),
+    truncate: ("00002-of", f"is truncated: {KEY}"),
     empty: ("00002-of", "is truncated"),
     lose: ("00002-of", "is missing", KEY),
-    drop: ("00002-of", "lacks 'transformer_blocks"),
-    drop_everywhere: ("SD3Transformer2DModel needs 'transformer_blocks", "missing there"),
+    drop: ("00002-of", f"lacks {KEY}"),
+    drop_everywhere: (f"SD3Transformer2DModel needs {KEY}, missing there",),
     add: ("00002-of", "no place for 'base_layer.lora_A'", "unload_lora_weights"),
-    reshape: ("00002-of", "'transformer_blocks", "has the shape [5, 1]"),
+    reshape: ("00002-of", f"{KEY} has the shape [5, 1]"),
     text_encoder: ("text_encoder_3/model.safetensors is truncated",),
 }
 

@@ -104,7 +104,7 @@ def check_keys(held: dict[str, Entry], expected: dict[str, torch.Tensor], owner:
     Raises:
         ValueError: a tensor is missing, surplus or of another shape.
     """
-    files = ", ".join(sorted({entry.path for entry in held.values()}))
+    files = _named(sorted({entry.path for entry in held.values()}))
     if missing := [name for name in expected if name not in held]:
         raise ValueError(
             f"{files}: {owner} needs {_named(missing)}, missing there. Is the checkpoint that of its config?"
