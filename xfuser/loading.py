@@ -13,9 +13,10 @@ from xfuser.config import EngineConfig, InputConfig
 from xfuser.core import device as devices
 from xfuser.core.distributed import get_world_group
 from xfuser.logger import quiet_libraries
+from xfuser.methods.text_encoders import text_encoders
 from xfuser.models.registry import check_folder, planned_models
 from xfuser.parallel import join_groups
-from xfuser.skeleton import check_files, load_transformers
+from xfuser.skeleton import check_files, freed_encoders, load_transformers
 
 LEFT_TO_DIFFUSERS = ("quantization_config", "device_map", "custom_pipeline", "use_flashpack")  # arguments
 DTYPE_ARGUMENT = "dtype" if Version(diffusers.__version__) >= Version("0.40") else "torch_dtype"
@@ -48,7 +49,7 @@ def load_pipeline(
     try:
         with quiet_libraries():
             if not any(options.get(name) for name in LEFT_TO_DIFFUSERS):
-                options |= _transformers(engine_config, pipeline_class, options)
+                options |= _parts(engine_config, pipeline_class, options)
             pipe = pipeline_class.from_pretrained(model.model, **options)
     except OSError as error:
         raise ValueError(f"model={model.model!r} is no Diffusers pipeline that can be loaded: {error}") from error
@@ -64,7 +65,7 @@ def load_pipeline(
     return _placed(pipe, engine_config)
 
 
-def _transformers(engine_config: EngineConfig, pipeline_class: Any, options: dict[str, Any]) -> dict[str, Any]:
+def _parts(engine_config: EngineConfig, pipeline_class: Any, options: dict[str, Any]) -> dict[str, Any]:
     folder = _fetched(engine_config.model_config.model, pipeline_class, options)
     check_folder(folder)
     check_files(folder, options.get("variant"))
@@ -74,14 +75,13 @@ def _transformers(engine_config: EngineConfig, pipeline_class: Any, options: dic
         dtype = asked.get(name, asked.get("default")) if isinstance(asked, dict) else asked
         return dtype or torch.float32
 
-    return load_transformers(
-        folder,
-        engine_config.parallel_config,
-        dtype_of,
-        options.get("variant"),
-        torch.device("cpu") if _offloads(engine_config) else devices.device(get_world_group().local_rank),
-        set(options),
+    device = torch.device("cpu") if _offloads(engine_config) else devices.device(get_world_group().local_rank)
+    parts = load_transformers(
+        folder, engine_config.parallel_config, dtype_of, options.get("variant"), device, set(options)
     )
+    if engine_config.runtime_config.text_encoder in ("shard", "rank0") and not get_world_group().is_first_rank:
+        parts |= freed_encoders(folder, dtype_of, device, set(options))
+    return parts
 
 
 def _fetched(model: str, pipeline_class: Any, options: dict[str, Any]) -> str:
@@ -137,6 +137,12 @@ def _offloads(engine_config: EngineConfig) -> bool:
 def _placed(pipe: Any, engine_config: EngineConfig) -> Any:
     runtime, local_rank = engine_config.runtime_config, get_world_group().local_rank
     device = devices.device(local_rank)
+    if runtime.text_encoder in ("shard", "offload"):  # the wrap puts them where they belong, bit by bit
+        for name in pipe.components.keys() - text_encoders(pipe).keys():
+            part = getattr(pipe, name)
+            if isinstance(part, torch.nn.Module):
+                part.to(device)
+        return pipe
     if not _offloads(engine_config):
         return pipe.to(device)
     if runtime.enable_sequential_cpu_offload:

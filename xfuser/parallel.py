@@ -42,7 +42,9 @@ from xfuser.methods.pipefusion.pipefusion import PipeFusion
 from xfuser.methods.pipefusion.stage import Stage
 from xfuser.methods.refusals import refuse_mixed_rows, refuse_unsuited
 from xfuser.methods.sequence import SequenceParallel
+from xfuser.methods.sharding import Shares, shared_out, shares_of
 from xfuser.methods.tensor import TensorParallel, division_of, refuse_divided
+from xfuser.methods.text_encoders import TextEncoders, text_encoders
 from xfuser.models.plan import ModelPlan
 from xfuser.models.registry import check_methods, planned_models
 from xfuser.output import media_of, write_media
@@ -82,6 +84,8 @@ class xDiTParallel:
         own["_output"] = None
         join_groups(engine_config)
         own["_sp"] = get_sp_group()
+        own["_encoders"] = TextEncoders(pipe, engine_config.runtime_config.text_encoder, get_world_group())
+        own["_shares"] = _shares(pipe, engine_config.parallel_config.fully_shard_degree)
         own["_pipefusion"] = None
         if split:
             own["_pipefusion"] = PipeFusion(
@@ -189,14 +193,16 @@ class xDiTParallel:
     def unwrap(self) -> Any:
         """Give the pipeline back; it is as it was before, and this wrapper is of no further use.
 
-        After PipeFusion and tensor parallelism, the ranks give each other their weights: all must call it, and have the
-        memory for all.
+        Ranks that have parts of the weights give them to each other: all must call it, and have the memory for all.
         """
         pipe = self._pipe
         if self._tensor:
             self._tensor.restore()
         if self._pipefusion:
             self._pipefusion.restore()
+        for name, shares in self._shares.items():
+            vars(pipe)[name] = shares.restore()
+        self._encoders.restore()
         self.__dict__["_pipe"] = None
         return pipe
 
@@ -289,11 +295,7 @@ def _tensor_models(pipe: Any, parallel: ParallelConfig) -> list[tuple[nn.Module,
         return []
     models = list(planned_models(pipe).values())
     if parallel.tensor_parallel_text_encoder:
-        encoders = [
-            part
-            for name, part in pipe.components.items()
-            if name.startswith("text_encoder") and isinstance(part, nn.Module)
-        ]
+        encoders = text_encoders(pipe).values()
         if not encoders:
             raise ValueError(f"tensor_parallel_text_encoder: {type(pipe).__name__} has no text encoder; leave it away")
         models += [(encoder, None) for encoder in encoders]
@@ -310,6 +312,21 @@ def _check_tensor(pipe: Any, parallel: ParallelConfig) -> None:
             refuse_divided(part)
         elif not refuse_divided(part, parallel.tp_degree, parallel.tensor_scheme):
             division_of(part, asked[id(part)], parallel.tp_degree, parallel.tensor_scheme)
+
+
+def _shares(pipe: Any, degree: int) -> dict[str, Shares]:
+    """Shards the pipeline's transformers, unless they were loaded so."""
+    found: dict[str, Shares] = {}
+    for name, (model, plan) in planned_models(pipe).items():
+        loaded = shares_of(model)
+        if loaded and loaded.degree != degree:
+            raise ValueError(
+                f"this {type(pipe).__name__} was loaded for fully_shard_degree={loaded.degree}: wrap it with that"
+            )
+        if degree > 1:
+            found[name] = loaded or shared_out(model, plan, get_replica_group())
+            vars(pipe)[name] = found[name].copy  # registers nothing
+    return found
 
 
 def _at_once(action: Callable[[], None], results: list[Any]) -> None:

@@ -7,14 +7,17 @@ from collections.abc import Callable
 
 import diffusers
 import torch
+import transformers
 from accelerate import init_empty_weights
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 
 from xfuser.checkpoint import Entry, Part, backend_for, check_keys, checkpoint, node_group, read_shared
 from xfuser.config import ParallelConfig
-from xfuser.core.distributed import GroupCoordinator, get_pp_group, get_world_group
+from xfuser.core.distributed import GroupCoordinator, get_pp_group, get_replica_group, get_world_group
 from xfuser.methods.pipefusion.blocks import divide, set_tensor
+from xfuser.methods.sharding import blocks_in_shares, free_weights, shares_of
+from xfuser.methods.text_encoders import PREFIX
 from xfuser.models.registry import is_known, plan_of
 from xfuser.parallel import pipeline_split
 
@@ -76,16 +79,36 @@ def load_transformers(
             models[name].register_to_config(_name_or_path=part)
             check_keys(entries, models[name].state_dict(), kind)
             held[name] = entries
+    for name, model in models.items():
+        for key, weight in model.named_parameters():
+            weight.data = weight.data.to(_dtype(model, key, dtype_of(name)))
     places = {name: _places(model) for name, model in models.items()}
     planned = {name: (model, plan) for name, model in models.items() if (plan := plan_of(model))}
     for name, layers in pipeline_split(planned, f"pipeline of {folder}", parallel).items():
         divide(*planned[name], layers, get_pp_group().rank_in_group)
+    for name in planned if parallel.fully_shard_degree > 1 else ():
+        models[name] = blocks_in_shares(*planned[name], get_replica_group()).copy
     node = node_group(get_world_group(), backend_for(device))
     for name, model in models.items():
         _fill(model, places[name], held[name], node, dtype_of(name), device)
     node.barrier()
     node.destroy()
     return models
+
+
+def freed_encoders(
+    folder: str, dtype_of: Callable[[str], torch.dtype], device: torch.device, given: set[str]
+) -> dict[str, nn.Module]:
+    """The text encoders of a pipeline's folder without weights, for ranks that leave them to another."""
+    found: dict[str, nn.Module] = {}
+    for name, (library, kind) in components_of(folder).items():
+        if name.startswith(PREFIX) and library == "transformers" and name not in given:
+            cls = getattr(transformers, kind)
+            config = cls.config_class.from_pretrained(os.path.join(folder, name))
+            found[name] = skeleton(lambda cls=cls, config=config: cls(config), dtype_of(name))
+            found[name].tie_weights()  # a skeleton's parameters are all its own
+            free_weights(found[name], device)
+    return found
 
 
 def _places(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
@@ -106,15 +129,25 @@ def _fill(
     device: torch.device,
 ) -> None:
     """Give a skeleton the weights of the modules that it still has."""
-    precise = set(getattr(model, "_keep_in_fp32_modules", None) or ())
 
     def cast(name: str, x: torch.Tensor) -> torch.Tensor:
-        if x.is_floating_point():
-            x = x.to(torch.float32 if precise & set(name.split(".")) else dtype)
-        return x.to(device)
+        return x.to(device, _dtype(model, name, dtype) if x.is_floating_point() else x.dtype)
 
-    modules = set(model.modules())
+    shares, modules = shares_of(model), set(model.modules())
     kept: dict[str, Part] = {name: None for name in held if places[name][0] in modules}
+    if shares:
+        places = _places(model)
+        parts = {name: (0, (rows,)) for name, rows in shares.rows().items() if rows is not None}
+        kept = {name: parts.get(name) for name in held}
     for name, x in read_shared(held, kept, node, cast):
         owner, key = places[name]
-        set_tensor(owner, key, getattr(owner, key), x)
+        if shares and key in owner._parameters:
+            shares.fill(name, x)
+        else:
+            set_tensor(owner, key, getattr(owner, key), x)
+
+
+def _dtype(model: nn.Module, name: str, dtype: torch.dtype) -> torch.dtype:
+    """What Diffusers stores a tensor in: some parts of some classes stay precise."""
+    precise = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    return torch.float32 if precise & set(name.split(".")) else dtype

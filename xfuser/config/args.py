@@ -27,6 +27,7 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "bf16": torch.bfloat16,
 }
+TEXT_ENCODER_MODES = ("replicate", "shard", "rank0", "offload")
 SHIPPED_PIPELINE = os.path.join(os.path.dirname(os.path.dirname(__file__)), "assets", "shapes-256")
 
 
@@ -78,6 +79,10 @@ class xFuserArgs:
     enable_sequential_cpu_offload: bool = _runtime(False, "Keep layers on the CPU while they are not in use.")
     enable_tiling: bool = _runtime(False, "Decode in tiles: less memory, close to the whole picture.")
     enable_slicing: bool = _runtime(False, "Decode one image at a time: less memory.")
+    text_encoder: str = _runtime(
+        "replicate",
+        "Text encoders: replicate on all ranks, shard over them, rank0 has them, or offload when prompts are encoded.",
+    )
     use_fp8_t5_encoder: bool = _runtime(False, "Store the T5 text encoder's weights in 8 bits.")
     dtype: str = _runtime("auto", "Weights: float32, float16, bfloat16; auto is bfloat16 on a GPU, else float32.")
 
@@ -107,6 +112,10 @@ class xFuserArgs:
         None,
         "Naive patches are cut by row, col, or alternate (step by step); row if not given. Tensor parallelism divides"
         " each layer's outputs (col) or inputs (row); pairs of both if not given.",
+    )
+
+    fully_shard_degree: int = _parallel(
+        1, "Ranks that divide the transformer's weights and gather them block by block: all of a replica, or 1."
     )
 
     height: int | None = _input(None, "Height of the image in pixels; the model's own if not given.")
@@ -217,10 +226,22 @@ class xFuserArgs:
             raise ValueError("use_fp8_t5_encoder and tensor_parallel_text_encoder exclude each other")
         if (self.enable_model_cpu_offload or self.enable_sequential_cpu_offload) and devices.device_type() == "cpu":
             raise ValueError("CPU offload needs an accelerator to offload from; this machine has none")
+        self._check_text_encoder()
         return RuntimeConfig(
             **self._fields_of(RuntimeConfig)
             | {"dtype": DTYPES[self.dtype] or devices.default_dtype(), "vae_chunk_rows": self._chunk_rows()}
         )
+
+    def _check_text_encoder(self) -> None:
+        mode = self.text_encoder
+        if mode not in TEXT_ENCODER_MODES:
+            raise ValueError(f"text_encoder={mode!r} is unknown; known are {', '.join(TEXT_ENCODER_MODES)}")
+        if mode != "replicate" and self.tensor_parallel_text_encoder:
+            raise ValueError(f"text_encoder={mode!r} and tensor_parallel_text_encoder exclude each other: choose one")
+        others = ("enable_model_cpu_offload", "enable_sequential_cpu_offload", "use_fp8_t5_encoder")
+        for name in others if mode in ("shard", "offload") else ():
+            if getattr(self, name):
+                raise ValueError(f"text_encoder={mode!r} and {name} both hold text encoders' weights: leave one away")
 
     def _check_vae(self) -> None:
         check_engine(self.vae_engine, self.vae_split, self._chunk_rows())

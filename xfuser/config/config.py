@@ -33,6 +33,7 @@ class RuntimeConfig:
     vae_engine: str = "auto"
     vae_split: str = "auto"
     vae_chunk_rows: int | str | None = None
+    text_encoder: str = "replicate"
     use_fp8_t5_encoder: bool = False
     enable_model_cpu_offload: bool = False
     enable_sequential_cpu_offload: bool = False
@@ -63,6 +64,7 @@ class ParallelConfig:
     naive_patch_degree: int = 1
     split_scheme: str | None = None
     tensor_parallel_text_encoder: bool = False
+    fully_shard_degree: int = 1
 
     @property
     def sp_degree(self) -> int:
@@ -120,6 +122,18 @@ class ParallelConfig:
         self._check_patches()
         if self.tensor_parallel_text_encoder and self.tp_degree == 1:
             raise ValueError("tensor_parallel_text_encoder is of use with tensor_parallel_degree above 1 alone")
+        self._check_shards()
+
+    def _check_shards(self) -> None:
+        """The ranks of a replica compute the same blocks at the same time, unless they are stages of a pipeline."""
+        degree, replica = self.fully_shard_degree, self.world_size // self.dp_degree
+        if degree not in (1, replica):
+            raise ValueError(
+                f"fully_shard_degree={degree!r} must be 1, or {replica}: all ranks of a data-parallel replica"
+            )
+        for name in ("pipefusion_parallel_degree", "tensor_parallel_degree"):
+            if degree > 1 and self.degrees()[name] > 1:
+                raise ValueError(f"fully_shard_degree={degree} and {name} both divide the weights: choose one")
 
     def _check_patches(self) -> None:
         """DistriFusion and naive patches divide the rows as sequence parallelism does: they exclude each other."""

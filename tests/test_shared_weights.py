@@ -1,0 +1,97 @@
+"""Weights that ranks share, or leave to one of them: pictures and embeddings are those of whole pipelines."""
+
+import numpy as np
+import pytest
+import running
+import tiny
+import torch
+from torch import nn
+
+from xfuser import xDiTParallel, xFuserArgs
+from xfuser.loading import load_pipeline
+
+ENCODERS = {"sd3": ("text_encoder", "text_encoder_2", "text_encoder_3"), "flux": ("text_encoder", "text_encoder_2")}
+
+
+def held(pipe, names):
+    """Bytes of weights that this rank has of these components."""
+    found = 0
+    for name in names:
+        for weight in getattr(pipe, name).parameters():
+            local = weight.to_local() if hasattr(weight, "to_local") else weight
+            found += 0 if local.is_meta else local.nbytes
+    return found
+
+
+def state(pipe):
+    parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+    return {f"{type(part).__name__}.{name}": x.clone() for part in parts for name, x in part.state_dict().items()}
+
+
+def draw(path, degrees, call, names, loads):
+    """Picture, share of the bytes of these components, and whether all weights are back after unwrap()."""
+    engine_config, _ = xFuserArgs(model=path, dtype="float32", **degrees).create_config()
+    before = state(running.loaded(path))
+    total = held(running.loaded(path), names)
+    pipe = load_pipeline(engine_config) if loads else running.loaded(path)
+    pipe.set_progress_bar_config(disable=True)
+    parallel = xDiTParallel(pipe, engine_config)
+    share = held(parallel, names) / total
+    picture = running.array(parallel(**call, generator=running.seeded()))
+    again = running.array(parallel(**call, generator=running.seeded()))
+    bare = parallel.unwrap()
+    after = state(bare)
+    whole_again = before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert np.array_equal(picture, again)
+    alone = running.array(bare(**call, generator=running.seeded()))
+    return picture, share, whole_again, running.error(alone, picture)
+
+
+LESS = {"replicate": 1.0, "shard": 0.8, "rank0": 0.0, "offload": 0.0}
+
+
+@pytest.mark.parametrize("loads", [False, True], ids=["wrapped", "loaded"])
+@pytest.mark.parametrize("mode", ["shard", "rank0", "offload"])
+@pytest.mark.parametrize(("family", "degrees"), [("sd3", {"data_parallel_degree": 2}), ("flux", {"ulysses_degree": 2})])
+def test_text_encoders_tell_the_same_wherever_they_are(pool, folder_of, family, degrees, mode, loads):
+    path, call = folder_of(family), tiny.call_of(family, 3)
+    expected = running.bare(path, call)
+    told = pool.run(2, draw, path, degrees | {"text_encoder": mode}, call, ENCODERS[family], loads)
+    for rank, (picture, share, whole_again, change) in enumerate(told):
+        assert running.error(picture, expected) <= running.TOLERANCE and change <= running.TOLERANCE
+        assert share <= (1.0 if mode == "rank0" and rank == 0 else LESS[mode]) and whole_again
+
+
+def embeddings(path, mode, prompts):
+    pipe = xDiTParallel(running.loaded(path), *xFuserArgs(use_cfg_parallel=True, text_encoder=mode).create_config())
+    with torch.no_grad():
+        told = pipe.encode_prompt(prompts, prompts, prompts, negative_prompt=["the cat"] * 3)
+    assert {(one.device.type, one.dtype) for one in pipe.text_encoder.parameters()} == {("cpu", torch.float32)}
+    assert pipe.text_encoder.config.vocab_size == len(tiny.WORDS) and pipe.text_encoder.dtype == torch.float32
+    pipe.unwrap()
+    return [x.numpy() for x in told]
+
+
+def test_embeddings_are_the_same(pool, folder_of):
+    """Of three encoders, for three prompts and what guides away from them."""
+    path, prompts = folder_of("sd3"), [tiny.PROMPT, "the cat", "a green square"]
+    expected = pool.run(2, embeddings, path, "replicate", prompts)[0]
+    for mode in ("shard", "rank0", "offload"):
+        for told in pool.run(2, embeddings, path, mode, prompts):
+            assert all(np.array_equal(x, y) for x, y in zip(told, expected, strict=True))
+
+
+@pytest.mark.parametrize("loads", [False, True], ids=["wrapped", "loaded"])
+@pytest.mark.parametrize(
+    ("family", "ranks", "degrees"),
+    [
+        ("sd3", 4, {"use_cfg_parallel": True, "ulysses_degree": 2}),
+        ("hunyuan_dit", 2, {"ring_degree": 2}),  # blocks lend submodules to the forward
+    ],
+)
+def test_a_transformer_in_shares(pool, folder_of, family, ranks, degrees, loads):
+    path, call = folder_of(family), tiny.call_of(family, 3)
+    told = pool.run(ranks, draw, path, degrees | {"fully_shard_degree": ranks}, call, ("transformer",), loads)
+    for picture, share, whole_again, change in told:
+        assert running.error(picture, running.bare(path, call)) <= running.TOLERANCE and whole_again
+        assert share < 1 and change <= running.TOLERANCE

@@ -1,0 +1,130 @@
+"""Where the text encoders' weights are: on every rank, sharded over them, on one rank, or off the device."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from xfuser.core.distributed import GroupCoordinator
+from xfuser.methods.forward import replaced
+from xfuser.methods.sharding import Shares, free_weights, is_freed, outermost_lists, shapes_of
+
+PREFIX = "text_encoder"  # of the names that components have in Diffusers' pipelines
+
+
+def text_encoders(pipe: Any) -> dict[str, nn.Module]:
+    """The text encoders of a pipeline, by the names of components."""
+    parts = pipe.components.items()
+    return {name: part for name, part in parts if name.startswith(PREFIX) and isinstance(part, nn.Module)}
+
+
+class TextEncoders:
+    """A pipeline's text encoders, placed as ``mode`` says until :meth:`restore`; embeddings are the same in all modes.
+
+    Args:
+        mode: ``replicate``, every rank has them; ``shard``, each has a share of their blocks; ``rank0``, the first rank
+            has them, and tells the others what they return; ``offload``, they are on the device while they encode.
+        group: the ranks of the run, which encode the same prompts. In the modes shard and rank0, ranks other than the
+            first may have encoders that are freed already.
+
+    Raises:
+        ValueError: the pipeline has no text encoder, or was loaded for another mode.
+    """
+
+    def __init__(self, pipe: Any, mode: str, group: GroupCoordinator) -> None:
+        self._pipe, self._group = pipe, group
+        self._stack = ExitStack()
+        encoders = text_encoders(pipe)
+        if mode != "replicate" and not encoders:
+            raise ValueError(f"text_encoder={mode!r}: {type(pipe).__name__} has no text encoder; leave it away")
+        if mode in ("replicate", "offload") and (freed := [name for name, one in encoders.items() if is_freed(one)]):
+            raise ValueError(
+                f"text_encoder={mode!r}: this {type(pipe).__name__} was loaded with {freed[0]} on the first rank alone;"
+                " wrap it with the configuration that it was loaded with"
+            )
+        if mode == "replicate" or (mode != "offload" and group.world_size == 1):
+            return
+        place = {"shard": self._shard, "rank0": self._leave_to_first, "offload": self._offload}[mode]
+        for name, encoder in encoders.items():
+            place(name, encoder)
+
+    def restore(self) -> None:
+        """Give every rank all weights again; all ranks must call it, and have the memory."""
+        self._stack.close()
+
+    def _shard(self, name: str, encoder: nn.Module) -> None:
+        shares = Shares(encoder, outermost_lists, self._group.broadcast_object(shapes_of(encoder)), self._group)
+        given = list(encoder.parameters()) if self._group.is_first_rank else []
+        rows, shapes = shares.rows(), list(shares.copy.named_parameters())
+        for index, (key, weight) in enumerate(shapes):
+            x = self._from_first(given[index].detach() if given else None, (weight.shape, weight.dtype))
+            kept = rows[key]
+            shares.fill(key, x if kept is None else x[kept.start : kept.stop].clone())
+        free_weights(encoder, self._group.device)
+        vars(self._pipe)[name] = shares.copy  # registers nothing
+
+        def restore() -> None:
+            vars(self._pipe)[name] = shares.restore()
+
+        self._stack.callback(restore)
+
+    def _leave_to_first(self, _: str, encoder: nn.Module) -> None:
+        forward = encoder.forward
+        if not self._group.is_first_rank:
+            free_weights(encoder, self._group.device)
+        self._stack.callback(self._refill, encoder)
+        self._stack.enter_context(replaced(encoder, "forward", self._told(forward)))
+
+    def _told(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """The forward of an encoder whose outputs are those of the first rank."""
+
+        @wraps(forward)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if not self._group.is_first_rank:
+                told = self._group.broadcast_tensor_dict()
+                return tree_unflatten([told[str(index)] for index in range(len(told) - 1)], told["tree"])
+            leaves, tree = tree_flatten(forward(*args, **kwargs))
+            plain = [x if isinstance(x, torch.Tensor | bool | int | float | str) else None for x in leaves]
+            self._group.broadcast_tensor_dict({str(index): x for index, x in enumerate(plain)} | {"tree": tree})
+            return tree_unflatten(leaves, tree)
+
+        return call
+
+    def _refill(self, encoder: nn.Module) -> None:
+        for weight, shape in zip(encoder.parameters(), self._group.broadcast_object(shapes_of(encoder)), strict=True):
+            weight.data = self._from_first(weight.detach(), shape)
+
+    def _from_first(self, x: torch.Tensor | None, shape: tuple[torch.Size, torch.dtype]) -> torch.Tensor:
+        if not self._group.is_first_rank:
+            x = torch.empty(*shape[:1], dtype=shape[1])
+        return self._group.broadcast(x.to(self._group.device))
+
+    def _offload(self, _: str, encoder: nn.Module) -> None:
+        """Keep the weights on the CPU. The parameters, empty, are on the device, as pipelines ask them where to run."""
+        weights = list(encoder.parameters())
+        held = [weight.detach().cpu() for weight in weights]
+        forward = encoder.forward
+
+        def fill() -> None:
+            for weight, x in zip(weights, held, strict=True):
+                weight.data = x.to(weight.device, weight.dtype)
+
+        def free(on: torch.device | None = None) -> None:
+            for weight in weights:
+                weight.data = weight.new_empty(0, device=on or weight.device)
+
+        @wraps(forward)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            fill()
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                free()
+
+        free(self._group.device)
+        self._stack.callback(fill)
+        self._stack.enter_context(replaced(encoder, "forward", call))
