@@ -57,6 +57,8 @@ def in_shards(path, folder, variant=None):
         ("flux", 4, {"pipefusion_parallel_degree": 2, "ulysses_degree": 2}),
         ("hunyuan_dit", 2, {"pipefusion_parallel_degree": 2}),  # long skips, and submodules that blocks lend
         ("dit", 2, {"ulysses_degree": 2}),
+        ("flux", 2, {"tensor_parallel_degree": 2}),
+        ("hunyuan_dit", 4, {"tensor_parallel_degree": 2, "pipefusion_parallel_degree": 2}),
     ],
 )
 def test_loaded_for_its_degrees_a_pipeline_draws_as_before_and_is_whole_when_unwrapped(
@@ -69,7 +71,7 @@ def test_loaded_for_its_degrees_a_pipeline_draws_as_before_and_is_whole_when_unw
     warm = {"warmup_steps": 3} if "pipefusion_parallel_degree" in degrees else {}
     for picture, held, weights in pool.run(ranks, draw, path, degrees | warm, call):
         assert running.error(picture, expected) <= running.TOLERANCE
-        assert (held < sum(x.numel() for x in before.values())) == ("pipefusion_parallel_degree" in degrees)
+        assert (held < 0.9 * sum(x.numel() for x in before.values())) == ("ulysses_degree" not in degrees or ranks == 4)
         assert weights.keys() == before.keys() and all(torch.equal(weights[name], before[name]) for name in before)
 
 
@@ -174,8 +176,8 @@ def test_a_rank_needs_memory_for_its_share_and_one_file(tmp_path, folder_of):
     base = folder_of("pixart_sigma")
     paths = _, path = big(tmp_path / "small", base, layers=4, width=48), big(tmp_path / "big", base)
     sizes = [os.path.getsize(file) for file in Path(path, "transformer").glob("*.safetensors")]
-    for world in (2, 4):
-        for peak, share, _ in costs(world, tmp_path, paths, {"pipefusion_parallel_degree": world}):
+    for method, world in (("pipefusion", 2), ("pipefusion", 4), ("tensor", 4)):
+        for peak, share, _ in costs(world, tmp_path, paths, {f"{method}_parallel_degree": world}):
             assert share < 1.2 * sum(sizes) / world and share <= peak <= share + max(sizes)
     read = sum(read for _, _, read in costs(2, tmp_path, paths, {"ulysses_degree": 2}))
     assert read <= 1.1 * sum(sizes)

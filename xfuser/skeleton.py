@@ -14,12 +14,16 @@ from torch import nn
 
 from xfuser.checkpoint import Entry, Part, backend_for, check_keys, checkpoint, node_group, read_shared
 from xfuser.config import ParallelConfig
-from xfuser.core.distributed import GroupCoordinator, get_pp_group, get_replica_group, get_world_group
+from xfuser.core.distributed import GroupCoordinator, get_pp_group, get_replica_group, get_tp_group, get_world_group
+from xfuser.methods import tensor
 from xfuser.methods.pipefusion.blocks import divide, set_tensor
 from xfuser.methods.sharding import blocks_in_shares, free_weights, shares_of
 from xfuser.methods.text_encoders import PREFIX
+from xfuser.models.plan import ModelPlan
 from xfuser.models.registry import is_known, plan_of
 from xfuser.parallel import pipeline_split
+
+Place = tuple[nn.Module, str]  # a module, and the name of one of its tensors
 
 STEMS = {"diffusers": SAFETENSORS_WEIGHTS_NAME.removesuffix(".safetensors"), "transformers": "model"}  # of weight files
 
@@ -86,11 +90,12 @@ def load_transformers(
     planned = {name: (model, plan) for name, model in models.items() if (plan := plan_of(model))}
     for name, layers in pipeline_split(planned, f"pipeline of {folder}", parallel).items():
         divide(*planned[name], layers, get_pp_group().rank_in_group)
+    parts = {name: _divided(*planned.get(name, (model, None)), parallel) for name, model in models.items()}
     for name in planned if parallel.fully_shard_degree > 1 else ():
         models[name] = blocks_in_shares(*planned[name], get_replica_group()).copy
     node = node_group(get_world_group(), backend_for(device))
     for name, model in models.items():
-        _fill(model, places[name], held[name], node, dtype_of(name), device)
+        _fill(model, places[name], held[name], parts[name], node, dtype_of(name), device)
     node.barrier()
     node.destroy()
     return models
@@ -111,7 +116,15 @@ def freed_encoders(
     return found
 
 
-def _places(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+def _divided(model: nn.Module, plan: ModelPlan | None, parallel: ParallelConfig) -> dict[Place, Part]:
+    """Divide a skeleton for tensor parallelism; of what is divided, the part that this rank keeps."""
+    if not plan or parallel.tp_degree == 1:
+        return {}
+    division, places = tensor.divide(model, plan, get_tp_group(), parallel.tensor_scheme), _places(model)
+    return {places[name]: part for name, part in division.kept(get_tp_group().rank_in_group).items()}
+
+
+def _places(model: nn.Module) -> dict[str, Place]:
     """The module that has a tensor, and its name there, by the name that checkpoints have for it."""
     return {
         f"{prefix}.{key}" if prefix else key: (owner, key)
@@ -122,23 +135,23 @@ def _places(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
 
 def _fill(
     model: nn.Module,
-    places: dict[str, tuple[nn.Module, str]],
+    places: dict[str, Place],
     held: dict[str, Entry],
+    parts: dict[Place, Part],
     node: GroupCoordinator,
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
-    """Give a skeleton the weights of the modules that it still has."""
+    """Give a skeleton the weights of the modules that it still has; of those in ``parts``, the part."""
 
     def cast(name: str, x: torch.Tensor) -> torch.Tensor:
         return x.to(device, _dtype(model, name, dtype) if x.is_floating_point() else x.dtype)
 
     shares, modules = shares_of(model), set(model.modules())
-    kept: dict[str, Part] = {name: None for name in held if places[name][0] in modules}
     if shares:
         places = _places(model)
-        parts = {name: (0, (rows,)) for name, rows in shares.rows().items() if rows is not None}
-        kept = {name: parts.get(name) for name in held}
+        parts = {places[name]: (0, (rows,)) for name, rows in shares.rows().items() if rows is not None}
+    kept = {name: parts.get(places[name]) for name in held if places[name][0] in modules}
     for name, x in read_shared(held, kept, node, cast):
         owner, key = places[name]
         if shares and key in owner._parameters:
