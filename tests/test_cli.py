@@ -9,6 +9,7 @@ from pathlib import Path
 
 import imageio
 import pytest
+import unets
 import whole
 from PIL import Image
 
@@ -20,6 +21,7 @@ EXAMPLES = {
     "flux_example.py": ("flux", ["--ulysses_degree", "2", "--attention_backend", "flash"]),
     "hunyuandit_example.py": ("hunyuan_dit", ["--data-parallel-degree", "2"]),
     "dit_example.py": ("dit", ["--use_split_batch"]),
+    "sdxl_example.py": ("sdxl", ["--distrifusion_degree", "2", "--use_parallel_vae"]),
 }
 
 
@@ -109,12 +111,11 @@ def test_xdit_makes_a_video_of_a_picture(tmp_path):
 def test_example_by_torchrun(tmp_path, folder_of, example):
     family, flags = EXAMPLES[example]
     size = ("--num_inference_steps", "2") if family == "dit" else SMALL[:-1]
-    binning = () if family in ("dit", "sd3", "flux") else SMALL[-1:]
+    binning = () if family in ("dit", "sd3", "flux", "sdxl") else SMALL[-1:]
     prompt = ("--prompt", "1" if family == "dit" else "a red circle", "--max_sequence_length", "7")
-    prompt = prompt[:2] if family in ("dit", "hunyuan_dit", "sd3") else prompt
-    done = torchrun(
-        tmp_path, 2, ROOT / "examples" / example, "--model", folder_of(family), *prompt, *size, *binning, *flags
-    )
+    prompt = prompt[:2] if family in ("dit", "hunyuan_dit", "sd3", "sdxl") else prompt
+    model = unets.save(family, tmp_path) if family in unets.PIPELINES else folder_of(family)
+    done = torchrun(tmp_path, 2, ROOT / "examples" / example, "--model", model, *prompt, *size, *binning, *flags)
     assert done.returncode == 0, done.stderr
     written = [tmp_path / line for line in done.stdout.split()]
     assert written and all(path.is_file() and path.name.startswith(family) for path in written)
