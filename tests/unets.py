@@ -1,5 +1,6 @@
 """Tiny pipelines over U-Nets, saved as folders, and what the ranks of the tests do with them."""
 
+import copy
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ import numpy as np
 import running
 import tiny
 import torch
+from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
+from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection
 
 from xfuser.testing.zoo import FAMILIES
 
@@ -83,6 +86,9 @@ def loaded(path: str, kind: str) -> Any:
         "text": lambda: pipe,
         "image": lambda: diffusers.AutoPipelineForImage2Image.from_pipe(pipe),
         "inpaint": lambda: diffusers.AutoPipelineForInpainting.from_pipe(pipe),
+        "adapter": lambda: diffusers.StableDiffusionXLPipeline(
+            **pipe.components | {"unet": with_adapter(pipe.unet)}, add_watermarker=False
+        ),
         "controlnet": lambda: diffusers.StableDiffusionXLControlNetPipeline(
             **pipe.components, controlnet=controlnet(pipe.unet), add_watermarker=False
         ),
@@ -100,8 +106,29 @@ def controlnet(unet: Any) -> diffusers.ControlNetModel:
     return net.eval()
 
 
+def with_adapter(unet: Any) -> Any:
+    """A copy with an IP-adapter of random weights, whose pictures are two tokens each."""
+    unet = copy.deepcopy(unet)
+    torch.manual_seed(2)
+    processors, width = {}, unet.config.cross_attention_dim
+    for name, processor in unet.attn_processors.items():
+        if name.endswith("attn2.processor"):
+            hidden = unet.get_submodule(name.removesuffix(".processor")).to_q.in_features
+            processor = IPAdapterAttnProcessor2_0(hidden, width, num_tokens=(2,))
+        processors[name] = processor
+    unet.set_attn_processor(processors)
+    unet.encoder_hid_proj = MultiIPAdapterImageProjection([ImageProjection(6, width, 2)])
+    unet.config.encoder_hid_dim_type = "ip_image_proj"
+    return unet.eval().requires_grad_(False)
+
+
+def embedded_picture() -> torch.Tensor:
+    return torch.randn(2, 1, 6, generator=running.seeded())
+
+
 EXTRA = {  # arguments that a kind of pipeline takes beyond the usual
     "text": {},
+    "adapter": {"ip_adapter_image_embeds": [embedded_picture()]},
     "image": {"image": running.picture(136, 104), "strength": 0.7, "num_inference_steps": 4},
     "inpaint": {
         "image": running.picture(136, 104), "strength": 0.8, "num_inference_steps": 4,

@@ -115,6 +115,7 @@ class MapParallel:
 
     def _enter_attention(self, name: str, arguments: Arguments) -> None:
         text = arguments.get(TEXT)
+        text = text[0] if isinstance(text, tuple) else text  # behind it come an IP-adapter's pictures
         self._text[name] = 0 if text is None else text.shape[1]
 
     def _attend(
