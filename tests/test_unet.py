@@ -11,7 +11,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import unets
 
-from xfuser import xDiTParallel, xFuserArgs
+import xfuser
+from xfuser import legacy, xDiTParallel, xFuserArgs
 from xfuser.core.distributed.utils import share
 from xfuser.core.staleness import MODES, Staleness
 from xfuser.methods.forward import replaced
@@ -157,6 +158,26 @@ def test_naive_patches_know_nothing_of_each_other(pool, path_of, scheme):
         pool, path_of("sdxl"), 2, degrees, semantics=lambda unet: pictures_of_their_own(unet, scheme), **LATENT
     )
     assert running.error(expected, unets.draw(path_of("sdxl"), None, **LATENT)) > 100 * running.TOLERANCE
+
+
+def loaded_and_wrapped(path):
+    """By the classes that load and wrap in one call, of this package and of its first generation."""
+    config = legacy.DistriConfig(height=136, width=104, mode="full_sync", warmup_steps=0)
+    call = unets.call_of(2)
+    pictures = []
+    for cls, given in (
+        (xfuser.xFuserStableDiffusionXLPipeline, {"engine_config": config.engine_config}),
+        (legacy.DistriSDXLPipeline, {"distri_config": config}),
+    ):
+        pipe = cls.from_pretrained(pretrained_model_name_or_path=path, **given)
+        pictures.append(running.array(pipe(**call, generator=running.seeded())))
+    return pictures
+
+
+def test_classes_that_load_and_wrap(pool, path_of):
+    expected = unets.draw(path_of("sdxl"), None, 2)
+    for pictures in pool.run(4, loaded_and_wrapped, path_of("sdxl")):
+        assert max(running.error(picture, expected) for picture in pictures) <= running.TOLERANCE
 
 
 SIZES = [7, 2, 3]

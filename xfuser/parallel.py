@@ -240,7 +240,7 @@ class xDiTParallel:
         """How the ranks that compute a part of the picture each go through a loop of one transformer."""
         parallel, scheduler = self.engine_config.parallel_config, getattr(self._pipe, "scheduler", None)
         if parallel.naive_patch_degree > 1:
-            return NaivePatches(parallel.tensor_scheme or "row")
+            return NaivePatches(parallel.split_scheme or "row")
         warmup = self.engine_config.runtime_config.warmup_steps * getattr(scheduler, "order", 1)
         return DistriFusion(Staleness(self._sp.ring_group, parallel.distrifusion_mode, warmup))
 
