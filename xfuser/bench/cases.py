@@ -8,6 +8,8 @@ from typing import Any
 import diffusers
 import torch
 
+from xfuser.vae.engines import available_engines
+
 TEXT = 64  # size of the prompts' embeddings
 SEQUENCE = ("ulysses_degree={ranks}", "ring_degree={ranks}")
 PIPEFUSION = "pipefusion_parallel_degree={{ranks}} num_pipeline_patch={0}"
@@ -111,7 +113,7 @@ CASES = {
         "AutoencoderKL, widths 128 to 512, behind a small PixArt",
         partial(pixart, 1, 1, 8, partial(decoder, (128, 256, 512, 512))),
         lambda: pixart_call(512, 1) | {"output_type": "pt"},
-        tuple(VAE.format(engine) for engine in ("native", "distvae")),
+        tuple(VAE.format(engine) for engine in available_engines()[1:]),
     ),
     "tiny-joint": Case(
         "Flux, 1 + 1 layers, hidden 128, 8 tokens of text", partial(flux, 1, 1, 2), partial(flux_call, 128, 96, 8, 2)

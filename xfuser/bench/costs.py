@@ -37,7 +37,7 @@ def _line(row: dict[str, Any], run: dict[str, Any]) -> str | None:
 
     flags = [word.partition("=")[0] for word in row["name"].split()]
     methods = [FORMULAS[flag] for flag in flags if flag in FORMULAS]
-    if "refused" in row or len(methods) != 1 or "use_cfg_parallel" in flags:
+    if "refused" in row or len(methods) != 1 or any(flag.startswith("use_") for flag in flags):
         return None
     serial, one, (formula, factor) = run["serial"], row["summary"], methods[0]
     shape = run["shape"]

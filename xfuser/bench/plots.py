@@ -25,8 +25,11 @@ def save(figure: Any, path: str) -> str:
 def draw_report(path: str, title: str, told: list[dict[str, Any]]) -> str:
     """Four panels: time of a call, efficiency, bytes sent a step, memory; a bar for each configuration."""
     rows = [(run, row) for run in told for row in run["rows"] if "summary" in row]
+    if not rows:
+        raise ValueError("nothing was measured: every configuration was refused")
     names = [_label(row["name"], run["ranks"] if len(told) > 1 else None) for run, row in rows]
-    figure, panels = pyplot().subplots(2, 2, figsize=(13, 2.4 + 0.62 * len(rows)), sharey=True, squeeze=False)
+    lines = len(rows) * max(2, *(1 + name.count("\n") for name in names))
+    figure, panels = pyplot().subplots(2, 2, figsize=(13, 1.8 + 0.34 * lines), sharey=True, squeeze=False)
     figure.suptitle(title)
     summaries = [row["summary"] for _, row in rows]
     _draw_times(panels[0][0], told, rows)
@@ -37,13 +40,15 @@ def draw_report(path: str, title: str, told: list[dict[str, Any]]) -> str:
         panel.set_yticks(range(len(rows)), names, fontsize=8)
         panel.grid(axis="x", alpha=0.3)
         panel.set_axisbelow(True)
+        panel.set_xlim(0, 1.35 * panel.get_xlim()[1])  # room for the legend
+        panel.legend(fontsize=8, loc="upper right")
     panels[0][0].invert_yaxis()
     figure.tight_layout()
     return save(figure, path)
 
 
 def _label(name: str, ranks: int | None) -> str:
-    return name.replace(" ", "\n") + (f"\n({ranks} ranks)" if ranks else "")
+    return name.replace(" ", "\n") + (f" ({ranks} ranks)" if ranks else "")
 
 
 def _draw_times(panel: Any, told: list[dict[str, Any]], rows: list[Any]) -> None:
@@ -52,10 +57,11 @@ def _draw_times(panel: Any, told: list[dict[str, Any]], rows: list[Any]) -> None
         spread = [[one["seconds"] - one["fastest"]], [one["slowest"] - one["seconds"]]]
         panel.barh(place, one["seconds"], xerr=spread, color="#4e79a7", ecolor="black", capsize=3)
     for run in told:
+        places = [place for place, (own, _) in enumerate(rows) if own is run]
         serial = statistics.median(run["serial"]["seconds"])
-        panel.axvline(serial, color="#e15759", label=f"serial ({run['ranks']} ranks' run)" if told[1:] else "serial")
+        ends = [places[0] - 0.5, places[-1] + 0.5] if places else []
+        panel.plot([serial] * len(ends), ends, color="#e15759", label="serial" if run is told[0] else None)
     panel.set_title("seconds of a call: median, fastest, slowest", fontsize=10)
-    panel.legend(fontsize=8)
 
 
 def _draw_gains(panel: Any, summaries: list[dict[str, float]]) -> None:
@@ -64,7 +70,6 @@ def _draw_gains(panel: Any, summaries: list[dict[str, float]]) -> None:
     panel.barh([place + 0.2 for place in places], [one["efficiency"] for one in summaries], 0.38, label="efficiency")
     panel.axvline(1, color="black", linewidth=0.8)
     panel.set_title("speed-up over serial, efficiency", fontsize=10)
-    panel.legend(fontsize=8)
 
 
 def _draw_traffic(panel: Any, rows: list[dict[str, Any]]) -> None:
@@ -75,7 +80,6 @@ def _draw_traffic(panel: Any, rows: list[dict[str, Any]]) -> None:
         panel.barh(range(len(rows)), sizes, left=start, label=operation)
         start = [a + b for a, b in zip(start, sizes, strict=True)]
     panel.set_title("MB sent a step, by the rank that sends most", fontsize=10)
-    panel.legend(fontsize=8)
 
 
 def _draw_memory(panel: Any, told: list[dict[str, Any]], summaries: list[dict[str, float]]) -> None:
@@ -88,7 +92,6 @@ def _draw_memory(panel: Any, told: list[dict[str, Any]], summaries: list[dict[st
     serial = told[0]["serial"]
     panel.axvline((serial["parameters"][0] + serial["live"][0]) / 1e6, color="#e15759", label="serial")
     panel.set_title("MB at the peak, on the rank that holds most", fontsize=10)
-    panel.legend(fontsize=8)
 
 
 def draw_timeline(path: str, told: list[dict[str, Any]], steps: int = 4) -> str:

@@ -34,6 +34,7 @@ class Workload:
         self._case = CASES[case] if case else None
         self._sizes = sizes or {}
         self._loaded: dict[tuple, Any] = {}
+        self._calls: dict[str | None, dict[str, Any]] = {}
 
     def pipe(self, engine: EngineConfig | None = None) -> Any:
         """The bare pipeline, loaded once for all configurations that load it alike; the serial one by default."""
@@ -56,8 +57,16 @@ class Workload:
 
     def call(self, prompt: str | None = None) -> dict[str, Any]:
         """The arguments of the call; with ``prompt`` in place of those asked for."""
-        if self._case:
-            return self._case.call() | self._sizes
+        if prompt not in self._calls:
+            self._calls[prompt] = self._case_call() if self._case else self._model_call(prompt)
+        return self._calls[prompt]
+
+    def _case_call(self) -> dict[str, Any]:
+        device = devices.device(get_world_group().local_rank)
+        call = self._case.call() | self._sizes
+        return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in call.items()}
+
+    def _model_call(self, prompt: str | None) -> dict[str, Any]:
         inputs = replace(self._inputs, prompt=prompt) if prompt else self._inputs
         call = pipeline_arguments(self.pipe(), inputs)
         return call | ({"output_type": "pt"} if inputs.output_type == "pil" and "output_type" in call else {})
