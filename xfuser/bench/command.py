@@ -158,6 +158,8 @@ def _run_rank(options: argparse.Namespace, chosen: list[Configuration]) -> int:
 
     mine = of_this_world(chosen)
     init_distributed_environment()
+    if not options.part and get_world_group().is_first_rank:
+        output_folder(options.output_dir)
     sizes = {name: value for name in SIZES if (value := getattr(options, name)) is not None}
     workload = Workload(base_arguments(options), options.case, sizes)
     contenders = [ours(workload, configuration) for configuration in mine]

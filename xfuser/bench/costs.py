@@ -18,8 +18,8 @@ FORMULAS: dict[str, tuple[str, Callable[[int, int], float]]] = {  # by flag: in 
 HEAD = """## Costs
 
 p = {tokens:,} tokens, hs = {hidden}, L = {layers}, {element} bytes an element. Sent: by the rank that sends most, in a
-step. Parameters, activations: of serial. Buffers: what outlives a step, also in units of the keys and values of all
-layers (2 · p·hs·L).
+step. Parameters, activations (live tensors that are no buffers): of serial. Buffers: what outlives a step, also in
+units of the keys and values of all layers (2 · p·hs·L).
 
 | method | ranks | latency / serial | sent a step | formula | by formula | sent / formula | parameters | activations \
 | buffers | of K and V |
@@ -46,6 +46,6 @@ def _line(row: dict[str, Any], run: dict[str, Any]) -> str | None:
     return (
         f"| `{row['name']}` | {run['ranks']} | {one['seconds'] / statistics.median(serial['seconds']):.2f}"
         f" | {megabytes(one['sent'])} | {formula} | {megabytes(expected)} | {one['sent'] / expected:.2f}"
-        f" | {one['parameters'] / serial['parameters'][0]:.2f} | {one['live'] / serial['live'][0]:.2f}"
+        f" | {one['parameters'] / serial['parameters'][0]:.2f} | {one['activations'] / serial['live'][0]:.2f}"
         f" | {megabytes(one['buffers'])} | {one['buffers'] / (2 * unit * shape['layers']):.2f} |"
     )

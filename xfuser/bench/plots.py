@@ -7,7 +7,7 @@ from typing import Any
 from xfuser.bench.extras import extra
 from xfuser.bench.files import replace_file
 
-PARTS = (("parameters", "parameters"), ("buffers", "buffers"), ("activations", "activations"))
+PARTS = ("parameters", "buffers", "activations")
 
 
 def pyplot() -> Any:
@@ -84,10 +84,9 @@ def _draw_traffic(panel: Any, rows: list[dict[str, Any]]) -> None:
 
 def _draw_memory(panel: Any, told: list[dict[str, Any]], summaries: list[dict[str, float]]) -> None:
     start = [0.0] * len(summaries)
-    for key, label in PARTS:
-        sizes = [one[key] if key in one else one["live"] - one["buffers"] for one in summaries]
-        sizes = [size / 1e6 for size in sizes]
-        panel.barh(range(len(summaries)), sizes, left=start, label=label)
+    for key in PARTS:
+        sizes = [one[key] / 1e6 for one in summaries]
+        panel.barh(range(len(summaries)), sizes, left=start, label=key)
         start = [a + b for a, b in zip(start, sizes, strict=True)]
     serial = told[0]["serial"]
     panel.axvline((serial["parameters"][0] + serial["live"][0]) / 1e6, color="#e15759", label="serial")

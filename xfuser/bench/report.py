@@ -70,6 +70,7 @@ def summary(row: dict[str, Any], run: dict[str, Any]) -> dict[str, float]:
         "parameters": max(row["parameters"]),
         "live": max(row["live"]),
         "buffers": max(row["buffers"]),
+        "activations": max(live - kept for live, kept in zip(row["live"], row["buffers"], strict=True)),
         "max_error": max(row["max_error"]),
         "relative_error": max(row["relative_error"]),
         "psnr": min(row["psnr"]),
@@ -93,6 +94,7 @@ def table(run: dict[str, Any]) -> str:
         f"| serial | {alone:.3g} s | 1 | | | | | {megabytes(serial['parameters'][0])}"
         f" | {megabytes(serial['live'][0])} | {megabytes(serial['buffers'][0])} | | |",
         *map(_line, run["rows"]),
+        *(f"\n{line}" for row in run["rows"] if (line := _asynchronous(row, alone / serial["steps"][0]))),
     ]
     return "\n".join(lines)
 
@@ -109,6 +111,21 @@ def _line(row: dict[str, Any]) -> str:
         f" | {operations} | {megabytes(one['parameters'])} | {megabytes(one['live'])} | {megabytes(one['buffers'])}"
         f" | {one['relative_error']:.0e} | {decibels(one['psnr'])} |"
     )
+
+
+def _asynchronous(row: dict[str, Any], serial: float) -> str | None:
+    """How fast PipeFusion is once its stages are busy, in the last round; ``serial``: seconds of a serial step."""
+    spans = row.get("spans") or []
+    patches: dict[int, set[int]] = {}
+    for span in spans:
+        patches.setdefault(span["step"], set()).add(span["patch"])
+    steps = [step for step, seen in patches.items() if len(seen) > 1]
+    if not steps:
+        return None
+    before = [span["end"] for span in spans if span["step"] < min(steps)] or [min(span["start"] for span in spans)]
+    seconds = (max(span["end"] for span in spans) - max(before)) / len(steps)
+    times = f"{serial / seconds:.2f} times as long"
+    return f"`{row['name']}`: an asynchronous step takes {seconds:.3g} s, a serial one {times}."
 
 
 def megabytes(count: float) -> str:
