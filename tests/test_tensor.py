@@ -54,6 +54,8 @@ def drawn(family, degrees, changes=None, call=CALL):
 
 
 def check(pool, family, ranks, degrees, changes=None, call=CALL, most=0.7):
+    if not FAMILIES[family].present:
+        pytest.skip("this release of Diffusers does not have it")
     expected = matrix.draw_family(changed(family, changes), None, call)
     if degrees.get("num_pipeline_patch"):
         expected = matrix.reference(family, degrees, call)
