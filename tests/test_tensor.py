@@ -115,6 +115,17 @@ def test_products_equal_serial(pool, family, product):
     check(pool, family, 4, {"tensor_parallel_degree": 2} | PRODUCTS[product], call=CALL | steps)
 
 
+@pytest.mark.parametrize("method", [{"distrifusion_degree": 2}, {"naive_patch_degree": 2, "split_scheme": "col"}])
+@pytest.mark.parametrize("family", ["pixart", "unet"])
+def test_parts_of_a_picture_are_as_with_whole_weights(pool, family, method):
+    """Methods that are not exact compute the same with divided weights."""
+    call = CALL | {"num_inference_steps": 3}
+    expected = pool.run(2, matrix.draw, family, method, call)[0]
+    for result, kept, whole in pool.run(4, drawn, family, {"tensor_parallel_degree": 2} | method, None, call):
+        assert matrix.error(result, expected) <= matrix.TOLERANCE
+        assert kept < 0.7 and whole
+
+
 @pytest.mark.parametrize("scheme", ["col", "row"])
 @pytest.mark.parametrize("family", ["flux", "wan", "sana", "unet"])
 def test_other_schemes_equal_serial(pool, family, scheme):

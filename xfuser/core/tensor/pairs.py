@@ -33,9 +33,7 @@ def feed_forward_pairs(name: str, module: nn.Module, ranks: int) -> Pairs | None
         tables = ((("0",), "2"),) if in_a_row else ()
     else:
         tables = FEED_FORWARDS
-    if not tables or len(list(module.children())) > 6:
-        return None
-    layers = layers_of(module)
+    layers = layers_of(module) if tables else {}
     for columns, row in tables:
         if layers.keys() == {*columns, row} and all(isinstance(one, nn.Linear) for one in layers.values()):
             hidden = layers[row].in_features
