@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from xfuser import load_pipeline, xFuserArgs
 from xfuser.inputs import pipeline_arguments
-from xfuser.output import write_media
+from xfuser.output import check_writable, write_media
 
 
 def arguments(family, **fields):
@@ -134,3 +134,21 @@ def warnings_without_guidance(path):
 def test_guidance_ranks_without_guidance_are_warned_of(pool, folder_of):
     (message,) = pool.run(2, warnings_without_guidance, folder_of("sd3"))[0]
     assert "runs no classifier-free guidance" in message
+
+
+def test_a_file_is_there_whole_or_not_at_all(tmp_path):
+    """A picture that cannot be written leaves the one before it, and nothing else."""
+    path = write_media(Image.new("RGB", (4, 4), (255, 0, 0)), str(tmp_path), "picture")
+    with pytest.raises(OSError, match="HSV"):
+        write_media(Image.new("HSV", (4, 4)), str(tmp_path), "picture")
+    assert Image.open(path).getpixel((0, 0)) == (255, 0, 0)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["picture.png"]
+
+
+def test_folders_that_cannot_be_written_are_named_and_nothing_is_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    check_writable(str(tmp_path / "new" / "deeper"))
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ValueError, match=r"file.*name another one"):
+            check_writable(str(folder))
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]

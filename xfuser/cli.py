@@ -10,6 +10,7 @@ from typing import Any
 from xfuser.config import FlexibleArgumentParser, xFuserArgs
 from xfuser.core import device as devices
 from xfuser.core.distributed import destroy_distributed_environment, get_world_group
+from xfuser.output import check_writable
 from xfuser.words import check_words, known_words
 
 COMMANDS = {
@@ -32,6 +33,7 @@ def main() -> int:
             raise ValueError('there is nothing to draw: give --prompt "..."')
         engine_config, _ = args.checked()
         check_words(engine_config.model_config.model, [*_texts(args.prompt), *_texts(args.negative_prompt)])
+        check_writable(options.output_dir)
         ranks = engine_config.world_size
         if ranks > 1 and not is_rank:
             return launch(ranks, arguments)

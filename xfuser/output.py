@@ -2,6 +2,8 @@
 
 import os
 import re
+import tempfile
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -23,21 +25,45 @@ def media_of(output: Any) -> list[Any]:
     return list(output[0])
 
 
+def check_writable(directory: str) -> None:
+    """Raise a ValueError, and make nothing, where files cannot be written into a folder, there already or not."""
+    nearest = os.path.abspath(directory)
+    while not os.path.lexists(nearest):
+        nearest = os.path.dirname(nearest)
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise ValueError(f"{directory!r} is no folder that can be written to ({error}): name another one") from error
+
+
 def write_media(item: Any, directory: str, name: str) -> str:
     """Write one image, video or latent into ``directory``, made if needed; returns the path.
 
-    Characters of ``name`` that are not safe in file names become ``_``.
+    Characters of ``name`` that are not safe in file names become ``_``. A file is there whole, or not at all.
     """
     os.makedirs(directory, exist_ok=True)
     path = os.path.join(directory, re.sub(r"[^\w.-]+", "_", name).lstrip("."))
     if isinstance(item, torch.Tensor) and not _looks_like_pictures(item):
-        save_file({"latents": item.detach().cpu().contiguous()}, f"{path}.safetensors")
-        return f"{path}.safetensors"
+        latents = {"latents": item.detach().cpu().contiguous()}
+        return _whole(f"{path}.safetensors", lambda unfinished: save_file(latents, unfinished))
     frames = _frames(item)
     if len(frames) == 1:
-        frames[0].save(f"{path}.png")
-        return f"{path}.png"
+        return _whole(f"{path}.png", frames[0].save)
     return _write_video(frames, path)
+
+
+def _whole(path: str, write: Callable[[str], Any]) -> str:
+    """Let ``write`` make a file of another name, and give it its own when it is done; returns the path."""
+    folder, name = os.path.split(path)
+    unfinished = os.path.join(folder, f".{os.getpid()}_{name}")
+    try:
+        write(unfinished)
+        os.replace(unfinished, path)
+    finally:
+        if os.path.exists(unfinished):
+            os.unlink(unfinished)
+    return path
 
 
 def _looks_like_pictures(x: torch.Tensor) -> bool:
@@ -64,9 +90,9 @@ def _write_video(frames: list[Image.Image], path: str) -> str:
     try:
         from diffusers.utils import export_to_video
 
-        return export_to_video(frames, f"{path}.mp4", fps=FRAMES_PER_SECOND)
+        return _whole(f"{path}.mp4", lambda unfinished: export_to_video(frames, unfinished, fps=FRAMES_PER_SECOND))
     except (AttributeError, ImportError, OSError) as error:  # the first one is Diffusers' for "no ffmpeg"
         logger.info("no video encoder (%s): a GIF is written", error)
     delay = 1000 // FRAMES_PER_SECOND
-    frames[0].save(f"{path}.gif", save_all=True, append_images=frames[1:], duration=delay, loop=0)
-    return f"{path}.gif"
+    options = {"save_all": True, "append_images": frames[1:], "duration": delay, "loop": 0}
+    return _whole(f"{path}.gif", lambda unfinished: frames[0].save(unfinished, **options))
