@@ -175,9 +175,14 @@ def _handed_out(
         for work in sends:
             work.wait()
         return _cut(x, parts[rank])
-    x = cast(torch.empty(_cut(torch.empty(entry.shape, device="meta"), parts[rank]).shape, dtype=entry.dtype))
+    x = cast(torch.empty(kept_of(entry.shape, parts[rank]), dtype=entry.dtype))
     node.irecv(x, reader).wait()
     return x
+
+
+def kept_of(shape: torch.Size, part: Part) -> torch.Size:
+    """The shape of a part of a tensor."""
+    return _cut(torch.empty(shape, device="meta"), part).shape
 
 
 def _cut(x: torch.Tensor, part: Part) -> torch.Tensor:

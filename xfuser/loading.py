@@ -9,14 +9,15 @@ import torch
 from diffusers import DiffusionPipeline
 from packaging.version import Version
 
+from xfuser.checkpoint import checkpoint
 from xfuser.config import EngineConfig, InputConfig
 from xfuser.core import device as devices
 from xfuser.core.distributed import get_world_group
 from xfuser.logger import quiet_libraries
-from xfuser.methods.text_encoders import text_encoders
-from xfuser.models.registry import check_folder, planned_models
+from xfuser.methods.text_encoders import PREFIX, text_encoders
+from xfuser.models.registry import check_folder, is_known, planned_models
 from xfuser.parallel import join_groups
-from xfuser.skeleton import check_files, freed_encoders, load_transformers
+from xfuser.skeleton import STEMS, check_files, components_of, freed_encoders, load_transformers
 
 LEFT_TO_DIFFUSERS = ("quantization_config", "device_map", "custom_pipeline", "use_flashpack")  # arguments
 DTYPE_ARGUMENT = "dtype" if Version(diffusers.__version__) >= Version("0.40") else "torch_dtype"
@@ -76,12 +77,46 @@ def _parts(engine_config: EngineConfig, pipeline_class: Any, options: dict[str, 
         return dtype or torch.float32
 
     device = torch.device("cpu") if _offloads(engine_config) else devices.device(get_world_group().local_rank)
+
+    def check_memory(size: int) -> None:
+        _check_memory(engine_config, size + _other_weights(engine_config, folder, dtype_of, options))
+
     parts = load_transformers(
-        folder, engine_config.parallel_config, dtype_of, options.get("variant"), device, set(options)
+        folder,
+        engine_config.parallel_config,
+        dtype_of,
+        options.get("variant"),
+        device,
+        set(options),
+        check_memory,
     )
     if engine_config.runtime_config.text_encoder in ("shard", "rank0") and not get_world_group().is_first_rank:
         parts |= freed_encoders(folder, dtype_of, device, set(options))
     return parts
+
+
+def _other_weights(engine_config: EngineConfig, folder: str, dtype_of: Any, options: dict[str, Any]) -> int:
+    """Bytes of what a rank has beside transformers, without text encoders that are not on every rank."""
+    elsewhere = (PREFIX,) if engine_config.runtime_config.text_encoder != "replicate" else ()
+    size = 0
+    for name, (library, kind) in components_of(folder).items():
+        if name in options or name.startswith(elsewhere) or is_known(getattr(diffusers, kind, object)):
+            continue
+        held = checkpoint(os.path.join(folder, name), STEMS.get(library, ""), options.get("variant")) or {}
+        size += sum(entry.shape.numel() for entry in held.values()) * dtype_of(name).itemsize
+    return size
+
+
+def _check_memory(engine_config: EngineConfig, size: int) -> None:
+    """Refuse on all ranks what is too much for one."""
+    memory, model = engine_config.runtime_config.memory, engine_config.model_config.model
+    worst = max(get_world_group().all_gather_object(size))
+    if memory is not None and worst > memory and not _offloads(engine_config):
+        raise ValueError(
+            f"the weights of {model!r} that a rank keeps are {worst / 1e9:.2f} GB, and memory={memory / 1e9:.2f} GB:"
+            f" `xdit plan --model {model} --world_size {get_world_group().world_size}` lists what the degrees and"
+            " --text_encoder do to this"
+        )
 
 
 def _fetched(model: str, pipeline_class: Any, options: dict[str, Any]) -> str:

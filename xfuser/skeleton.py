@@ -12,7 +12,7 @@ from accelerate import init_empty_weights
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 
-from xfuser.checkpoint import Entry, Part, backend_for, check_keys, checkpoint, node_group, read_shared
+from xfuser.checkpoint import Entry, Part, backend_for, check_keys, checkpoint, kept_of, node_group, read_shared
 from xfuser.config import ParallelConfig
 from xfuser.core.distributed import GroupCoordinator, get_pp_group, get_replica_group, get_tp_group, get_world_group
 from xfuser.methods import tensor
@@ -60,11 +60,13 @@ def load_transformers(
     variant: str | None,
     device: torch.device,
     given: set[str],
+    check_memory: Callable[[int], None],
 ) -> dict[str, nn.Module]:
     """The transformers of a pipeline's folder, with the weights that this rank keeps; every rank must call it.
 
     Blocks of other PipeFusion stages are stubs. A file is read once per node. Left to Diffusers are parts that are
-    ``given``, quantised weights, and those that are not in safetensors files.
+    ``given``, quantised weights, and those that are not in safetensors files. ``check_memory`` is called with the bytes
+    that this rank will keep, before any is read.
 
     Raises:
         ValueError: a checkpoint does not fit its configuration, or the degrees do not fit the transformers. All ranks
@@ -93,9 +95,11 @@ def load_transformers(
     parts = {name: _divided(*planned.get(name, (model, None)), parallel) for name, model in models.items()}
     for name in planned if parallel.fully_shard_degree > 1 else ():
         models[name] = blocks_in_shares(*planned[name], get_replica_group()).copy
+    loads = [_Load(model, places[name], held[name], parts[name], dtype_of(name)) for name, model in models.items()]
+    check_memory(sum(load.size for load in loads))
     node = node_group(get_world_group(), backend_for(device))
-    for name, model in models.items():
-        _fill(model, places[name], held[name], parts[name], node, dtype_of(name), device)
+    for load in loads:
+        load.run(node, device)
     node.barrier()
     node.destroy()
     return models
@@ -133,31 +137,50 @@ def _places(model: nn.Module) -> dict[str, Place]:
     }
 
 
-def _fill(
-    model: nn.Module,
-    places: dict[str, Place],
-    held: dict[str, Entry],
-    parts: dict[Place, Part],
-    node: GroupCoordinator,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> None:
-    """Give a skeleton the weights of the modules that it still has; of those in ``parts``, the part."""
+class _Load:
+    """The weights that a skeleton gets: those of the modules that it still has; of those in ``parts``, the part."""
 
-    def cast(name: str, x: torch.Tensor) -> torch.Tensor:
-        return x.to(device, _dtype(model, name, dtype) if x.is_floating_point() else x.dtype)
+    def __init__(
+        self,
+        model: nn.Module,
+        places: dict[str, Place],
+        held: dict[str, Entry],
+        parts: dict[Place, Part],
+        dtype: torch.dtype,
+    ) -> None:
+        self._model, self._held, self._dtype = model, held, dtype
+        self._shares, modules = shares_of(model), set(model.modules())
+        if self._shares:
+            places = _places(model)
+            rows = self._shares.rows()
+            parts = {places[name]: (0, (part,)) for name, part in rows.items() if part is not None}
+        self._places = places
+        self._kept = {name: parts.get(places[name]) for name in held if places[name][0] in modules}
 
-    shares, modules = shares_of(model), set(model.modules())
-    if shares:
-        places = _places(model)
-        parts = {places[name]: (0, (rows,)) for name, rows in shares.rows().items() if rows is not None}
-    kept = {name: parts.get(places[name]) for name in held if places[name][0] in modules}
-    for name, x in read_shared(held, kept, node, cast):
-        owner, key = places[name]
-        if shares and key in owner._parameters:
-            shares.fill(name, x)
-        else:
-            set_tensor(owner, key, getattr(owner, key), x)
+    @property
+    def size(self) -> int:
+        """Bytes of it."""
+        return sum(
+            kept_of(self._held[name].shape, part).numel() * self._dtype_of(name).itemsize
+            for name, part in self._kept.items()
+        )
+
+    def run(self, node: GroupCoordinator, device: torch.device) -> None:
+        """Read and put them in their places; all ranks of the node must call it."""
+
+        def cast(name: str, x: torch.Tensor) -> torch.Tensor:
+            return x.to(device, self._dtype_of(name))
+
+        for name, x in read_shared(self._held, self._kept, node, cast):
+            owner, key = self._places[name]
+            if self._shares and key in owner._parameters:
+                self._shares.fill(name, x)
+            else:
+                set_tensor(owner, key, getattr(owner, key), x)
+
+    def _dtype_of(self, name: str) -> torch.dtype:
+        stored = self._held[name].dtype
+        return _dtype(self._model, name, self._dtype) if stored.is_floating_point else stored
 
 
 def _dtype(model: nn.Module, name: str, dtype: torch.dtype) -> torch.dtype:

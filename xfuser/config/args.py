@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import typing
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -82,6 +83,9 @@ class xFuserArgs:
     text_encoder: str = _runtime(
         "replicate",
         "Text encoders: replicate on all ranks, shard over them, rank0 has them, or offload when prompts are encoded.",
+    )
+    memory: str | None = _runtime(
+        None, "Memory that a rank may use, such as 24GB; that of its accelerator if not given. Less is not tried."
     )
     use_fp8_t5_encoder: bool = _runtime(False, "Store the T5 text encoder's weights in 8 bits.")
     dtype: str = _runtime("auto", "Weights: float32, float16, bfloat16; auto is bfloat16 on a GPU, else float32.")
@@ -229,7 +233,11 @@ class xFuserArgs:
         self._check_text_encoder()
         return RuntimeConfig(
             **self._fields_of(RuntimeConfig)
-            | {"dtype": DTYPES[self.dtype] or devices.default_dtype(), "vae_chunk_rows": self._chunk_rows()}
+            | {
+                "dtype": DTYPES[self.dtype] or devices.default_dtype(),
+                "vae_chunk_rows": self._chunk_rows(),
+                "memory": devices.total_memory() if self.memory is None else in_bytes(self.memory),
+            }
         )
 
     def _check_text_encoder(self) -> None:
@@ -270,6 +278,19 @@ class xFuserArgs:
                     f"{name}={getattr(self, name)!r} is not available yet; what is: data_parallel_degree,"
                     " use_cfg_parallel, ulysses_degree, ring_degree, pipefusion_parallel_degree, tensor_parallel_degree"
                 )
+
+
+def in_bytes(size: str) -> int:
+    """``"24GB"`` or ``"22.5 GiB"`` as a number of bytes.
+
+    Raises:
+        ValueError: it is no size.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT])(i?)B?", size, flags=re.IGNORECASE)
+    if not found:
+        raise ValueError(f"memory={size!r} is no size: give a number with a unit, such as 24GB or 22.5GiB")
+    number, unit, binary = found.groups()
+    return int(float(number) * (1024 if binary else 1000) ** (" KMGT".index(unit.upper())))
 
 
 def _item_type(hint: Any) -> type:

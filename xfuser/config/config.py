@@ -34,6 +34,7 @@ class RuntimeConfig:
     vae_split: str = "auto"
     vae_chunk_rows: int | str | None = None
     text_encoder: str = "replicate"
+    memory: int | None = None
     use_fp8_t5_encoder: bool = False
     enable_model_cpu_offload: bool = False
     enable_sequential_cpu_offload: bool = False

@@ -76,6 +76,11 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def total_memory() -> int | None:
+    """Bytes that the accelerator has; None where there is none, as ranks then share what the machine has."""
+    return None if device_type() == "cpu" else torch.get_device_module(device_type()).mem_get_info()[1]
+
+
 def free_memory() -> int:
     """Bytes that can be allocated now: of the accelerator, or of the machine's memory on the CPU."""
     if device_type() != "cpu":

@@ -1,0 +1,186 @@
+"""A pipeline's call without its weights and without other ranks, to see what memory it takes.
+
+The pipeline, its scheduler and tokenizers are real, and so is all that the engine does. Its modules have weights of
+the right shapes with nothing in them, and run on such tensors (``FakeTensorMode``); the other ranks are the ``fake``
+backend of torch.distributed, which exchanges nothing.
+"""
+
+import inspect
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import wraps
+from typing import Any
+
+import diffusers
+import torch
+import torch.distributed as dist
+import transformers
+from diffusers import DiffusionPipeline
+from diffusers.utils.logging import disable_progress_bar
+from huggingface_hub import snapshot_download
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._pytree import tree_map_only
+
+from xfuser.bench.meters import LiveMemory
+from xfuser.config import EngineConfig, InputConfig
+from xfuser.core.distributed import destroy_distributed_environment
+from xfuser.logger import quiet_libraries
+from xfuser.methods.pipefusion.blocks import divide
+from xfuser.methods.sharding import outermost_lists
+from xfuser.models.plan import blocks_of
+from xfuser.models.registry import plan_of, planned_models
+from xfuser.parallel import pipeline_split, xDiTParallel
+from xfuser.skeleton import components_of, skeleton
+
+LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
+CODER = ("encode", "decode")  # the methods by which pipelines call their VAE
+
+
+@dataclass
+class Memory:
+    """Bytes that a rank needs, the one that needs most of its weights.
+
+    Attributes:
+        weights: of each component of the pipeline.
+        transformers: names of those components that parallelism is about.
+        units: of what shares of weights are gathered by, of each component.
+        live: of tensors that are alive at the worst moment while a component computes; what it keeps for later, such as
+            the keys and values of PipeFusion, and what others keep, is in it.
+        kept: of those that are alive between the transformers' forwards.
+    """
+
+    weights: dict[str, int]
+    transformers: set[str] = field(default_factory=set)
+    units: dict[str, list[int]] = field(default_factory=dict)
+    live: dict[str, int] = field(default_factory=dict)
+    kept: int = 0
+
+
+@contextmanager
+def alone_of(world_size: int) -> Iterator[None]:
+    """Within the context, this process is the first of so many ranks, and the others are not there."""
+    dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
+    try:
+        yield
+    finally:
+        destroy_distributed_environment()
+        dist.destroy_process_group()
+
+
+def configs_of(model: str, cache: str | None = None) -> str:
+    """The folder of a pipeline; of one on the hub, only what is no weights is fetched."""
+    if os.path.isdir(model):
+        return model
+    return snapshot_download(model, cache_dir=cache, allow_patterns=["*.json", "*.txt", "*.model", "*.jinja"])
+
+
+def rehearse(engine_config: EngineConfig, input_config: InputConfig) -> Memory:
+    """What a call takes on a rank; within :func:`alone_of` the configuration's number of ranks.
+
+    Raises:
+        ValueError: the configuration does not fit the pipeline.
+        RuntimeError: a forward looks at the values in its tensors, which are not there.
+    """
+    folder, dtype = engine_config.model_config.model, engine_config.runtime_config.dtype
+    parts = {name: hollow(folder, name, dtype) for name in components_of(folder)}
+    parts = {name: part for name, part in parts.items() if part is not None}
+    fake, meter = FakeTensorMode(allow_non_fake_inputs=True), LiveMemory()
+    memory = Memory({})
+    for name, part in parts.items():
+        memory.live[name] = 0
+        _give_shapes(part, fake)
+        for method in CODER if hasattr(part, CODER[1]) else ("forward",):
+            setattr(part, method, _simulated(getattr(part, method), name, fake, meter, memory))
+    disable_progress_bar()
+    with quiet_libraries():
+        pipe = DiffusionPipeline.from_pretrained(folder, **parts)
+    pipe.set_progress_bar_config(disable=True)
+    heaviest = _heaviest_stage(pipe, engine_config)
+    memory.transformers = set(planned_models(pipe))
+    memory.units = {name: units_of(part) for name, part in parts.items()}
+    parallel = xDiTParallel(pipe, engine_config, input_config)
+    memory.weights = {name: weight_of(getattr(parallel, name)) for name in parts}
+    for name, factor in heaviest.items():
+        memory.weights[name] = int(memory.weights[name] * factor)
+    with meter:
+        parallel(**parallel.call_arguments())
+    return memory
+
+
+def hollow(folder: str, name: str, dtype: torch.dtype) -> nn.Module | None:
+    """A component of a pipeline's folder without weights; None for one that has none."""
+    library, kind = components_of(folder)[name]
+    cls, part = getattr(LIBRARIES.get(library), kind, None), os.path.join(folder, name)
+    if not (inspect.isclass(cls) and issubclass(cls, nn.Module)):
+        return None
+    if library == "diffusers":
+        return skeleton(lambda: cls.from_config(cls.load_config(part)), dtype)
+    module = skeleton(lambda: cls(cls.config_class.from_pretrained(part)), dtype)
+    module.tie_weights()
+    return module
+
+
+def weight_of(module: nn.Module) -> int:
+    """Bytes of a module's parameters and buffers, but for those on the meta device, which other ranks have."""
+    return sum(x.nbytes for x in (*module.parameters(), *module.buffers()) if x.device.type != "meta")
+
+
+def units_of(module: nn.Module) -> list[int]:
+    """Bytes of the blocks of a module."""
+    plan = plan_of(module)
+    blocks = [block.module for block in blocks_of(module, plan)] if plan else []
+    return [sum(x.nbytes for x in one.parameters()) for one in blocks or outermost_lists(module)]
+
+
+def _give_shapes(module: nn.Module, fake: FakeTensorMode) -> None:
+    """Let a skeleton's parameters be tensors of a device, with nothing in them."""
+    new: dict[int, nn.Parameter] = {}
+    for owner in module.modules():
+        for key, old in owner._parameters.items():
+            if old is not None and id(old) not in new:
+                with fake:
+                    new[id(old)] = nn.Parameter(torch.empty(old.shape, dtype=old.dtype), requires_grad=False)
+            if old is not None:
+                owner._parameters[key] = new[id(old)]
+
+
+def _simulated(
+    original: Callable[..., Any], name: str, fake: FakeTensorMode, meter: LiveMemory, memory: Memory
+) -> Callable[..., Any]:
+    """A method that computes shapes alone, takes and returns real tensors, and notes its memory."""
+
+    def shape_alone(x: torch.Tensor) -> torch.Tensor:
+        return x if isinstance(x, FakeTensor) else fake.from_tensor(x)
+
+    @wraps(original)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if memory.live[name] and name in memory.transformers:  # not its first call
+            memory.kept = max(memory.kept, meter.live)
+        args, kwargs = tree_map_only(torch.Tensor, shape_alone, (args, kwargs))
+        before, meter.peak = meter.peak, meter.live
+        with fake, meter:
+            output = original(*args, **kwargs)
+        memory.live[name] = max(memory.live[name], meter.peak)
+        meter.peak = max(before, meter.peak)
+        return tree_map_only(FakeTensor, lambda x: torch.zeros(x.shape, dtype=x.dtype), output)
+
+    return call
+
+
+def _heaviest_stage(pipe: Any, engine_config: EngineConfig) -> dict[str, float]:
+    """Of each transformer, how much more the heaviest PipeFusion stage weighs than the first, which is rehearsed."""
+    models, parallel = planned_models(pipe), engine_config.parallel_config
+    split = pipeline_split(models, type(pipe).__name__, parallel) if parallel.pp_degree > 1 else {}
+    factors = {}
+    for name, layers in split.items():
+        weights = []
+        for stage in range(parallel.pp_degree):
+            model = hollow(engine_config.model_config.model, name, engine_config.runtime_config.dtype)
+            divide(model, models[name][1], layers, stage)
+            weights.append(sum(x.nbytes for x in model.parameters()))
+        factors[name] = max(weights) / weights[0]
+    return factors
