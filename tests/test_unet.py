@@ -20,7 +20,11 @@ from xfuser.methods.map_bands import MapBands, OnMaps
 
 CFG, DP = {"use_cfg_parallel": True}, {"data_parallel_degree": 2}
 ASYNCHRONOUS = [mode for mode in MODES if mode != "full_sync"]
-EDGES = {2: [0, 12, 17], 3: [0, 8, 16, 17]}  # of the bands of 17 rows, of which 4 stay together
+EDGES = {  # of the bands of 17 rows, of which 4 and 8 stay together
+    ("sdxl", 2): [0, 12, 17],
+    ("sdxl", 3): [0, 8, 16, 17],
+    ("sd15", 2): [0, 16, 17],
+}
 
 
 @pytest.fixture(scope="session")
@@ -39,8 +43,8 @@ def defined(path, semantics, *call, **changes):
         return unets.draw(path, None, *call, **changes)
 
 
-def displaced(ranks, mode, warmup):
-    return lambda unet: displaced_unet.DisplacedUNet(unet, EDGES[ranks], mode, warmup).active()
+def displaced(name, ranks, mode, warmup):
+    return lambda unet: displaced_unet.DisplacedUNet(unet, EDGES[name, ranks], mode, warmup).active()
 
 
 def check(pool, path, ranks, degrees, *call, semantics=lambda unet: nullcontext(), **changes):
@@ -92,19 +96,25 @@ LATENT = {"num_inference_steps": 4, "output_type": "latent"}
 
 
 @pytest.mark.parametrize(
-    ("mode", "ranks", "warmup"),
-    [*((mode, 2, 1) for mode in ASYNCHRONOUS), ("corrected_async_gn", 3, 0), ("stale_gn", 3, 2)],
+    ("name", "mode", "ranks", "warmup"),
+    [
+        *(("sdxl", mode, 2, 1) for mode in ASYNCHRONOUS),
+        ("sdxl", "corrected_async_gn", 3, 0),
+        ("sdxl", "stale_gn", 3, 2),
+        ("sd15", "corrected_async_gn", 2, 1),
+    ],
 )
-def test_asynchronous_steps_equal_the_definition(pool, path_of, mode, ranks, warmup):
+def test_asynchronous_steps_equal_the_definition(pool, path_of, name, mode, ranks, warmup):
     degrees = {"distrifusion_degree": ranks, "distrifusion_mode": mode, "warmup_steps": warmup}
-    expected = check(pool, path_of("sdxl"), ranks, degrees, semantics=displaced(ranks, mode, warmup), **LATENT)
-    assert running.error(expected, unets.draw(path_of("sdxl"), None, **LATENT)) > 100 * running.TOLERANCE
+    path, semantics = path_of(name), displaced(name, ranks, mode, warmup)
+    expected = check(pool, path, ranks, degrees, semantics=semantics, **LATENT)
+    assert running.error(expected, unets.draw(path, None, **LATENT)) > 100 * running.TOLERANCE
 
 
 @pytest.mark.parametrize("hybrid", [CFG, DP])
 def test_hybrids_equal_the_definition(pool, path_of, hybrid):
     degrees = {"distrifusion_degree": 2} | hybrid
-    check(pool, path_of("sdxl"), 4, degrees, 3, semantics=displaced(2, "corrected_async_gn", 1), **LATENT)
+    check(pool, path_of("sdxl"), 4, degrees, 3, semantics=displaced("sdxl", 2, "corrected_async_gn", 1), **LATENT)
 
 
 def test_a_second_picture_starts_anew(pool, path_of):

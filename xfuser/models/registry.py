@@ -135,7 +135,7 @@ def check_methods(cls: str, plan: ModelPlan, sequence: bool, pipelined: bool) ->
     if plan.unsequenced is None:
         served.insert(0, "Ulysses, ring")
     if plan.halvings:
-        served.append("DistriFusion")
+        served += ["tensor parallelism", "DistriFusion"]
     for asked, method, reason in (
         (sequence, "sequence parallelism (ulysses_degree, ring_degree)", plan.unsequenced),
         (pipelined, "PipeFusion", plan.unpiped),
