@@ -339,6 +339,10 @@ def refusals(path):
     pipe.unet.set_attn_processor(diffusers.models.attention_processor.AttnProcessor())
     refused("processor")
     pipe.unet.set_attn_processor(usual)
+    sampler = pipe.unet.down_blocks[0].downsamplers[0]
+    sampler.padding, sampler.conv.padding = 0, (0, 0)
+    refused("other halves")
+    sampler.padding, sampler.conv.padding = 1, (1, 1)
     return said, unets.draw(path, synchronous(2))
 
 
@@ -348,4 +352,5 @@ def test_what_cannot_be_divided_is_refused(pool, path_of):
         assert "use a degree of at most 1" in said["few rows"]
         assert "DistriFusion: " in said["FreeU"] and "fft" in said["FreeU"]
         assert "DistriFusion: " in said["processor"]
+        assert "17 rows have become 8" in said["other halves"]
         assert running.error(after, expected) <= running.TOLERANCE
