@@ -121,13 +121,20 @@ class _Steps:
 
     def __init__(self, steps: int) -> None:
         self.memory = LiveMemory()
-        self._steps, self._begun, self._kept = steps, 0, {}
+        self._steps, self._alive = steps, []
 
     @property
     def buffers(self) -> int:
-        """Bytes alive as the last forward begins which forwards of the step before, or of earlier ones, have made."""
-        per_step = max(1, self._begun // self._steps)
-        return sum(size for epoch, size in self._kept.items() if epoch + per_step < self._begun)
+        """Bytes alive as a forward begins which forwards of the step before, or of earlier ones, have made.
+
+        The least of all steps but the first: what a thread of a finished collective still holds comes and goes.
+        """
+        per_step = max(1, len(self._alive) // self._steps)
+        old = [
+            sum(size for epoch, size in alive.items() if epoch <= number - per_step)
+            for number, alive in enumerate(self._alive)
+        ]
+        return min(old[2 * per_step :] or old[-1:])
 
     @contextmanager
     def watching(self, pipe: Any) -> Iterator[None]:
@@ -140,9 +147,8 @@ class _Steps:
             handle.remove()
 
     def _begin(self, model: Any, args: tuple) -> None:
-        self._kept = self.memory.by_epoch()
-        self.memory.epoch = self._begun
-        self._begun += 1
+        self.memory.epoch = len(self._alive)
+        self._alive.append(self.memory.by_epoch())
 
     def _end(self, model: Any, args: tuple, output: Any) -> None:
         self.memory.epoch = None

@@ -3,6 +3,7 @@
 import os
 import platform
 import statistics
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -33,14 +34,12 @@ def write_report(folder: str, title: str, options: dict[str, Any], told: list[di
 
 def describe_machine() -> dict[str, Any]:
     """Where this runs, and with what."""
-    import diffusers
-
     return {
         "device": devices.device_name(),
         "cores": os.cpu_count(),
         "system": platform.platform(),
         "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
+        "diffusers": version("diffusers"),
         "threads": os.environ.get("OMP_NUM_THREADS", str(torch.get_num_threads())),
     }
 
