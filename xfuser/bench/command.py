@@ -177,5 +177,13 @@ def _run_rank(options: argparse.Namespace, chosen: list[Configuration]) -> int:
 def _report(options: argparse.Namespace, told: list[dict[str, Any]]) -> None:
     from xfuser.bench.report import write_report
 
-    title = f"case {options.case}" if options.case else (options.model or "the shipped pipeline")
-    print(write_report(options.output_dir, title, vars(options), told))
+    print(write_report(options.output_dir, title_of(options), vars(options), told))
+
+
+def title_of(options: argparse.Namespace) -> str:
+    """What is run, for the heading of a report."""
+    if options.case:
+        from xfuser.bench.cases import CASES
+
+        return f"{CASES[options.case].title} (case {options.case})"
+    return options.model or "The shipped pipeline"

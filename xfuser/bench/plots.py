@@ -131,7 +131,7 @@ def draw_links(path: str, title: str, told: dict[float, dict[str, Any]]) -> str:
     panel.set_ylabel("speed-up over serial")
     panel.set_title(title, fontsize=11)
     panel.grid(alpha=0.3)
-    panel.legend(fontsize=8)
+    panel.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
     return save(figure, path)
 
 

@@ -9,7 +9,7 @@ import sys
 import tempfile
 from typing import Any
 
-from xfuser.bench.command import chosen_configurations
+from xfuser.bench.command import chosen_configurations, title_of
 from xfuser.bench.files import output_folder, write_json, write_text
 from xfuser.bench.nodes import bits_per_second, check_nodes, torchrun, two_nodes
 
@@ -62,9 +62,7 @@ def _write_report(options: argparse.Namespace, told: dict[str, Any]) -> str:
             if "refused" not in row:
                 row["summary"] = summary(row, run)
     path = os.path.join(options.output_dir, "slow_links")
-    title = f"case {options.case}" if options.case else (options.model or "the shipped pipeline")
-    ranks = next(iter(told.values()))["ranks"]
-    title = f"{title}, {ranks} ranks on two nodes"
+    title = f"{title_of(options)}, {next(iter(told.values()))['ranks']} ranks on two nodes"
     write_json(f"{path}.json", {"title": title, "machine": machine, "delay": options.delay, "rates": told})
     text = "\n\n".join([f"# {title}", describe(machine), _table(told)]) + "\n"
     write_text(f"{path}.md", text)
