@@ -1,14 +1,14 @@
 """A pool of processes that stay: each job borrows the first n of them as ranks."""
 
-import os
 import sys
-import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import wait
 from typing import Any
 
+import torch.distributed as dist
 import torch.multiprocessing as mp
 
 TIMEOUT = 120  # seconds for one job
@@ -19,17 +19,16 @@ class RankPool:
     """``run(n, function, *args)`` calls ``function(*args)`` on n ranks and returns their results in rank order."""
 
     def __init__(self, size: int) -> None:
-        self._size = size
+        self._size, self._jobs = size, 0
         self._workers: list[tuple[Any, Any]] = []
 
     def run(self, ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         if not self._workers:
             self._start()
-        with tempfile.TemporaryDirectory() as folder:
-            store = os.path.join(folder, "store")
-            for rank, (_, pipe) in enumerate(self._workers[:ranks]):
-                pipe.send((rank, ranks, store, function, args))
-            answers = self._answers(ranks)
+        self._jobs += 1
+        for rank, (_, pipe) in enumerate(self._workers[:ranks]):
+            pipe.send((rank, ranks, f"job {self._jobs}", function, args))
+        answers = self._answers(ranks)
         failures = [f"rank {rank}:\n{text}" for rank, (failed, text) in enumerate(answers) if failed]
         if failures:
             self.close()  # ranks may wait for each other
@@ -44,9 +43,10 @@ class RankPool:
 
     def _start(self) -> None:
         context = mp.get_context("spawn")
+        self._store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # where ranks find others
         for _ in range(self._size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, sys.path), daemon=True)
+            process = context.Process(target=_serve, args=(theirs, sys.path, self._store.port), daemon=True)
             process.start()
             self._workers.append((process, ours))
 
@@ -71,22 +71,29 @@ class RankPool:
             return True, f"died with exit code {process.exitcode}"
 
 
-def _serve(pipe: Any, path: list[str]) -> None:
+def _serve(pipe: Any, path: list[str], port: int) -> None:
     sys.path[:] = path
     import torch
-    import torch.distributed as dist
-
-    from xfuser.core.distributed import destroy_distributed_environment
 
     torch.set_num_threads(1)
+    store = dist.TCPStore("localhost", port, is_master=False)
     while True:
-        rank, ranks, store, function, args = pipe.recv()
+        rank, ranks, job, function, args = pipe.recv()
         try:
-            dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+            dist.init_process_group("gloo", store=dist.PrefixStore(job, store), rank=rank, world_size=ranks)
             dist.barrier()  # else a rank with little to do is gone before others have found it
             result = function(*args)
-            destroy_distributed_environment()
-            dist.destroy_process_group()
+            _leave()
             pipe.send((False, result))
         except BaseException:
             pipe.send((True, traceback.format_exc()))
+
+
+def _leave() -> None:
+    """Leave all process groups, and end them in the background: gloo waits 10 ms for the thread of each."""
+    from xfuser.core.distributed import destroy_distributed_environment
+
+    groups = list(dist.distributed_c10d._world.pg_map)
+    destroy_distributed_environment()
+    dist.destroy_process_group()
+    threading.Thread(target=groups.clear).start()
