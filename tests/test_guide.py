@@ -12,6 +12,7 @@ import torch
 
 import xfuser
 from xfuser.models.plan import ModelPlan
+from xfuser.testing.ranks import RankPool
 from xfuser.testing.zoo import FAMILIES
 
 GUIDE = Path(__file__).parent.parent / "docs" / "adding_models"
@@ -55,7 +56,17 @@ def test_pages_show_what_the_scripts_say():
         assert (GUIDE / name).exists()
 
 
-def test_check_plan_names_the_first_module_that_differs():
+@pytest.fixture
+def kept_pool(monkeypatch):
+    """One pool for all checks of a test, as starting one costs seconds."""
+    pool = RankPool(2)
+    monkeypatch.setattr(pool, "close", lambda: None)
+    monkeypatch.setattr("xfuser.testing.check.RankPool", lambda world: pool)
+    yield pool
+    RankPool.close(pool)
+
+
+def test_check_plan_names_the_first_module_that_differs(kept_pool):
     family = FAMILIES["wan"]
     model = family.build()
     draw = torch.Generator().manual_seed(0)
