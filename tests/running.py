@@ -1,6 +1,8 @@
 """What the ranks of the tests do: load a pipeline, call it wrapped, or bare where there are no degrees."""
 
-from functools import cache
+import pickle
+from collections.abc import Callable
+from functools import cache, wraps
 from typing import Any
 
 import diffusers
@@ -61,6 +63,21 @@ def run(path: str, degrees: Any, calls: list[Any], scheduler: Any, dtype: torch.
         pipe.scheduler = original
 
 
+def remembered(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, whose results are kept: many tests ask for the same reference."""
+    results: dict[bytes, Any] = {}
+
+    @wraps(function)
+    def recalled(*args: Any, **kwargs: Any) -> Any:
+        key = pickle.dumps((args, kwargs))
+        if key not in results:
+            results[key] = function(*args, **kwargs)
+        return results[key]
+
+    return recalled
+
+
+@remembered
 def bare(path: str, call: dict[str, Any], scheduler: Any = None, dtype: torch.dtype = torch.float32) -> np.ndarray:
     """The reference: the pipeline as it is, in this process."""
     return run(path, None, [call], scheduler, dtype)[0]

@@ -1,6 +1,7 @@
 """The parallel VAE equals the VAE of one process: every class, encode and decode, bands of any height."""
 
 from contextlib import nullcontext
+from functools import cache
 
 import pytest
 import running
@@ -81,8 +82,11 @@ def both_ways(name, shape=None, parallel=None, dtype=torch.float32, prepare=None
     return decoded.float().numpy(), getattr(encoded, "parameters", encoded).float().numpy()
 
 
+serial = cache(both_ways)
+
+
 def check(pool, ranks, name, shape=None, **parallel):
-    expected = both_ways(name, shape)
+    expected = serial(name, shape)
     for result in pool.run(ranks, both_ways, name, shape, parallel):
         for ours, reference in zip(result, expected, strict=True):
             assert running.error(ours, reference) <= running.TOLERANCE
@@ -124,11 +128,10 @@ def test_with_slicing_and_tiling(pool, prepare):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("chunk_rows", [None, 2])
 def test_half_precision_stays_within_its_rounding(pool, name, dtype, chunk_rows):
-    exact = both_ways(name)
-    rounded = both_ways(name, None, None, dtype)
+    exact, rounded = serial(name, None), serial(name, None, None, dtype)
     for result in pool.run(2, both_ways, name, None, {"chunk_rows": chunk_rows}, dtype):
-        for ours, serial, reference in zip(result, rounded, exact, strict=True):
-            assert running.error(ours, reference) <= 2 * running.error(serial, reference)
+        for ours, on_one, reference in zip(result, rounded, exact, strict=True):
+            assert running.error(ours, reference) <= 2 * running.error(on_one, reference)
 
 
 def convolved(cases):

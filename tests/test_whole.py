@@ -76,13 +76,7 @@ def refused(path, name, degrees, changes):
     return str(error.value)
 
 
-SLOW = "qwen_image_edit"  # its picture has a megapixel, whatever it is given
-
-
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=[pytest.mark.matrix] * (name == SLOW)) for name in WHOLE if refusal(name)],
-)
+@pytest.mark.parametrize("name", [name for name in WHOLE if refusal(name)])
 def test_pipefusion_refuses_by_name(pool, path_of, name):
     for message in pool.run(2, refused, path_of(name), name, degrees_of(name, "pipefusion2"), {}):
         assert refusal(name) in message

@@ -4,11 +4,14 @@ Transformers are those of the matrix (``xfuser.testing.zoo``), with the channels
 that are large to describe are left out: the call gives what they would have made.
 """
 
+import importlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import diffusers
 import numpy as np
@@ -40,6 +43,7 @@ class Whole:
         dtype: float64 where a pipeline amplifies rounding.
         unsaved: makes components that are no part of a saved pipeline.
         tolerance: relative error that rounding explains.
+        within: the context of a call.
     """
 
     cls: str
@@ -53,6 +57,7 @@ class Whole:
     tolerance: float = running.TOLERANCE
     dtype: torch.dtype = torch.float32
     unsaved: Callable[[], Parts] = dict
+    within: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
 def transformer(family: str, **config: Any) -> Any:
@@ -142,7 +147,8 @@ def loaded(path: str, name: str) -> Any:
 def draw(path: str, name: str, degrees: Any, **changes: Any) -> list[np.ndarray]:
     """All that a call returns."""
     pipe = running.wrap(loaded(path, name), degrees)
-    result = pipe(**call_of(name, **changes), generator=running.seeded())
+    with WHOLE[name].within():
+        result = pipe(**call_of(name, **changes), generator=running.seeded())
     running.unwrap(pipe)
     return [np.asarray(one) for one in result.values()]
 
@@ -172,6 +178,13 @@ MASKED = EMBEDS | {"prompt_attention_mask": (WORDS,)}
 FRAMES: Callable[[], Parts] = lambda: {"num_frames": 9, "guidance_scale": 2.0}  # noqa: E731
 TWO_TEXTS = EMBEDS | {"prompt_embeds_mask": (WORDS,), "prompt_embeds_2": (4, 12), "prompt_embeds_mask_2": (4,)}
 ONE_FRAME_BLOCKS = {"num_frame_per_block": 1}
+
+
+def small_pictures() -> AbstractContextManager[Any]:
+    """Qwen-Image-Edit gives its picture a megapixel, whatever its size is: here, a hundredth of that."""
+    module = importlib.import_module(diffusers.QwenImageEditPipeline.__module__)
+    given = module.calculate_dimensions
+    return mock.patch.object(module, "calculate_dimensions", lambda area, ratio: given(area // 100, ratio))
 
 
 def rows(words: int) -> torch.Tensor:
@@ -334,6 +347,7 @@ WHOLE = {
         text=EMBEDS | {"prompt_embeds_mask": (WORDS,)},
         parts=shifting,
         call=lambda: {"image": picture()},
+        within=small_pictures,
     ),
     "flux_kontext": Whole(
         "FluxKontextPipeline",
