@@ -66,6 +66,8 @@ def fused_block_pairs(name: str, block: nn.Module, ranks: int) -> Pairs | None:
     attention, first, last = children(block, "attn", "proj_mlp", "proj_out")
     if attention is None or not (isinstance(first, nn.Linear) and isinstance(last, nn.Linear)):
         return None
+    if {path.partition(".")[0] for path in layers_of(block)} - {"attn", "proj_mlp", "proj_out", "norm"}:
+        return None
     found = _heads(f"{name}.attn", attention, ranks)
     if found is None or found.rows or first.out_features < ranks:
         return None
