@@ -310,6 +310,10 @@ class Between(nn.Module):
         return self.fc2(self.fc1(x) @ self.mixing)
 
 
+class Packed(nn.Linear):
+    """Keeps its weight in a layout of its own, as quantised layers do."""
+
+
 class Odd(nn.Module):
     """An embedding that lends its weight to a head, and layers that are in no table."""
 
@@ -317,6 +321,7 @@ class Odd(nn.Module):
         super().__init__()
         self.words, self.between, self.head = nn.Embedding(20, 8), Between(), nn.Linear(8, 20, bias=False)
         self.head.weight = self.words.weight
+        self.packed, self.mlp = Packed(8, 8), nn.Sequential(nn.Linear(8, 8), nn.GELU(), Packed(8, 8))
         self.convolution, self.grouped = nn.Conv2d(5, 7, 3), nn.Conv2d(4, 4, 3, groups=2)
 
 
@@ -324,7 +329,7 @@ def test_only_what_is_known_is_divided_in_pairs():
     with everything:
         division = structure.describe(Odd(), 3)
     kinds = {name: kind for name, (kind, _) in division.completions.items()}
-    assert kinds == dict.fromkeys(("between.fc1", "between.fc2", "convolution"), Gathered)
+    assert kinds == dict.fromkeys(("between.fc1", "between.fc2", "mlp.0", "convolution"), Gathered)
     assert set(division.kept(0)) == {f"{name}.{key}" for name in kinds for key in ("weight", "bias")}
     assert division.kept(0)["convolution.weight"] == (0, (range(3),))
     assert division.kept(2)["convolution.weight"] == (0, (range(5, 7),))

@@ -1,4 +1,7 @@
-"""Attention modules that can be divided by heads, told by the names of their layers and their sizes."""
+"""Attention modules that can be divided by heads, told by the names of their layers and their sizes.
+
+Layers are those of torch itself: weights of other classes, as of quantised ones, are not cut.
+"""
 
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -64,7 +67,7 @@ def attention_pairs(name: str, module: nn.Module, ranks: int) -> Pairs | None:
 def fused_block_pairs(name: str, block: nn.Module, ranks: int) -> Pairs | None:
     """A block whose output linear takes what attention returns and, behind it, an MLP's hidden channels."""
     attention, first, last = children(block, "attn", "proj_mlp", "proj_out")
-    if attention is None or not (isinstance(first, nn.Linear) and isinstance(last, nn.Linear)):
+    if attention is None or not type(first) is type(last) is nn.Linear:
         return None
     if {path.partition(".")[0] for path in layers_of(block)} - {"attn", "proj_mlp", "proj_out", "norm"}:
         return None
@@ -95,11 +98,13 @@ def _heads(name: str, module: nn.Module, ranks: int) -> Pairs | None:
         head_dim, key_heads = module.inner_dim // heads, heads
     else:
         key = next((layers[key] for key in KEYS if key in layers), None)
-        head_dim = query.out_features // heads if isinstance(query, nn.Linear) else 0
-        if not isinstance(key, nn.Linear) or not head_dim or key.out_features % head_dim:
+        head_dim = query.out_features // heads if type(query) is nn.Linear else 0
+        if type(key) is not nn.Linear or not head_dim or key.out_features % head_dim:
             return None
         key_heads = key.out_features // head_dim
     if heads % key_heads or heads * head_dim != (module.inner_dim if fused else query.out_features):
+        return None
+    if _Sorted(module, *_shares(heads, key_heads, 1), head_dim).pairs(layers) is None:
         return None
     if heads < ranks:
         raise ValueError(
@@ -152,7 +157,7 @@ class _Sorted:
         if name == BIAS_OF_HEADS and isinstance(layer, nn.Embedding):
             pairs.columns[name] = (self._queries,)
             return layer.embedding_dim == self._queries.total
-        if not isinstance(layer, nn.Linear):
+        if type(layer) is not nn.Linear:
             return False
         if name == FUSED:
             return self._fused(layer, pairs)

@@ -35,7 +35,7 @@ def feed_forward_pairs(name: str, module: nn.Module, ranks: int) -> Pairs | None
         tables = FEED_FORWARDS
     layers = layers_of(module) if tables else {}
     for columns, row in tables:
-        if layers.keys() == {*columns, row} and all(isinstance(one, nn.Linear) for one in layers.values()):
+        if layers.keys() == {*columns, row} and all(type(one) is nn.Linear for one in layers.values()):
             hidden = layers[row].in_features
             times = {layers[one].out_features / hidden for one in columns}
             if hidden >= ranks and (times == {1} or (times == {2} and len(columns) == 1)):
