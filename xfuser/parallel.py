@@ -40,7 +40,7 @@ from xfuser.methods.naive_patch import NaivePatches
 from xfuser.methods.pipefusion.blocks import divided, stage_layers
 from xfuser.methods.pipefusion.pipefusion import PipeFusion
 from xfuser.methods.pipefusion.stage import Stage
-from xfuser.methods.refusals import refuse_mixed_rows, refuse_unsuited
+from xfuser.methods.refusals import refuse_mixed_rows, refuse_offloaded, refuse_unsuited
 from xfuser.methods.sequence import SequenceParallel
 from xfuser.methods.sharding import Shares, shared_out, shares_of
 from xfuser.methods.tensor import TensorParallel, division_of, refuse_divided
@@ -75,6 +75,10 @@ class xDiTParallel:
         parallel = engine_config.parallel_config
         split = pipeline_split(planned_models(pipe), type(pipe).__name__, parallel)
         _check_tensor(pipe, parallel)
+        refuse_offloaded(
+            _rearranged(pipe, engine_config),
+            "wrap the pipeline first, then call enable_sequential_cpu_offload() or what else holds them",
+        )
         if engine_config.runtime_config.use_parallel_vae and getattr(pipe, "vae", None) is None:
             raise ValueError(f"use_parallel_vae: {type(pipe).__name__} has no VAE; leave it away")
         own["_backend"] = engine_config.runtime_config.attention_backend
@@ -196,6 +200,7 @@ class xDiTParallel:
         Ranks that have parts of the weights give them to each other: all must call it, and have the memory for all.
         """
         pipe = self._pipe
+        refuse_offloaded(_rearranged(pipe, self.engine_config), "call remove_all_hooks() before unwrap()")
         if self._tensor:
             self._tensor.restore()
         if self._pipefusion:
@@ -312,6 +317,15 @@ def _check_tensor(pipe: Any, parallel: ParallelConfig) -> None:
             refuse_divided(part)
         elif not refuse_divided(part, parallel.tp_degree, parallel.tensor_scheme):
             division_of(part, asked[id(part)], parallel.tp_degree, parallel.tensor_scheme)
+
+
+def _rearranged(pipe: Any, engine_config: EngineConfig) -> list[nn.Module]:
+    """The components whose weights a wrap gives other places."""
+    parallel = engine_config.parallel_config
+    divides = parallel.pp_degree * parallel.tp_degree * parallel.fully_shard_degree > 1
+    transformers = [model for model, _ in planned_models(pipe).values()] if divides else []
+    moves = engine_config.runtime_config.text_encoder != "replicate" or parallel.tensor_parallel_text_encoder
+    return [*transformers, *(text_encoders(pipe).values() if moves else ())]
 
 
 def _shares(pipe: Any, degree: int) -> dict[str, Shares]:

@@ -1,5 +1,6 @@
 """Layers of a transformer's forward that refuse what no method can compute exactly."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -36,3 +37,16 @@ def refuse_mixed_rows(pipe: Any) -> Layer:
         return call(arguments)
 
     return layer
+
+
+def refuse_offloaded(modules: Iterable[nn.Module], advice: str) -> None:
+    """Raise a ValueError, with this advice, for a module whose layers get their weights when they run."""
+    for module in modules:
+        if any(hasattr(part, "_hf_hook") and _lacks_weights(part) for part in module.modules()):
+            raise ValueError(
+                f"{type(module).__name__} is offloaded layer by layer, and its weights are not here: {advice}"
+            )
+
+
+def _lacks_weights(module: nn.Module) -> bool:
+    return any(weight.is_meta for weight in module.parameters(recurse=False))
