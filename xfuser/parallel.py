@@ -211,6 +211,15 @@ class xDiTParallel:
         self.__dict__["_pipe"] = None
         return pipe
 
+    def enable_sequential_cpu_offload(self, *args: Any, **kwargs: Any) -> None:
+        """As the pipeline's own; refused where the wrap itself keeps weights elsewhere."""
+        if self._shares or self.engine_config.runtime_config.text_encoder != "replicate":
+            raise ValueError(
+                "enable_sequential_cpu_offload() says where weights are, and so do fully_shard_degree and text_encoder:"
+                " leave one of them away, or call enable_model_cpu_offload()"
+            )
+        self._pipe.enable_sequential_cpu_offload(*args, **kwargs)
+
     def to(self, *args: Any, **kwargs: Any) -> "xDiTParallel":
         """Move the pipeline; returns the wrapper."""
         self._pipe.to(*args, **kwargs)

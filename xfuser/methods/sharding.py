@@ -55,6 +55,9 @@ class Shares:
         units: modules within the one given to it, whose weights are gathered at a time. All other weights stay whole
             on every rank, as do those of the modules called ``lent``, which work outside of their unit.
         shapes: of the module's parameters when they are whole.
+
+    Raises:
+        ValueError: the module has hooks of Diffusers.
     """
 
     def __init__(
@@ -65,6 +68,11 @@ class Shares:
         group: GroupCoordinator,
         lent: tuple[str, ...] = (),
     ) -> None:
+        if any(hasattr(part, "_diffusers_hook") for part in module.modules()):
+            raise ValueError(
+                f"{type(module).__name__} has hooks of Diffusers, such as group offloading's, which cannot be copied:"
+                " wrap the pipeline first, then call what adds them"
+            )
         self.module, self._group = module, group
         blank = [nn.Parameter(torch.empty(*shape, dtype=dtype, device="meta"), False) for shape, dtype in shapes]
         memo = {id(weight): new for weight, new in zip(module.parameters(), blank, strict=True)}
