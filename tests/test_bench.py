@@ -34,8 +34,10 @@ def xdit(folder, *flags):
 
 
 def test_bench_reports_what_configurations_cost(tmp_path):
-    """All methods on two ranks, by counters that are known beforehand; PixArt has no peer in Diffusers."""
-    flags = ("--case", "tiny", "--configs", "methods", "use_cfg_parallel", "--rounds", "1")
+    """By counters that are known beforehand; PixArt has no peer in Diffusers."""
+    degrees = ("ulysses", "ring", "pipefusion_parallel", "tensor_parallel", "distrifusion")
+    configs = [*(f"{name}_degree=2" for name in degrees), "use_cfg_parallel"]
+    flags = ("--case", "tiny", "--configs", *configs, "--rounds", "1")
     done = xdit(tmp_path, "bench", *flags, "--against", "diffusers", "--timeline", "time.png")
     assert done.returncode == 0, done.stderr
     told = json.loads((tmp_path / "results/bench/bench.json").read_text())
@@ -43,18 +45,20 @@ def test_bench_reports_what_configurations_cost(tmp_path):
     rows = {row["name"]: row for row in run["rows"]}
     assert "cp_plan" in rows.pop("diffusers ulysses_degree=2")["refused"]
     assert run["shape"] == {"tokens": 128, "hidden": 32, "element": 4, "layers": 4} and told["machine"]["cores"]
-    activations = 128 * 32 * 4
-    for name, operation in (("ulysses_degree=2", "all_to_all_single"), ("ring_degree=2", "send")):
-        assert [sent[operation] for sent in rows[name]["sent"]] == [activations * 4] * 2
-    assert [sent["send"] > 0 for sent in rows["pipefusion_parallel_degree=2"]["sent"]] == [True, True]
-    assert rows["pipefusion_parallel_degree=2"]["sent"][0]["send"] == activations
-    assert max(rows["pipefusion_parallel_degree=2"]["parameters"]) < 0.7 * run["serial"]["parameters"][0]
-    lossless = set(rows) - {"pipefusion_parallel_degree=2"}
-    assert len(lossless) == 3 and all(max(rows[name]["relative_error"]) <= 1e-5 for name in lossless)
-    assert max(rows["pipefusion_parallel_degree=2"]["relative_error"]) > 1e-5
-    kept = {name: row["summary"]["buffers"] for name, row in rows.items()}
-    assert kept.pop("pipefusion_parallel_degree=2") >= 2 * activations * 2  # keys and values of two layers
-    assert set(kept.values()) == {0} and run["serial"]["buffers"] == [0, 0]
+    ulysses, ring, pipefusion, tensor, distrifusion, guidance = rows.values()
+    stream, layers = 128 * 32 * 4, 4
+    assert [sent["all_to_all_single"] for sent in ulysses["sent"]] == [stream * layers] * 2
+    assert [sent["send"] for sent in ring["sent"]] == [stream * layers] * 2
+    assert [sent["all_reduce"] for sent in tensor["sent"]] == [stream * layers * 3] * 2  # one for cross-attention
+    assert pipefusion["sent"][0]["send"] == stream > pipefusion["sent"][1]["send"]
+    assert all(sum(sent.values()) < stream for sent in guidance["sent"])
+    whole = run["serial"]["parameters"][0]
+    assert max(pipefusion["parameters"] + tensor["parameters"]) < 0.7 * whole == 0.7 * ulysses["parameters"][0]
+    for row in (ulysses, ring, tensor, guidance):
+        assert max(row["relative_error"]) <= 1e-5 and row["buffers"] == [0, 0] == run["serial"]["buffers"]
+    assert min(max(row["relative_error"]) for row in (pipefusion, distrifusion)) > 1e-5
+    keys_and_values = 2 * stream * layers
+    assert keys_and_values == min(distrifusion["buffers"]) and keys_and_values // 2 <= min(pipefusion["buffers"])
     text = (tmp_path / "results/bench/bench.md").read_text()
     assert text.strip() in done.stdout and "| `ring_degree=2` | 2 |" in text and "2 · p·hs·L" in text
     pictures = [tmp_path / "time.png", tmp_path / "results/bench/bench.png"]
