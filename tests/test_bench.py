@@ -16,7 +16,6 @@ from torch.distributed import _functional_collectives as functional
 
 from xfuser.bench import command, plots, quality, quality_command
 from xfuser.bench.configurations import configurations
-from xfuser.bench.files import replace_file
 from xfuser.bench.measure import measure
 from xfuser.bench.meters import LiveMemory, traffic, waiting
 from xfuser.bench.workload import Workload, diffusers_own, ours
@@ -198,7 +197,8 @@ def test_presets_follow_the_flags_of_the_library():
         (("--rounds", "0"), "rounds=0"),
         (("--ranks", "1"), "nothing to compare"),
         (("--model", "/nowhere"), "does not exist"),
-        (("--output_dir", "/proc/nowhere"), "nothing can be written there"),
+        (("--output_dir", "/proc/nowhere"), "no folder that can be written to"),
+        (("--timeline", "/proc/nowhere/time.png"), "no folder that can be written to"),
         (("--slow-links", "--rates", "fast"), "rate='fast'"),
         (("--slow-links", "--configs", "ring_degree=3"), r"run on \[3\] ranks"),
     ],
@@ -230,17 +230,6 @@ def test_packages_that_are_absent_are_named(monkeypatch):
         command.main(["--configs", "ulysses_degree=2"])
     with pytest.raises(ValueError, match="SSIM needs torchmetrics"):
         quality.ssim(torch.zeros(1, 3, 16, 16), torch.zeros(1, 3, 16, 16))
-
-
-def test_a_file_is_written_whole_or_not_at_all(tmp_path):
-    def fail(part):
-        Path(part).write_text("half")
-        raise RuntimeError("on the way")
-
-    (tmp_path / "report.md").write_text("before")
-    with pytest.raises(RuntimeError, match="on the way"):
-        replace_file(str(tmp_path / "report.md"), fail)
-    assert [path.read_text() for path in tmp_path.iterdir()] == ["before"]
 
 
 def test_links_are_drawn(tmp_path):

@@ -46,14 +46,14 @@ def write_media(item: Any, directory: str, name: str) -> str:
     path = os.path.join(directory, re.sub(r"[^\w.-]+", "_", name).lstrip("."))
     if isinstance(item, torch.Tensor) and not _looks_like_pictures(item):
         latents = {"latents": item.detach().cpu().contiguous()}
-        return _whole(f"{path}.safetensors", lambda unfinished: save_file(latents, unfinished))
+        return write_whole(f"{path}.safetensors", lambda unfinished: save_file(latents, unfinished))
     frames = _frames(item)
     if len(frames) == 1:
-        return _whole(f"{path}.png", frames[0].save)
+        return write_whole(f"{path}.png", frames[0].save)
     return _write_video(frames, path)
 
 
-def _whole(path: str, write: Callable[[str], Any]) -> str:
+def write_whole(path: str, write: Callable[[str], Any]) -> str:
     """Let ``write`` make a file of another name, and give it its own when it is done; returns the path."""
     folder, name = os.path.split(path)
     unfinished = os.path.join(folder, f".{os.getpid()}_{name}")
@@ -90,9 +90,9 @@ def _write_video(frames: list[Image.Image], path: str) -> str:
     try:
         from diffusers.utils import export_to_video
 
-        return _whole(f"{path}.mp4", lambda unfinished: export_to_video(frames, unfinished, fps=FRAMES_PER_SECOND))
+        return write_whole(f"{path}.mp4", lambda unfinished: export_to_video(frames, unfinished, fps=FRAMES_PER_SECOND))
     except (AttributeError, ImportError, OSError) as error:  # the first one is Diffusers' for "no ffmpeg"
         logger.info("no video encoder (%s): a GIF is written", error)
     delay = 1000 // FRAMES_PER_SECOND
     options = {"save_all": True, "append_images": frames[1:], "duration": delay, "loop": 0}
-    return _whole(f"{path}.gif", lambda unfinished: frames[0].save(unfinished, **options))
+    return write_whole(f"{path}.gif", lambda unfinished: frames[0].save(unfinished, **options))

@@ -8,9 +8,10 @@ from dataclasses import fields
 from typing import Any
 
 from xfuser.bench.configurations import GROUPS, PRESETS, Configuration, configurations
-from xfuser.bench.files import output_folder, write_json
+from xfuser.bench.files import write_json
 from xfuser.config import FlexibleArgumentParser, xFuserArgs
 from xfuser.core.distributed.failure import fail_together
+from xfuser.output import check_writable
 
 PROMPT = "a red circle above a blue square"
 SIZES = ("height", "width", "num_inference_steps")  # flags that also change a case
@@ -36,8 +37,7 @@ def main(arguments: list[str]) -> int:
     if is_rank():
         fail_together()
         return _run_rank(options, chosen)
-    output_folder(options.output_dir)
-    _check_packages(options)
+    check_outputs(options)
     told = run_ranks("bench", arguments, chosen)
     if told is None:
         return 1
@@ -136,9 +136,12 @@ def of_this_world(chosen: list[Configuration]) -> list[Configuration]:
     return mine
 
 
-def _check_packages(options: argparse.Namespace) -> None:
+def check_outputs(options: argparse.Namespace) -> None:
+    """Raise a ValueError where the report cannot be made, or would lack something."""
     from xfuser.bench.extras import extra
 
+    check_writable(options.output_dir)
+    check_writable(os.path.dirname(options.timeline or "") or ".")
     extra("matplotlib", "a plot")
     if options.against:
         from xfuser.bench.workload import check_peer
@@ -159,7 +162,7 @@ def _run_rank(options: argparse.Namespace, chosen: list[Configuration]) -> int:
     mine = of_this_world(chosen)
     init_distributed_environment()
     if not options.part and get_world_group().is_first_rank:
-        output_folder(options.output_dir)
+        check_outputs(options)
     sizes = {name: value for name in SIZES if (value := getattr(options, name)) is not None}
     workload = Workload(base_arguments(options), options.case, sizes)
     contenders = [ours(workload, configuration) for configuration in mine]

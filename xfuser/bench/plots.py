@@ -5,7 +5,7 @@ import textwrap
 from typing import Any
 
 from xfuser.bench.extras import extra
-from xfuser.bench.files import replace_file
+from xfuser.bench.files import write_file
 
 PARTS = ("parameters", "buffers", "activations")
 
@@ -17,7 +17,7 @@ def pyplot() -> Any:
 
 
 def save(figure: Any, path: str) -> str:
-    written = replace_file(path, lambda part: figure.savefig(part, dpi=110, bbox_inches="tight"))
+    written = write_file(path, lambda unfinished: figure.savefig(unfinished, dpi=110, bbox_inches="tight"))
     pyplot().close(figure)
     return written
 

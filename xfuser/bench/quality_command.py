@@ -12,9 +12,10 @@ from typing import Any
 from xfuser.bench.command import base_arguments, is_rank, of_this_world, run_ranks
 from xfuser.bench.configurations import Configuration, configurations
 from xfuser.bench.extras import extra
-from xfuser.bench.files import output_folder, write_json, write_text
+from xfuser.bench.files import write_json, write_text
 from xfuser.config import FlexibleArgumentParser, xFuserArgs
 from xfuser.core.distributed.failure import fail_together
+from xfuser.output import check_writable
 
 PROMPTS = [  # what the shipped pipeline knows
     "a red circle above a blue square",
@@ -50,7 +51,8 @@ def main(arguments: list[str]) -> int:
         return _run_rank(options, of_this_world(chosen), prompts)
     if options.features:
         _features(options)
-    output_folder(options.output_dir)
+    check_writable(options.output_dir)
+    extra("matplotlib", "a plot")
     told = run_ranks("quality", arguments, chosen)
     if told is None:
         return 1

@@ -9,8 +9,8 @@ import sys
 import tempfile
 from typing import Any
 
-from xfuser.bench.command import chosen_configurations, title_of
-from xfuser.bench.files import output_folder, write_json, write_text
+from xfuser.bench.command import check_outputs, chosen_configurations, title_of
+from xfuser.bench.files import write_json, write_text
 from xfuser.bench.nodes import bits_per_second, check_nodes, torchrun, two_nodes
 
 RATES = ["100mbit", "1gbit", "10gbit"]
@@ -26,7 +26,7 @@ def main(options: argparse.Namespace, arguments: list[str]) -> int:
     if len(worlds) > 1 or min(worlds) % 2:
         raise ValueError(f"slow_links: the configurations run on {sorted(worlds)} ranks; give some for one even number")
     check_nodes()
-    output_folder(options.output_dir)
+    check_outputs(options)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what is made is removed
     told = {}
     for rate in rates:
