@@ -27,25 +27,29 @@ units of the keys and values of all layers (2 · p·hs·L).
 
 
 def cost_table(told: list[dict[str, Any]]) -> list[str]:
-    """The table as Markdown, of the configurations that are one method with a formula; empty where there is none."""
+    """The table as Markdown, of the configurations that are one method; empty where there is none."""
     lines = [line for run in told if run["shape"] for row in run["rows"] if (line := _line(row, run))]
     return ["\n".join([HEAD.format(**told[0]["shape"]), *lines])] if lines else []
 
 
 def _line(row: dict[str, Any], run: dict[str, Any]) -> str | None:
+    """A row of the table; None for products of methods, and for what is not about the transformer alone."""
     from xfuser.bench.report import megabytes
 
     flags = [word.partition("=")[0] for word in row["name"].split()]
-    methods = [FORMULAS[flag] for flag in flags if flag in FORMULAS]
-    if "refused" in row or len(methods) != 1 or any(flag.startswith("use_") for flag in flags):
+    methods = [flag for flag in flags if flag.endswith("_degree") or flag == "use_cfg_parallel"]
+    if "refused" in row or len(methods) != 1 or "use_parallel_vae" in flags:
         return None
-    serial, one, (formula, factor) = run["serial"], row["summary"], methods[0]
-    shape = run["shape"]
+    serial, one, shape = run["serial"], row["summary"], run["shape"]
     unit = shape["tokens"] * shape["hidden"] * shape["element"]
-    expected = factor(shape["layers"], run["ranks"]) * unit
+    compared = "outputs alone | |"
+    if methods[0] in FORMULAS:
+        formula, factor = FORMULAS[methods[0]]
+        expected = factor(shape["layers"], run["ranks"]) * unit
+        compared = f"{formula} | {megabytes(expected)} | {one['sent'] / expected:.2f}"
     return (
         f"| `{row['name']}` | {run['ranks']} | {one['seconds'] / statistics.median(serial['seconds']):.2f}"
-        f" | {megabytes(one['sent'])} | {formula} | {megabytes(expected)} | {one['sent'] / expected:.2f}"
-        f" | {one['parameters'] / serial['parameters'][0]:.2f} | {one['activations'] / serial['live'][0]:.2f}"
-        f" | {megabytes(one['buffers'])} | {one['buffers'] / (2 * unit * shape['layers']):.2f} |"
+        f" | {megabytes(one['sent'])} | {compared} | {one['parameters'] / serial['parameters'][0]:.2f}"
+        f" | {one['activations'] / serial['live'][0]:.2f} | {megabytes(one['buffers'])}"
+        f" | {one['buffers'] / (2 * unit * shape['layers']):.2f} |"
     )
