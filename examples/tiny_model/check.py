@@ -192,7 +192,7 @@ def true_rates(count: int, seed: int) -> dict[str, float]:
     """Return how often the checker calls true pictures right."""
     rng = np.random.default_rng(seed)
     scenes = [sample_scene(rng) for _ in range(count)]
-    return rates([check(render(scene, rng), scene) for scene in scenes])
+    return rates([check(render(scene), scene) for scene in scenes])
 
 
 def false_rates(count: int, seed: int) -> dict[str, float]:
@@ -200,7 +200,7 @@ def false_rates(count: int, seed: int) -> dict[str, float]:
     rng, found = np.random.default_rng(seed), {}
     for name in MEASURES:
         scenes = [sample_scene(rng, kind="pair") for _ in range(count)]
-        found[name] = float(np.mean([check(render(spoil(scene, name, rng), rng), scene)[name] for scene in scenes]))
+        found[name] = float(np.mean([check(render(spoil(scene, name, rng)), scene)[name] for scene in scenes]))
     return found
 
 

@@ -4,7 +4,7 @@ python quality.py draw         # draws what is not drawn yet: stop it and go on 
 python quality.py lossless     # the largest error of the methods that have none by design
 python quality.py page         # writes the tables and the pictures of all that is drawn
 
-One process draws all: what a lossy method draws depends on patches and synchronous steps, not on ranks.
+Methods that need several ranks get them on this machine.
 """
 
 from __future__ import annotations
@@ -14,32 +14,49 @@ import json
 import re
 import statistics
 import zlib
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from check import MEASURES, check, features, frechet_distance, rates
+from diffusers import DiffusionPipeline
 from PIL import Image, ImageDraw, ImageFont
 from scenes import KINDS, Scene, caption, render, sample_scene
 
 from xfuser import xDiTParallel, xFuserArgs
 from xfuser.bench.quality import psnr, ssim
-from xfuser.loading import load_pipeline
 from xfuser.testing.ranks import RankPool
 
 ROOT = Path(__file__).parent.parent.parent
 ASSETS, PAGE, IMAGES = ROOT / "xfuser" / "assets", ROOT / "docs" / "quality.md", ROOT / "docs" / "images"
 
 
-def pipefusion(patches: int, warmup: int) -> dict[str, int]:
-    """Return the arguments of `xFuserArgs` which draw what any number of stages with these patches draw."""
+def pipefusion(patches: int, warmup: int) -> dict[str, Any]:
+    """Return the arguments of `xFuserArgs` for PipeFusion; one rank draws what any number of stages does."""
     return {"num_pipeline_patch": patches, "warmup_steps": warmup}
 
 
-SERIAL = "serial"
-METHODS: dict[str, dict[str, Any]] = {SERIAL: {}}
-METHODS |= {f"PipeFusion M = {m}, W = {w}": pipefusion(m, w) for w in (1, 4) for m in (2, 4, 8)}
+def distrifusion(ranks: int, warmup: int, mode: str = "corrected_async_gn") -> dict[str, Any]:
+    """Return the arguments of `xFuserArgs` for DistriFusion."""
+    return {"distrifusion_degree": ranks, "warmup_steps": warmup, "distrifusion_mode": mode}
+
+
+SERIAL, JOB = "serial", 6  # a job of the ranks draws this many pictures
+METHODS: dict[str, dict[str, Any]] = {
+    SERIAL: {},
+    "PipeFusion M = 2, W = 1": pipefusion(2, 1),
+    "PipeFusion M = 4, W = 1": pipefusion(4, 1),
+    "PipeFusion M = 8, W = 1": pipefusion(8, 1),
+    "PipeFusion M = 4, W = 4": pipefusion(4, 4),
+    "DistriFusion N = 2, W = 1": distrifusion(2, 1),
+    "DistriFusion N = 4, W = 1": distrifusion(4, 1),
+    "DistriFusion N = 4, W = 4": distrifusion(4, 4),
+    "DistriFusion N = 2, no_sync": distrifusion(2, 1, "no_sync"),
+    "naive patches, 2 rows": {"naive_patch_degree": 2, "split_scheme": "row"},
+    "naive patches, 2 alternating": {"naive_patch_degree": 2, "split_scheme": "alternate"},
+}
 LOSSLESS: dict[str, dict[str, Any]] = {
     "Ulysses 2": {"ulysses_degree": 2},
     "ring 2": {"ring_degree": 2},
@@ -62,35 +79,53 @@ def prompts(count: int, seed: int = 1) -> list[Scene]:
 def folder_of(args: argparse.Namespace, method: str) -> Path:
     """Return where a method's pictures are kept: new weights, steps or guidance have new folders."""
     weights = (ASSETS / args.pipeline / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes()
-    made = f"{args.pipeline}-{zlib.crc32(weights):08x}-{args.steps}-{args.guidance}"
+    made = f"{Path(args.pipeline).name}-{zlib.crc32(weights):08x}-{args.steps}-{args.guidance}"
     return args.work / made / re.sub(r"\W+", "-", method)
 
 
-def wrapped(args: argparse.Namespace, degrees: dict[str, Any]) -> tuple[xDiTParallel, dict[str, Any]]:
-    """Return the pipeline under a method, and the arguments of a call without a prompt."""
+def asked(args: argparse.Namespace, degrees: dict[str, Any]) -> xFuserArgs:
+    """Return what a call of the pipeline under a method is asked for, but for its prompt."""
     given = {"num_inference_steps": args.steps, "guidance_scale": args.guidance, "max_sequence_length": args.tokens}
-    asked = xFuserArgs(model=str(ASSETS / args.pipeline), prompt="a", **given, **degrees)
-    engine, inputs = asked.create_config()
-    pipe = xDiTParallel(load_pipeline(engine, inputs), engine, inputs)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe, pipe.call_arguments()
+    return xFuserArgs(model=str(ASSETS / args.pipeline), prompt="a", **given, **degrees)
 
 
 def draw(args: argparse.Namespace) -> None:
     """Draw each prompt under each method, where it is not drawn yet."""
-    scenes = prompts(args.count)
+    pool = RankPool(max(asked(args, degrees).checked()[0].world_size for degrees in METHODS.values()))
     for method in args.methods or METHODS:
-        folder = folder_of(args, method)
+        folder, ranks = folder_of(args, method), asked(args, METHODS[method]).checked()[0].world_size
         folder.mkdir(parents=True, exist_ok=True)
-        missing = [index for index in range(len(scenes)) if not (folder / f"{index}.png").exists()]
-        if not missing:
-            continue
-        pipe, call = wrapped(args, METHODS[method])
-        for index in missing:
-            call |= {"prompt": caption(scenes[index]), "generator": torch.Generator().manual_seed(index)}
-            pipe(**call).images[0].save(folder / f"{index}.png")
-        pipe.unwrap()
+        missing = [index for index in range(args.count) if not (folder / f"{index}.png").exists()]
+        for start in range(0, len(missing), JOB):
+            pool.run(ranks, draw_some, args, METHODS[method], missing[start : start + JOB], folder)
         print(f"{method}: {len(missing)} drawn", flush=True)
+    pool.close()
+
+
+@cache
+def loaded(folder: str) -> Any:
+    """Return the pipeline, once in each process."""
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def wrapped(args: argparse.Namespace, degrees: dict[str, Any]) -> tuple[xDiTParallel, dict[str, Any]]:
+    """Return the pipeline under a method on this rank, and the arguments of a call."""
+    engine, inputs = asked(args, degrees).create_config()
+    pipe = xDiTParallel(loaded(engine.model_config.model), engine, inputs)
+    return pipe, pipe.call_arguments()
+
+
+def draw_some(args: argparse.Namespace, degrees: dict[str, Any], indices: list[int], folder: Path) -> None:
+    """Draw some prompts on this rank; the first rank writes them."""
+    scenes, (pipe, call) = prompts(args.count), wrapped(args, degrees)
+    for index in indices:
+        call |= {"prompt": caption(scenes[index]), "generator": torch.Generator().manual_seed(index)}
+        picture = pipe(**call).images[0]
+        if torch.distributed.get_rank() == 0:
+            picture.save(folder / f"{index}.png")
+    pipe.unwrap()
 
 
 def drawn(args: argparse.Namespace, method: str) -> list[Image.Image]:
@@ -116,8 +151,9 @@ def lossless(args: argparse.Namespace) -> None:
 def draw_few(args: argparse.Namespace, degrees: dict[str, Any]) -> np.ndarray:
     """Draw one prompt of each kind on this rank, `[3, 256, 256, 3]` in 0..1."""
     pipe, call = wrapped(args, degrees)
-    texts = [caption(scene) for scene in prompts(len(KINDS))]
-    return pipe(**call | {"prompt": texts, "output_type": "np"}).images
+    pictures = pipe(**call | {"prompt": [caption(scene) for scene in prompts(len(KINDS))], "output_type": "np"}).images
+    pipe.unwrap()
+    return pictures
 
 
 # ---- the page ----------------------------------------------------------------------------------------------
@@ -150,8 +186,7 @@ def adherence_table(args: argparse.Namespace) -> list[str]:
 def methods_table(args: argparse.Namespace) -> list[str]:
     """Return a line for each method that is drawn: how near to serial, and how good by itself."""
     scenes, serial = prompts(args.count), drawn(args, SERIAL)
-    rng = np.random.default_rng(0)
-    true = np.stack([features(render(scene, rng)) for scene in scenes])
+    true = np.stack([features(render(scene)) for scene in scenes])
     scale = np.maximum(true.std(0), 0.05)
     lines = [
         "| method | pictures | PSNR, median (lowest) | SSIM, mean (lowest) | everything right | distance to true |",
@@ -204,7 +239,7 @@ def side_by_side(args: argparse.Namespace, path: Path, columns: int = 6, size: i
         brush.text((8, y * size + size // 2 - 8), method, fill="black", font=font)
         for x, picture in enumerate(pictures[:columns]):
             sheet.paste(picture.resize((size - 4, size - 4)), (label + x * size, y * size + 2))
-    sheet.quantize(64).save(path)
+    sheet.quantize(160).save(path)
 
 
 def grid(args: argparse.Namespace, path: Path, columns: int = 6, rows: int = 4, size: int = 192) -> None:
@@ -220,20 +255,25 @@ def grid(args: argparse.Namespace, path: Path, columns: int = 6, rows: int = 4, 
         lines = [" ".join(words[:half]), " ".join(words[half:]) + (f" (wrong: {', '.join(wrong)})" if wrong else "")]
         for line, content in enumerate(lines):
             pen.text((x, y + size + 12 * line), content, fill="red" if wrong else "black")
-    sheet.quantize(64).save(path)
+    sheet.quantize(160).save(path)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command's arguments."""
+    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_argument("stage", choices=("draw", "lossless", "page"))
+    flags.add_argument("--pipeline", default="shapes-256", help="a folder of xfuser/assets")
+    flags.add_argument("--methods", nargs="+", choices=list(METHODS), help="which to draw (default: all)")
+    flags.add_argument("--count", type=int, default=201, help="prompts, of each kind in turn")
+    flags.add_argument("--steps", type=int, default=20)
+    flags.add_argument("--guidance", type=float, default=3.5)
+    flags.add_argument("--tokens", type=int, default=32, help="longest prompt in tokens")
+    flags.add_argument("--work", type=Path, default=Path("/tmp/tiny_model/quality"), help="where pictures are kept")
+    return flags
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("draw", "lossless", "page"))
-    parser.add_argument("--pipeline", default="shapes-256", help="a folder of xfuser/assets")
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), help="which to draw (default: all)")
-    parser.add_argument("--count", type=int, default=201, help="prompts, of each kind in turn")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--guidance", type=float, default=3.5)
-    parser.add_argument("--tokens", type=int, default=32, help="longest prompt in tokens")
-    parser.add_argument("--work", type=Path, default=Path("/tmp/tiny_model/quality"), help="where pictures are kept")
-    args = parser.parse_args()
+    args = parser().parse_args()
     torch.set_num_threads(1)
     {"draw": draw, "lossless": lossless, "page": page}[args.stage](args)
 

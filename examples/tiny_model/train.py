@@ -57,7 +57,7 @@ class CropPool:
         self.objects, self.pictures = [], np.empty((pictures, size, size, 3), np.uint8)
         for index in range(pictures):
             scene = sample_scene(rng)
-            self.objects.append(place(scene, rng))
+            self.objects.append(place(scene))
             self.pictures[index] = np.asarray(draw(self.objects[-1], scene.background, size))
 
     def crops(self, count: int, side: int) -> torch.Tensor:
@@ -143,7 +143,7 @@ def load_vae(work: Path):
 # ---- latents -----------------------------------------------------------------------------------------------
 
 
-def cache_latents(work: Path, size: int, count: int, seed: int, shard: int = 1024) -> None:
+def cache_latents(work: Path, size: int, count: int, seed: int, shard: int = 1024, batch: int = 4) -> None:
     """Draw scenes the training may see and write their latents and plain captions in shards."""
     vae = load_vae(work)
     for index in range(count // shard):
@@ -153,8 +153,8 @@ def cache_latents(work: Path, size: int, count: int, seed: int, shard: int = 102
         rng = np.random.default_rng((seed, size, index))
         scenes = [sample_scene(rng) for _ in range(shard)]
         latents = []
-        for first in range(0, shard, 8):
-            pictures = np.stack([np.asarray(render(scene, rng, size)) for scene in scenes[first : first + 8]])
+        for first in range(0, shard, batch):
+            pictures = np.stack([np.asarray(render(scene, size)) for scene in scenes[first : first + batch]])
             with torch.no_grad():
                 latents.append(vae.encode(to_tensor(pictures)).latent_dist.mode().half())
         save_checkpoint(path, latents=torch.cat(latents), captions=[caption(scene) for scene in scenes])
@@ -165,8 +165,12 @@ class Latents:
     """Cached latents and their scenes."""
 
     def __init__(self, work: Path, size: int, rng: np.random.Generator):
-        shards = [torch.load(path) for path in sorted(work.glob(f"latents-{size}-*.pt"))]
-        self.rng = rng
+        self.work, self.size, self.rng = work, size, rng
+        self.read()
+
+    def read(self) -> None:
+        """Read all shards, among them those that were written meanwhile."""
+        shards = [torch.load(path) for path in sorted(self.work.glob(f"latents-{self.size}-*.pt"))]
         self.latents = torch.cat([shard["latents"] for shard in shards])
         self.scenes = [parse(text) for shard in shards for text in shard["captions"]]
 
@@ -217,7 +221,7 @@ def train_text(work: Path, steps: int, batch: int, seed: int) -> None:
     began = time.time()
     for step in range(steps):
         scenes = [sample_scene(rng) for _ in range(batch)]
-        pictures = to_tensor(np.stack([np.asarray(render(scene, rng, 32)) for scene in scenes]))
+        pictures = to_tensor(np.stack([np.asarray(render(scene, 32)) for scene in scenes]))
         tokens, mask = tokenize(tokenizer, [caption(scene, rng) for scene in scenes])
         optimizer.param_groups[0]["lr"] = 2e-3 * warm_cosine(step, steps)
         states = encoder(input_ids=tokens, attention_mask=mask).last_hidden_state
@@ -380,7 +384,7 @@ class Trainer:
         for optimizer in self.optimizers:
             optimizer.step()
         self.step += 1
-        follow = min(0.998, self.step / (self.step + 20))
+        follow = min(0.995, self.step / (self.step + 20))
         for name, value in self.parts.state_dict().items():
             self.average[name].lerp_(value, 1 - follow)
 
@@ -405,6 +409,7 @@ def train_transformer(args: argparse.Namespace) -> None:
             print(f"{args.size} px {trainer.step} loss {np.mean(losses):.4f} {seconds:.0f}s", flush=True)
             losses.clear()
             trainer.save()
+            data.read()
 
 
 # ---- export ------------------------------------------------------------------------------------------------
