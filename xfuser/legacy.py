@@ -179,7 +179,8 @@ class PatchConv2d(nn.Conv2d):
         for start in range(0, rows, self.block_size or rows):
             first = start * stride - top
             last = (min(start + (self.block_size or rows), rows) - 1) * stride - top + reach
-            band = x[..., max(first, 0) : last, :]
-            band = F.pad(band, (left, right, max(-first, 0), max(last - x.shape[-2], 0)))
+            band = x[..., max(first, 0) : max(last, 0), :]
+            above, below = min(last, 0) - first, last - max(first, x.shape[-2])
+            band = F.pad(band, (left, right, max(above, 0), max(below, 0)))
             parts.append(F.conv2d(band, self.weight, self.bias, self.stride, 0, self.dilation, self.groups))
         return torch.cat(parts, dim=-2)
