@@ -16,7 +16,7 @@ from xfuser.core.distributed import get_world_group
 from xfuser.logger import quiet_libraries
 from xfuser.methods.text_encoders import PREFIX, text_encoders
 from xfuser.models.registry import check_folder, is_known, planned_models
-from xfuser.parallel import join_groups
+from xfuser.placement import join_groups
 from xfuser.skeleton import STEMS, check_files, components_of, freed_encoders, load_transformers
 
 LEFT_TO_DIFFUSERS = ("quantization_config", "device_map", "custom_pipeline", "use_flashpack")  # arguments

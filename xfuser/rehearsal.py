@@ -33,7 +33,8 @@ from xfuser.methods.pipefusion.blocks import divide
 from xfuser.methods.sharding import outermost_lists
 from xfuser.models.plan import blocks_of
 from xfuser.models.registry import plan_of, planned_models
-from xfuser.parallel import pipeline_split, xDiTParallel
+from xfuser.parallel import xDiTParallel
+from xfuser.placement import pipeline_split
 from xfuser.skeleton import components_of, skeleton
 
 LIBRARIES = {"diffusers": diffusers, "transformers": transformers}

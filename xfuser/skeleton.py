@@ -21,7 +21,7 @@ from xfuser.methods.sharding import blocks_in_shares, free_weights, shares_of
 from xfuser.methods.text_encoders import PREFIX
 from xfuser.models.plan import ModelPlan
 from xfuser.models.registry import is_known, plan_of
-from xfuser.parallel import pipeline_split
+from xfuser.placement import pipeline_split
 
 Place = tuple[nn.Module, str]  # a module, and the name of one of its tensors
 

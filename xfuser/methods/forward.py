@@ -3,7 +3,8 @@
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -85,3 +86,19 @@ def edited_arguments(module: nn.Module, edit: Callable[[Arguments], None]) -> It
         yield
     finally:
         handle.remove()
+
+
+def before_each(pipe: Any, method: str, notify: list[Callable[[], None]]) -> AbstractContextManager[None]:
+    """Within the context, ``notify`` are called ahead of a method of the pipeline's scheduler, or of a copy of it."""
+    scheduler = getattr(pipe, "scheduler", None)
+    if scheduler is None or not notify:
+        return nullcontext()
+    original, of_class = getattr(scheduler, method), getattr(type(scheduler), method)
+
+    @functools.wraps(of_class)
+    def notifying(self: Any, *args: Any, **kwargs: Any) -> Any:
+        for one in notify:
+            one()
+        return original(*args, **kwargs) if self is scheduler else of_class(self, *args, **kwargs)
+
+    return replaced(scheduler, method, MethodType(notifying, scheduler))  # copies get a method of their own

@@ -1,0 +1,175 @@
+"""Where the weights of a pipeline are while it is wrapped: what PipeFusion, tensor parallelism and shards divide."""
+
+from typing import Any
+
+from torch import nn
+
+from xfuser.config import EngineConfig, ParallelConfig
+from xfuser.core.distributed import (
+    destroy_model_parallel,
+    get_pp_group,
+    get_replica_group,
+    get_tp_group,
+    get_world_group,
+    init_distributed_environment,
+    initialize_model_parallel,
+    launched_world_size,
+    model_parallel_degrees,
+    model_parallel_is_initialized,
+)
+from xfuser.methods.pipefusion.blocks import divided, stage_layers
+from xfuser.methods.pipefusion.pipefusion import PipeFusion
+from xfuser.methods.refusals import refuse_offloaded
+from xfuser.methods.sharding import Shares, shared_out, shares_of
+from xfuser.methods.tensor import TensorParallel, division_of, refuse_divided
+from xfuser.methods.text_encoders import TextEncoders, text_encoders
+from xfuser.models.plan import ModelPlan
+from xfuser.models.registry import check_methods, planned_models
+
+
+class Placement:
+    """The weights of a pipeline, divided as the configuration says until :meth:`restore`.
+
+    It makes the process groups of the configuration, or uses those that are there if they are the same.
+
+    Attributes:
+        pipefusion: the stages, or None.
+
+    Raises:
+        ValueError: the configuration does not fit the pipeline, or the number of ranks. No group is made then.
+    """
+
+    def __init__(self, pipe: Any, engine_config: EngineConfig) -> None:
+        self._pipe, self._engine = pipe, engine_config
+        parallel, runtime = engine_config.parallel_config, engine_config.runtime_config
+        stages = pipeline_split(planned_models(pipe), type(pipe).__name__, parallel)
+        _check_tensor(pipe, parallel)
+        refuse_offloaded(
+            self._rearranged(),
+            "wrap the pipeline first, then call enable_sequential_cpu_offload() or what else holds them",
+        )
+        join_groups(engine_config)
+        self._encoders = TextEncoders(pipe, runtime.text_encoder, get_world_group())
+        self._shares = _shares(pipe, parallel.fully_shard_degree)
+        self.pipefusion: PipeFusion | None = None
+        if stages:
+            self.pipefusion = PipeFusion(
+                planned_models(pipe), get_pp_group(), stages, parallel.num_pipeline_patch, runtime.warmup_steps
+            )
+        self._tensor: TensorParallel | None = None
+        if parallel.tp_degree > 1:  # behind PipeFusion, which leaves the blocks of other stages out
+            self._tensor = TensorParallel(_tensor_models(pipe, parallel), get_tp_group(), parallel.tensor_scheme)
+
+    def restore(self) -> None:
+        """Give each rank all weights again; all ranks must call it, and have the memory."""
+        refuse_offloaded(self._rearranged(), "call remove_all_hooks() before unwrap()")
+        if self._tensor:
+            self._tensor.restore()
+        if self.pipefusion:
+            self.pipefusion.restore()
+        for name, shares in self._shares.items():
+            vars(self._pipe)[name] = shares.restore()
+        self._encoders.restore()
+
+    @property
+    def keeps_elsewhere(self) -> bool:
+        """Whether it moves weights to and from the device itself."""
+        return bool(self._shares) or self._engine.runtime_config.text_encoder != "replicate"
+
+    def _rearranged(self) -> list[nn.Module]:
+        """The components whose weights get other places."""
+        parallel = self._engine.parallel_config
+        divides = parallel.pp_degree * parallel.tp_degree * parallel.fully_shard_degree > 1
+        transformers = [model for model, _ in planned_models(self._pipe).values()] if divides else []
+        moves = self._engine.runtime_config.text_encoder != "replicate" or parallel.tensor_parallel_text_encoder
+        return [*transformers, *(text_encoders(self._pipe).values() if moves else ())]
+
+
+def join_groups(engine_config: EngineConfig) -> None:
+    """Make the groups that the configuration asks for, or use those that are there if they are the same."""
+    parallel = engine_config.parallel_config
+    parallel.check(launched_world_size())
+    init_distributed_environment()
+    if model_parallel_is_initialized():
+        if model_parallel_degrees() == parallel.group_degrees:
+            return
+        destroy_model_parallel()
+    initialize_model_parallel(**parallel.group_degrees)
+
+
+def pipeline_split(
+    models: dict[str, tuple[nn.Module, ModelPlan]], pipeline: str, parallel: ParallelConfig
+) -> dict[str, list[int]]:
+    """Number of blocks of each stage, for each of a pipeline's transformers; empty without PipeFusion.
+
+    Raises:
+        ValueError: PipeFusion does not serve them, or their blocks are divided in another way already.
+    """
+    stubs = {name: divided(model, plan) for name, (model, plan) in models.items()}
+    if any(stub.held for ones in stubs.values() for stub in ones):
+        raise ValueError(
+            f"an earlier wrap divided the blocks of this {pipeline} over stages: call unwrap() on it first"
+        )
+    for model, plan in models.values():
+        if parallel.patched and plan.context:
+            raise ValueError(
+                f"DistriFusion and naive patches do not serve {type(model).__name__}: {plan.unpiped}. Use Ulysses,"
+                " ring, CFG or data parallelism"
+            )
+        check_methods(type(model).__name__, plan, parallel.sequenced, parallel.pipelined)
+    loaded_for = {name: ones[0].stage_layers for name, ones in stubs.items() if ones}
+    for layers in loaded_for.values():
+        if len(layers) != parallel.pp_degree or list(parallel.attn_layer_num_for_pp or layers) != layers:
+            raise ValueError(
+                f"this {pipeline} was loaded for stages of {layers} blocks: wrap it with the degrees that it was loaded"
+                " with, or load it again"
+            )
+    if not parallel.pipelined:
+        return {}
+    if len(models) > 1:
+        raise ValueError(
+            f"PipeFusion does not serve {pipeline}: {' and '.join(models)} divide the steps, and the later"
+            " one would begin without keys and values. Use Ulysses, ring, CFG or data parallelism"
+        )
+    stages, asked = parallel.pp_degree, parallel.attn_layer_num_for_pp
+    return loaded_for or {name: stage_layers(model, plan, stages, asked) for name, (model, plan) in models.items()}
+
+
+def _tensor_models(pipe: Any, parallel: ParallelConfig) -> list[tuple[nn.Module, ModelPlan | None]]:
+    """What tensor parallelism divides: the transformers, and the text encoders where that is asked for."""
+    if parallel.tp_degree == 1:
+        return []
+    models = list(planned_models(pipe).values())
+    if parallel.tensor_parallel_text_encoder:
+        encoders = text_encoders(pipe).values()
+        if not encoders:
+            raise ValueError(f"tensor_parallel_text_encoder: {type(pipe).__name__} has no text encoder; leave it away")
+        models += [(encoder, None) for encoder in encoders]
+    return models
+
+
+def _check_tensor(pipe: Any, parallel: ParallelConfig) -> None:
+    """Refuse what tensor parallelism cannot divide, before a process group is made."""
+    asked = {id(model): plan for model, plan in _tensor_models(pipe, parallel)}
+    for part in pipe.components.values():
+        if not isinstance(part, nn.Module):
+            continue
+        if id(part) not in asked:
+            refuse_divided(part)
+        elif not refuse_divided(part, parallel.tp_degree, parallel.tensor_scheme):
+            division_of(part, asked[id(part)], parallel.tp_degree, parallel.tensor_scheme)
+
+
+def _shares(pipe: Any, degree: int) -> dict[str, Shares]:
+    """Shards the pipeline's transformers, unless they were loaded so."""
+    found: dict[str, Shares] = {}
+    for name, (model, plan) in planned_models(pipe).items():
+        loaded = shares_of(model)
+        if loaded and loaded.degree != degree:
+            raise ValueError(
+                f"this {type(pipe).__name__} was loaded for fully_shard_degree={loaded.degree}: wrap it with that"
+            )
+        if degree > 1:
+            found[name] = loaded or shared_out(model, plan, get_replica_group())
+            vars(pipe)[name] = found[name].copy  # registers nothing
+    return found
