@@ -167,6 +167,33 @@ def test_diffusers_own_is_measured_alike(pool):
         assert 0.5 * sizes[0] <= sizes[1] <= 2 * sizes[0]
 
 
+CONFIGS = [
+    "tensor_parallel_degree=2",
+    "ulysses_degree=2 text_encoder=rank0",
+    "pipefusion_parallel_degree=2",
+    "ring_degree=2",
+]
+
+
+def of_a_model(path):
+    """A pipeline of a folder, under configurations that divide weights and some that do not, in turn."""
+    init_distributed_environment()
+    size = {"height": 80, "width": 48, "no_use_resolution_binning": True, "max_sequence_length": 7}
+    args = xFuserArgs(model=path, prompt=["a cat"], num_inference_steps=2, **size)
+    workload = Workload(args)
+    contenders = [ours(workload, one) for one in configurations(CONFIGS, [2], args)]
+    return measure(workload, contenders, rounds=2, warm_up=1)
+
+
+def test_every_configuration_meets_the_whole_pipeline(pool, folder_of):
+    for told in pool.run(2, of_a_model, folder_of("pixart_sigma")):
+        assert told["serial"]["parameters"][0] == told["serial"]["parameters"][1]
+        tensor, ulysses, pipefusion, ring = told["rows"]
+        assert all(len(row["seconds"]) == 2 for row in told["rows"])
+        assert all(max(row["relative_error"]) <= 1e-5 for row in (tensor, ulysses, ring))
+        assert max(tensor["parameters"] + pipefusion["parameters"]) < told["serial"]["parameters"][0]
+
+
 def names(texts, ranks=(2,), **base):
     return [one.name for one in configurations(texts, list(ranks), xFuserArgs(**base))]
 

@@ -132,4 +132,4 @@ def megabytes(count: float) -> str:
 
 
 def decibels(psnr: float) -> str:
-    return f"{psnr:.1f} dB" if psnr < 119 else "exact"
+    return f"{psnr:.1f} dB" if psnr < 119 else "> 119 dB"

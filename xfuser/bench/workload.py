@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from xfuser.bench.cases import CASES, seeded
 from xfuser.bench.configurations import Configuration
-from xfuser.config import EngineConfig, InputConfig, xFuserArgs
+from xfuser.config import EngineConfig, InputConfig, ParallelConfig, xFuserArgs
 from xfuser.core import device as devices
 from xfuser.core.distributed import get_world_group
 from xfuser.inputs import pipeline_arguments
@@ -51,7 +51,7 @@ class Workload:
         if self._case:
             pipe = seeded(self._case.pipeline).to(devices.device(get_world_group().local_rank))
         else:
-            pipe = load_pipeline(engine, self._inputs)
+            pipe = load_pipeline(_whole(engine), self._inputs)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
@@ -80,6 +80,13 @@ class Workload:
         with torch.no_grad():
             media = media_of(pipe(**call | changes))
         return torch.stack([torch.as_tensor(np.asarray(one) if isinstance(one, list) else one) for one in media])
+
+
+def _whole(engine: EngineConfig) -> EngineConfig:
+    """Loads all weights on every rank, as the serial run needs them; a wrap divides them."""
+    replicas = ParallelConfig(dp_degree=get_world_group().world_size)
+    runtime = replace(engine.runtime_config, text_encoder="replicate")
+    return replace(engine, parallel_config=replicas, runtime_config=runtime)
 
 
 @dataclass(frozen=True)
