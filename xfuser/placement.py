@@ -19,7 +19,7 @@ from xfuser.core.distributed import (
 )
 from xfuser.methods.pipefusion.blocks import divided, stage_layers
 from xfuser.methods.pipefusion.pipefusion import PipeFusion
-from xfuser.methods.refusals import refuse_offloaded
+from xfuser.methods.refusals import refuse_offloaded, refuse_quantised
 from xfuser.methods.sharding import Shares, shared_out, shares_of
 from xfuser.methods.tensor import TensorParallel, division_of, refuse_divided
 from xfuser.methods.text_encoders import TextEncoders, text_encoders
@@ -42,12 +42,13 @@ class Placement:
     def __init__(self, pipe: Any, engine_config: EngineConfig) -> None:
         self._pipe, self._engine = pipe, engine_config
         parallel, runtime = engine_config.parallel_config, engine_config.runtime_config
-        stages = pipeline_split(planned_models(pipe), type(pipe).__name__, parallel)
-        _check_tensor(pipe, parallel)
+        refuse_quantised(self._rearranged())
         refuse_offloaded(
             self._rearranged(),
             "wrap the pipeline first, then call enable_sequential_cpu_offload() or what else holds them",
         )
+        stages = pipeline_split(planned_models(pipe), type(pipe).__name__, parallel)
+        _check_tensor(pipe, parallel)
         join_groups(engine_config)
         self._encoders = TextEncoders(pipe, runtime.text_encoder, get_world_group())
         self._shares = _shares(pipe, parallel.fully_shard_degree)

@@ -48,5 +48,15 @@ def refuse_offloaded(modules: Iterable[nn.Module], advice: str) -> None:
             )
 
 
+def refuse_quantised(modules: Iterable[nn.Module]) -> None:
+    """Raise a ValueError for a module whose weights are packed by a quantiser, which nothing else can cut."""
+    for module in modules:
+        if getattr(module, "hf_quantizer", None) is not None:
+            raise ValueError(
+                f"{type(module).__name__} is quantised, and its weights cannot be divided over ranks: use Ulysses,"
+                " ring, CFG or data parallelism"
+            )
+
+
 def _lacks_weights(module: nn.Module) -> bool:
     return any(weight.is_meta for weight in module.parameters(recurse=False))

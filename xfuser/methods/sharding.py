@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -97,9 +98,18 @@ class Shares:
         return {name: self._rows(x) if isinstance(x, DTensor) else None for name, x in self.copy.named_parameters()}
 
     def _rows(self, x: DTensor) -> range:
+        starts = self._starts(x)
+        return range(*starts[self._group.rank_in_group :][:2])
+
+    def _starts(self, x: DTensor) -> list[int]:
+        """The first row of each rank, and the number of all."""
         size = -(-len(x) // self._group.world_size)
-        start = min(size * self._group.rank_in_group, len(x))
-        return range(start, min(start + size, len(x)))
+        return [min(size * rank, len(x)) for rank in range(self._group.world_size + 1)]
+
+    def _whole(self, x: DTensor) -> torch.Tensor:
+        # Not x.full_tensor(): what it keeps of equal meshes outlives their process groups.
+        sizes = [stop - start for start, stop in pairwise(self._starts(x))]
+        return self._group.all_gather(x.to_local(), dim=0, sizes=sizes)
 
     def fill(self, name: str, x: torch.Tensor) -> None:
         """Give the copy its rows of a parameter."""
@@ -124,7 +134,7 @@ class Shares:
                 part.reshard()
         free_weights(self.module, self._group.device)
         for old, new in zip(self.module.parameters(), self.copy.parameters(), strict=True):
-            old.data = new.full_tensor() if isinstance(new, DTensor) else new.data
+            old.data = self._whole(new) if isinstance(new, DTensor) else new.data
         return self.module
 
 
