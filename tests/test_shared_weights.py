@@ -95,3 +95,21 @@ def test_a_transformer_in_shares(pool, folder_of, family, ranks, degrees, loads)
     for picture, share, whole_again, change in told:
         assert running.error(picture, running.bare(path, call)) <= running.TOLERANCE and whole_again
         assert share < 1 and change <= running.TOLERANCE
+
+
+def wrapped_one_after_the_other(path, call):
+    pipe = running.loaded(path)
+    pictures = []
+    for degrees in ({"ring_degree": 2}, {"ulysses_degree": 2, "fully_shard_degree": 2}):
+        parallel = running.wrap(pipe, degrees)
+        pictures.append(running.array(parallel(**call, generator=running.seeded())))
+        parallel.unwrap()
+    return pictures
+
+
+def test_shares_behind_other_groups(pool, folder_of):
+    """Weights are made whole by the groups that are there, not by equal ones from before."""
+    path, call = folder_of("sd3"), tiny.call_of("sd3")
+    expected = running.bare(path, call)
+    for pictures in pool.run(2, wrapped_one_after_the_other, path, call):
+        assert all(running.error(picture, expected) <= running.TOLERANCE for picture in pictures)
