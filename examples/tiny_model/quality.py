@@ -13,6 +13,7 @@ import argparse
 import json
 import re
 import statistics
+import textwrap
 import zlib
 from functools import cache
 from pathlib import Path
@@ -193,17 +194,21 @@ def methods_table(args: argparse.Namespace) -> list[str]:
         "|---|---|---|---|---|---|",
     ]
     for method in METHODS:
-        pictures = drawn(args, method)
-        number = min(len(pictures), len(serial))
-        if number < 2 * len(KINDS):
+        pairs = list(zip(drawn(args, method), serial, strict=False))
+        if len(pairs) < 2 * len(KINDS):
             continue
-        pairs = [(tensor(one), tensor(other)) for one, other in zip(pictures, serial, strict=False)]
-        decibels, similar = [psnr(*pair) for pair in pairs], [ssim(*pair) for pair in pairs]
+        tensors = [(tensor(one), tensor(other)) for one, other in pairs]
+        decibels, similar = [psnr(*pair) for pair in tensors], [ssim(*pair) for pair in tensors]
         near = f"{statistics.median(decibels):.1f} ({min(decibels):.1f}) | {np.mean(similar):.3f} ({min(similar):.3f})"
-        right = adherence(pictures[:number], scenes)["all"]["everything"]
-        distance = frechet_distance(np.stack([features(one) for one in pictures[:number]]), true[:number], scale)
-        near = "equal | equal" if method == SERIAL else near
-        lines.append(f"| {method} | {number} | {near} | {right:.3f} | {distance:.2f} |")
+        right, distance = [], []
+        for pictures in zip(*pairs, strict=True):
+            right.append(adherence(pictures, scenes)["all"]["everything"])
+            distance.append(frechet_distance(np.stack([features(one) for one in pictures]), true[: len(pairs)], scale))
+        if method == SERIAL:
+            lines.append(f"| serial | {len(pairs)} | equal | equal | {right[0]:.3f} | {distance[0]:.2f} |")
+        else:
+            own = f"{right[0]:.3f} (serial {right[1]:.3f}) | {distance[0]:.2f} (serial {distance[1]:.2f})"
+            lines.append(f"| {method} | {len(pairs)} | {near} | {own} |")
     return lines
 
 
@@ -244,17 +249,14 @@ def side_by_side(args: argparse.Namespace, path: Path, columns: int = 6, size: i
 
 def grid(args: argparse.Namespace, path: Path, columns: int = 6, rows: int = 4, size: int = 192) -> None:
     """Write the first serial pictures, each with its caption and what is wrong with it."""
-    sheet = Image.new("RGB", (columns * (size + 4), rows * (size + 30)), "white")
+    sheet = Image.new("RGB", (columns * (size + 4), rows * (size + 42)), "white")
     pen, scenes = ImageDraw.Draw(sheet), prompts(args.count)
     for index, picture in enumerate(drawn(args, SERIAL)[: columns * rows]):
-        x, y = index % columns * (size + 4), index // columns * (size + 30)
+        x, y = index % columns * (size + 4), index // columns * (size + 42)
         sheet.paste(picture.resize((size, size)), (x, y))
         wrong = [name for name, right in check(picture, scenes[index]).items() if not right]
-        words = caption(scenes[index]).split()
-        half = next(n for n in range(len(words) + 1) if len(" ".join(words[:n])) > 24 or n == len(words))
-        lines = [" ".join(words[:half]), " ".join(words[half:]) + (f" (wrong: {', '.join(wrong)})" if wrong else "")]
-        for line, content in enumerate(lines):
-            pen.text((x, y + size + 12 * line), content, fill="red" if wrong else "black")
+        text = caption(scenes[index]) + (f" (wrong: {', '.join(wrong)})" if wrong else "")
+        pen.text((x, y + size), textwrap.fill(text, 32), fill="red" if wrong else "black")
     sheet.quantize(160).save(path)
 
 
