@@ -1,7 +1,6 @@
-"""Quantised transformers run under the methods that leave weights as they are, where their packages are installed."""
+"""Quantised transformers run under the methods that leave weights as they are."""
 
 import diffusers
-import pytest
 import running
 import tiny
 import torch
@@ -11,19 +10,10 @@ from xfuser import xDiTParallel, xFuserArgs
 from xfuser.loading import load_pipeline
 
 
-def by_torchao():
-    quantization = pytest.importorskip("torchao.quantization")
-    return diffusers.TorchAoConfig(quantization.Int8WeightOnlyConfig())
-
-
-def by_quanto():
-    pytest.importorskip("optimum.quanto")
-    return diffusers.QuantoConfig(weights_dtype="int8")
-
-
-def draw(path, package, degrees, call):
+def draw(path, degrees, call):
     """A picture of the wrapped pipeline, or the bare one's without degrees; or why there is none."""
-    options = {"subfolder": "transformer", "quantization_config": package(), "torch_dtype": torch.float32}
+    quantised = diffusers.QuantoConfig(weights_dtype="int8")
+    options = {"subfolder": "transformer", "quantization_config": quantised, "torch_dtype": torch.float32}
     transformer = diffusers.SD3Transformer2DModel.from_pretrained(path, **options)
     if degrees is None:
         pipe = DiffusionPipeline.from_pretrained(path, transformer=transformer)
@@ -36,14 +26,12 @@ def draw(path, package, degrees, call):
         return str(error)
 
 
-@pytest.mark.parametrize("package", [by_torchao, by_quanto])
-def test_quantised_transformers(pool, folder_of, package):
-    package()
+def test_quantised_transformers(pool, folder_of):
     path, call = folder_of("sd3"), tiny.call_of("sd3", 2)
-    (bare,) = pool.run(1, draw, path, package, None, call)
+    (bare,) = pool.run(1, draw, path, None, call)
     for method in ("ulysses_degree", "ring_degree", "data_parallel_degree"):
-        for picture in pool.run(2, draw, path, package, {method: 2}, call):
+        for picture in pool.run(2, draw, path, {method: 2}, call):
             assert running.error(picture, bare) <= running.TOLERANCE
     for method in ("tensor_parallel_degree", "pipefusion_parallel_degree"):
-        for told in pool.run(2, draw, path, package, {method: 2}, call):
+        for told in pool.run(2, draw, path, {method: 2}, call):
             assert "is quantised" in told
