@@ -81,7 +81,8 @@ def test_quality_compares_pictures_with_serial(tmp_path, pool):
     (tmp_path / "prompts.txt").write_text("a red circle above a blue square\n\n a blue square on a black background \n")
     torch.jit.script(Colours()).save(tmp_path / "features.pt")
     flags = ("--configs", "vae_chunk_rows=8 use_parallel_vae", "num_pipeline_patch=4", "--prompts", "prompts.txt")
-    flags = [*flags, "--num_inference_steps", "8", "--features", "features.pt"]
+    checker = str(ROOT / "examples" / "tiny_model")
+    flags = [*flags, "--num_inference_steps", "8", "--features", "features.pt", "--checker", checker]
     assert pool.run(1, quality_on_a_rank, tmp_path, flags) == [0]
     rows = json.loads((tmp_path / "results/quality/quality.json").read_text())["rows"]
     exact, stale = rows["vae_chunk_rows=8 use_parallel_vae"], rows["num_pipeline_patch=4"]

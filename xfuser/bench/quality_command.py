@@ -51,6 +51,8 @@ def main(arguments: list[str]) -> int:
         return _run_rank(options, of_this_world(chosen), prompts)
     if options.features:
         _features(options)
+    if options.checker and not os.path.isfile(os.path.join(options.checker, "check.py")):
+        raise ValueError(f"checker={options.checker!r} is no folder with a check.py, as examples/tiny_model is")
     check_writable(options.output_dir)
     extra("matplotlib", "a plot")
     told = run_ranks("quality", arguments, chosen)
@@ -72,6 +74,12 @@ def parser() -> FlexibleArgumentParser:
     flags.add_argument("--prompts", metavar="FILE", help="A prompt a line; those of the shipped pipeline if not given.")
     flags.add_argument("--fid", nargs=2, metavar="FOLDER", help="Only compute FID between two folders of pictures.")
     flags.add_argument("--features", metavar="FILE", help="Network that FID takes features of (docs/fid.md).")
+    flags.add_argument(
+        "--checker",
+        metavar="FOLDER",
+        default=str(CHECKER) if CHECKER.is_dir() else None,
+        help="The source tree's examples/tiny_model, which looks at the shipped pipeline's pictures.",
+    )
     flags.add_argument("--output_dir", default="results/quality", help="Folder for pictures and the report.")
     flags.add_argument("--part", help=argparse.SUPPRESS)  # where rank 0 leaves what it measured for who started it
     xFuserArgs.add_cli_args(flags).set_defaults(num_inference_steps=None)
@@ -158,9 +166,9 @@ def _write_report(options: argparse.Namespace, prompts: list[str], told: list[di
     from xfuser.bench.report import describe, describe_machine
 
     rows = {name: row for run in told for name, row in run.items()}
-    checked = not options.model and CHECKER.is_dir()
     for name, row in rows.items():
-        row["adherence"] = _adherence(prompts, row["paths"]) if checked else None
+        checked = options.checker and not options.model
+        row["adherence"] = _adherence(prompts, row["paths"], options.checker) if checked else None
         if options.features and name != SERIAL:
             row["fid"] = fid(rows[SERIAL]["paths"], row["paths"], options.features)
     machine = describe_machine()
@@ -173,15 +181,15 @@ def _write_report(options: argparse.Namespace, prompts: list[str], told: list[di
     return text
 
 
-def _adherence(prompts: list[str], paths: list[str]) -> float | None:
+def _adherence(prompts: list[str], paths: list[str], checker: str) -> float | None:
     """Share of pictures that show all that their prompts ask for, where the shipped pipeline's checker knows these."""
     from PIL import Image
 
-    sys.path.insert(0, str(CHECKER))
+    sys.path.insert(0, checker)
     try:
         check, scenes = importlib.import_module("check"), importlib.import_module("scenes")
     finally:
-        sys.path.remove(str(CHECKER))
+        sys.path.remove(checker)
     verdicts = []
     for prompt, path in zip(prompts, paths, strict=True):
         try:
