@@ -19,10 +19,10 @@ _SHARES = "_xfuser_shares"  # where a copy keeps what it is a copy of
 
 
 def outermost_lists(module: nn.Module) -> list[nn.Module]:
-    """The entries of a module's ModuleLists, without those within them."""
+    """The entries of a module's ModuleLists, without those within them, and those that are None."""
     found: list[nn.Module] = []
     for child in module.children():
-        found += list(child) if isinstance(child, nn.ModuleList) else outermost_lists(child)
+        found += child.children() if isinstance(child, nn.ModuleList) else outermost_lists(child)
     return found
 
 
