@@ -79,7 +79,8 @@ def _parts(engine_config: EngineConfig, pipeline_class: Any, options: dict[str, 
     device = torch.device("cpu") if _offloads(engine_config) else devices.device(get_world_group().local_rank)
 
     def check_memory(size: int) -> None:
-        _check_memory(engine_config, size + _other_weights(engine_config, folder, dtype_of, options))
+        if engine_config.runtime_config.memory is not None and not _offloads(engine_config):
+            _check_memory(engine_config, size + _other_weights(engine_config, folder, dtype_of, options))
 
     parts = load_transformers(
         folder,
@@ -111,7 +112,7 @@ def _check_memory(engine_config: EngineConfig, size: int) -> None:
     """Refuse on all ranks what is too much for one."""
     memory, model = engine_config.runtime_config.memory, engine_config.model_config.model
     worst = max(get_world_group().all_gather_object(size))
-    if memory is not None and worst > memory and not _offloads(engine_config):
+    if worst > memory:
         raise ValueError(
             f"the weights of {model!r} that a rank keeps are {worst / 1e9:.2f} GB, and memory={memory / 1e9:.2f} GB:"
             f" `xdit plan --model {model} --world_size {get_world_group().world_size}` lists what the degrees and"

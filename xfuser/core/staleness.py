@@ -95,6 +95,15 @@ class Staleness:
             if self.mode != "no_sync":
                 rows.start()  # behind their use: what arrives overwrites them
 
+    @contextmanager
+    def keys_and_values(
+        self, name: str, key: torch.Tensor, value: torch.Tensor, sizes: list[int]
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """As :meth:`exchange`, for this rank's keys and values of an attention, ``[B, H, S_local, D]``: one message."""
+        own = torch.cat([key, value], dim=-1).permute(2, 0, 1, 3)
+        with self.exchange(name, own, sizes) as whole:
+            yield whole.permute(1, 2, 0, 3).split([key.shape[-1], value.shape[-1]], dim=-1)
+
     def last(self, name: str) -> torch.Tensor | None:
         """This rank's rows in the exchange of that name that comes next, as they were one step ago; None if there were
         none."""
@@ -105,11 +114,6 @@ class Staleness:
         """Wait for all that is under way."""
         for rows in self._kept.values():
             rows.settle()
-
-    @property
-    def buffered(self) -> int:
-        """Bytes of what outlives a step."""
-        return sum(rows.whole.nbytes for rows in self._kept.values())
 
 
 class _Rows:

@@ -39,9 +39,8 @@ class DistriFusion:
     ) -> Iterator[KeysValues]:
         """Keys, values and key mask to attend to within the context, of this rank's (``[B, H, S_local, D]``)."""
         sizes = keys.key_lengths
-        own = keys.given(torch.cat([key, value], dim=-1), 2, rank).permute(2, 0, 1, 3)
-        with self._staleness.exchange(name, own, sizes) as whole:
-            k, v = whole.permute(1, 2, 0, 3).split([key.shape[-1], value.shape[-1]], dim=-1)
+        key, value = keys.given(key, 2, rank), keys.given(value, 2, rank)
+        with self._staleness.keys_and_values(name, key, value, sizes) as (k, v):
             if mask is None:
                 yield k, v, None
                 return

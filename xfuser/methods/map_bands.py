@@ -95,9 +95,8 @@ class MapBands(Bands):
                 f" is not known here. {self.advice}"
             )
         sizes = [size * width for size in self.sizes(height, "attention")]
-        own = torch.cat([key, value], dim=-1).permute(2, 0, 1, 3)
-        with self._staleness.exchange("keys and values", own, sizes) as whole:
-            yield whole.permute(1, 2, 0, 3).split([key.shape[-1], value.shape[-1]], dim=-1)
+        with self._staleness.keys_and_values("keys and values", key, value, sizes) as both:
+            yield both
 
 
 def _corrected(stale: torch.Tensor, before: torch.Tensor, own: torch.Tensor, eps: float) -> torch.Tensor:
