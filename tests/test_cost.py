@@ -198,3 +198,19 @@ def test_pipefusion_holds_no_more_after_more_steps(pool):
     few = pool.run(2, peak_of_steps, pipefusion(4, 2), 4)
     many = pool.run(2, peak_of_steps, pipefusion(4, 2), 12)
     assert all(late <= 1.01 * early for early, late in zip(few, many, strict=True))
+
+
+def held_ahead_of_decoding(degrees):
+    pipe, held = running.wrap(wider("flux"), degrees), []
+    decode = pipe.vae.decode
+    with LiveMemory() as memory:
+        pipe.vae.decode = lambda *args, **kwargs: (held.append(memory.live), decode(*args, **kwargs))[1]
+        pipe(**wide_call("flux", 3) | {"output_type": "pt"})
+    return held
+
+
+def test_pipefusion_holds_no_keys_and_values_when_the_vae_decodes(pool):
+    (serial,) = pool.run(1, held_ahead_of_decoding, {})[0]
+    keys_and_values = 8 * 2 * (256 + 32) * 64 * BYTES  # of a stage's blocks; latents are kept in some places
+    for (held,) in pool.run(2, held_ahead_of_decoding, pipefusion(4, 2)):
+        assert held <= serial + keys_and_values / 2

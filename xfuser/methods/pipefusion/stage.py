@@ -170,6 +170,8 @@ class Stage:
         if not self._clock.synchronous:
             self._receives = self._received
         self._call, self._received = 0, []
+        if self._clock.ends_step and self._clock.step + 1 == self._clock.steps:
+            self._buffers.clear()  # the VAE can have their memory
         for channel in self._channels.values():
             channel.end_substep()
 
