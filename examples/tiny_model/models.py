@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import torch
-from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    DPMSolverMultistepScheduler,
+    FluxTransformer2DModel,
+    PixArtTransformer2DModel,
+)
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
 from scenes import vocabulary
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import nn
-from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 LATENT_CHANNELS = 4
 LATENT_SIZE = 32
 TEXT_WIDTH = 96
 TEXT_LENGTH = 24
 HEADS, HEAD_WIDTH, LAYERS = 4, 32, 8
+JOINT_HEADS, DOUBLE_LAYERS, SINGLE_LAYERS = 3, 2, 6
+POOLED_WIDTH, POOLED_LENGTH = 32, 32
 
 
 def build_vae() -> AutoencoderKL:
@@ -69,7 +76,7 @@ def _extended_identity(weight: torch.Tensor) -> None:
         centre[inputs:] = nn.functional.normalize(torch.randn(outputs - inputs, inputs), dim=1)
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer(longest: int = 300) -> PreTrainedTokenizerFast:
     """Build a tokenizer which knows whole words only, skips punctuation and ends each text with `</s>`, as T5 does."""
     words = {word: index for index, word in enumerate(["<pad>", "</s>", "<unk>", *vocabulary()])}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
@@ -84,7 +91,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         eos_token="</s>",
         unk_token="<unk>",
         padding_side="right",
-        model_max_length=300,
+        model_max_length=longest,
     )
 
 
@@ -153,6 +160,54 @@ def _initialise_transformer(transformer: PixArtTransformer2DModel) -> None:
     nn.init.zeros_(transformer.proj_out.weight)
 
 
-def build_scheduler() -> DPMSolverMultistepScheduler:
-    """Build the sampler: flow matching noise levels, a model which predicts the clean latents."""
-    return DPMSolverMultistepScheduler(prediction_type="sample", use_flow_sigmas=True, flow_shift=2.0)
+def build_pooled_encoder(words: int) -> CLIPTextModel:
+    """Build a CLIP text encoder for a vocabulary of `words` tokens: it sums a prompt up in one vector."""
+    config = CLIPTextConfig(
+        vocab_size=words,
+        hidden_size=POOLED_WIDTH,
+        intermediate_size=2 * POOLED_WIDTH,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=POOLED_LENGTH,
+        projection_dim=POOLED_WIDTH,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=1,
+    )
+    return CLIPTextModel(config)
+
+
+def build_joint_transformer() -> FluxTransformer2DModel:
+    """Build the denoiser with joint attention of text and image; every block starts as nearly the identity."""
+    transformer = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=4 * LATENT_CHANNELS,
+        num_layers=DOUBLE_LAYERS,
+        num_single_layers=SINGLE_LAYERS,
+        attention_head_dim=HEAD_WIDTH,
+        num_attention_heads=JOINT_HEADS,
+        joint_attention_dim=TEXT_WIDTH,
+        pooled_projection_dim=POOLED_WIDTH,
+        guidance_embeds=True,
+        axes_dims_rope=(HEAD_WIDTH // 4, HEAD_WIDTH * 3 // 8, HEAD_WIDTH * 3 // 8),
+    )
+    with torch.no_grad():
+        for name, module in transformer.named_modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+                if ".norm" in name:  # what the gates open by
+                    module.weight.mul_(0.1)
+        nn.init.zeros_(transformer.proj_out.weight)
+        nn.init.zeros_(transformer.time_text_embed.guidance_embedder.linear_2.weight)
+    return transformer
+
+
+def build_scheduler(dynamic: bool = False) -> DPMSolverMultistepScheduler:
+    """Build the sampler: flow matching noise levels, a model which predicts the clean latents.
+
+    With `dynamic`, the pipeline says how far the levels lean to noise.
+    """
+    return DPMSolverMultistepScheduler(
+        prediction_type="sample", use_flow_sigmas=True, flow_shift=2.0, use_dynamic_shifting=dynamic
+    )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -51,9 +51,10 @@ SYNONYMS = {
 }
 
 # Diameters and centres, in parts of the picture's side: whole numbers of the 8 pixels that one latent pixel stands for.
-# They leave nothing to chance: where there are several places, so small a model draws an object in two at once.
+# All objects of a scene may be moved aside together, by a token of the transformers.
 UNIT = 1 / 32
 SINGLE_DIAMETERS = {"small": 9 * UNIT, "": 14 * UNIT, "large": 20 * UNIT}
+SHIFTS = (-2 * UNIT, 0.0, 2 * UNIT)
 GROUP_DIAMETERS = {"small": 7 * UNIT, "": 11 * UNIT, "large": 13 * UNIT}
 NEAR, MIDDLE, FAR = 0.25, 0.5, 0.75
 GROUP_CENTRES = {
@@ -187,20 +188,38 @@ def parse(text: str) -> Scene:
     return Scene(groups, relation, background.group(1) if background else DEFAULT_BACKGROUND)
 
 
-def place(scene: Scene) -> list[Placed]:
-    """Give every object of a scene its place and its diameter."""
+def place(scene: Scene, rng: np.random.Generator | None = None) -> list[Placed]:
+    """Give every object of a scene its place and its diameter; with `rng`, all are moved aside together at times."""
     if scene.relation:
         objects = list(zip(scene.groups, PAIR_CENTRES[scene.relation], strict=True))
     else:
         group = scene.groups[0]
         objects = [(group, centre) for centre in GROUP_CENTRES.get(group.count, ((MIDDLE, MIDDLE),))]
     diameters = SINGLE_DIAMETERS if len(objects) == 1 else GROUP_DIAMETERS
-    return [Placed(group.colour, group.shape, *centre, diameters[group.size]) for group, centre in objects]
+    placed = [Placed(group.colour, group.shape, *centre, diameters[group.size]) for group, centre in objects]
+    return _move(placed, *(float(rng.choice(_shifts(placed, axis))) for axis in "xy")) if rng else placed
 
 
-def render(scene: Scene, size: int = 256) -> Image.Image:
-    """Draw a scene as an antialiased RGB picture of `size` x `size` pixels."""
-    return draw(place(scene), scene.background, size)
+def _shifts(objects: list[Placed], axis: str) -> list[float]:
+    """Return how far all objects may be moved along an axis."""
+    room = min(min(getattr(item, axis), 1 - getattr(item, axis)) - item.diameter / 2 for item in objects)
+    return [shift for shift in SHIFTS if abs(shift) <= room]
+
+
+def _move(objects: list[Placed], right: float, down: float) -> list[Placed]:
+    return [replace(item, x=item.x + right, y=item.y + down) for item in objects]
+
+
+def render(scene: Scene, size: int = 256, rng: np.random.Generator | None = None) -> Image.Image:
+    """Draw a scene as an antialiased RGB picture of `size` x `size` pixels; with `rng`, moved aside at times."""
+    return draw(place(scene, rng), scene.background, size)
+
+
+def all_renders(scene: Scene, size: int) -> list[Image.Image]:
+    """Draw a scene in all the places where it may be."""
+    placed = place(scene)
+    moved = [_move(placed, right, down) for right in _shifts(placed, "x") for down in _shifts(placed, "y")]
+    return [draw(objects, scene.background, size) for objects in moved]
 
 
 def draw(objects: list[Placed], background: str, size: int, oversampling: int = 4) -> Image.Image:

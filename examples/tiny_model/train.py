@@ -4,157 +4,39 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import shutil
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from autoencoder import load_vae, save_checkpoint, to_tensor, train_decoder, train_vae, warm_cosine
 from diffusers import PixArtSigmaPipeline
-from models import (
-    TEXT_LENGTH,
-    TEXT_WIDTH,
-    build_scheduler,
-    build_text_encoder,
-    build_tokenizer,
-    build_transformer,
-    build_vae,
-)
-from scenes import SYNONYMS, caption, draw, parse, place, render, sample_scene
+from families import FAMILIES, Flux, GuidedFlux, PixArt, tokenize
+from models import TEXT_WIDTH, build_text_encoder, build_tokenizer
+from safetensors.torch import save_file
+from scenes import SYNONYMS, caption, parse, render, sample_scene
 from torch import nn
 from torch.nn import functional
-
-
-def to_tensor(pictures: np.ndarray) -> torch.Tensor:
-    """Turn uint8 pictures [n, h, w, 3] into a float tensor [n, 3, h, w] from -1 to 1."""
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
-
-
-def warm_cosine(step: int, steps: int, warmup: int = 50, floor: float = 0.02) -> float:
-    """Return the learning rate's factor at a step: up in a straight line, down along a cosine."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / (steps - warmup))))
-
-
-def save_checkpoint(path: Path, **state) -> None:
-    """Write a checkpoint so that an interrupted write never spoils the last one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    partial.replace(path)
-
-
-# ---- autoencoder -------------------------------------------------------------------------------------------
-
-
-class CropPool:
-    """Pictures at full size, and crops of them which show an object's edge."""
-
-    def __init__(self, rng: np.random.Generator, pictures: int, size: int = 256):
-        self.rng, self.size = rng, size
-        self.objects, self.pictures = [], np.empty((pictures, size, size, 3), np.uint8)
-        for index in range(pictures):
-            scene = sample_scene(rng)
-            self.objects.append(place(scene))
-            self.pictures[index] = np.asarray(draw(self.objects[-1], scene.background, size))
-
-    def crops(self, count: int, side: int) -> torch.Tensor:
-        """Cut `count` squares of `side` pixels around points on objects' outlines."""
-        cut = []
-        for index in self.rng.integers(len(self.pictures), size=count):
-            item = self.objects[index][self.rng.integers(len(self.objects[index]))]
-            angle, radius = self.rng.uniform(0, 2 * math.pi), item.diameter / 2 * self.rng.uniform(0.8, 1.4)
-            x, y = item.x + radius * math.cos(angle), item.y + radius * math.sin(angle)
-            left, top = (int(np.clip(v * self.size - side / 2, 0, self.size - side)) for v in (x, y))
-            cut.append(self.pictures[index, top : top + side, left : left + side])
-        return to_tensor(np.stack(cut))
-
-    def whole(self, count: int) -> torch.Tensor:
-        """Return `count` whole pictures."""
-        return to_tensor(self.pictures[self.rng.integers(len(self.pictures), size=count)])
-
-
-def autoencoder_loss(vae, pictures: torch.Tensor) -> torch.Tensor:
-    """Return L1 + L2 of the reconstruction, plus a little pull of the latents towards a unit normal."""
-    posterior = vae.encode(pictures).latent_dist
-    decoded = vae.decode(posterior.sample()).sample
-    divergence = 0.5 * (posterior.mean**2 + posterior.var - 1.0 - posterior.logvar).mean()
-    return functional.l1_loss(decoded, pictures) + functional.mse_loss(decoded, pictures) + 1e-3 * divergence
-
-
-@torch.no_grad()
-def reconstruction_psnr(vae, pictures: torch.Tensor) -> float:
-    """Return the peak signal-to-noise ratio of reconstructed pictures, in decibels."""
-    decoded = vae.decode(vae.encode(pictures).latent_dist.mode()).sample.clamp(-1, 1)
-    return 10 * math.log10(4.0 / functional.mse_loss(decoded, pictures).item())
-
-
-def train_vae(work: Path, steps: int, seed: int) -> None:
-    """Train the autoencoder: first on crops near edges, in the last quarter on whole pictures."""
-    torch.manual_seed(seed)
-    pool = CropPool(np.random.default_rng(seed), 600)
-    held_out = CropPool(np.random.default_rng(seed + 1), 16).whole(16)
-    vae, path, start = build_vae(), work / "vae.pt", 0
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=0.0)
-    if path.exists():
-        state = torch.load(path)
-        vae.load_state_dict(state["vae"])
-        optimizer.load_state_dict(state["optimizer"])
-        start = state["step"]
-    began = time.time()
-    for step in range(start, steps):
-        pictures = pool.crops(16, 64) if step < 0.75 * steps else pool.whole(2)
-        optimizer.param_groups[0]["lr"] = 2e-3 * warm_cosine(step, steps)
-        loss = autoencoder_loss(vae, pictures)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        if step % 100 == 0 or step + 1 == steps:
-            psnr = reconstruction_psnr(vae, held_out)
-            print(f"vae {step} loss {loss.item():.4f} psnr {psnr:.2f} {time.time() - began:.0f}s", flush=True)
-            save_checkpoint(path, vae=vae.state_dict(), optimizer=optimizer.state_dict(), step=step + 1)
-    normalise_latents(vae, pool.whole(48))
-    save_checkpoint(work / "vae-final.pt", vae=vae.state_dict())
-
-
-@torch.no_grad()
-def normalise_latents(vae, pictures: torch.Tensor) -> None:
-    """Fold into the 1x1 convolutions what gives each latent channel zero mean and unit deviation."""
-    means = torch.cat([vae.encode(chunk).latent_dist.mode() for chunk in pictures.split(8)])
-    shift, scale = means.mean((0, 2, 3)), means.std((0, 2, 3))
-    encode, decode, channels = vae.quant_conv, vae.post_quant_conv, len(shift)
-    encode.weight[:channels].div_(scale[:, None, None, None])
-    encode.bias[:channels].sub_(shift).div_(scale)
-    encode.bias[channels:].sub_(2 * scale.log())
-    decode.bias.add_((decode.weight[:, :, 0, 0] * shift).sum(1))
-    decode.weight.mul_(scale[None, :, None, None])
-
-
-def load_vae(work: Path):
-    """Return the finished autoencoder."""
-    vae = build_vae()
-    vae.load_state_dict(torch.load(work / "vae-final.pt")["vae"])
-    return vae.eval().requires_grad_(False)
-
+from transformers import CLIPTextModel
 
 # ---- latents -----------------------------------------------------------------------------------------------
 
 
-def cache_latents(work: Path, size: int, count: int, seed: int, shard: int = 1024, batch: int = 4) -> None:
+def cache_latents(args: argparse.Namespace, shard: int = 1024, batch: int = 4) -> None:
     """Draw scenes the training may see and write their latents and plain captions in shards."""
+    work, size = args.work, args.size
     vae = load_vae(work)
-    for index in range(count // shard):
+    for index in range(args.count // shard):
         path = work / f"latents-{size}-{index:03d}.pt"
         if path.exists():
             continue
-        rng = np.random.default_rng((seed, size, index))
+        rng = np.random.default_rng((args.seed, size, index))
         scenes = [sample_scene(rng) for _ in range(shard)]
         latents = []
         for first in range(0, shard, batch):
-            pictures = np.stack([np.asarray(render(scene, size)) for scene in scenes[first : first + batch]])
+            chosen = scenes[first : first + batch]
+            pictures = np.stack([np.asarray(render(scene, size, rng)) for scene in chosen])
             with torch.no_grad():
                 latents.append(vae.encode(to_tensor(pictures)).latent_dist.mode().half())
         save_checkpoint(path, latents=torch.cat(latents), captions=[caption(scene) for scene in scenes])
@@ -162,7 +44,7 @@ def cache_latents(work: Path, size: int, count: int, seed: int, shard: int = 102
 
 
 class Latents:
-    """Cached latents and their scenes."""
+    """Cached latents and their scenes; single objects, whose outlines vary most in size, come up thrice as often."""
 
     def __init__(self, work: Path, size: int, rng: np.random.Generator):
         self.work, self.size, self.rng = work, size, rng
@@ -173,21 +55,17 @@ class Latents:
         shards = [torch.load(path) for path in sorted(self.work.glob(f"latents-{self.size}-*.pt"))]
         self.latents = torch.cat([shard["latents"] for shard in shards])
         self.scenes = [parse(text) for shard in shards for text in shard["captions"]]
+        shares = np.array([3.0 if sum(group.count for group in scene.groups) == 1 else 1.0 for scene in self.scenes])
+        self.shares = shares / shares.sum()
 
     def batch(self, count: int, drop: float) -> tuple[torch.Tensor, list[str]]:
         """Return latents, and captions of which a share `drop` is left empty."""
-        indices = self.rng.integers(len(self.scenes), size=count)
+        indices = self.rng.choice(len(self.scenes), size=count, p=self.shares)
         texts = [caption(self.scenes[i], self.rng) if self.rng.random() >= drop else "" for i in indices]
         return self.latents[torch.from_numpy(indices)].float(), texts
 
 
 # ---- text encoder ------------------------------------------------------------------------------------------
-
-
-def tokenize(tokenizer, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return token numbers and the mask of those which are no padding."""
-    tokens = tokenizer(texts, padding="longest", truncation=True, max_length=TEXT_LENGTH, return_tensors="pt")
-    return tokens.input_ids, tokens.attention_mask
 
 
 class ThumbnailHead(nn.Module):
@@ -285,7 +163,7 @@ class _Bfloat16Linear(torch.autograd.Function):
         return inputs, (low.T @ rows).float(), outer.sum(0)
 
 
-def attend_in_bfloat16(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None):
+def attend_in_bfloat16(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
     """Scaled dot product attention with all its products in bfloat16, half the time of the fused one."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     scores = (query * scale).bfloat16() @ key.bfloat16().transpose(-1, -2)
@@ -296,22 +174,23 @@ def attend_in_bfloat16(query, key, value, attn_mask=None, dropout_p=0.0, is_caus
 
 def use_bfloat16_products(transformer) -> None:
     """Compute the large products of a transformer's blocks, and all attention, in bfloat16 while it trains."""
-    for module in transformer.transformer_blocks.modules():
-        if isinstance(module, nn.Linear):
+    for name, module in transformer.named_modules():
+        if "blocks." in name and isinstance(module, nn.Linear):
             module.forward = lambda inputs, m=module: _Bfloat16Linear.apply(inputs, m.weight, m.bias)
     functional.scaled_dot_product_attention = attend_in_bfloat16
 
 
 class Trainer:
-    """The text encoder and the transformer with their optimizers, their averages and their checkpoint."""
+    """The text encoders and the transformer with their optimizers, their averages and their checkpoint."""
 
-    def __init__(self, work: Path, rates: tuple[float, float, float]):
-        self.path, self.step = work / "transformer.pt", 0
-        self.tokenizer = build_tokenizer()
-        self.parts = nn.ModuleDict(
-            {"encoder": build_text_encoder(len(self.tokenizer)), "transformer": build_transformer()}
-        )
+    def __init__(self, work: Path, family: PixArt | Flux, rates: tuple[float, float, float]):
+        self.family, self.path, self.step = family, work / f"{family.name}.pt", 0
+        self.parts, self.teacher = family.build(), None
         self.parts["encoder"].load_state_dict(torch.load(work / "text.pt")["encoder"])
+        if isinstance(family, GuidedFlux):
+            self.teacher = family.build().requires_grad_(False)
+            for parts in (self.teacher, self.parts):
+                parts.load_state_dict(torch.load(work / f"{family.teacher}.pt")["average"])
         self.average = {name: value.clone() for name, value in self.parts.state_dict().items()}
         self.optimizers = self._build_optimizers(rates)
         if self.path.exists():
@@ -319,15 +198,15 @@ class Trainer:
 
     def _build_optimizers(self, rates: tuple[float, float, float]) -> list[torch.optim.Optimizer]:
         """Give the matrices of the transformer's blocks to Muon and all else to AdamW."""
-        transformer, encoder = self.parts["transformer"], self.parts["encoder"]
-        blocks = transformer.transformer_blocks.named_parameters()
-        matrices = [value for name, value in blocks if value.ndim == 2 and "table" not in name]
-        chosen = {id(value) for value in matrices}
-        others = [value for value in transformer.parameters() if id(value) not in chosen]
-        groups = [
-            {"params": others, "rate": rates[0]},
-            {"params": list(encoder.parameters()), "rate": rates[1]},
-        ]
+        matrices, others, texts = [], [], []
+        for name, value in self.parts.named_parameters():
+            if not name.startswith("transformer."):
+                texts.append(value)
+            elif "blocks." in name and value.ndim == 2 and "table" not in name:
+                matrices.append(value)
+            else:
+                others.append(value)
+        groups = [{"params": others, "rate": rates[0]}, {"params": texts, "rate": rates[1]}]
         return [
             torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.01),
             torch.optim.Muon(
@@ -358,20 +237,17 @@ class Trainer:
 
     def loss(self, latents: torch.Tensor, texts: list[str], shift: float) -> torch.Tensor:
         """Return the error of the predicted clean latents, weighted as an error of the flow would be."""
-        tokens, mask = tokenize(self.tokenizer, texts)
-        states = self.parts["encoder"](input_ids=tokens, attention_mask=mask).last_hidden_state
         level = (torch.arange(len(latents)) + torch.rand(len(latents))) / len(latents)
         level = (shift * level / (1 + (shift - 1) * level)).clamp(0.001, 0.9999)
         sigma = level[:, None, None, None]
         noisy = (1 - sigma) * latents + sigma * torch.randn_like(latents)
-        predicted = self.parts["transformer"](
-            noisy,
-            encoder_hidden_states=states,
-            encoder_attention_mask=mask,
-            timestep=(level * 1000).long(),
-            return_dict=False,
-        )[0]
-        return ((predicted - latents) / sigma.clamp(min=0.1)).square().mean()
+        if self.teacher is None:
+            predicted, wanted = self.family.predict(self.parts, noisy, level, texts), latents
+        else:
+            guidance = 1 + 4 * torch.rand(len(latents))
+            predicted = self.family.predict(self.parts, noisy, level, texts, guidance)
+            wanted = self.family.teach(self.teacher, noisy, level, texts, guidance)
+        return ((predicted - wanted) / sigma.clamp(min=0.1)).square().mean()
 
     def update(self, loss: torch.Tensor, factor: float) -> None:
         """Take one step of all optimizers, at their rates times `factor`, and follow with the averages."""
@@ -392,11 +268,12 @@ class Trainer:
 def train_transformer(args: argparse.Namespace) -> None:
     """Train text encoder and transformer together on cached latents, up to step `args.steps`."""
     torch.manual_seed(args.seed)
-    trainer = Trainer(args.work, tuple(args.rates))
+    trainer = Trainer(args.work, FAMILIES[args.family](), tuple(args.rates))
     torch.manual_seed(args.seed + trainer.step)
     data = Latents(args.work, args.size, np.random.default_rng((args.seed, trainer.step)))
     if args.bfloat16:
-        use_bfloat16_products(trainer.parts["transformer"])
+        for parts in filter(None, (trainer.parts, trainer.teacher)):
+            use_bfloat16_products(parts["transformer"])
     first, began, losses = trainer.step, time.time(), []
     while trainer.step < args.steps:
         ahead = min(1.0, (args.steps - trainer.step) / max(1, args.cooldown))
@@ -415,25 +292,41 @@ def train_transformer(args: argparse.Namespace) -> None:
 # ---- export ------------------------------------------------------------------------------------------------
 
 
-def export(work: Path, folder: Path) -> None:
+def load_pipeline(work: Path, family: PixArt | Flux):
+    """Return the pipeline of the averaged weights."""
+    trained = family.build()
+    trained.load_state_dict(torch.load(work / f"{family.name}.pt")["average"])
+    return family.pipeline(trained.eval(), load_vae(work))
+
+
+def draw_latents(work: Path, family: PixArt | Flux, count: int, seed: int, batch: int = 8) -> None:
+    """Let the trained pipeline draw scenes the training may see, and keep its latents with their plain captions."""
+    pipeline = load_pipeline(work, family)
+    pipeline.set_progress_bar_config(disable=True)
+    rng, latents, texts = np.random.default_rng((seed, count)), [], []
+    while len(texts) < count:
+        prompts = [caption(sample_scene(rng)) for _ in range(batch)]
+        latents.append(family.sample(pipeline, prompts, torch.Generator().manual_seed(len(texts))).half())
+        texts += prompts
+    save_checkpoint(work / f"drawn-{family.name}.pt", latents=torch.cat(latents), captions=texts)
+
+
+def export(work: Path, family: PixArt | Flux, folder: Path) -> None:
     """Write the averaged weights as a pipeline folder, stored in half and loaded in single precision."""
-    trained = nn.ModuleDict({"encoder": build_text_encoder(len(build_tokenizer())), "transformer": build_transformer()})
-    trained.load_state_dict(torch.load(work / "transformer.pt")["average"])
-    pipeline = PixArtSigmaPipeline(
-        tokenizer=build_tokenizer(),
-        text_encoder=trained["encoder"],
-        vae=load_vae(work),
-        transformer=trained["transformer"],
-        scheduler=build_scheduler(),
-    )
+    pipeline = load_pipeline(work, family)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     pipeline.to(torch.half).save_pretrained(partial)
-    # Diffusers' own models load in single precision, so the text encoder must; and tokenizers are written
-    # under a class name which Transformers 4 does not know.
-    edit_json(partial / "text_encoder" / "config.json", dtype="float32")
-    edit_json(partial / "tokenizer" / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
-    edit_json(partial / "model_index.json", tokenizer=["transformers", "PreTrainedTokenizerFast"])
+    # Diffusers' own models load in single precision, so the text encoders must; and Transformers 4 knows neither the
+    # class name of tokenizers nor the names of CLIP's weights that Transformers 5 writes.
+    for part in partial.glob("text_encoder*"):
+        edit_json(part / "config.json", dtype="float32")
+    for part in partial.glob("tokenizer*"):
+        edit_json(part / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+        edit_json(partial / "model_index.json", **{part.name: ["transformers", "PreTrainedTokenizerFast"]})
+    if isinstance(pipeline.text_encoder, CLIPTextModel):
+        weights = {f"text_model.{name}": value for name, value in pipeline.text_encoder.state_dict().items()}
+        save_file(weights, partial / "text_encoder" / "model.safetensors", metadata={"format": "pt"})
     for weights in partial.rglob("*.safetensors"):
         weights.chmod(0o644)
     shutil.rmtree(folder, ignore_errors=True)
@@ -447,7 +340,8 @@ def edit_json(path: Path, **changes) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("stage", choices=("vae", "cache", "text", "start", "transformer", "export"))
+    parser.add_argument("stage", choices=("vae", "cache", "text", "start", "transformer", "draw", "decoder", "export"))
+    parser.add_argument("--family", choices=list(FAMILIES), default="pixart", help="of the transformer's stages")
     parser.add_argument("--work", type=Path, default=Path("/tmp/tiny_model"), help="where checkpoints are kept")
     parser.add_argument("--steps", type=int, default=1600, help="steps of the stage in all, resumed ones included")
     parser.add_argument("--batch", type=int, default=64)
@@ -466,15 +360,19 @@ def main() -> None:
     if args.stage == "vae":
         train_vae(args.work, args.steps, args.seed)
     elif args.stage == "cache":
-        cache_latents(args.work, args.size, args.count, args.seed)
+        cache_latents(args)
     elif args.stage == "text":
         train_text(args.work, args.steps, args.batch, args.seed)
     elif args.stage == "start":
         start(args.work, args.folder)
     elif args.stage == "transformer":
         train_transformer(args)
+    elif args.stage == "draw":
+        draw_latents(args.work, FAMILIES[args.family](), args.count, args.seed)
+    elif args.stage == "decoder":
+        train_decoder(args.work, args.steps, args.rates[0], args.seed)
     else:
-        export(args.work, args.folder)
+        export(args.work, FAMILIES[args.family](), args.folder)
 
 
 if __name__ == "__main__":
