@@ -4,11 +4,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import running
 from PIL import Image
 
-from xfuser import cli
-from xfuser.config.args import SHIPPED_PIPELINE
+from xfuser import cli, xFuserArgs
+from xfuser.config.args import shipped_folder
 from xfuser.words import check_words, known_words
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "tiny_model"))
@@ -18,6 +19,9 @@ import quality
 import scenes
 
 PROMPTS = 24
+PIXART, FLUX = (shipped_folder(name) for name in ("shapes-256", "shapes-256-flux"))
+FORMAT = {"height": 256, "width": 256, "max_sequence_length": 31}
+both_pipelines = pytest.mark.parametrize("folder", [PIXART, FLUX], ids=["pixart", "flux"])
 
 
 def test_checker_is_right_about_true_pictures_and_spoilt_ones():
@@ -36,16 +40,16 @@ def test_distance_to_true_pictures_grows_with_what_is_wrong():
 
 def test_table_of_methods_tells_worse_pictures_from_serial_ones(tmp_path, pool):
     """True pictures stand for serial ones, pictures that are off by some pixels for those of a method."""
-    args = quality.parser().parse_args(["page", "--count", "6", "--steps", "1", "--work", str(tmp_path)])
+    args = quality.parser().parse_args(["page", "--count", "6", "--work", str(tmp_path)])
+    args.steps, args.pipeline = 1, "shapes-256"
     for method in (quality.SERIAL, "PipeFusion M = 4, W = 1"):
         folder = quality.folder_of(args, method)
         folder.mkdir(parents=True)
-        for index, scene in enumerate(quality.prompts(args.count)):
-            picture = scenes.render(scene)
+        for index, picture in enumerate(quality.true_pictures(args.count)):
             (picture if method == quality.SERIAL else picture.rotate(8)).save(folder / f"{index}.png")
     serial, worse = (line.split(" | ") for line in quality.methods_table(args)[2:])
-    assert serial[2:5] == ["equal", "equal", "1.000"] and float(serial[5].rstrip("| ")) < 0.01
-    assert worse[4].endswith("(serial 1.000)") and float(worse[4].split()[0]) < 1 < float(worse[5].split()[0])
+    assert serial[2:6] == ["equal", "equal", "0", "1.000"] and float(serial[6].rstrip("| ")) < 0.01
+    assert worse[5].endswith("(serial 1.000)") and float(worse[5].split()[0]) < 1 < float(worse[6].split()[0])
     picture = folder / "0.png"
     picture.unlink()
     pool.run(2, quality.draw_some, args, quality.METHODS["DistriFusion N = 2, W = 1"], [0], folder)
@@ -65,16 +69,25 @@ def test_unknown_words_are_refused_with_the_nearest_known_ones(monkeypatch, caps
     check_words("another/pipeline", ["a cactus"])
 
 
-def draw(prompts):
-    pipe = running.wrap(running.loaded(SHIPPED_PIPELINE), {"data_parallel_degree": 2})
-    pictures = pipe(prompts, guidance_scale=3.5, max_sequence_length=32, generator=running.seeded()).images
+def test_a_shipped_pipeline_goes_by_its_name_and_has_its_size():
+    for name in ("shapes-256", "shapes-256-flux"):
+        engine, inputs = xFuserArgs(model=name, prompt="a red circle", width=272).checked()
+        assert Path(engine.model_config.model, "model_index.json").exists()
+        assert (inputs.height, inputs.width) == (256, 272)
+    assert xFuserArgs(model="another/pipeline").checked()[1].height is None
+
+
+def draw(folder, prompts):
+    pipe = running.wrap(running.loaded(folder), {"data_parallel_degree": 2})
+    pictures = pipe(prompts, guidance_scale=3.5, generator=running.seeded(), **FORMAT).images
     return [np.asarray(picture) for picture in pictures] if running.torch.distributed.get_rank() == 0 else None
 
 
-def test_pictures_show_what_their_prompts_say(pool):
+@both_pipelines
+def test_pictures_show_what_their_prompts_say(pool, folder):
     rng = np.random.default_rng(11)
     asked = [scenes.sample_scene(rng, held_out=True) for _ in range(PROMPTS)]
-    pictures = pool.run(2, draw, [scenes.caption(scene) for scene in asked])[0]
+    pictures = pool.run(2, draw, folder, [scenes.caption(scene) for scene in asked])[0]
     verdicts = [check.check(Image.fromarray(one), scene) for one, scene in zip(pictures, asked, strict=True)]
     assert np.mean([all(verdict.values()) for verdict in verdicts]) >= 0.8
 
@@ -82,18 +95,22 @@ def test_pictures_show_what_their_prompts_say(pool):
 def test_trained_weights_keep_parity(pool):
     """In latents, and two steps: guidance and the decoder multiply the rounding of float32."""
     call = {"prompt": "a red circle above a blue square", "num_inference_steps": 2, "output_type": "latent"}
-    call |= {"height": 208, "width": 272, "use_resolution_binning": False, "max_sequence_length": 31}
-    expected = running.bare(SHIPPED_PIPELINE, call)
-    for degrees in ({"ulysses_degree": 4}, {"use_cfg_parallel": True, "ring_degree": 2}):
-        for result in pool.run(4, running.wrapped, SHIPPED_PIPELINE, degrees, call):
-            assert running.error(result, expected) <= running.TOLERANCE
+    call |= {"height": 208, "width": 272, "max_sequence_length": 31}
+    guided = {"use_cfg_parallel": True, "ring_degree": 2}
+    piped = {"pipefusion_parallel_degree": 2, "ulysses_degree": 2, "num_pipeline_patch": 3, "warmup_steps": 2}
+    for folder, own, others in ((PIXART, {"use_resolution_binning": False}, guided), (FLUX, {}, piped)):
+        expected = running.bare(folder, call | own)
+        for degrees in ({"ulysses_degree": 4}, others):
+            for result in pool.run(4, running.wrapped, folder, degrees, call | own):
+                assert running.error(result, expected) <= running.TOLERANCE
 
 
-def test_stale_keys_and_values_change_pictures_little(pool):
+@both_pipelines
+def test_stale_keys_and_values_change_pictures_little(pool, folder):
     """Trained weights feel PipeFusion's staleness, and draw nearly the same."""
-    call = {"prompt": "a red circle above a blue square", "output_type": "np", "max_sequence_length": 31}
-    serial = running.bare(SHIPPED_PIPELINE, call)
+    call = {"prompt": "a red circle above a blue square", "output_type": "np", "num_inference_steps": 20} | FORMAT
+    serial = running.bare(folder, call)
     degrees = {"pipefusion_parallel_degree": 2, "num_pipeline_patch": 4, "warmup_steps": 1}
-    for picture in pool.run(2, running.wrapped, SHIPPED_PIPELINE, degrees, call):
+    for picture in pool.run(2, running.wrapped, folder, degrees, call):
         decibels = -10 * np.log10(np.mean((picture - serial) ** 2))
         assert 28 <= decibels <= 70

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, replace
 
 from xfuser.config import FlexibleArgumentParser, xFuserArgs
+from xfuser.config.args import shipped_folder
 from xfuser.config.config import in_words, legal_degrees
 from xfuser.methods.text_encoders import PREFIX
 from xfuser.rehearsal import Memory, alone_of, configs_of, rehearse
@@ -80,7 +81,7 @@ def plan(args: xFuserArgs, world_size: int) -> list[Row]:
     Raises:
         ValueError: there is no such pipeline.
     """
-    base = replace(args, model=configs_of(args.model, args.download_dir)) if args.model else args
+    base = args if shipped_folder(args.model) else replace(args, model=configs_of(args.model, args.download_dir))
     with alone_of(world_size):
         return [_row(base, degrees) for degrees in legal_degrees(world_size)]
 

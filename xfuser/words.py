@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Iterable
 
-from xfuser.config.args import SHIPPED_PIPELINE
+from xfuser.config.args import SHIPPED_PIPELINE, shipped_folder
 
 
 def known_words(folder: str = SHIPPED_PIPELINE) -> list[str]:
@@ -21,7 +21,7 @@ def check_words(folder: str, prompts: Iterable[str]) -> None:
 
     Other pipelines take any text.
     """
-    if os.path.dirname(os.path.abspath(folder)) != os.path.dirname(SHIPPED_PIPELINE):
+    if not shipped_folder(folder):
         return
     known = known_words(folder)
     asked = dict.fromkeys(re.findall(r"\w+", " ".join(prompts).lower()))

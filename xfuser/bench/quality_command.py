@@ -14,6 +14,7 @@ from xfuser.bench.configurations import Configuration, configurations
 from xfuser.bench.extras import extra
 from xfuser.bench.files import write_json, write_text
 from xfuser.config import FlexibleArgumentParser, xFuserArgs
+from xfuser.config.args import shipped_folder
 from xfuser.core.distributed.failure import fail_together
 from xfuser.output import check_writable
 
@@ -94,7 +95,7 @@ def _prompts(options: argparse.Namespace) -> list[str]:
             raise ValueError(f"prompts={options.prompts!r} cannot be read: {error}") from None
         found = [line.strip() for line in lines if line.strip()]
     else:
-        found = options.prompt or ([] if options.model else PROMPTS)
+        found = options.prompt or (PROMPTS if shipped_folder(options.model) else [])
     if not found:
         raise ValueError("there is nothing to draw: give --prompts FILE, with a prompt on each line")
     return found
@@ -167,7 +168,7 @@ def _write_report(options: argparse.Namespace, prompts: list[str], told: list[di
 
     rows = {name: row for run in told for name, row in run.items()}
     for name, row in rows.items():
-        checked = options.checker and not options.model
+        checked = options.checker and shipped_folder(options.model)
         row["adherence"] = _adherence(prompts, row["paths"], options.checker) if checked else None
         if options.features and name != SERIAL:
             row["fid"] = fid(rows[SERIAL]["paths"], row["paths"], options.features)

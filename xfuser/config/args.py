@@ -29,7 +29,20 @@ DTYPES = {
     "bf16": torch.bfloat16,
 }
 TEXT_ENCODER_MODES = ("replicate", "shard", "rank0", "offload")
-SHIPPED_PIPELINE = os.path.join(os.path.dirname(os.path.dirname(__file__)), "assets", "shapes-256")
+SHIPPED = os.path.join(os.path.dirname(os.path.dirname(__file__)), "assets")
+SHIPPED_PIPELINE = os.path.join(SHIPPED, "shapes-256")
+SHIPPED_SIDE = 256  # pixels that the shipped pipelines were trained with
+
+
+def shipped_folder(model: str | None) -> str | None:
+    """Folder of a pipeline that comes with the package, given by it, by its name, or None for the default one.
+
+    None where the model is another one.
+    """
+    if not model:
+        return SHIPPED_PIPELINE
+    folder = model if os.path.exists(model) else os.path.join(SHIPPED, model)
+    return folder if os.path.dirname(os.path.abspath(folder)) == SHIPPED and os.path.isdir(folder) else None
 
 
 def _flag(group: str, default: Any, help: str, nargs: str | None = None) -> Any:
@@ -56,7 +69,11 @@ def _input(default: Any, help: str, nargs: str | None = None) -> Any:
 class xFuserArgs:
     """What a user may ask for; :meth:`create_config` checks it and turns it into configuration objects."""
 
-    model: str | None = _model(None, "Folder or hub name of a Diffusers pipeline; the shipped one if not given.")
+    model: str | None = _model(
+        None,
+        f"Folder or hub name of a Diffusers pipeline, or a shipped one: {', '.join(sorted(os.listdir(SHIPPED)))};"
+        " shapes-256 if not given.",
+    )
     download_dir: str | None = _model(None, "Folder for what is downloaded from the hub.")
     trust_remote_code: bool = _model(False, "Allow a pipeline's own code from the hub.")
 
@@ -191,7 +208,7 @@ class xFuserArgs:
             raise ValueError(
                 f"warmup_steps={self.warmup_steps} must be from 0 to num_inference_steps={self.num_inference_steps}"
             )
-        model = ModelConfig(self.model or SHIPPED_PIPELINE, self.download_dir, self.trust_remote_code)
+        model = ModelConfig(shipped_folder(self.model) or self.model, self.download_dir, self.trust_remote_code)
         check_folder(model.model, parallel.sequenced, parallel.pipelined)
         return EngineConfig(model, self._runtime_config(), parallel), inputs
 
@@ -208,10 +225,10 @@ class xFuserArgs:
         return self.pipefusion_parallel_degree if self.num_pipeline_patch is None else self.num_pipeline_patch
 
     def _input_config(self) -> InputConfig:
-        return InputConfig(
-            **self._fields_of(InputConfig) | {"use_cfg_parallel": self._guidance_in_parallel()},
-            use_resolution_binning=not self.no_use_resolution_binning,
-        )
+        given = self._fields_of(InputConfig) | {"use_cfg_parallel": self._guidance_in_parallel()}
+        if shipped_folder(self.model):
+            given |= {name: SHIPPED_SIDE for name in ("height", "width") if given[name] is None}
+        return InputConfig(**given, use_resolution_binning=not self.no_use_resolution_binning)
 
     def _runtime_config(self) -> RuntimeConfig:
         if self.dtype not in DTYPES:
