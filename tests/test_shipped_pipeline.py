@@ -40,8 +40,8 @@ def test_distance_to_true_pictures_grows_with_what_is_wrong():
 
 def test_table_of_methods_tells_worse_pictures_from_serial_ones(tmp_path, pool):
     """True pictures stand for serial ones, pictures that are off by some pixels for those of a method."""
-    args = quality.parser().parse_args(["page", "--count", "6", "--work", str(tmp_path)])
-    args.steps, args.pipeline = 1, "shapes-256"
+    args = quality.parser().parse_args(["page", "--count", "6", "--steps", "1", "--work", str(tmp_path)])
+    args.pipeline = "shapes-256"
     for method in (quality.SERIAL, "PipeFusion M = 4, W = 1"):
         folder = quality.folder_of(args, method)
         folder.mkdir(parents=True)

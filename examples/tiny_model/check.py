@@ -21,6 +21,7 @@ TEMPLATE, LEAST_OVERLAP = 64, 0.85
 NAMES = (*COLOURS, *BACKGROUNDS)
 PALETTE = np.array([*COLOURS.values(), *BACKGROUNDS.values()], np.float32)
 OPPOSITES = {"above": "below", "below": "above", "left of": "right of", "right of": "left of", "and": "right of"}
+PLACES = slice(-4, -2)  # of the features: the mean place of the objects, in parts of the picture's side
 MEASURES = ("background", "colours", "count", "shapes", "relation")
 
 
