@@ -226,7 +226,7 @@ class xFuserArgs:
 
     def _input_config(self) -> InputConfig:
         given = self._fields_of(InputConfig) | {"use_cfg_parallel": self._guidance_in_parallel()}
-        if shipped_folder(self.model):
+        if self.model and shipped_folder(self.model):  # without a name, the pipeline may be one that the caller has
             given |= {name: SHIPPED_SIDE for name in ("height", "width") if given[name] is None}
         return InputConfig(**given, use_resolution_binning=not self.no_use_resolution_binning)
 
