@@ -280,7 +280,7 @@ def side_by_side(args: argparse.Namespace, path: Path, columns: int = 6, size: i
     sheet = Image.new("RGB", (label + columns * size, len(rows) * size), "white")
     brush, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
     for y, (method, pictures) in enumerate(rows.items()):
-        brush.text((8, y * size + size // 2 - 16), textwrap.fill(method, 22), fill="black", font=font)
+        brush.text((8, y * size + size // 2 - 24), method.replace(", ", ",\n"), fill="black", font=font)
         for x, picture in enumerate(pictures[:columns]):
             sheet.paste(picture.image.resize((size - 4, size - 4)), (label + x * size, y * size + 2))
     sheet.quantize(160).save(path)
