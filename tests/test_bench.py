@@ -77,8 +77,13 @@ def quality_on_a_rank(folder, flags):
 
 
 def test_quality_compares_pictures_with_serial(tmp_path, pool):
-    """The shipped pipeline: exact under what is exact, under PipeFusion at most aside, and right about the prompt."""
-    (tmp_path / "prompts.txt").write_text("a red circle above a blue square\n\n three orange squares \n")
+    """The shipped pipeline: exact under what is exact, near under PipeFusion, and right about the prompt.
+
+    On black, since a single-precision SSIM of equal bright flat areas is not 1 to four digits.
+    """
+    (tmp_path / "prompts.txt").write_text(
+        "a red circle above a blue square on a black background\n\n two red squares on a black background \n"
+    )
     torch.jit.script(Colours()).save(tmp_path / "features.pt")
     flags = ("--configs", "vae_chunk_rows=8 use_parallel_vae", "num_pipeline_patch=4", "--prompts", "prompts.txt")
     checker = str(ROOT / "examples" / "tiny_model")
@@ -86,8 +91,8 @@ def test_quality_compares_pictures_with_serial(tmp_path, pool):
     assert pool.run(1, quality_on_a_rank, tmp_path, flags) == [0]
     rows = json.loads((tmp_path / "results/quality/quality.json").read_text())["rows"]
     exact, stale = rows["vae_chunk_rows=8 use_parallel_vae"], rows["num_pipeline_patch=4"]
-    assert min(exact["psnr"]) > 90 and min(exact["ssim"]) > 0.999 and exact["fid"] < stale["fid"]
-    assert all(12 < value < 70 for value in stale["psnr"]) and all(0.6 < value < 1 for value in stale["ssim"])
+    assert min(exact["psnr"]) > 90 and min(exact["ssim"]) > 0.9999 and exact["fid"] < stale["fid"]
+    assert all(25 < value < 70 for value in stale["psnr"]) and all(0.9 < value < 1 for value in stale["ssim"])
     assert all(row["adherence"] == 1 and len(row["paths"]) == 2 for row in rows.values())
     assert all(Image.open(tmp_path / path).size == (256, 256) for path in stale["paths"])
     assert "| `num_pipeline_patch=4` |" in (tmp_path / "results/quality/quality.md").read_text()
