@@ -60,12 +60,17 @@ class CropPool:
         return to_tensor(self.pictures[self.rng.integers(len(self.pictures), size=count)])
 
 
+def difference(decoded: torch.Tensor, pictures: torch.Tensor) -> torch.Tensor:
+    """Return L1 + L2 of decoded pictures."""
+    return functional.l1_loss(decoded, pictures) + functional.mse_loss(decoded, pictures)
+
+
 def autoencoder_loss(vae, pictures: torch.Tensor) -> torch.Tensor:
     """Return L1 + L2 of the reconstruction, plus a little pull of the latents towards a unit normal."""
     posterior = vae.encode(pictures).latent_dist
     decoded = vae.decode(posterior.sample()).sample
     divergence = 0.5 * (posterior.mean**2 + posterior.var - 1.0 - posterior.logvar).mean()
-    return functional.l1_loss(decoded, pictures) + functional.mse_loss(decoded, pictures) + 1e-3 * divergence
+    return difference(decoded, pictures) + 1e-3 * divergence
 
 
 @torch.no_grad()
@@ -155,8 +160,7 @@ def train_decoder(work: Path, steps: int, rate: float, seed: int, batch: int = 2
         else:
             chosen = torch.from_numpy(rng.integers(len(scenes), size=batch))
             given, pictures = latents[chosen], true[chosen]
-        decoded = vae.decode(given).sample
-        loss = functional.l1_loss(decoded, pictures) + functional.mse_loss(decoded, pictures)
+        loss = difference(vae.decode(given).sample, pictures)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(decoder, 1.0)

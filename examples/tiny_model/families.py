@@ -17,6 +17,7 @@ from models import (
 from torch import nn
 
 LENGTHS = [32] * 40 + [64, 64, 64, 64, 128, 128, 512]  # of padded text, among which training chooses
+LATENTS = {"num_inference_steps": 20, "guidance_scale": 3.5, "max_sequence_length": 32, "output_type": "latent"}
 
 
 def tokenize(tokenizer, texts: list[str], length: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -47,8 +48,7 @@ class PixArt:
 
     def sample(self, pipeline: PixArtSigmaPipeline, prompts: list[str], generator: torch.Generator) -> torch.Tensor:
         """Return the latents that the pipeline draws, `[batch, 4, 32, 32]`."""
-        asked = {"num_inference_steps": 20, "guidance_scale": 3.5, "max_sequence_length": 32, "output_type": "latent"}
-        return pipeline(prompts, generator=generator, **asked).images
+        return pipeline(prompts, generator=generator, **LATENTS).images
 
     def pipeline(self, parts: nn.ModuleDict, vae) -> PixArtSigmaPipeline:
         """Return the pipeline of trained parts."""
@@ -103,8 +103,7 @@ class Flux:
 
     def sample(self, pipeline: FluxPipeline, prompts: list[str], generator: torch.Generator) -> torch.Tensor:
         """Return the latents that the pipeline draws, `[batch, 4, 32, 32]`."""
-        asked = {"num_inference_steps": 20, "guidance_scale": 3.5, "max_sequence_length": 32, "output_type": "latent"}
-        packed = pipeline(prompts, height=256, width=256, generator=generator, **asked).images
+        packed = pipeline(prompts, height=256, width=256, generator=generator, **LATENTS).images
         return pipeline._unpack_latents(packed, 256, 256, pipeline.vae_scale_factor)
 
     def pipeline(self, parts: nn.ModuleDict, vae) -> FluxPipeline:

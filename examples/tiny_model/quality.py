@@ -15,6 +15,7 @@ import re
 import statistics
 import textwrap
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -107,9 +108,14 @@ def asked(args: argparse.Namespace, degrees: dict[str, Any]) -> xFuserArgs:
     return xFuserArgs(model=str(ASSETS / args.pipeline), prompt="a", height=256, width=256, **given, **degrees)
 
 
+def taken(args: argparse.Namespace, methods: Iterable[str]) -> list[str]:
+    """Return those of the methods that the pipeline takes."""
+    return [method for method in methods if method not in REFUSED.get(args.pipeline, ())]
+
+
 def draw(args: argparse.Namespace) -> None:
     """Draw each prompt under each method, where it is not drawn yet."""
-    methods = [method for method in args.methods or METHODS if method not in REFUSED.get(args.pipeline, ())]
+    methods = taken(args, args.methods or METHODS)
     ranks = {method: asked(args, METHODS[method]).checked()[0].world_size for method in methods}
     pool = RankPool(max(ranks.values()))
     for method in methods:
@@ -152,10 +158,8 @@ def lossless(args: argparse.Namespace) -> None:
     """Write the largest error of each lossless method, on two ranks, in units of the largest pixel value."""
     pool, found = RankPool(2), {}
     expected = pool.run(1, draw_few, args, {})[0]
-    for method, degrees in LOSSLESS.items():
-        if method in REFUSED.get(args.pipeline, ()):
-            continue
-        degrees = {name: args.steps if value == "steps" else value for name, value in degrees.items()}
+    for method in taken(args, LOSSLESS):
+        degrees = {name: args.steps if value == "steps" else value for name, value in LOSSLESS[method].items()}
         found[method] = max(float(np.abs(one - expected).max()) for one in pool.run(2, draw_few, args, degrees))
         print(f"{method}: {found[method]:.1e}", flush=True)
     pool.close()

@@ -167,8 +167,8 @@ def _write_report(options: argparse.Namespace, prompts: list[str], told: list[di
     from xfuser.bench.report import describe, describe_machine
 
     rows = {name: row for run in told for name, row in run.items()}
+    checked = options.checker and shipped_folder(options.model)
     for name, row in rows.items():
-        checked = options.checker and shipped_folder(options.model)
         row["adherence"] = _adherence(prompts, row["paths"], options.checker) if checked else None
         if options.features and name != SERIAL:
             row["fid"] = fid(rows[SERIAL]["paths"], row["paths"], options.features)
