@@ -24,5 +24,5 @@ setup(
         "yunchang",
     ],
     extras_require={"flash-attn": ["flash-attn"], "distvae": ["distvae"], "bench": BENCH, "test": TEST + BENCH},
-    entry_points={"console_scripts": ["xdit=xfuser.cli:main"]},
+    entry_points={"console_scripts": ["xdit=xfuser.cli.main:main"]},
 )

@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 
 from xfuser import xDiTParallel, xFuserArgs
 from xfuser.core.distributed import destroy_distributed_environment
-from xfuser.loading import DTYPE_ARGUMENT
+from xfuser.weights.loading import DTYPE_ARGUMENT
 
 TOLERANCE = 1e-5
 

@@ -20,7 +20,7 @@ import unets
 import whole
 from PIL import Image
 
-from xfuser import cli
+from xfuser.cli import main as cli
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = {

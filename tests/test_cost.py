@@ -6,7 +6,7 @@ import tiny
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from xfuser.bench.meters import LiveMemory, traffic
+from xfuser.core.meters import LiveMemory, traffic
 
 TOKENS, HIDDEN, LAYERS, BYTES = 16, tiny.HEADS * tiny.HEAD_DIM, 2, 4
 

@@ -12,8 +12,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from xfuser import load_pipeline, xFuserArgs
-from xfuser.inputs import pipeline_arguments
-from xfuser.output import check_writable, write_media
+from xfuser.pipeline_io.arguments import pipeline_arguments
+from xfuser.pipeline_io.media import check_writable, write_media
 
 
 def arguments(family, **fields):

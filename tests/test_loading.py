@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 
 import xfuser
 from xfuser import xDiTParallel, xFuserArgs
-from xfuser.loading import load_pipeline
-from xfuser.skeleton import skeleton
+from xfuser.weights.loading import load_pipeline
+from xfuser.weights.skeleton import skeleton
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
@@ -157,7 +157,7 @@ def cost(rank, world, store, paths, degrees, answers):
 def costs(world, tmp_path, paths, degrees):
     """Each rank's high-water mark and share, in processes that begin with what the server has imported."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["xfuser.loading", "transformers", "running"])
+    context.set_forkserver_preload(["xfuser.weights.loading", "transformers", "running"])
     answers = context.Queue()
     store = tmp_path / "_".join(["store", str(world), *degrees])
     arguments = (world, str(store), paths, degrees, answers)

@@ -14,14 +14,29 @@ from xfuser.testing import matrix
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted((ROOT / "xfuser").rglob("*.py"))
-FLOORS = {  # each part and what it may import from the others
-    "core": {"logger"},
+LOW = {"core", "models", "vae", "config", "methods", "weights", "pipeline_io"}
+ENGINE = LOW | {"parallel"}
+FLOORS = {  # every name at the top, and what it may import of the others
+    "core": set(),
     "models": set(),
-    "config": {"core", "models", "vae"},
     "vae": {"core"},
-    "methods": {"core", "models", "vae", "logger"},
-    "model_executor": {"core"},
+    "config": {"core", "models", "vae"},
+    "methods": {"core", "models", "vae"},
+    "weights": {"core", "models", "config", "methods"},
+    "pipeline_io": {"core", "config"},
+    "parallel": LOW,
+    "pipelines": ENGINE,
+    "compat": ENGINE | {"pipelines"},
+    "planner": ENGINE,
+    "testing": ENGINE | {"__init__"},
+    "bench": ENGINE | {"testing", "cli"},
+    "cli": ENGINE | {"planner"},
+    "__init__": ENGINE | {"testing"},
+    "logger": {"core"},
+    "legacy": {"compat"},
+    "model_executor": {"compat"},
 }
+OLD_PATHS = ("xfuser/core/long_ctx_attention/",)  # of what code written for the older engine imports from compat
 
 
 def test_public_names_are_there():
@@ -43,15 +58,40 @@ def test_import_is_light():
     assert done.stdout.strip() == "[] False", done.stderr
 
 
+def part_of(path):
+    return path.relative_to(ROOT / "xfuser").parts[0].removesuffix(".py")
+
+
+def imported_parts(path):
+    """Names at the top of the package from which a file imports, wherever in the file."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "xfuser":
+            yield from (alias.name if (ROOT / "xfuser" / alias.name).is_dir() else "__init__" for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("xfuser."):
+            yield node.module.split(".")[1]
+        elif isinstance(node, ast.Import):
+            yield from (name.name.split(".")[1] for name in node.names if name.name.startswith("xfuser."))
+
+
+def test_every_part_has_its_floor():
+    assert {part_of(path) for path in SOURCES} == FLOORS.keys()
+
+
 @pytest.mark.parametrize("part", FLOORS)
 def test_lower_floors_import_no_higher_ones(part):
     for path in SOURCES:
-        if path.relative_to(ROOT / "xfuser").parts[0] != part:
-            continue
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("xfuser."):
-                imported = node.module.split(".")[1]
-                assert imported == part or imported in FLOORS[part], f"{path} imports {node.module}"
+        if part_of(path) == part and not str(path.relative_to(ROOT)).startswith(OLD_PATHS):
+            higher = set(imported_parts(path)) - FLOORS[part] - {part}
+            assert not higher, f"{path} imports from {higher}"
+
+
+def test_old_import_paths_are_nothing_but_imports():
+    """Thin re-exports: a docstring, one import from compat, and what it brings."""
+    olds = [path for path in SOURCES if str(path.relative_to(ROOT)).startswith(OLD_PATHS)]
+    olds += [path for path in SOURCES if part_of(path) in ("logger", "legacy", "model_executor")]
+    for path in olds:
+        kinds = {type(node) for node in ast.parse(path.read_text()).body}
+        assert kinds <= {ast.Expr, ast.ImportFrom, ast.Assign}, path
 
 
 def test_no_line_names_a_device():

@@ -8,12 +8,13 @@ import torch
 from test_cli import xdit
 
 from xfuser import xDiTParallel, xFuserArgs
-from xfuser.bench.meters import LiveMemory
+from xfuser.cli.plan import main, parser
 from xfuser.config.args import in_bytes
 from xfuser.config.config import legal_degrees
-from xfuser.loading import load_pipeline
-from xfuser.planning import COLUMNS, main, needs_of, plan
-from xfuser.rehearsal import alone_of, rehearse, weight_of
+from xfuser.core.meters import LiveMemory
+from xfuser.planner.rehearsal import alone_of, rehearse, weight_of
+from xfuser.planner.table import COLUMNS, needs_of, plan
+from xfuser.weights.loading import load_pipeline
 
 
 def asked(path, degrees, **changes):
@@ -97,8 +98,6 @@ def test_the_table_has_every_combination_and_why_some_cannot_be(folder_of, capsy
 
 
 def _parsed(path, flags):
-    from xfuser.planning import parser
-
     return parser().parse_args(["--model", path, "--world_size", "2", *flags])
 
 

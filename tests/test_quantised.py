@@ -7,7 +7,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from xfuser import xDiTParallel, xFuserArgs
-from xfuser.loading import load_pipeline
+from xfuser.weights.loading import load_pipeline
 
 
 def draw(path, degrees, call):

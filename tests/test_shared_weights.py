@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from xfuser import xDiTParallel, xFuserArgs
-from xfuser.loading import load_pipeline
+from xfuser.weights.loading import load_pipeline
 
 ENCODERS = {"sd3": ("text_encoder", "text_encoder_2", "text_encoder_3"), "flux": ("text_encoder", "text_encoder_2")}
 

@@ -8,15 +8,15 @@ import pytest
 import running
 from PIL import Image
 
-from xfuser import cli, xFuserArgs
+from xfuser import xFuserArgs
+from xfuser.cli import main as cli
+from xfuser.cli.words import check_words, known_words
 from xfuser.config.args import shipped_folder
-from xfuser.words import check_words, known_words
+from xfuser.testing.shapes import check, scenes
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "tiny_model"))
 
-import check
 import quality
-import scenes
 
 PROMPTS = 24
 PIXART, FLUX = (shipped_folder(name) for name in ("shapes-256", "shapes-256-flux"))

@@ -13,8 +13,8 @@ from torch import nn
 
 from xfuser import xDiTParallel, xFuserArgs
 from xfuser.core.distributed import get_tp_group, init_distributed_environment, initialize_model_parallel
-from xfuser.core.tensor import structure
-from xfuser.core.tensor.layers import Divided, Gathered, SpanningNorm, SpanningRMSNorm, Summed
+from xfuser.core.tensor_parallel import structure
+from xfuser.core.tensor_parallel.layers import Divided, Gathered, SpanningNorm, SpanningRMSNorm, Summed
 from xfuser.methods.tensor import TensorParallel, divide, division_of
 from xfuser.models.registry import PLANS, plan_of
 from xfuser.testing import matrix

@@ -16,7 +16,7 @@ from xfuser import legacy, xDiTParallel, xFuserArgs
 from xfuser.core.distributed.utils import share
 from xfuser.core.staleness import MODES, Staleness
 from xfuser.methods.forward import replaced
-from xfuser.methods.map_bands import MapBands, OnMaps
+from xfuser.methods.unet.map_bands import MapBands, OnMaps
 
 CFG, DP = {"use_cfg_parallel": True}, {"data_parallel_degree": 2}
 ASYNCHRONOUS = [mode for mode in MODES if mode != "full_sync"]

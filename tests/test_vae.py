@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from xfuser.bench.meters import LiveMemory, traffic
+from xfuser.core.meters import LiveMemory, traffic
 from xfuser.vae import parallelize_vae
 from xfuser.vae.bands import Bands
 from xfuser.vae.engines import PROVEN, parallel_vae

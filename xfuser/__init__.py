@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any
 from xfuser.core import distributed
 
 if TYPE_CHECKING:
-    from xfuser.bare import parallelize
     from xfuser.config import EngineConfig, FlexibleArgumentParser, InputConfig, xFuserArgs
-    from xfuser.loading import load_pipeline
     from xfuser.models.plan import ModelPlan
     from xfuser.models.registry import register_plan
-    from xfuser.parallel import xDiTParallel
+    from xfuser.parallel import parallelize, xDiTParallel
     from xfuser.testing.check import check_plan
+    from xfuser.weights.loading import load_pipeline
 
 __version__ = "1.0.0"
 
@@ -26,8 +25,8 @@ _LAZY = {
     "InputConfig": "xfuser.config",
     "ModelPlan": "xfuser.models.plan",
     "check_plan": "xfuser.testing.check",
-    "load_pipeline": "xfuser.loading",
-    "parallelize": "xfuser.bare",
+    "load_pipeline": "xfuser.weights.loading",
+    "parallelize": "xfuser.parallel",
     "register_plan": "xfuser.models.registry",
     "xDiTParallel": "xfuser.parallel",
     "xFuserArgs": "xfuser.config",

@@ -1,45 +1,5 @@
-"""The library's one logger, and quiet ranks: below ERROR, only rank 0 speaks."""
+"""The path by which scripts import the logger."""
 
-import logging
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from xfuser.core.logger import logger
 
-import torch.distributed as dist
-
-
-def _is_rank_zero() -> bool:
-    return dist.get_rank() == 0 if dist.is_initialized() else os.environ.get("RANK", "0") == "0"
-
-
-class _RankZeroFilter(logging.Filter):
-    def filter(self, record: logging.LogRecord) -> bool:
-        return record.levelno >= logging.ERROR or _is_rank_zero()
-
-
-logger = logging.getLogger("xfuser")
-logger.addFilter(_RankZeroFilter())
-
-
-@contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """Within the context, Diffusers and Transformers tell nothing but errors on ranks other than 0."""
-    if _is_rank_zero():
-        yield
-        return
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    libraries = (diffusers_logging, transformers_logging)
-    levels = [library.get_verbosity() for library in libraries]
-    bars = [library.is_progress_bar_enabled() for library in libraries]
-    for library in libraries:
-        library.set_verbosity_error()
-        library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for library, level, bar in zip(libraries, levels, bars, strict=True):
-            library.set_verbosity(level)
-            if bar:
-                library.enable_progress_bar()
+__all__ = ["logger"]

@@ -19,24 +19,24 @@ from xfuser.core.distributed import (
     get_world_group,
 )
 from xfuser.core.distributed.utils import share, split_sizes
+from xfuser.core.logger import quiet_libraries
 from xfuser.core.staleness import Staleness
-from xfuser.inputs import pipeline_arguments
-from xfuser.logger import quiet_libraries
 from xfuser.methods.cfg import GuidanceParallel
 from xfuser.methods.context import ContextParallel
 from xfuser.methods.data import data_parallel, split_decode
 from xfuser.methods.distrifusion import DistriFusion
 from xfuser.methods.forward import Layer, before_each, layered_forward, replaced
-from xfuser.methods.maps import MapParallel
 from xfuser.methods.naive_patch import NaivePatches
 from xfuser.methods.pipefusion.stage import Stage
 from xfuser.methods.refusals import refuse_mixed_rows, refuse_unsuited
 from xfuser.methods.sequence import SequenceParallel
+from xfuser.methods.unet.maps import MapParallel
 from xfuser.models.plan import ModelPlan
-from xfuser.models.registry import planned_models
-from xfuser.output import media_of, write_media
-from xfuser.placement import Placement
+from xfuser.models.registry import planned_models, register_plan
+from xfuser.pipeline_io.arguments import pipeline_arguments
+from xfuser.pipeline_io.media import media_of, write_media
 from xfuser.vae.engines import parallel_vae
+from xfuser.weights.placement import Placement
 
 
 class xDiTParallel:
@@ -235,6 +235,42 @@ class xDiTParallel:
             raise RuntimeError("the pipeline was unwrapped: wrap it again, or call it itself")
         if self._sp is not get_sp_group():
             raise RuntimeError("the process groups were made anew since this wrap: wrap the pipeline again")
+
+
+class Loop:
+    """What stands where a pipeline would: a transformer, and the scheduler of the caller's loop, if it has one."""
+
+    def __init__(self, transformer: nn.Module, scheduler: Any) -> None:
+        self.transformer, self.scheduler = transformer, scheduler
+
+    @property
+    def components(self) -> dict[str, Any]:
+        return {"transformer": self.transformer, "scheduler": self.scheduler}
+
+
+def parallelize(
+    transformer: nn.Module, plan: ModelPlan | None, engine_config: EngineConfig, scheduler: Any = None
+) -> xDiTParallel:
+    """Make a transformer's forward parallel within ``with parallelize(...).active():``, and nowhere else.
+
+    Args:
+        transformer: any module built of blocks that a plan can describe; the same weights on every rank.
+        plan: is registered for its class; None for a class that has one.
+        engine_config: from ``xFuserArgs.create_config()``.
+        scheduler: of Diffusers' kind. PipeFusion, DistriFusion and guidance in two calls a step learn from it where a
+            step ends. Within ``active()``, take it from what this returns: ``parallel.scheduler``.
+
+    Raises:
+        ValueError: there is no plan, or the degrees do not fit it or the number of ranks.
+    """
+    if plan is not None:
+        register_plan(type(transformer), plan)
+    parallel = engine_config.parallel_config
+    if scheduler is None and (parallel.pipelined or parallel.patched):
+        raise ValueError(
+            "PipeFusion, DistriFusion and naive patches go by the scheduler's steps: give parallelize() the scheduler"
+        )
+    return xDiTParallel(Loop(transformer, scheduler), engine_config)
 
 
 def _at_once(action: Callable[[], None], results: list[Any]) -> None:

@@ -8,9 +8,9 @@ import diffusers
 import torch
 
 from xfuser.config import EngineConfig, InputConfig
-from xfuser.inputs import pipeline_arguments
-from xfuser.loading import DTYPE_ARGUMENT, load_pipeline
 from xfuser.parallel import xDiTParallel
+from xfuser.pipeline_io.arguments import pipeline_arguments
+from xfuser.weights.loading import DTYPE_ARGUMENT, load_pipeline
 
 PREFIX = "xFuser"
 

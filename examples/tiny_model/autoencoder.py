@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from models import build_vae
-from scenes import Scene, all_renders, draw, parse, place, render, sample_scene
 from torch.nn import functional
+
+from xfuser.testing.shapes.scenes import Scene, all_renders, draw, parse, place, render, sample_scene
 
 
 def to_tensor(pictures: np.ndarray) -> torch.Tensor:

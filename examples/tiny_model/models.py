@@ -11,10 +11,11 @@ from diffusers import (
 )
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
-from scenes import vocabulary
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+from xfuser.testing.shapes.scenes import vocabulary
 
 LATENT_CHANNELS = 4
 LATENT_SIZE = 32

@@ -23,14 +23,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from check import MEASURES, PLACES, check, features, frechet_distance, rates
 from diffusers import DiffusionPipeline
 from PIL import Image, ImageDraw, ImageFont
-from scenes import KINDS, SHIFTS, Scene, caption, render, sample_scene
 
 from xfuser import xDiTParallel, xFuserArgs
 from xfuser.bench.quality import psnr, ssim
 from xfuser.testing.ranks import RankPool
+from xfuser.testing.shapes.check import MEASURES, PLACES, check, features, frechet_distance, rates
+from xfuser.testing.shapes.scenes import KINDS, SHIFTS, Scene, caption, render, sample_scene
 
 ROOT = Path(__file__).parent.parent.parent
 ASSETS, PAGE, IMAGES = ROOT / "xfuser" / "assets", ROOT / "docs" / "quality.md", ROOT / "docs" / "images"

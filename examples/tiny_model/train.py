@@ -15,10 +15,11 @@ from diffusers import PixArtSigmaPipeline
 from families import FAMILIES, Flux, GuidedFlux, PixArt, tokenize
 from models import TEXT_WIDTH, build_text_encoder, build_tokenizer
 from safetensors.torch import save_file
-from scenes import SYNONYMS, caption, parse, render, sample_scene
 from torch import nn
 from torch.nn import functional
 from transformers import CLIPTextModel
+
+from xfuser.testing.shapes.scenes import SYNONYMS, caption, parse, render, sample_scene
 
 # ---- latents -----------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from xfuser.bench.configurations import GROUPS, PRESETS, Configuration, configur
 from xfuser.bench.files import write_json
 from xfuser.config import FlexibleArgumentParser, xFuserArgs
 from xfuser.core.distributed.failure import fail_together
-from xfuser.output import check_writable
+from xfuser.pipeline_io.media import check_writable
 
 PROMPT = "a red circle above a blue square"
 SIZES = ("height", "width", "num_inference_steps")  # flags that also change a case
@@ -112,7 +112,7 @@ def chosen_configurations(options: argparse.Namespace) -> list[Configuration]:
 
 def run_ranks(command: str, arguments: list[str], chosen: list[Configuration]) -> list[dict[str, Any]] | None:
     """Start ``xdit COMMAND`` on each number of ranks that is asked for; what each run tells, or None if one failed."""
-    from xfuser.cli import launch
+    from xfuser.cli.main import launch
 
     worlds = sorted({configuration.ranks for configuration in chosen})
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // worlds[-1])))  # the same for all

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from xfuser.output import write_whole
+from xfuser.pipeline_io.media import write_whole
 
 
 def write_file(path: str, write: Callable[[str], Any]) -> str:

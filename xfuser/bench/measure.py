@@ -13,11 +13,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from xfuser.bench.meters import LiveMemory, traffic, waiting
 from xfuser.bench.quality import psnr
 from xfuser.bench.timeline import timeline
 from xfuser.bench.workload import Contender, Workload, timed
 from xfuser.core.distributed import get_world_group
+from xfuser.core.meters import LiveMemory, traffic, waiting
 from xfuser.methods.forward import arguments_of
 from xfuser.models.plan import blocks_of
 from xfuser.models.registry import planned_models

@@ -1,7 +1,6 @@
 """``xdit quality``: what configurations do to pictures, prompt by prompt, against a serial run."""
 
 import argparse
-import importlib
 import os
 import re
 import statistics
@@ -16,7 +15,9 @@ from xfuser.bench.files import write_json, write_text
 from xfuser.config import FlexibleArgumentParser, xFuserArgs
 from xfuser.config.args import shipped_folder
 from xfuser.core.distributed.failure import fail_together
-from xfuser.output import check_writable
+from xfuser.pipeline_io.media import check_writable
+from xfuser.testing.shapes import scenes
+from xfuser.testing.shapes.check import check
 
 PROMPTS = [  # what the shipped pipeline knows
     "a red circle above a blue square",
@@ -29,7 +30,6 @@ PROMPTS = [  # what the shipped pipeline knows
     "three yellow circles on a gray background",
 ]
 CONFIGS = [f"num_pipeline_patch={patches} warmup_steps={steps}" for patches in (2, 4, 8) for steps in (1, 4)]
-CHECKER = Path(__file__).parents[2] / "examples" / "tiny_model"
 SERIAL = "serial"
 
 
@@ -52,8 +52,6 @@ def main(arguments: list[str]) -> int:
         return _run_rank(options, of_this_world(chosen), prompts)
     if options.features:
         _features(options)
-    if options.checker and not os.path.isfile(os.path.join(options.checker, "check.py")):
-        raise ValueError(f"checker={options.checker!r} is no folder with a check.py, as examples/tiny_model is")
     check_writable(options.output_dir)
     extra("matplotlib", "a plot")
     told = run_ranks("quality", arguments, chosen)
@@ -75,12 +73,6 @@ def parser() -> FlexibleArgumentParser:
     flags.add_argument("--prompts", metavar="FILE", help="A prompt a line; those of the shipped pipeline if not given.")
     flags.add_argument("--fid", nargs=2, metavar="FOLDER", help="Only compute FID between two folders of pictures.")
     flags.add_argument("--features", metavar="FILE", help="Network that FID takes features of (docs/fid.md).")
-    flags.add_argument(
-        "--checker",
-        metavar="FOLDER",
-        default=str(CHECKER) if CHECKER.is_dir() else None,
-        help="The source tree's examples/tiny_model, which looks at the shipped pipeline's pictures.",
-    )
     flags.add_argument("--output_dir", default="results/quality", help="Folder for pictures and the report.")
     flags.add_argument("--part", help=argparse.SUPPRESS)  # where rank 0 leaves what it measured for who started it
     xFuserArgs.add_cli_args(flags).set_defaults(num_inference_steps=None)
@@ -143,7 +135,7 @@ def _run_rank(options: argparse.Namespace, chosen: list[Configuration], prompts:
 def _compared(directory: str, name: str, pictures: list[Any], serial: list[Any]) -> dict[str, list[Any]]:
     """Save pictures; PSNR and SSIM of each, and its path."""
     from xfuser.bench.quality import psnr, ssim
-    from xfuser.output import write_media
+    from xfuser.pipeline_io.media import write_media
 
     paths = [write_media(x[0], os.path.join(directory, folder_of(name)), f"{i:05}") for i, x in enumerate(pictures)]
     pairs = list(zip(pictures, serial, strict=True))
@@ -167,9 +159,9 @@ def _write_report(options: argparse.Namespace, prompts: list[str], told: list[di
     from xfuser.bench.report import describe, describe_machine
 
     rows = {name: row for run in told for name, row in run.items()}
-    checked = options.checker and shipped_folder(options.model)
+    checked = shipped_folder(options.model)
     for name, row in rows.items():
-        row["adherence"] = _adherence(prompts, row["paths"], options.checker) if checked else None
+        row["adherence"] = _adherence(prompts, row["paths"]) if checked else None
         if options.features and name != SERIAL:
             row["fid"] = fid(rows[SERIAL]["paths"], row["paths"], options.features)
     machine = describe_machine()
@@ -182,15 +174,10 @@ def _write_report(options: argparse.Namespace, prompts: list[str], told: list[di
     return text
 
 
-def _adherence(prompts: list[str], paths: list[str], checker: str) -> float | None:
+def _adherence(prompts: list[str], paths: list[str]) -> float | None:
     """Share of pictures that show all that their prompts ask for, where the shipped pipeline's checker knows these."""
     from PIL import Image
 
-    sys.path.insert(0, checker)
-    try:
-        check, scenes = importlib.import_module("check"), importlib.import_module("scenes")
-    finally:
-        sys.path.remove(checker)
     verdicts = []
     for prompt, path in zip(prompts, paths, strict=True):
         try:
@@ -198,7 +185,7 @@ def _adherence(prompts: list[str], paths: list[str], checker: str) -> float | No
         except ValueError:  # words that it does not know
             continue
         with Image.open(path) as picture:
-            verdicts.append(all(check.check(picture, scene).values()))
+            verdicts.append(all(check(picture, scene).values()))
     return statistics.mean(verdicts) if verdicts else None
 
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
-from xfuser.bench.meters import Waiting
+from xfuser.core.meters import Waiting
 from xfuser.methods.pipefusion.stage import Stage
 
 Span = dict[str, float]  # stage, step, patch, start, end: a sub-step on one stage, in seconds of the machine's clock

@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from xfuser.bench.cases import decoder
-from xfuser.bench.meters import peak_allocation
+from xfuser.core.meters import peak_allocation
 from xfuser.vae.engines import parallel_vae
 
 TITLE = "The largest picture within a fixed memory, AutoencoderKL, widths 32 to 128"

@@ -18,10 +18,10 @@ from xfuser.bench.configurations import Configuration
 from xfuser.config import EngineConfig, InputConfig, ParallelConfig, xFuserArgs
 from xfuser.core import device as devices
 from xfuser.core.distributed import get_world_group
-from xfuser.inputs import pipeline_arguments
-from xfuser.loading import load_pipeline
-from xfuser.output import media_of
 from xfuser.parallel import xDiTParallel
+from xfuser.pipeline_io.arguments import pipeline_arguments
+from xfuser.pipeline_io.media import media_of
+from xfuser.weights.loading import load_pipeline
 
 LOADING = ("dtype", "use_fp8_t5_encoder")  # runtime options that change what is loaded, beside those named enable_...
 

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 import torch
 
 from xfuser.core.staleness import Staleness
-from xfuser.methods.map_bands import MapBands, OnMaps
 from xfuser.methods.tokens import Rows
+from xfuser.methods.unet.map_bands import MapBands, OnMaps
 
 KeysValues = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 

@@ -9,14 +9,13 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from xfuser.bare import Loop
 from xfuser.config import xFuserArgs
 from xfuser.core.distributed import GroupCoordinator
 from xfuser.methods import sequence
 from xfuser.methods.tokens import Rows, TokenShares
 from xfuser.models.plan import ModelPlan, Streams
 from xfuser.models.registry import plan_of, register_plan
-from xfuser.parallel import xDiTParallel
+from xfuser.parallel import Loop, xDiTParallel
 from xfuser.testing.ranks import RankPool
 
 Outputs = list[tuple[str, torch.Tensor]]  # of each call of a module, in the order of completion

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from xfuser.core import device as devices
-from xfuser.logger import logger
+from xfuser.core.logger import logger
 
 aten = torch.ops.aten
 Tensor = torch.Tensor

@@ -16,7 +16,7 @@ from xfuser.core import device as devices
 from xfuser.core.distributed.failure import fail_together
 from xfuser.core.distributed.group_coordinator import GroupCoordinator, SequenceParallelGroupCoordinator
 from xfuser.core.distributed.utils import DEFAULT_ORDER, RankGenerator, split_sequence_group
-from xfuser.logger import logger
+from xfuser.core.logger import logger
 
 _groups: dict[str, GroupCoordinator] = {}
 _joined = False  # the default process group was there before us, so it is not ours to destroy

@@ -2,6 +2,6 @@
 
 from yunchang.kernels import AttnType
 
-from xfuser.core.long_ctx_attention.hybrid.attn_layer import xFuserLongContextAttention
+from xfuser.compat.long_ctx_attention.attn_layer import xFuserLongContextAttention
 
 __all__ = ["AttnType", "xFuserLongContextAttention"]

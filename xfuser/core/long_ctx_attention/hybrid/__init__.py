@@ -1,5 +1,5 @@
 """Ulysses and ring together."""
 
-from xfuser.core.long_ctx_attention.hybrid.attn_layer import xFuserLongContextAttention
+from xfuser.compat.long_ctx_attention.attn_layer import xFuserLongContextAttention
 
 __all__ = ["xFuserLongContextAttention"]

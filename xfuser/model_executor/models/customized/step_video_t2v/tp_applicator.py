@@ -1,5 +1,5 @@
 """The path by which video models import it; nothing in it is for one model."""
 
-from xfuser.model_executor.layers.tensor_parallel import TensorParallelApplicator
+from xfuser.compat.tensor_parallel_applicator import TensorParallelApplicator
 
 __all__ = ["TensorParallelApplicator"]

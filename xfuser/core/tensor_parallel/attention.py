@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from xfuser.core.distributed.utils import split_sizes
-from xfuser.core.tensor.division import Section, evenly
+from xfuser.core.tensor_parallel.division import Section, evenly
 
 QUERIES = ("to_q", "add_q_proj", "to_query", "to_q_t", "q_img", "q_proj", "q")
 KEYS = ("to_k", "add_k_proj", "to_key", "to_k_t", "k_img", "k_proj", "k")

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from xfuser.logger import logger
+from xfuser.core.logger import logger
 
 FRAMES_PER_SECOND = 16
 

@@ -12,16 +12,16 @@ from accelerate import init_empty_weights
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 
-from xfuser.checkpoint import Entry, Part, backend_for, check_keys, checkpoint, kept_of, node_group, read_shared
 from xfuser.config import ParallelConfig
 from xfuser.core.distributed import GroupCoordinator, get_pp_group, get_replica_group, get_tp_group, get_world_group
 from xfuser.methods import tensor
 from xfuser.methods.pipefusion.blocks import divide, set_tensor
-from xfuser.methods.sharding import blocks_in_shares, free_weights, shares_of
-from xfuser.methods.text_encoders import PREFIX
 from xfuser.models.plan import ModelPlan
 from xfuser.models.registry import is_known, plan_of
-from xfuser.placement import pipeline_split
+from xfuser.weights.checkpoint import Entry, Part, backend_for, check_keys, checkpoint, kept_of, node_group, read_shared
+from xfuser.weights.fsdp import blocks_in_shares, free_weights, shares_of
+from xfuser.weights.placement import pipeline_split
+from xfuser.weights.text_encoders import PREFIX
 
 Place = tuple[nn.Module, str]  # a module, and the name of one of its tensors
 

@@ -13,7 +13,8 @@ from functools import lru_cache
 
 import numpy as np
 from PIL import Image
-from scenes import BACKGROUNDS, COLOURS, SHAPES, Group, Placed, Scene, draw, render, sample_scene
+
+from xfuser.testing.shapes.scenes import BACKGROUNDS, COLOURS, SHAPES, Group, Placed, Scene, draw, render, sample_scene
 
 SIDE, CELL = 256, 4
 GRID = SIDE // CELL

@@ -9,15 +9,15 @@ import torch
 from diffusers import DiffusionPipeline
 from packaging.version import Version
 
-from xfuser.checkpoint import checkpoint
 from xfuser.config import EngineConfig, InputConfig
 from xfuser.core import device as devices
 from xfuser.core.distributed import get_world_group
-from xfuser.logger import quiet_libraries
-from xfuser.methods.text_encoders import PREFIX, text_encoders
+from xfuser.core.logger import quiet_libraries
 from xfuser.models.registry import check_folder, is_known, planned_models
-from xfuser.placement import join_groups
-from xfuser.skeleton import STEMS, check_files, components_of, freed_encoders, load_transformers
+from xfuser.weights.checkpoint import checkpoint
+from xfuser.weights.placement import join_groups
+from xfuser.weights.skeleton import STEMS, check_files, components_of, freed_encoders, load_transformers
+from xfuser.weights.text_encoders import PREFIX, text_encoders
 
 LEFT_TO_DIFFUSERS = ("quantization_config", "device_map", "custom_pipeline", "use_flashpack")  # arguments
 DTYPE_ARGUMENT = "dtype" if Version(diffusers.__version__) >= Version("0.40") else "torch_dtype"

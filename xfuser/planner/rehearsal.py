@@ -25,17 +25,17 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_map_only
 
-from xfuser.bench.meters import LiveMemory
 from xfuser.config import EngineConfig, InputConfig
 from xfuser.core.distributed import destroy_distributed_environment
-from xfuser.logger import quiet_libraries
+from xfuser.core.logger import quiet_libraries
+from xfuser.core.meters import LiveMemory
 from xfuser.methods.pipefusion.blocks import divide
-from xfuser.methods.sharding import outermost_lists
 from xfuser.models.plan import blocks_of
 from xfuser.models.registry import plan_of, planned_models
 from xfuser.parallel import xDiTParallel
-from xfuser.placement import pipeline_split
-from xfuser.skeleton import components_of, skeleton
+from xfuser.weights.fsdp import outermost_lists
+from xfuser.weights.placement import pipeline_split
+from xfuser.weights.skeleton import components_of, skeleton
 
 LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
 CODER = ("encode", "decode")  # the methods by which pipelines call their VAE

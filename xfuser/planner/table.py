@@ -1,13 +1,13 @@
-"""``xdit plan``: which degrees of parallelism a number of ranks can be put to, and what memory each takes."""
+"""The legal combinations of degrees for a number of ranks, and the memory that each takes."""
 
 import math
 from dataclasses import dataclass, replace
 
-from xfuser.config import FlexibleArgumentParser, xFuserArgs
+from xfuser.config import xFuserArgs
 from xfuser.config.args import shipped_folder
 from xfuser.config.config import in_words, legal_degrees
-from xfuser.methods.text_encoders import PREFIX
-from xfuser.rehearsal import Memory, alone_of, configs_of, rehearse
+from xfuser.planner.rehearsal import Memory, alone_of, configs_of, rehearse
+from xfuser.weights.text_encoders import PREFIX
 
 FLAGS = {  # of what legal_degrees() names
     "dp": "data_parallel_degree", "pipefusion": "pipefusion_parallel_degree", "ulysses": "ulysses_degree",
@@ -15,37 +15,6 @@ FLAGS = {  # of what legal_degrees() names
 }  # fmt: skip
 COLUMNS = ("transformer", "text encoders", "other weights", "kept", "encode", "denoise", "VAE", "peak")
 GATHERED = 2  # units at a time: the one that computes, and the one that is fetched meanwhile
-
-
-def main(arguments: list[str]) -> int:
-    """Print what every legal combination of degrees takes; returns 1 where memory is given and none fits."""
-    options = parser().parse_args(arguments)
-    args = xFuserArgs.from_cli_args(options)
-    if not any(args.prompt):
-        args = replace(args, prompt="a")
-    if options.world_size < 1:
-        raise ValueError(f"world_size={options.world_size} must be 1 or more")
-    rows = plan(args, options.world_size)
-    memory = args.checked()[0].runtime_config.memory
-    width = max(len(row.name) for row in rows)
-    print(f"GB of a rank, {args.dtype}, {options.world_size} ranks")
-    print(f"{'':{width}}  " + "  ".join(COLUMNS))
-    for row in sorted(rows, key=lambda row: row.peak):
-        print(f"{row.name:{width}}  {row.told(memory)}")
-    return 0 if memory is None or any(row.fits(memory) for row in rows) else 1
-
-
-def parser() -> FlexibleArgumentParser:
-    """The flags of ``xdit plan``: those of ``xdit``, and the number of ranks."""
-    flags = FlexibleArgumentParser(
-        prog="xdit plan",
-        description="List the legal combinations of degrees of parallelism with the memory that a rank needs, by the"
-        " pipeline's configuration alone. The other flags are those that the run is to have; degrees are left away,"
-        " and --fully_shard_degree above 1 stands for all ranks of a replica.",
-        epilog="Example: xdit plan --model black-forest-labs/FLUX.1-dev --world_size 4 --memory 24GB --dtype bf16",
-    )
-    flags.add_argument("--world_size", type=int, required=True, metavar="N", help="Number of ranks.")
-    return xFuserArgs.add_cli_args(flags)
 
 
 @dataclass

@@ -14,8 +14,8 @@ from xfuser.core.distributed import SequenceParallelGroupCoordinator
 from xfuser.core.distributed.utils import share, split_sizes
 from xfuser.methods.distrifusion import DistriFusion
 from xfuser.methods.forward import Arguments, Call, edited_arguments
-from xfuser.methods.map_bands import OnMaps
 from xfuser.methods.naive_patch import NaivePatches
+from xfuser.methods.unet.map_bands import OnMaps
 from xfuser.models.plan import ModelPlan
 
 TEXT = "encoder_hidden_states"

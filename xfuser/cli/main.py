@@ -7,15 +7,15 @@ import time
 import uuid
 from typing import Any
 
+from xfuser.cli.words import check_words, known_words
 from xfuser.config import FlexibleArgumentParser, xFuserArgs
 from xfuser.core import device as devices
 from xfuser.core.distributed import destroy_distributed_environment, get_world_group
-from xfuser.output import check_writable
-from xfuser.words import check_words, known_words
+from xfuser.pipeline_io.media import check_writable
 
 COMMANDS = {
     "bench": "xfuser.bench.command:main",
-    "plan": "xfuser.planning:main",
+    "plan": "xfuser.cli.plan:main",
     "quality": "xfuser.bench.quality_command:main",
 }  # functions that take the arguments behind, and return the exit code
 
@@ -93,8 +93,8 @@ def launch(ranks: int, arguments: list[str]) -> int:
 
 def prepare(args: xFuserArgs) -> tuple[Any, dict[str, Any]]:
     """The wrapped pipeline on this rank, and the arguments of its call."""
-    from xfuser.loading import load_pipeline  # these load Diffusers, which the launching process does not need
     from xfuser.parallel import xDiTParallel
+    from xfuser.weights.loading import load_pipeline  # these load Diffusers, which the launching process does not need
 
     engine_config, input_config = args.create_config()
     pipe = xDiTParallel(load_pipeline(engine_config, input_config), engine_config, input_config)
@@ -118,7 +118,3 @@ def draw(pipe: Any, call: dict[str, Any], directory: str) -> None:
             f" rank{'s' * (world.world_size > 1)} ({devices.device_type()}), peak memory {peak:.0f} MiB a rank"
         )
     destroy_distributed_environment()
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from xfuser.core.distributed import GroupCoordinator
 from xfuser.methods.forward import replaced
-from xfuser.methods.sharding import Shares, free_weights, is_freed, outermost_lists, shapes_of
+from xfuser.weights.fsdp import Shares, free_weights, is_freed, outermost_lists, shapes_of
 
 PREFIX = "text_encoder"  # of the names that components have in Diffusers' pipelines
 

@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import nn
 
-from xfuser.core.tensor.attention import Pairs, attention_pairs, fused_block_pairs
-from xfuser.core.tensor.division import Division, Section, cut, evenly
-from xfuser.core.tensor.layers import Divided, Gathered, SpanningNorm, SpanningRMSNorm, Summed, SummedOfAll
-from xfuser.core.tensor.pairs import feed_forward_pairs, inverted_pairs, residual_pairs
+from xfuser.core.tensor_parallel.attention import Pairs, attention_pairs, fused_block_pairs
+from xfuser.core.tensor_parallel.division import Division, Section, cut, evenly
+from xfuser.core.tensor_parallel.layers import Divided, Gathered, SpanningNorm, SpanningRMSNorm, Summed, SummedOfAll
+from xfuser.core.tensor_parallel.pairs import feed_forward_pairs, inverted_pairs, residual_pairs
 
 SMALLEST = 2**16  # weights of a layer that is worth a message of its own
 FINDERS = (fused_block_pairs, attention_pairs, feed_forward_pairs, residual_pairs, inverted_pairs)

@@ -2,11 +2,11 @@
 
 import torch
 
+from xfuser.compat.long_ctx_attention.asked import autocast, check_joint, check_tensors
 from xfuser.core.attention.usp import Joint, usp_attention
 from xfuser.core.distributed import SequenceParallelGroupCoordinator, get_sp_group
 from xfuser.core.distributed.group_coordinator import gather_numbers
 from xfuser.core.gradients import forward_only
-from xfuser.core.long_ctx_attention.asked import autocast, check_joint, check_tensors
 
 
 def attention_of_shares(

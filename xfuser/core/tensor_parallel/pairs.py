@@ -2,8 +2,8 @@
 
 from torch import nn
 
-from xfuser.core.tensor.attention import Pairs, children, layers_of
-from xfuser.core.tensor.division import Section, evenly
+from xfuser.core.tensor_parallel.attention import Pairs, children, layers_of
+from xfuser.core.tensor_parallel.division import Section, evenly
 
 # Linears of a feed-forward module: those in front of its activation, and the one behind. Where there is one in front
 # that has twice the outputs, one half is the gate of the other.

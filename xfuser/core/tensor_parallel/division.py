@@ -10,7 +10,7 @@ from torch import nn
 
 from xfuser.core.distributed import GroupCoordinator
 from xfuser.core.distributed.utils import share, split_sizes
-from xfuser.core.tensor.layers import Divided, completed
+from xfuser.core.tensor_parallel.layers import Divided, completed
 
 
 class Section(NamedTuple):

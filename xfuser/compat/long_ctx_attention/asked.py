@@ -10,7 +10,7 @@ import torch
 from yunchang.kernels import AttnType
 
 from xfuser.core.attention.kernels import KERNELS
-from xfuser.logger import logger
+from xfuser.core.logger import logger
 
 KERNEL_OF = {  # by yunchang's name
     "fa": "flash_attn",

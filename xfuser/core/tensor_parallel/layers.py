@@ -15,7 +15,7 @@ from xfuser.core.distributed import GroupCoordinator
 from xfuser.core.gradients import forward_only
 
 if TYPE_CHECKING:
-    from xfuser.core.tensor.division import Cut
+    from xfuser.core.tensor_parallel.division import Cut
 
 
 class Divided:

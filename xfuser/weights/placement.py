@@ -20,11 +20,11 @@ from xfuser.core.distributed import (
 from xfuser.methods.pipefusion.blocks import divided, stage_layers
 from xfuser.methods.pipefusion.pipefusion import PipeFusion
 from xfuser.methods.refusals import refuse_offloaded, refuse_quantised
-from xfuser.methods.sharding import Shares, shared_out, shares_of
 from xfuser.methods.tensor import TensorParallel, division_of, refuse_divided
-from xfuser.methods.text_encoders import TextEncoders, text_encoders
 from xfuser.models.plan import ModelPlan
 from xfuser.models.registry import check_methods, planned_models
+from xfuser.weights.fsdp import Shares, shared_out, shares_of
+from xfuser.weights.text_encoders import TextEncoders, text_encoders
 
 
 class Placement:

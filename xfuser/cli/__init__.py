@@ -1,0 +1,1 @@
+"""``xdit`` and its commands."""

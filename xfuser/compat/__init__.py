@@ -1,0 +1,1 @@
+"""What code written for the older engine imports, beside the public names of this package."""

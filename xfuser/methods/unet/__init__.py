@@ -1,0 +1,1 @@
+"""DistriFusion, and naive patches, of U-Nets: their maps are divided by rows."""

@@ -1,0 +1,1 @@
+"""Where weights are: checkpoint files, modules without weights, shards, offload, and all of them for one pipeline."""
