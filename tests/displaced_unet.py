@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from xfuser.methods.forward import replaced
+from xfuser.core.hooks import replaced
 
 
 class DisplacedUNet:

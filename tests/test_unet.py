@@ -14,8 +14,8 @@ import unets
 import xfuser
 from xfuser import legacy, xDiTParallel, xFuserArgs
 from xfuser.core.distributed.utils import share
+from xfuser.core.hooks import replaced
 from xfuser.core.staleness import MODES, Staleness
-from xfuser.methods.forward import replaced
 from xfuser.methods.unet.map_bands import MapBands, OnMaps
 
 CFG, DP = {"use_cfg_parallel": True}, {"data_parallel_degree": 2}

@@ -19,13 +19,14 @@ from xfuser.core.distributed import (
     get_world_group,
 )
 from xfuser.core.distributed.utils import share, split_sizes
+from xfuser.core.hooks import replaced
 from xfuser.core.logger import quiet_libraries
 from xfuser.core.staleness import Staleness
 from xfuser.methods.cfg import GuidanceParallel
 from xfuser.methods.context import ContextParallel
 from xfuser.methods.data import data_parallel, split_decode
 from xfuser.methods.distrifusion import DistriFusion
-from xfuser.methods.forward import Layer, before_each, layered_forward, replaced
+from xfuser.methods.forward import Layer, before_each, layered_forward
 from xfuser.methods.naive_patch import NaivePatches
 from xfuser.methods.pipefusion.stage import Stage
 from xfuser.methods.refusals import refuse_mixed_rows, refuse_unsuited

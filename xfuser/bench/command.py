@@ -33,6 +33,10 @@ def main(arguments: list[str]) -> int:
         from xfuser.bench import vae_memory
 
         return vae_memory.run_memory()
+    if options.host_overhead:
+        from xfuser.bench import host_overhead
+
+        return host_overhead.run(options.rounds)
     chosen = chosen_configurations(options)
     if is_rank():
         fail_together()
@@ -61,6 +65,7 @@ def parser() -> FlexibleArgumentParser:
     flags.add_argument("--rates", nargs="+", metavar="RATE", help="Of --slow_links (default: 100mbit 1gbit 10gbit).")
     flags.add_argument("--delay", metavar="TIME", help="Of --slow_links, such as 1ms; needs netem in the kernel.")
     flags.add_argument("--vae_memory", action="store_true", help="The largest picture that the parallel VAE decodes.")
+    flags.add_argument("--host_overhead", action="store_true", help="What a wrapped block costs the host, without GPU.")
     flags.add_argument("--against", choices=["diffusers"], help="Also run Diffusers' own context parallelism.")
     flags.add_argument("--rounds", type=int, default=5, help="Interleaved rounds; medians are shown (default: 5).")
     flags.add_argument("--warm_up", type=int, default=1, help="Short calls ahead of each timed one (default: 1).")

@@ -4,7 +4,6 @@ A round has a serial call on all ranks at once (so that the machine is as busy a
 alone, and one under each configuration.
 """
 
-import inspect
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,8 +16,8 @@ from xfuser.bench.quality import psnr
 from xfuser.bench.timeline import timeline
 from xfuser.bench.workload import Contender, Workload, timed
 from xfuser.core.distributed import get_world_group
+from xfuser.core.hooks import Binder
 from xfuser.core.meters import LiveMemory, traffic, waiting
-from xfuser.methods.forward import arguments_of
 from xfuser.models.plan import blocks_of
 from xfuser.models.registry import planned_models
 
@@ -161,7 +160,7 @@ def _shape(pipe: Any) -> Iterator[dict[str, int]]:
     shape: dict[str, int] = {}
 
     def look(block: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-        given = arguments_of(inspect.signature(block.forward), args, kwargs)
+        given = Binder(block.forward)(args, kwargs)
         streams = [given[name] for name in (plan.image, plan.text) if name and given.get(name) is not None]
         hidden = streams[0].shape[-1]
         shape["tokens"] = sum(stream.numel() // hidden for stream in streams)

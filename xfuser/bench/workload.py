@@ -116,13 +116,18 @@ def diffusers_own(workload: Workload, ranks: int) -> Contender:
     def opened() -> Iterator[Any]:
         if not held:
             held.append(workload.load())
-            devices_here = {"device_count": lambda: 1} if devices.device_type() == "cpu" else {}
-            with mock.patch.multiple("torch.accelerator", **devices_here):  # it divides by the number of devices
+            with own_parallelism_runs_here():
                 config = diffusers.ContextParallelConfig(ulysses_degree=ranks)
                 held[0].transformer.enable_parallelism(config=config)
         yield held[0]
 
     return Contender(f"diffusers ulysses_degree={ranks}", opened)
+
+
+def own_parallelism_runs_here() -> AbstractContextManager[Any]:
+    """Within the context, Diffusers' context parallelism can be enabled here: it divides by the number of devices."""
+    here = {"device_count": lambda: 1} if devices.device_type() == "cpu" else {}
+    return mock.patch.multiple("torch.accelerator", **here)
 
 
 def check_peer() -> None:

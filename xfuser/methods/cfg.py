@@ -14,8 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from xfuser.core.distributed import GroupCoordinator
+from xfuser.core.hooks import Arguments
 from xfuser.core.logger import logger
-from xfuser.methods.forward import Arguments, Call, Layer
+from xfuser.methods.forward import Call, Layer
 from xfuser.methods.rows import split_rows
 from xfuser.models.plan import ModelPlan
 

@@ -21,8 +21,9 @@ from xfuser.core.attention.kernels import additive, attention
 from xfuser.core.attention.usp import usp_attention
 from xfuser.core.distributed import SequenceParallelGroupCoordinator
 from xfuser.core.distributed.utils import split_sizes
+from xfuser.core.hooks import Arguments, edited_arguments
 from xfuser.core.logger import logger
-from xfuser.methods.forward import Arguments, Call, edited_arguments
+from xfuser.methods.forward import Call
 from xfuser.models.plan import ModelPlan
 
 TEXT = "encoder_hidden_states"

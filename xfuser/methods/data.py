@@ -9,7 +9,8 @@ from functools import wraps
 from typing import Any
 
 from xfuser.core.distributed import GroupCoordinator
-from xfuser.methods.forward import Call, Layer, replaced
+from xfuser.core.hooks import replaced
+from xfuser.methods.forward import Call, Layer
 from xfuser.methods.rows import split_rows
 from xfuser.models.plan import ModelPlan
 

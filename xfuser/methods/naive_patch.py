@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
+from xfuser.core.hooks import Arguments
 from xfuser.methods.distrifusion import KeysValues
-from xfuser.methods.forward import Arguments, Call
+from xfuser.methods.forward import Call
 from xfuser.methods.tokens import Rows
 
 

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from xfuser.methods.forward import Arguments, Call, Layer
+from xfuser.core.hooks import Arguments
+from xfuser.methods.forward import Call, Layer
 
 
 def refuse_unsuited(model: nn.Module) -> Layer:

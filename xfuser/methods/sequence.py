@@ -14,8 +14,9 @@ from xfuser.core.attention.kernels import additive, attention
 from xfuser.core.attention.linear import summed_state
 from xfuser.core.attention.usp import usp_attention
 from xfuser.core.distributed import SequenceParallelGroupCoordinator
+from xfuser.core.hooks import Arguments, edited_arguments, replaced
 from xfuser.methods.distrifusion import DistriFusion
-from xfuser.methods.forward import Arguments, Call, edited_arguments, replaced
+from xfuser.methods.forward import Call
 from xfuser.methods.naive_patch import NaivePatches
 from xfuser.methods.pipefusion.patches import Patches
 from xfuser.methods.pipefusion.stage import Stage
@@ -50,6 +51,7 @@ class SequenceParallel:
         """All that one forward leaves behind."""
         self._shares: TokenShares | None = None  # of the forward that is running, from its first block on
         self._early = self._plan.head is None  # whether tokens are gathered behind the last block
+        self._cuts: dict[tuple[str, str, int], tuple[Any, Any]] = {}  # arguments that blocks share, and what they get
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -123,8 +125,12 @@ class SequenceParallel:
             if arguments.get(name) is not None and arguments[name].shape[1] == shares.total(streams):
                 arguments[name] = shares.cut(arguments[name], Tokens(streams))
         for name, tokens in self._plan.per_token.items():
-            if arguments.get(name) is not None:
-                arguments[name] = self._cut(arguments[name], tokens, blocks, name in self._plan.spread)
+            value = arguments.get(name)
+            if value is not None:
+                key = (name, blocks, id(value))
+                if key not in self._cuts:
+                    self._cuts[key] = value, self._cut(value, tokens, blocks, name in self._plan.spread)
+                arguments[name] = self._cuts[key][1]
         for name in self._plan.leading:
             if arguments.get(name) is not None:
                 arguments[name] = shares.leading(arguments[name])
@@ -138,11 +144,11 @@ class SequenceParallel:
             return tuple(self._cut(x, one, blocks, spread) for x, one in zip(value, tokens, strict=True))
 
         def cut(x: torch.Tensor) -> torch.Tensor:
-            own = self._shares.cut_table(x, tokens)
+            own = self._shares.cut(x, tokens)
             self._early |= spread and own is not x
             return own
 
-        return tree_map_only(torch.Tensor, cut, value)
+        return cut(value) if isinstance(value, torch.Tensor) else tree_map_only(torch.Tensor, cut, value)
 
     def _share(self, blocks: str, arguments: Arguments) -> TokenShares:
         """The shares of the forward whose first block is about to run."""

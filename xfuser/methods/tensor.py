@@ -9,10 +9,10 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from xfuser.core.distributed import GroupCoordinator
+from xfuser.core.hooks import Arguments, edited_arguments
 from xfuser.core.tensor_parallel.division import Division, Section, cut
 from xfuser.core.tensor_parallel.layers import Divided
 from xfuser.core.tensor_parallel.structure import describe
-from xfuser.methods.forward import Arguments, edited_arguments
 from xfuser.models.plan import ModelPlan
 
 

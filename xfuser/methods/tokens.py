@@ -1,6 +1,7 @@
 """Which tokens a forward computes, and which of them this rank holds."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -47,12 +48,12 @@ class Rows:
     def __init__(self, parts: list[Part], ranks: int, total: int) -> None:
         self._parts, self._ranks, self.total = parts, ranks, total
 
-    @property
+    @cached_property
     def lengths(self) -> list[int]:
         """Rows of queries of each rank."""
         return [sum(part.sizes[rank] for part in self._parts) for rank in range(self._ranks)]
 
-    @property
+    @cached_property
     def key_lengths(self) -> list[int]:
         """Rows of keys that each rank gives."""
         return [sum(length for _, length in self.key_places(rank)) for rank in range(self._ranks)]
@@ -65,7 +66,7 @@ class Rows:
         """Where the rows lie that a rank gives as keys."""
         return [place for part in self._parts if rank in part.givers for place in part.places(rank)]
 
-    @property
+    @cached_property
     def order(self) -> list[tuple[int, int]]:
         """Where the keys of all ranks lie, those of one rank after those of another."""
         return [place for rank in range(self._ranks) for place in self.key_places(rank)]
@@ -82,7 +83,7 @@ class Rows:
 
     def given(self, x: torch.Tensor, dim: int, rank: int) -> torch.Tensor:
         """Of a rank's rows along ``dim``, those that it gives as keys."""
-        if all(rank in part.givers for part in self._parts):
+        if self.key_lengths[rank] == self.lengths[rank]:
             return x
         rows = x.split([part.sizes[rank] for part in self._parts], dim=dim)
         given = [own for own, part in zip(rows, self._parts, strict=True) if rank in part.givers]
@@ -125,7 +126,7 @@ class TokenShares:
         self.sizes = {"image": [size * unit for size in split_sizes(len(window.image) // unit, ranks)]}
         words = len(self._active["text"])
         self.sizes["text"] = [words] * ranks if whole or idle else split_sizes(words, ranks)[::-1]
-        self._tables: dict[tuple[int, Tokens], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._known: dict[tuple[Streams, int], Rows] = {}
 
     def at(self, window: Window) -> "TokenShares":
         """The shares of the same streams in a forward that computes another window."""
@@ -142,12 +143,15 @@ class TokenShares:
         Raises:
             ValueError: that is not what it holds of these streams.
         """
+        if (streams, own) in self._known:
+            return self._known[streams, own]
         text = own - self.sizes["image"][self.rank] * ("image" in streams)
         rows = self._rows(streams, text)
         if rows.lengths[self.rank] != own or text < 0:
             raise ValueError(
                 f"attention over {own} tokens, where this rank holds {rows.lengths[self.rank]} of {'+'.join(streams)}"
             )
+        self._known[streams, own] = rows
         return rows
 
     def _rows(self, streams: Streams, text: int) -> Rows:
@@ -167,13 +171,6 @@ class TokenShares:
         """Tokens of a sequence of these streams; None where only the sequence tells."""
         totals = [self.totals[stream] for stream in streams]
         return None if None in totals else sum(totals)
-
-    def cut_table(self, x: torch.Tensor, tokens: Tokens) -> torch.Tensor:
-        """As :meth:`cut`, for a tensor that every block is given anew: cut once, then remembered."""
-        key = (id(x), tokens)
-        if key not in self._tables:
-            self._tables[key] = x, self.cut(x, tokens)
-        return self._tables[key][1]
 
     def cut(self, x: torch.Tensor, tokens: Tokens) -> torch.Tensor:
         """This rank's rows of a tensor that holds the whole streams."""

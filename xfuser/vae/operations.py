@@ -12,6 +12,7 @@ from xfuser.core.distributed.utils import share
 from xfuser.vae.bands import Bands, join_moments
 from xfuser.vae.deferred import Deferral, DeferredMap, Map, computed, same_rows
 
+SDPA = F.scaled_dot_product_attention  # the real one: a wrapped call puts another function in its place
 MOVES = {  # take rows along as they are, or show it by their result's shape
     *("__getitem__", "cat", "clone", "concat", "contiguous", "expand", "flatten", "permute", "repeat", "reshape"),
     *("squeeze", "to", "transpose", "unsqueeze", "view"),
@@ -292,7 +293,7 @@ def attention(
     if tokens == bands.frames or tokens % pixels:
         if query.shape[0] % pixels:
             raise ValueError(f"{bands.owner}: attention over {tokens} tokens of {pixels} pixels is not known here")
-        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **options)
+        return SDPA(query, key, value, attn_mask, dropout_p, is_causal, **options)
     if is_causal:
         raise ValueError(f"{bands.owner}: causal attention over pixels is not known here")
     frames = tokens // pixels
@@ -302,7 +303,7 @@ def attention(
             raise ValueError(f"{bands.owner}: an attention mask that tells pixels apart is not known here")
         attn_mask = attn_mask[..., torch.cat([firsts.repeat_interleave(size * width) for size in sizes])]
     key, value = gather_together(key, value, key.dim() - 2, [frames * size * width for size in sizes], bands.group)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, **options)
+    return SDPA(query, key, value, attn_mask, dropout_p, **options)
 
 
 def matmul(bands: Bands, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

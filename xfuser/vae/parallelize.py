@@ -83,7 +83,7 @@ class OnBands(TorchFunctionMode):
             F.pad: partial(operations.pad, bands, deferral),
             F.group_norm: partial(operations.group_norm, bands, deferral),
             **{function: partial(operations.pooling, bands, function) for function in POOLING},
-            F.scaled_dot_product_attention: partial(operations.attention, bands),
+            operations.SDPA: partial(operations.attention, bands),
             torch.matmul: partial(operations.matmul, bands),
             torch.Tensor.matmul: partial(operations.matmul, bands),
         }

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from xfuser.core.distributed import GroupCoordinator
-from xfuser.methods.forward import replaced
+from xfuser.core.hooks import replaced
 from xfuser.weights.fsdp import Shares, free_weights, is_freed, outermost_lists, shapes_of
 
 PREFIX = "text_encoder"  # of the names that components have in Diffusers' pipelines

@@ -1,36 +1,91 @@
 """Replaces ``torch.nn.functional.scaled_dot_product_attention`` inside chosen attention modules, and only there."""
 
+import functools
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.overrides import TorchFunctionMode
+
+from xfuser.core.hooks import replaced
 
 Attend = Callable[..., torch.Tensor]
 
 
-class _Interception(TorchFunctionMode):
-    """Active during one call of one attention module; counts what it replaced."""
+class _Running(threading.local):
+    """The attention module whose forward this thread is in."""
+
+    module: "_Attention | None" = None
+
+
+class _Attention:
+    """One attention module: what computes its attention, and how often it was asked to in this forward."""
 
     def __init__(self, attend: Attend) -> None:
-        super().__init__()
-        self._attend = attend
-        self._busy = False
-        self.count = 0
+        self.attend, self.count = attend, 0
 
-    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func is not F.scaled_dot_product_attention or self._busy:
-            return func(*args, **(kwargs or {}))
-        self.count += 1
-        self._busy = True
+
+@contextmanager
+def intercepted(
+    modules: dict[str, nn.Module], attend: Callable[[str], Attend], many: bool = False, idle: tuple[str, ...] = ()
+) -> Iterator[None]:
+    """Within the context, each of ``modules`` computes its attention by ``attend(name)``.
+
+    ``torch.nn.functional`` has another function in the place of ``scaled_dot_product_attention`` as long as the context
+    lasts. Outside of these modules, and in other threads, it calls the real one.
+
+    The replacement takes query, key, value, mask and scale of ``scaled_dot_product_attention``. A module whose
+    processor does not call that function exactly once per forward, or at least once with ``many``, raises a ValueError:
+    its attention would not be the one intended. One of the arguments ``idle`` that is true says that it attends to
+    nothing.
+    """
+    running, original = _Running(), F.scaled_dot_product_attention
+
+    @functools.wraps(original)
+    def attention(*args: Any, **kwargs: Any) -> torch.Tensor:
+        module = running.module
+        if module is None:
+            return original(*args, **kwargs)
+        module.count += 1
+        running.module = None  # what computes the attention may call this function
         try:
-            return self._attend(*what_matters(*args, **(kwargs or {})))
+            return module.attend(*what_matters(*args, **kwargs))
         finally:
-            self._busy = False
+            running.module = module
+
+    with ExitStack() as stack:
+        for name, module in modules.items():
+            stack.enter_context(replaced(module, "forward", _counted(running, name, module, attend(name), many, idle)))
+        stack.enter_context(replaced(F, "scaled_dot_product_attention", attention))
+        yield
+
+
+def _counted(
+    running: _Running, name: str, module: nn.Module, attend: Attend, many: bool, idle: tuple[str, ...]
+) -> Callable[..., Any]:
+    """The forward of an attention module, which says that it runs, and checks how it computed attention."""
+    original = module.forward
+
+    @functools.wraps(original)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        outer, running.module = running.module, (own := _Attention(attend))
+        try:
+            output = original(*args, **kwargs)
+        finally:
+            running.module = outer
+        if own.count != 1 and not (own.count and many) and not (own.count == 0 and any(map(kwargs.get, idle))):
+            processor = type(getattr(module, "processor", module)).__name__
+            raise ValueError(
+                f"{name}: {processor} called scaled_dot_product_attention {own.count} times in one forward, and must"
+                " call it once. Use the processors that the model came with, the attention backend 'native' where"
+                " another was set, and no IP-adapter"
+            )
+        return output
+
+    return forward
 
 
 def what_matters(
@@ -54,61 +109,3 @@ def what_matters(
             f" (dropout_p={dropout_p}): put the model in eval mode"
         )
     return query, key, value, attn_mask, scale
-
-
-@contextmanager
-def intercepted(
-    modules: dict[str, nn.Module], attend: Callable[[str], Attend], many: bool = False, idle: tuple[str, ...] = ()
-) -> Iterator[None]:
-    """Within the context, each of ``modules`` computes its attention by ``attend(name)``.
-
-    The replacement takes query, key, value, mask and scale of ``scaled_dot_product_attention``. A module whose
-    processor does not call that function exactly once per forward, or at least once with ``many``, raises a ValueError:
-    its attention would not be the one intended. One of the arguments ``idle`` that is true says that it attends to
-    nothing.
-    """
-    active: list[_Interception] = []
-    handles = []
-    for name, module in modules.items():
-        handles.append(module.register_forward_pre_hook(partial(_enter, active, attend(name))))
-        handles.append(
-            module.register_forward_hook(partial(_leave, active, name, many, idle), with_kwargs=True, always_call=True)
-        )
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        while active:  # torch runs no forward hooks after a KeyboardInterrupt
-            active.pop().__exit__(None, None, None)
-
-
-def _enter(active: list[_Interception], attend: Attend, module: nn.Module, args: tuple) -> None:
-    mode = _Interception(attend)
-    mode.__enter__()
-    active.append(mode)
-
-
-def _leave(
-    active: list[_Interception],
-    name: str,
-    many: bool,
-    idle: tuple[str, ...],
-    module: nn.Module,
-    args: tuple,
-    kwargs: dict[str, Any],
-    output: Any,
-) -> None:
-    mode = active.pop()
-    mode.__exit__(None, None, None)
-    if not mode.count and any(kwargs.get(one) for one in idle):
-        return
-    if (
-        not (mode.count == 1 or (many and mode.count)) and output is not None
-    ):  # None: the forward raised, and says so itself
-        processor = type(getattr(module, "processor", module)).__name__
-        raise ValueError(
-            f"{name}: {processor} called scaled_dot_product_attention {mode.count} times in one forward, and must"
-            " call it once. Use the processors that the model came with, the attention backend 'native' where"
-            " another was set, and no IP-adapter"
-        )

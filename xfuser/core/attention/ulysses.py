@@ -3,12 +3,15 @@
 DeepSpeed Ulysses, arXiv 2309.14509; here tokens and heads may both be split unevenly.
 """
 
+from functools import cache
+
 import torch
 import torch.distributed as dist
 
 from xfuser.core.distributed.utils import split_sizes
 
 
+@cache
 def share_heads(heads: int, kv_heads: int, parts: int) -> tuple[list[int], list[int]]:
     """Query and key/value heads of each rank; query heads stay with the key/value head that they use."""
     kv = split_sizes(kv_heads, parts)
@@ -24,23 +27,25 @@ def scatter_heads(
     get. The tensors share B, S_local and D.
     """
     batch, _, tokens, dim = tensors[0].shape
+    rank, ranks = group.rank(), len(lengths)
     totals = [sum(counts) for counts in zip(*heads, strict=True)]  # heads for each rank, of all tensors
-    row = batch * dim
     # On the wire tokens come first, so that what arrives from the ranks is already in sequence.
-    send = tensors[0].new_empty(tokens * row * sum(totals))
-    parts = send.split([tokens * row * total for total in totals])
-    chunks = zip(*(x.split(counts, dim=1) for x, counts in zip(tensors, heads, strict=True)), strict=True)
-    for part, total, own in zip(parts, totals, chunks, strict=True):
-        places = part.view(tokens, batch, total, dim).split([chunk.shape[1] for chunk in own], dim=2)
-        for place, chunk in zip(places, own, strict=True):
-            place.copy_(chunk.permute(2, 0, 1, 3))
-    rank = dist.get_rank(group)
+    if all(len(set(counts)) == 1 for counts in heads):
+        shaped = [
+            x.view(batch, ranks, counts[0], tokens, dim).permute(1, 3, 0, 2, 4)
+            for x, counts in zip(tensors, heads, strict=True)
+        ]
+        send = torch.cat(shaped, dim=3)
+    else:
+        chunks = zip(*(x.split(counts, dim=1) for x, counts in zip(tensors, heads, strict=True)), strict=True)
+        send = torch.cat([torch.cat(own, dim=1).permute(2, 0, 1, 3).reshape(-1) for own in chunks])
     received = send.new_empty(sum(lengths), batch, totals[rank], dim)
+    row = batch * dim
     dist.all_to_all_single(
         received.view(-1),
-        send,
+        send.view(-1),
         [length * row * totals[rank] for length in lengths],
-        [part.numel() for part in parts],
+        [tokens * row * total for total in totals],
         group=group,
     )
     return [x.permute(1, 2, 0, 3) for x in received.split([counts[rank] for counts in heads], dim=2)]
@@ -49,13 +54,16 @@ def scatter_heads(
 def gather_heads(x: torch.Tensor, lengths: list[int], heads: list[int], group: dist.ProcessGroup) -> torch.Tensor:
     """``[B, H_local, S, D]`` back to ``[B, H, S_local, D]``; the memory behind it is ``[B, S_local, H, D]``."""
     batch, mine, _, dim = x.shape
-    tokens = lengths[dist.get_rank(group)]
+    tokens = lengths[group.rank()]
     send = x.permute(2, 0, 1, 3).contiguous()
     counts = [tokens * batch * count * dim for count in heads]
     received = x.new_empty(sum(counts))
     dist.all_to_all_single(
         received, send.view(-1), counts, [length * batch * mine * dim for length in lengths], group=group
     )
+    if len(set(heads)) == 1:
+        whole = received.view(len(heads), tokens, batch, mine, dim).permute(2, 1, 0, 3, 4)
+        return whole.reshape(batch, tokens, sum(heads), dim).transpose(1, 2)
     parts = [
         part.view(tokens, batch, count, dim).permute(1, 0, 2, 3)
         for part, count in zip(received.split(counts), heads, strict=True)

@@ -1,7 +1,6 @@
 """Which stage owns which blocks, and what stands in for the blocks of others."""
 
 import functools
-import inspect
 from itertools import accumulate
 from typing import Any
 
@@ -9,7 +8,7 @@ import torch
 from torch import nn
 
 from xfuser.core.distributed import GroupCoordinator
-from xfuser.methods.forward import arguments_of
+from xfuser.core.hooks import Binder
 from xfuser.models.plan import ModelPlan, blocks_of
 
 NOMINAL_TOKENS = {"image": 4096, "text": 512}  # of a 1024-pixel image; only their ratio matters
@@ -98,11 +97,11 @@ class Stub(nn.Module):
             set_tensor(owner, key, weight, weight.to("meta"))
         names = {streams: name for name, streams in plan.carriers(list_name).items()}
         returned = [names[streams] for streams in plan.outputs(list_name)]
-        signature = inspect.signature(block.forward)
+        bind = Binder(block.forward)
 
         @functools.wraps(block.forward)
         def forward(*args: Any, **kwargs: Any) -> Any:
-            arguments = arguments_of(signature, args, kwargs)
+            arguments = bind(args, kwargs)
             passed = tuple(arguments[name] for name in returned)
             return passed if len(passed) > 1 else passed[0]
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from xfuser.methods.forward import Arguments
+from xfuser.core.hooks import Arguments
 from xfuser.methods.pipefusion.clock import Clock
 
 

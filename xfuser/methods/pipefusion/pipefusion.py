@@ -1,6 +1,5 @@
 """PipeFusion of one wrapped pipeline."""
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -10,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 from xfuser.core.distributed import GroupCoordinator
-from xfuser.methods.forward import Arguments, arguments_of, replaced
+from xfuser.core.hooks import Arguments, Binder, replaced
 from xfuser.methods.pipefusion.blocks import StageBlocks
 from xfuser.methods.pipefusion.channel import Channel, Route, open_channels
 from xfuser.methods.pipefusion.clock import Clock
@@ -50,7 +49,7 @@ class PipeFusion:
 
     def arguments(self, pipe: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[Arguments, bool]:
         """The arguments of a pipeline's call, and whether it needs whole latents after each step."""
-        arguments = arguments_of(inspect.signature(pipe.__call__), args, kwargs)
+        arguments = Binder(pipe.__call__)(args, kwargs)
         if arguments.get("skip_guidance_layers") is not None:
             raise ValueError(
                 f"skip_guidance_layers of {type(pipe).__name__} compares the number of the sub-step with that of steps:"

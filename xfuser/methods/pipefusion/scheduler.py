@@ -4,7 +4,6 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial, wraps
-from inspect import signature
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from xfuser.core.distributed import GroupCoordinator
-from xfuser.methods.forward import arguments_of
+from xfuser.core.hooks import Binder
 from xfuser.methods.pipefusion.channel import Channel
 from xfuser.methods.pipefusion.clock import Clock
 from xfuser.methods.pipefusion.patches import Patches
@@ -105,7 +104,7 @@ class PatchwiseScheduler:
         self._begun = True
 
     def _step(self, *args: Any, **kwargs: Any) -> Any:
-        arguments = arguments_of(self._signature, args, kwargs)
+        arguments = self._bind(args, kwargs)
         sample = arguments["sample"]
         self._begin(arguments["timestep"])
         patch = self._clock.patch
@@ -168,7 +167,7 @@ def patchwise(scheduler: Any, clock: Clock, patches: Patches, end_substep: Calla
         _clock=clock,
         _patches=patches,
         _end_substep=end_substep,
-        _signature=signature(scheduler.step),
+        _bind=Binder(scheduler.step),
         _noise=_WholeNoise(patches),
     )
     # Pipelines look at the signatures of these.

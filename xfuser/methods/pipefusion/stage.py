@@ -10,7 +10,8 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from xfuser.core.attention.kv_buffer import KVBuffer
-from xfuser.methods.forward import Arguments, Call, edited_arguments, replaced
+from xfuser.core.hooks import Arguments, edited_arguments, replaced
+from xfuser.methods.forward import Call
 from xfuser.methods.pipefusion.channel import Channel, Route
 from xfuser.methods.pipefusion.clock import Clock
 from xfuser.methods.pipefusion.patches import Patches
@@ -136,8 +137,6 @@ class Stage:
             embed, head = (name and self._model.get_submodule(name) for name in (self._plan.embed, self._plan.head))
             if embed:
                 stack.enter_context(replaced(embed, "forward", self._embedding(embed.forward)))
-            if self._rank > 0:
-                stack.enter_context(edited_arguments(own[0].module, partial(self._receive, own[0].list_name)))
             if not self.is_last:
                 send = partial(self._send, own[-1].list_name)
                 stack.callback(own[-1].module.register_forward_hook(send).remove)
@@ -147,6 +146,8 @@ class Stage:
                 route = ("skips", self._owners[producer], self._owners[consumer])
                 if route in self._channels:
                     stack.enter_context(self._skip(blocks[consumer].module, self._channels[route], route))
+            if self._rank > 0:  # outside of the skips: it posts their receives
+                stack.enter_context(edited_arguments(own[0].module, partial(self._receive, own[0].list_name)))
             if self._plan.text is None and self._clock.patches > 1:
                 for block in own:
                     for name in self._plan.text_modules:

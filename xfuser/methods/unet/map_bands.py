@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from xfuser.core.distributed.utils import share
 from xfuser.core.staleness import ASYNCHRONOUS, Staleness
 from xfuser.vae.bands import Bands, common, join_moments
+from xfuser.vae.operations import SDPA
 from xfuser.vae.parallelize import OnBands
 
 
@@ -122,7 +123,7 @@ class OnMaps(OnBands):
         super().__init__(bands, None)
         self.bands = bands
         self._attending = False
-        for function in (torch.matmul, torch.Tensor.matmul, F.scaled_dot_product_attention):
+        for function in (torch.matmul, torch.Tensor.matmul, SDPA):
             self._handlers[function] = partial(self._refuse, function)
         self._handlers[F.interpolate] = self._interpolate
 

@@ -12,8 +12,9 @@ from xfuser.core.attention.intercept import intercepted
 from xfuser.core.attention.kernels import attention
 from xfuser.core.distributed import SequenceParallelGroupCoordinator
 from xfuser.core.distributed.utils import share, split_sizes
+from xfuser.core.hooks import Arguments, edited_arguments
 from xfuser.methods.distrifusion import DistriFusion
-from xfuser.methods.forward import Arguments, Call, edited_arguments
+from xfuser.methods.forward import Call
 from xfuser.methods.naive_patch import NaivePatches
 from xfuser.methods.unet.map_bands import OnMaps
 from xfuser.models.plan import ModelPlan

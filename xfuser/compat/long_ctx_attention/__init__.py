@@ -1,0 +1,1 @@
+"""The attention layer that research code imports."""

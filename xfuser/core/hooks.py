@@ -1,0 +1,67 @@
+"""Hooks into modules that stay unmodified: attributes in the place of others for a while, arguments by name."""
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+from torch import nn
+
+Arguments = dict[str, Any]
+
+
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Within the context, ``owner`` has its own attribute ``name``; afterwards all is as before."""
+    absent = object()
+    before = owner.__dict__.get(name, absent)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if before is absent:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, before)
+
+
+class Binder:
+    """From the arguments of a function's call to arguments by name. The signature is read once."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._signature = inspect.signature(function)
+        kinds = {name: parameter.kind for name, parameter in self._signature.parameters.items()}
+        self.rest = next((name for name, kind in kinds.items() if kind is inspect.Parameter.VAR_POSITIONAL), None)
+        named = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        self.names = [name for name, kind in kinds.items() if kind in named]
+
+    def __call__(self, args: tuple, kwargs: dict[str, Any]) -> Arguments:
+        """The arguments by name, whether they were given by position or by keyword.
+
+        Raises:
+            TypeError: more are given by position than there are, or one twice.
+        """
+        arguments = dict(zip(self.names, args, strict=False))
+        if len(args) > len(self.names) and self.rest:
+            arguments[self.rest] = args[len(self.names) :]
+        elif len(args) > len(self.names) or not arguments.keys().isdisjoint(kwargs):
+            self._signature.bind(*args, **kwargs)  # says what is wrong
+        return arguments | kwargs
+
+
+def edited_arguments(module: nn.Module, edit: Callable[[Arguments], None]) -> AbstractContextManager[None]:
+    """Within the context, ``edit`` changes the arguments of each call of ``module`` in place before it runs."""
+    original = module.forward
+    bind = Binder(original)
+    ahead = bind.names if bind.rest else []  # only by position can more follow
+
+    @functools.wraps(original)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        arguments = bind(args, kwargs)
+        edit(arguments)
+        if bind.rest not in arguments:
+            return original(**arguments)
+        return original(*(arguments.pop(name) for name in ahead), *arguments.pop(bind.rest), **arguments)
+
+    return replaced(module, "forward", forward)
