@@ -1,7 +1,11 @@
 """Attention over uneven shares equals attention over the whole, for every kernel that returns its LSE."""
 
 import itertools
+import sys
+import types
+from contextlib import ExitStack, contextmanager
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -9,11 +13,13 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from xfuser.core.attention import flash_attn, kernels
 from xfuser.core.attention.intercept import intercepted
-from xfuser.core.attention.kernels import KERNELS, attention_with_lse
+from xfuser.core.attention.kernels import KERNELS, attention, attention_math, attention_with_lse
 from xfuser.core.attention.ring import merge
 from xfuser.core.attention.usp import usp_attention
 from xfuser.core.distributed import get_sp_group, init_distributed_environment, initialize_model_parallel
+from xfuser.core.long_ctx_attention import AttnType, xFuserLongContextAttention
 
 HERE = [name for name, kernel in KERNELS.items() if kernel.missing() is None]
 
@@ -33,6 +39,137 @@ def test_kernel_returns_attention_and_its_lse(name, masked):
     out, lse = attention_with_lse(q, k, v, mask if masked else None, 0.3, name)
     assert torch.allclose(out, F.scaled_dot_product_attention(q, k, v, mask, scale=0.3), atol=1e-5)
     assert torch.allclose(lse, (0.3 * q @ k.mT + mask).logsumexp(-1), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", HERE)
+@pytest.mark.parametrize("shape", [(1, 7), (5, 7), (2, 1, 1, 7), (2, 3, 5, 7)])
+def test_kernel_takes_masks_of_booleans(name, shape):
+    """A mask that hides is not one that adds 0 or 1 to the scores; a row that sees nothing gives zeros."""
+    q, k, v = tensors(2, 3, 5, 7, 8)
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(1)) > 0.4
+    expected = F.scaled_dot_product_attention(q, k, v, mask)
+    assert torch.allclose(attention(q, k, v, mask, backend=name), expected, atol=1e-5)
+    assert torch.allclose(attention_with_lse(q, k, v, mask, None, name)[0], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_kernel_computes_as_autocast_asks(name):
+    q, k, v = tensors(2, 3, 5, 7, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = F.scaled_dot_product_attention(q, k, v.bfloat16())
+        out, lse = attention_with_lse(q, k, v.bfloat16(), None, None, name)
+    assert out.dtype == expected.dtype == torch.bfloat16 and lse.dtype == torch.float32
+    assert torch.allclose(out, expected, atol=2e-2)
+
+
+def flash_attn_2(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
+                 alibi_slopes=None, deterministic=False, return_attn_probs=False):  # fmt: skip
+    """The signature of flash-attn 2.6 to 2.8."""
+    out, lse = attention_math(*(x.transpose(1, 2) for x in (q, k, v)), None, softmax_scale, causal)
+    return (out.transpose(1, 2), lse, None) if return_attn_probs else out.transpose(1, 2)
+
+
+def flash_attn_3(q, k, v, softmax_scale=None, causal=False, qv=None, q_descale=None, k_descale=None, v_descale=None,
+                 window_size=(-1, -1), attention_chunk=0, softcap=0.0, num_splits=1, pack_gqa=None,
+                 deterministic=False, sm_margin=0, return_attn_probs=False):  # fmt: skip
+    """That of current releases of flash-attn 3."""
+    return flash_attn_2(q, k, v, 0.0, softmax_scale, causal, return_attn_probs=return_attn_probs)
+
+
+def flash_attn_3_beta(q, k, v, softmax_scale=None, causal=False, window_size=(-1, -1), deterministic=False):
+    """That of its first releases, which always return the LSE."""
+    return flash_attn_2(q, k, v, 0.0, softmax_scale, causal, return_attn_probs=True)[:2]
+
+
+def without_causal(q, k, v, softmax_scale=None):
+    """What cannot be used."""
+    raise AssertionError("a kernel that is not causal was called")
+
+
+@contextmanager
+def installed(package, function):
+    """Within the context, a package of this name is there, and it may run on the CPU."""
+    module = types.ModuleType(package)
+    module.flash_attn_func = function
+    caches = (flash_attn.absent, flash_attn.unusable, flash_attn._parameters)
+    with ExitStack() as stack:
+        for cached in caches:
+            cached.cache_clear()
+            stack.callback(cached.cache_clear)
+        stack.enter_context(mock.patch.dict(sys.modules, {package: module}))
+        stack.enter_context(mock.patch.object(kernels, "_needs_accelerator", lambda: None))
+        stack.enter_context(mock.patch.object(kernels, "_half_on_accelerator", lambda q, k, v, mask, **_: mask is None))
+        names = [("flash_attn_3", "flash_attn_interface"), ("flash_attn", "flash_attn")]
+        stand_ins = {name: kernels._flash_attn(one, kernels.AMPERE) for name, one in names}
+        stack.enter_context(mock.patch.dict(KERNELS, stand_ins))
+        yield
+
+
+@pytest.mark.parametrize(
+    ("package", "function"),
+    [
+        ("flash_attn", flash_attn_2),
+        ("flash_attn_interface", flash_attn_3),
+        ("flash_attn_interface", flash_attn_3_beta),
+    ],
+)
+@pytest.mark.parametrize("causal", [False, True])
+def test_flash_attn_is_called_by_its_signature(package, function, causal):
+    q, k, v = tensors(2, 3, 7, 7, 8)
+    with installed(package, function), mock.patch.object(kernels, "_flash_takes", None):  # nothing else is asked
+        assert kernels._kernel_for(q, k, v, None, "auto").startswith("flash_attn")
+        out, lse = attention_with_lse(q, k, v, causal=causal)
+    assert torch.allclose(out, F.scaled_dot_product_attention(q, k, v, is_causal=causal), atol=1e-5)
+    assert lse.shape == (2, 3, 7)
+
+
+def test_a_flash_attn_that_cannot_be_used_gives_way_to_the_next_kernel(caplog):
+    q, k, v = tensors(2, 3, 7, 7, 8)
+    with installed("flash_attn_interface", without_causal), caplog.at_level("WARNING", logger="xfuser"):
+        for _ in range(2):
+            out, _ = attention_with_lse(q, k, v, causal=True)
+    assert torch.allclose(out, F.scaled_dot_product_attention(q, k, v, is_causal=True), atol=1e-5)
+    assert [record.message for record in caplog.records] == [
+        "flash_attn_interface.flash_attn_func takes no causal: the next attention kernel runs instead"
+    ]
+
+
+def causal_layer():
+    """The layer under a flash-attn 3, on this rank's share of a sequence."""
+    init_distributed_environment()
+    initialize_model_parallel(ring_degree=2)
+    q, k, v = (x.transpose(1, 2) for x in tensors(1, 2, 9, 9, 8))
+    own = slice(0, 5) if get_sp_group().is_first_rank else slice(5, 9)
+    with installed("flash_attn_interface", flash_attn_3):
+        layer = xFuserLongContextAttention(ring_impl_type="basic", attn_type=AttnType.FA3)
+        out = layer(None, q[:, own], k[:, own], v[:, own], causal=True)
+    expected = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True).transpose(1, 2)
+    return (out - expected[:, own]).abs().max().item()
+
+
+def test_a_causal_layer_stays_causal_with_flash_attn_3(pool):
+    assert max(pool.run(2, causal_layer)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("architecture", "dtype", "kernel"),
+    [
+        ((7, 0), torch.float16, "efficient"),  # Volta
+        ((7, 5), torch.float16, "efficient"),  # Turing
+        ((7, 5), torch.bfloat16, "math"),
+        ((8, 0), torch.bfloat16, "flash"),
+        ((9, 0), torch.float16, "flash"),
+    ],
+)
+def test_kernels_are_those_of_the_architecture(architecture, dtype, kernel):
+    """Tensors on an accelerator that is not there: the choice looks at nothing else."""
+    x = types.SimpleNamespace(device=torch.device("cuda"), dtype=dtype, shape=(1, 2, 9, 64))
+    capability = mock.Mock(get_device_capability=lambda: architecture)
+    with (
+        mock.patch.object(kernels.devices, "device_type", lambda: "cuda"),
+        mock.patch.object(torch, "get_device_module", lambda kind: capability),
+    ):
+        assert kernels._kernel_for(x, x, x, None, "auto") == kernel
 
 
 @pytest.mark.parametrize("name", HERE)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from xfuser import xFuserArgs
+from xfuser.compat.long_ctx_attention import asked
 from xfuser.core import distributed
 from xfuser.core.distributed import (
     get_cfg_group,
@@ -25,7 +26,6 @@ from xfuser.core.distributed import (
     initialize_runtime_state,
 )
 from xfuser.core.distributed.utils import RankGenerator
-from xfuser.compat.long_ctx_attention import asked
 from xfuser.core.long_ctx_attention import AttnType, xFuserLongContextAttention
 from xfuser.core.long_ctx_attention.ring.ring_flash_attn import xdit_ring_flash_attn_func
 from xfuser.model_executor.layers.usp import USP, _ft_c_input_all_to_all, _ft_c_output_all_to_all

@@ -29,6 +29,27 @@ def test_equals_serial(pool, family, method):
     assert matrix.cell(family, method, pool) <= matrix.TOLERANCES.get(family, matrix.TOLERANCE)
 
 
+NAMED = ("math", "flash")  # attention backends that take their own way to a kernel
+ROWS = ({}, {"use_cfg_parallel": True}, {"data_parallel_degree": 2}, {"tensor_parallel_degree": 2})
+
+
+def errors_by_backend(degrees):
+    """Of all classes, by name and backend, where each rank attends to all tokens itself."""
+    call = {"num_inference_steps": 1}
+    expected = {family: matrix.draw(family, None, call) for family in PRESENT}
+    return {
+        (family, name): matrix.error(matrix.draw(family, degrees | {"attention_backend": name}, call), whole)
+        for family, whole in expected.items()
+        for name in NAMED
+    }
+
+
+@pytest.mark.parametrize("degrees", ROWS, ids=["serial", "cfg2", "dp2", "tensor2"])
+def test_named_backends_take_the_masks_of_all_classes(pool, degrees):
+    for errors in pool.run(2 if degrees else 1, errors_by_backend, degrees):
+        assert not {cell: e for cell, e in errors.items() if e > matrix.TOLERANCES.get(cell[0], matrix.TOLERANCE)}
+
+
 def deaf(family, degrees, call):
     """A broken engine: every rank attends to its own tokens alone."""
     whole, summed = sequence.usp_attention, sequence.SequenceParallel._sum

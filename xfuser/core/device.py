@@ -42,6 +42,12 @@ def use(local_rank: int) -> None:
         torch.accelerator.set_device_index(device(local_rank).index)
 
 
+def has_architecture(least: tuple[int, int]) -> bool:
+    """Whether the device has this CUDA architecture (compute capability) or a later one; true of other accelerators."""
+    module = torch.get_device_module(device_type())
+    return device_type() != "cuda" or module.get_device_capability() >= least
+
+
 def synchronize() -> None:
     """Wait for the device's queued work (the CPU has none)."""
     if device_type() != "cpu":

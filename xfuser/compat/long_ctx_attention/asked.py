@@ -56,14 +56,6 @@ def check_options(dropout_p: float, window_size: Any = None, alibi_slopes: Any =
         raise ValueError("alibi_slopes must be None: biases by position are not available")
 
 
-def autocast(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
-    """The tensors in the dtype that ``torch.autocast`` would run attention in, where it is on."""
-    kind = next(x.device.type for x in tensors if x is not None)
-    if not torch.is_autocast_enabled(kind):
-        return list(tensors)
-    return [x if x is None else x.to(torch.get_autocast_dtype(kind)) for x in tensors]
-
-
 def check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: int) -> None:
     """Refuse tensors that do not belong together."""
     given = {"query": query, "key": key, "value": value}

@@ -7,12 +7,12 @@ import torch.distributed as dist
 from yunchang.kernels import AttnType
 
 from xfuser.compat.long_ctx_attention.asked import (
-    autocast,
     backend_for,
     check_joint,
     check_options,
     check_tensors,
 )
+from xfuser.core.attention.kernels import autocast
 from xfuser.core.attention.ring import ring_attention
 from xfuser.core.distributed import get_sp_group
 from xfuser.core.distributed.group_coordinator import gather_numbers

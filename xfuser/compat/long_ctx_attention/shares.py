@@ -2,7 +2,8 @@
 
 import torch
 
-from xfuser.compat.long_ctx_attention.asked import autocast, check_joint, check_tensors
+from xfuser.compat.long_ctx_attention.asked import check_joint, check_tensors
+from xfuser.core.attention.kernels import autocast
 from xfuser.core.attention.usp import Joint, usp_attention
 from xfuser.core.distributed import SequenceParallelGroupCoordinator, get_sp_group
 from xfuser.core.distributed.group_coordinator import gather_numbers

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from xfuser.core.attention.kernels import autocast
 from xfuser.core.hooks import replaced
 
 Attend = Callable[..., torch.Tensor]
@@ -100,6 +101,8 @@ def what_matters(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, float | None]:
     """Query, key, value, mask and scale of a call of ``scaled_dot_product_attention`` (``[B, H, S, D]``).
 
+    They are in the dtype that ``torch.autocast`` runs it in, so that ranks exchange tensors of one dtype.
+
     Raises:
         ValueError: the call asks for what attention over shares does not do.
     """
@@ -108,4 +111,4 @@ def what_matters(
             f"attention over several ranks is neither causal (is_causal={is_causal}) nor has it dropout"
             f" (dropout_p={dropout_p}): put the model in eval mode"
         )
-    return query, key, value, attn_mask, scale
+    return *autocast(query, key, value, attn_mask), scale

@@ -5,20 +5,21 @@ Keys and values may have fewer heads than queries (grouped queries). Where atten
 queries as keys, and query i attends to the keys up to i.
 """
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
 
 from xfuser.core import device as devices
+from xfuser.core.attention import flash_attn
 from xfuser.core.logger import logger
 
 aten = torch.ops.aten
 Tensor = torch.Tensor
 HALF = (torch.float16, torch.bfloat16)
+AMPERE, HOPPER = (8, 0), (9, 0)  # CUDA architectures; Volta and Turing before them have no flash kernels, nor bfloat16
 MATH_SCORES = 1 << 24  # elements of the score matrix that the plain kernel holds at once
 
 Result = tuple[Tensor, Tensor]
@@ -99,38 +100,28 @@ def _on_accelerator(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> boo
     )
 
 
-def _half_on_accelerator(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
-    return _on_accelerator(q, k, v, mask) and q.dtype in HALF and q.shape[-1] <= 256
+def _half_on_accelerator(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, architecture: tuple[int, int] = AMPERE
+) -> bool:
+    fits = _on_accelerator(q, k, v, mask) and q.dtype in HALF and q.shape[-1] <= 256
+    return fits and devices.has_architecture(architecture)
 
 
-def _from_yunchang(attn_type: str) -> Callable[..., Result]:
-    """A CUDA kernel by yunchang's selection (``[B, S, H, D]`` layout)."""
-
-    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, causal: bool) -> Result:
-        from yunchang.kernels import AttnType, select_flash_attn_impl
-
-        kernel = select_flash_attn_impl(AttnType.from_string(attn_type), stage="fwd-only")
-        q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
-        out, lse = kernel(
-            q, k, v, dropout_p=0.0, softmax_scale=scale, causal=causal, window_size=(-1, -1), softcap=0.0,
-            alibi_slopes=None, return_softmax=False,
-        )  # fmt: skip
-        return out.transpose(1, 2), lse
-
-    return run
+def _efficient_takes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
+    return _on_accelerator(q, k, v, mask) and (q.dtype != torch.bfloat16 or devices.has_architecture(AMPERE))
 
 
 def _needs_accelerator() -> str | None:
     return "no accelerator on this machine" if devices.device_type() == "cpu" else None
 
 
-def _needs_package(package: str) -> Callable[[], str | None]:
-    def missing() -> str | None:
-        absent = importlib.util.find_spec(package) is None
-        return f"the package {package} is not installed" if absent else _needs_accelerator()
-
-    return missing
+def _flash_attn(package: str, architecture: tuple[int, int]) -> Kernel:
+    """A package's kernel, for devices of this CUDA architecture or a later one."""
+    return Kernel(
+        lambda: flash_attn.absent(package) or _needs_accelerator() or flash_attn.unusable(package),
+        partial(_half_on_accelerator, architecture=architecture),
+        partial(flash_attn.run, package),
+    )
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, causal: bool) -> Result:
@@ -147,11 +138,11 @@ def _never_missing() -> None:
 
 # In the order of preference for "auto".
 KERNELS: dict[str, Kernel] = {
-    "flash_attn_3": Kernel(_needs_package("flash_attn_interface"), _half_on_accelerator, _from_yunchang("fa3")),
-    "flash_attn": Kernel(_needs_package("flash_attn"), _half_on_accelerator, _from_yunchang("fa")),
+    "flash_attn_3": _flash_attn("flash_attn_interface", HOPPER),
+    "flash_attn": _flash_attn("flash_attn", AMPERE),
     "cudnn": Kernel(_needs_accelerator, _half_on_accelerator, _aten_cudnn),
     "flash": Kernel(_never_missing, _flash_takes, _flash),
-    "efficient": Kernel(_needs_accelerator, _on_accelerator, _aten_efficient),
+    "efficient": Kernel(_needs_accelerator, _efficient_takes, _aten_efficient),
     "math": Kernel(_never_missing, lambda q, k, v, mask: True, attention_math),
 }
 AUTO = ("flash_attn_3", "flash_attn", "flash", "efficient", "math")
@@ -175,6 +166,15 @@ def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     if mask.dtype != torch.bool:
         return mask
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, -torch.inf)
+
+
+def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors in the dtype that ``torch.autocast`` would run attention in, where it is on."""
+    kind = next(x.device.type for x in tensors if x is not None)
+    if not torch.is_autocast_enabled(kind):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(kind)
+    return [x.to(dtype) if x is not None and x.is_floating_point() else x for x in tensors]
 
 
 def attention(
@@ -204,9 +204,19 @@ def attention_with_lse(
     backend: str = "auto",
     causal: bool = False,
 ) -> Result:
-    """Attention and its LSE from ``backend``, or the plain kernel where it does not take the tensors."""
+    """Attention and its LSE from ``backend``, or the plain kernel where it does not take the tensors.
+
+    The mask may be any that SDPA takes: of booleans too, and with fewer dimensions.
+    """
     k, v = _for_query_heads(q, k, v)
-    return KERNELS[_kernel_for(q, k, v, mask, backend)].run(q, k, v, mask, scale, causal)
+    if mask is not None:
+        mask = additive(mask[(None,) * (4 - mask.dim())], q.dtype)
+    run = KERNELS[_kernel_for(q, k, v, mask, backend)].run
+    if not torch.is_autocast_enabled(q.device.type):
+        return run(q, k, v, mask, scale, causal)
+    q, k, v, mask = autocast(q, k, v, mask)
+    with torch.autocast(q.device.type, enabled=False):  # which would take the kernels' sums apart
+        return run(q, k, v, mask, scale, causal)
 
 
 def _kernel_for(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, backend: str) -> str:
