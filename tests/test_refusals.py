@@ -1,10 +1,16 @@
 """What cannot be exact is refused during the call, and what goes wrong leaves nothing behind."""
 
+from typing import ClassVar
+
 import diffusers
 import pytest
 import running
 import tiny
 import torch
+from diffusers.models._modeling_parallel import ContextParallelInput
+
+from xfuser import parallelize, xFuserArgs
+from xfuser.testing import matrix
 
 
 def message_of(kind, action):
@@ -44,6 +50,76 @@ def test_refusals_name_the_reason_and_leave_the_pipeline_working(pool, folder_of
         assert "torch.no_grad()" in messages["gradients"]
         assert "transformer_blocks.0.attn: AttnProcessor called" in messages["processor"]
         assert running.error(after, expected) <= running.TOLERANCE
+
+
+class Fused(torch.nn.Module):
+    """A block behind one module that does all of it, as packages of quantised kernels have them."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.fused = block
+
+    def forward(self, hidden_states, encoder_hidden_states, temb, image_rotary_emb=None, joint_attention_kwargs=None):
+        return self.fused(hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs)
+
+
+class FusedFlux(diffusers.FluxTransformer2DModel):
+    """Has the plan of the class that it derives from, and not its blocks."""
+
+    def fuse(self):
+        blocks = self.transformer_blocks
+        blocks[len(blocks) - 1] = Fused(blocks[len(blocks) - 1])
+
+
+def of_another_layout(path, degrees):
+    pipe = running.loaded(path)
+    original = pipe.transformer
+    pipe.transformer = FusedFlux.from_config(original.config)
+    pipe.transformer.load_state_dict(original.state_dict())
+    pipe.transformer.eval().fuse()
+    try:
+        call = {**tiny.call_of("flux"), "num_inference_steps": 2, "output_type": "latent"}
+        if degrees.keys() & {"data_parallel_degree", "tensor_parallel_degree"}:
+            result = running.array(running.wrap(pipe, degrees)(**call, generator=running.seeded()))
+            return float(running.error(result, running.array(pipe(**call, generator=running.seeded()))))
+        return message_of(ValueError, lambda: running.wrap(pipe, degrees))
+    finally:
+        pipe.transformer = original
+
+
+def test_blocks_without_the_planned_attention_are_refused(pool, folder_of):
+    """They would attend to each rank's own tokens, without an error."""
+    for degrees in ({"ulysses_degree": 2}, {"ring_degree": 2}, {"distrifusion_degree": 2}, matrix.PIPED):
+        for message in pool.run(2, of_another_layout, folder_of("flux"), degrees):
+            assert "transformer_blocks.1 of FusedFlux, a Fused, has no attention module attn, which the plan" in message
+    assert max(pool.run(2, of_another_layout, folder_of("flux"), {"data_parallel_degree": 2})) <= running.TOLERANCE
+
+
+class Merged(torch.nn.Module):
+    """A transformer whose context-parallel plan does not say that its blocks see pairs of tokens as one."""
+
+    _cp_plan: ClassVar = {"": {"hidden_states": ContextParallelInput(split_dim=1, expected_dims=3)}}
+
+    def __init__(self):
+        super().__init__()
+        self.attn = diffusers.models.attention_processor.Attention(8, heads=2, dim_head=4)
+
+    def forward(self, hidden_states):
+        pairs = hidden_states.unflatten(1, (-1, 2)).mean(2)
+        return self.attn(pairs)
+
+
+def unexplained(ranks):
+    model = Merged()
+    parallel = parallelize(model, None, xFuserArgs(ulysses_degree=ranks).create_config()[0])
+    with torch.no_grad(), parallel.active():
+        return message_of(ValueError, lambda: model(torch.randn(1, 8 * ranks, 8)))
+
+
+def test_lengths_that_diffusers_plan_does_not_explain_are_refused(pool):
+    """Also where all ranks have as many: 4 of 16 tokens, as pairs of the 8 that each has."""
+    for message in pool.run(2, unexplained, 2):
+        assert "attn attends to [4, 4] tokens on the ranks, which are neither shares of the [16] tokens" in message
 
 
 def caching(path):

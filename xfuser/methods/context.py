@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from xfuser.core.attention.intercept import intercepted
 from xfuser.core.attention.kernels import additive, attention
@@ -59,6 +59,7 @@ class ContextParallel:
     def _reset(self) -> None:
         """All that one forward leaves behind."""
         self._totals: list[int] = []  # tokens of what has been split
+        self._given: set[int] = set()  # tokens of what the forward was given
         self._calls: dict[str, int] = {}
         self._local: set[str] = set()  # attention modules that run on text which is not split
 
@@ -83,6 +84,7 @@ class ContextParallel:
     def layer(self, call: Call, arguments: Arguments) -> Any:
         """The layer of the transformer's forward that opens and closes one forward's state."""
         try:
+            self._given = {x.shape[1] for x in tree_leaves(arguments) if isinstance(x, torch.Tensor) and x.dim() > 1}
             for name, spec in self._named:
                 if not name:
                     self._split(spec, self._model, arguments)
@@ -180,8 +182,10 @@ class ContextParallel:
     def _is_split(self, name: str, lengths: list[int]) -> bool:
         """Whether tokens that the ranks have in these numbers are shares of what has been split.
 
+        If not, they are whole on every rank: as many as something that the forward was given, or that was split later.
+
         Raises:
-            ValueError: they are neither that, nor the same on all ranks.
+            ValueError: they are neither.
         """
         known = self._totals * 2  # two streams, as text and image, may be of the same length
         for count in range(1, len(known) + 1):
@@ -189,12 +193,13 @@ class ContextParallel:
                 shares = zip(*(split_sizes(total, self._ranks) for total in totals), strict=True)
                 if [sum(one) for one in shares] == lengths:
                     return True
-        if len(set(lengths)) > 1:
-            raise ValueError(
-                f"{name} attends to {lengths} tokens on the ranks, where {self._totals} were split: what Diffusers says"
-                f" of {type(self._model).__name__} is not enough; write a plan for it"
-            )
-        return False
+        if len(set(lengths)) == 1 and lengths[0] in {*self._given, *self._totals}:
+            return False
+        raise ValueError(
+            f"{name} attends to {lengths} tokens on the ranks, which are neither shares of the {self._totals} tokens"
+            f" that were split nor whole: Diffusers' context-parallel plan of {type(self._model).__name__} does not say"
+            " enough; write a plan for it (docs/adding_models/README.md), or use CFG or data parallelism"
+        )
 
 
 def _splits_output(entry: Any) -> bool:

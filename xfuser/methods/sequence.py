@@ -21,7 +21,7 @@ from xfuser.methods.naive_patch import NaivePatches
 from xfuser.methods.pipefusion.patches import Patches
 from xfuser.methods.pipefusion.stage import Stage
 from xfuser.methods.tokens import Rows, TokenShares, Window
-from xfuser.models.plan import Attention, Block, ModelPlan, Streams, Tokens, blocks_of
+from xfuser.models.plan import ModelPlan, Streams, Tokens, attentions_of, blocks_of
 from xfuser.vae.bands import Bands
 from xfuser.vae.parallelize import OnBands
 
@@ -62,17 +62,18 @@ class SequenceParallel:
                 stack.enter_context(edited_arguments(block.module, partial(self._enter_block, block.list_name)))
                 for name in plan.convolutions:
                     stack.enter_context(self._on_rows(block.module.get_submodule(name)))
+                for name in plan.linear:
+                    linear = block.module.get_submodule(name)
+                    stack.enter_context(replaced(linear, "forward", summed_state(linear, self._sum)))
             leave = partial(self._leave_blocks, plan.outputs(blocks[-1].list_name))
             stack.callback(blocks[-1].module.register_forward_hook(leave).remove)
             if plan.head:
                 stack.callback(self._model.get_submodule(plan.head).register_forward_hook(self._leave_head).remove)
-            self._attentions = self._named_attentions(blocks)
+            self._attentions = attentions_of(self._model, plan)
             modules = {name: self._model.get_submodule(name) for name in self._attentions}
             stack.enter_context(
                 intercepted(modules, lambda name: partial(self._attend, name), many=plan.whole, idle=plan.idle)
             )
-            for module in self._linear_attentions(blocks):
-                stack.enter_context(replaced(module, "forward", summed_state(module, self._sum)))
             yield
 
     def layer(self, call: Call, arguments: Arguments) -> Any:
@@ -100,20 +101,6 @@ class SequenceParallel:
             return call(arguments)
         finally:
             self._reset()
-
-    def _named_attentions(self, blocks: list[Block]) -> dict[str, Attention]:
-        """The streams of each attention module that this rank runs, by its name in the transformer."""
-        return {
-            f"{block.list_name}.{block.index}.{name}": streams
-            for block in blocks
-            if self._plan.carriers(block.list_name)
-            for name, streams in self._plan.attentions().items()
-            if _has(block.module, name)
-        }
-
-    def _linear_attentions(self, blocks: list[Block]) -> list[nn.Module]:
-        names = self._plan.linear
-        return [block.module.get_submodule(name) for block in blocks for name in names if _has(block.module, name)]
 
     def _enter_block(self, blocks: str, arguments: Arguments) -> None:
         if self._shares is None:
@@ -303,8 +290,3 @@ def _part(
     if mask.shape[2] > 1:
         mask = torch.cat([mask.narrow(2, *place) for rank in ranks for place in queries.places(rank)], dim=2)
     return additive(torch.cat([mask.narrow(3, *place) for place in columns], dim=3), dtype)
-
-
-def _has(block: nn.Module, name: str) -> bool:
-    owner, _, last = name.rpartition(".")
-    return getattr(block.get_submodule(owner), last, None) is not None

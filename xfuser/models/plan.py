@@ -47,6 +47,7 @@ class ModelPlan:
         attention: name of each self- or joint-attention module within a block, to the streams that it
             concatenates, in order. Cross-attention to what is no stream is not named: it needs nothing from other
             ranks.
+        optional: those of ``attention`` that not all blocks have.
         embed: name of the module that makes tokens of latents, row by row; None for one that takes more than latents.
         head: name of the module behind which the image's tokens are gathered, the last one that works on tokens; None
             to gather all that the last block returns, where the forward would mix it with what is not split.
@@ -94,6 +95,7 @@ class ModelPlan:
 
     blocks: tuple[str, ...]
     attention: dict[str, Streams | Attention]
+    optional: tuple[str, ...] = ()
     embed: str | None = None
     head: str | None = "proj_out"
     latents: str = "hidden_states"
@@ -158,3 +160,31 @@ class Block(NamedTuple):
 def blocks_of(model: nn.Module, plan: ModelPlan) -> list[Block]:
     """The blocks of a transformer, in the order of execution."""
     return [Block(block, name, i) for name in plan.blocks for i, block in enumerate(model.get_submodule(name))]
+
+
+def attentions_of(model: nn.Module, plan: ModelPlan) -> dict[str, Attention]:
+    """The streams of each attention module in the blocks, by its name in the transformer.
+
+    Raises:
+        ValueError: a block has not the attention modules of the plan, and would attend to a rank's own tokens alone.
+    """
+    found: dict[str, Attention] = {}
+    for block in blocks_of(model, plan):
+        attentions = plan.attentions() if plan.carriers(block.list_name) else {}
+        lacking = [name for name in (*attentions, *plan.linear) if not _has(block.module, name)]
+        if required := [name for name in lacking if name not in plan.optional]:
+            raise ValueError(
+                f"{block.list_name}.{block.index} of {type(model).__name__}, a {type(block.module).__name__}, has no"
+                f" attention module {' and '.join(required)}, which the plan of its class requires: use CFG or data"
+                " parallelism, or register_plan() a plan for this class (docs/adding_models/README.md)"
+            )
+        kept = {name: streams for name, streams in attentions.items() if name not in lacking}
+        found |= {f"{block.list_name}.{block.index}.{name}": streams for name, streams in kept.items()}
+    return found
+
+
+def _has(block: nn.Module, name: str) -> bool:
+    owner: Any = block
+    for part in name.split("."):
+        owner = getattr(owner, part, None)
+    return owner is not None

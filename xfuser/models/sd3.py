@@ -5,6 +5,7 @@ from xfuser.models.plan import ModelPlan
 SD3 = ModelPlan(
     blocks=("transformer_blocks",),
     attention={"attn": ("image", "text"), "attn2": ("image",)},
+    optional=("attn2",),
     embed="pos_embed.proj",
     text="encoder_hidden_states",
     residuals=("block_controlnet_hidden_states",),

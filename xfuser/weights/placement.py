@@ -21,7 +21,7 @@ from xfuser.methods.pipefusion.blocks import divided, stage_layers
 from xfuser.methods.pipefusion.pipefusion import PipeFusion
 from xfuser.methods.refusals import refuse_offloaded, refuse_quantised
 from xfuser.methods.tensor import TensorParallel, division_of, refuse_divided
-from xfuser.models.plan import ModelPlan
+from xfuser.models.plan import ModelPlan, attentions_of
 from xfuser.models.registry import check_methods, planned_models
 from xfuser.weights.fsdp import Shares, shared_out, shares_of
 from xfuser.weights.text_encoders import TextEncoders, text_encoders
@@ -118,6 +118,8 @@ def pipeline_split(
                 " ring, CFG or data parallelism"
             )
         check_methods(type(model).__name__, plan, parallel.sequenced, parallel.pipelined)
+        if parallel.sequenced or parallel.pipelined or parallel.patched:
+            attentions_of(model, plan)  # refuses blocks of another layout
     loaded_for = {name: ones[0].stage_layers for name, ones in stubs.items() if ones}
     for layers in loaded_for.values():
         if len(layers) != parallel.pp_degree or list(parallel.attn_layer_num_for_pp or layers) != layers:
