@@ -174,6 +174,23 @@ def test_less_text_than_ranks(pool, family):
             assert matrix.error(result, expected) <= matrix.TOLERANCE
 
 
+def one_word_in_patches(family, degrees):
+    words, zoo.WORDS = zoo.WORDS, 1
+    try:
+        return matrix.error(matrix.draw(family, degrees, {}), matrix.reference(family, degrees, {}))
+    finally:
+        zoo.WORDS = words
+
+
+@pytest.mark.parametrize(
+    "family", ["chroma", "cogvideox", "cogview3", "cogview4", "flux2", "hunyuan_video", "krea2", "sd3"]
+)
+def test_one_text_token_under_pipefusion(pool, family):
+    """It runs with patch 0 alone; an argument with one entry for it is not one that is the same for all tokens."""
+    for ranks, degrees in ((2, {"num_pipeline_patch": 3}), (4, {"num_pipeline_patch": 2, "ulysses_degree": 2})):
+        assert max(pool.run(ranks, one_word_in_patches, family, matrix.PIPED | degrees)) <= matrix.TOLERANCE
+
+
 def unplanned(family, degrees, variants=FAMILIES):
     """The family's loop, were there no plan for its class."""
     plan = registry.PLANS.pop(FAMILIES[family].cls)

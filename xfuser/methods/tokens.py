@@ -178,7 +178,8 @@ class TokenShares:
             rows = x.unflatten(tokens.dim, (-1, self.totals["image"]))
             return self.cut(rows, Tokens(tokens.streams, tokens.dim + 1)).flatten(tokens.dim, tokens.dim + 1)
         length = x.shape[tokens.dim]
-        if length == 1 or tokens.dims not in (None, x.dim()):
+        same = length == 1 and self.total(tokens.streams) != 1  # one entry for all tokens
+        if same or tokens.dims not in (None, x.dim()):
             return x
         rows = self._rows(tokens.streams, length - self.totals["image"] * ("image" in tokens.streams))
         if length != rows.total:

@@ -12,9 +12,11 @@ import torch.distributed as dist
 
 Route = tuple[str, int, int]  # what travels (tokens, latents, skips), the sending and the receiving stage
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of tokens, by their tag
+
 
 class Channel:
-    """A first-in, first-out queue of tensors from one rank to another.
+    """A first-in, first-out queue of messages from one rank to another; a message is some tensors.
 
     Args:
         group: the two ranks' own process group; ``peer``: the global rank at the other end.
@@ -26,26 +28,41 @@ class Channel:
         self._group, self._peer, self._depth = group, peer, depth
         self._substep = 0
         self._sent: deque[tuple[int, torch.Tensor, dist.Work]] = deque()
-        self._expected: deque[tuple[torch.Tensor, dist.Work]] = deque()
+        self._expected: deque[tuple[torch.Tensor, list[int], dist.Work]] = deque()
+        self.begin(tagged=False)
 
-    def send(self, x: torch.Tensor) -> None:
-        """Start sending; the buffer is kept until it has been received."""
-        x = x.contiguous()
+    def begin(self, tagged: bool) -> None:
+        """Ahead of a denoising loop: whether messages say what dtypes their tensors have.
+
+        Otherwise both ends must know. Where they say it, all travels in float32, in a message of known size.
+        """
+        self._tagged = tagged
+
+    def send(self, parts: list[torch.Tensor]) -> None:
+        """Start sending these tensors as one message; the buffer is kept until it has been received."""
+        if self._tagged:
+            tags = torch.tensor([float(DTYPES.index(x.dtype)) for x in parts], device=parts[0].device)
+            parts = [tags, *(x.float() for x in parts)]
+        x = torch.cat([x.reshape(-1) for x in parts]) if len(parts) > 1 else parts[0].contiguous()
         self._sent.append((self._substep, x, dist.isend(x, self._peer, group=self._group)))
 
-    def expect(self, like: torch.Tensor, count: int) -> None:
-        """Post the receive of the next message, of ``count`` elements, so that it may come while others compute."""
-        x = like.new_empty(count)
-        self._expected.append((x, dist.irecv(x, self._peer, group=self._group)))
+    def expect(self, counts: list[int], like: torch.Tensor) -> None:
+        """Post the receive of the next message, of so many elements, so that it may come while others compute."""
+        size = sum(counts) + len(counts) * self._tagged
+        x = like.new_empty(size, dtype=torch.float32 if self._tagged else like.dtype)
+        self._expected.append((x, counts, dist.irecv(x, self._peer, group=self._group)))
 
-    def receive(self, like: torch.Tensor, count: int) -> torch.Tensor:
-        """The next message, ``[count]``."""
+    def receive(self, counts: list[int], like: torch.Tensor) -> list[torch.Tensor]:
+        """The tensors of the next message, flat; they are in the dtype of ``like``, if the message does not say."""
         if not self._expected:
-            self.expect(like, count)
-        x, work = self._expected.popleft()
-        assert x.numel() == count, f"a message of {x.numel()} elements was expected where {count} are needed"
+            self.expect(counts, like)
+        x, expected, work = self._expected.popleft()
+        assert expected == counts, f"a message of {expected} elements was expected where {counts} are needed"
         work.wait()
-        return x
+        if not self._tagged:
+            return list(x.split(counts))
+        tags, *parts = x.split([len(counts), *counts])
+        return [part.to(DTYPES[int(tag)]) for tag, part in zip(tags.tolist(), parts, strict=True)]
 
     def end_substep(self) -> None:
         """Let go of the buffers of the sub-step that is ``depth`` sub-steps old."""

@@ -82,14 +82,13 @@ class PipeFusion:
             self._group.barrier()  # stages come to the same failure one after the other
             self._close_channels()
         clock = self._clock = Clock(self._patches, self._warmup, every_step_whole)
-        rank = self._group.rank_in_group
         with ExitStack() as stack:
             for name, (model, plan) in models.items():
                 owners = self._blocks[name].owners
                 if name not in self._channels:
                     self._channels[name] = open_channels(self._group.group_ranks, routes(plan, owners), clock.patches)
                 patches = Patches(clock.patches, getattr(model, "config", model), plan.frames)
-                stage = Stage(model, plan, owners, rank, self._channels[name], clock, patches, when_there)
+                stage = Stage(model, plan, owners, self._group, self._channels[name], clock, patches, when_there)
                 self._stages[name] = stage
                 stack.enter_context(stage.active())
             stack.enter_context(self._stepping(pipe, patches))

@@ -122,6 +122,8 @@ class PatchwiseScheduler:
 
         if patch == 0:
             self._first = arguments
+        elif sample.dtype != self._first["sample"].dtype:  # of the results: rows that have not stepped were cast
+            arguments["sample"] = self._first["sample"]
         # What pipelines say of the step before is of the sub-step before: with the first patch, that is the same.
         arguments = {
             name: x if has_rows(self._first.get(name)) else self._first.get(name) for name, x in arguments.items()
@@ -251,7 +253,7 @@ class Latents:
             return
         latents = results[0]
         if self._group.is_last_rank and not ends_whole:
-            self._channel.send(self._rows(latents, clock.patch))
+            self._channel.send([self._rows(latents, clock.patch)])
         if self._group.is_first_rank:
             self._receive(latents)
 
@@ -261,10 +263,11 @@ class Latents:
         if coming is None or not self._single(coming):
             return
         rows = self._rows(latents, coming[1])
-        rows.copy_(self._channel.receive(latents, rows.numel()).view(rows.shape))
+        (received,) = self._channel.receive([rows.numel()], latents)
+        rows.copy_(received.view(rows.shape))
         following = self._clock.after(*coming)
         if following and self._single(following):
-            self._channel.expect(latents, self._rows(latents, following[1]).numel())
+            self._channel.expect([self._rows(latents, following[1]).numel()], latents)
 
     def _single(self, substep: tuple[int, int]) -> bool:
         """Whether a sub-step's latents, which are of the step before, travel patch by patch."""

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from xfuser.core.attention.kv_buffer import KVBuffer
+from xfuser.core.distributed import GroupCoordinator
 from xfuser.core.hooks import Arguments, edited_arguments, replaced
 from xfuser.methods.forward import Call
 from xfuser.methods.pipefusion.channel import Channel, Route
@@ -31,7 +32,7 @@ class Stage:
 
     Args:
         owners: the stage of each block.
-        rank: this rank's stage.
+        group: the ranks that are stages of the pipeline.
         channels: this rank's ends of the channels between stages.
         when_there: takes a function that reads or writes outputs, and calls it once they have arrived.
     """
@@ -41,13 +42,14 @@ class Stage:
         model: nn.Module,
         plan: ModelPlan,
         owners: list[int],
-        rank: int,
+        group: GroupCoordinator,
         channels: dict[Route, Channel],
         clock: Clock,
         patches: Patches,
         when_there: Callable[..., None],
     ) -> None:
-        self._model, self._plan, self._owners, self._rank = model, plan, owners, rank
+        self._model, self._plan, self._owners = model, plan, owners
+        self._group, self._rank = group, group.rank_in_group
         self._channels, self._clock, self._patches, self._when_there = channels, clock, patches, when_there
         self._forget()
 
@@ -56,11 +58,13 @@ class Stage:
         self._call = 0  # index of the transformer's next call within the sub-step
         self._latents: list[torch.Tensor] = []  # input of each call of the first sub-step
         self._outputs: list[tuple[list[torch.Tensor], Any]] = []  # whole output of each call: tensors, tree
+        self._autocast = False  # whether the dtypes of activations depend on their operators
         self._buffers: dict[tuple[str, int], KVBuffer] = {}
         self._shares: TokenShares | None = None
-        # Of each forward in this sub-step, elements per token and its shares; and of those in a whole sub-step.
-        self._received: list[tuple[int, TokenShares]] = []
-        self._receives: list[tuple[int, TokenShares]] | None = None
+        # Of each forward in this sub-step, elements per token, its shares, and the streams that were received; and of
+        # those in a whole sub-step.
+        self._received: list[tuple[int, TokenShares, tuple[str, ...]]] = []
+        self._receives: list[tuple[int, TokenShares, tuple[str, ...]]] | None = None
 
     @property
     def is_last(self) -> bool:
@@ -79,7 +83,8 @@ class Stage:
             return tree_unflatten([x.clone() for x in kept], tree)
         parts, tree = tree_flatten(call(arguments))
         if self._clock.synchronous:
-            self._outputs[index:] = [([self._blank(x) for x in parts], tree)]
+            dtypes = self._output_dtypes(parts)
+            self._outputs[index:] = [([self._blank(*one) for one in zip(parts, dtypes, strict=True)], tree)]
         kept = self._outputs[index][0]
         given = [x.clone() for x in kept]
 
@@ -181,6 +186,9 @@ class Stage:
         clock, latents = self._clock, arguments[self._plan.latents]
         if (clock.step, clock.patch, self._call) == (0, 0, 0):
             self._forget()
+            self._autocast = torch.is_autocast_enabled(latents.device.type)
+            for (kind, *_), channel in self._channels.items():
+                channel.begin(tagged=self._autocast and kind != "latents")
         for name in (*self._plan.residuals, *self._plan.counts_steps):
             if arguments.get(name) is not None:
                 raise ValueError(
@@ -198,11 +206,16 @@ class Stage:
             )
         return index
 
-    def _blank(self, part: torch.Tensor) -> torch.Tensor:
+    def _blank(self, part: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         dim = self._patches.dim(part)
         shape = list(part.shape)
         shape[dim] = self._latents[0].shape[dim]
-        return part.new_zeros(shape)
+        return part.new_zeros(shape, dtype=dtype)
+
+    def _output_dtypes(self, parts: list[torch.Tensor]) -> list[torch.dtype]:
+        """Those of the stage that computes the output; under autocast, what stands for it elsewhere has others."""
+        dtypes = [x.dtype for x in parts]
+        return self._group.broadcast_object(dtypes, src=self._owners[-1]) if self._autocast else dtypes
 
     def _window(self, tokens: int, patch: int) -> Window:
         return Window(self._patches.tokens(self._latents[0], tokens, patch), text=patch == 0)
@@ -232,21 +245,20 @@ class Stage:
     def _receive(self, blocks: str, arguments: Arguments) -> None:
         """Ahead of this stage's first block: the previous stage's tokens take the place of those that came here."""
         image, carriers = arguments[self._plan.image], self._plan.carriers(blocks)
-        rows, _, width = image.shape
+        batch, _, width = image.shape
         counts = self._counts(carriers.values())
         channel = self._channels["tokens", self._rank - 1, self._rank]
-        tokens = channel.receive(image, rows * width * sum(counts.values()))
-        parts = tokens.split([rows * width * count for count in counts.values()])
-        parts = {name: part.view(rows, -1, width) for name, part in zip(counts, parts, strict=True)}
+        parts = channel.receive([batch * width * count for count in counts.values()], image)
+        parts = {name: part.view(batch, -1, width) for name, part in zip(counts, parts, strict=True)}
         for name, streams in carriers.items():
             own = [parts[stream] for stream in streams]
             arguments[name] = own[0] if len(own) == 1 else torch.cat(own, dim=1)
-        self._received.append((rows * width, self._shares))
+        self._received.append((batch * width, self._shares, tuple(counts)))
         self._expect_next(channel, image)
         for consumer, producer in skips(self._plan, self._owners):
             route = ("skips", self._owners[producer], self._rank)
             if self._owners[consumer] == self._rank and route in self._channels:
-                self._channels[route].expect(image, image.numel())
+                self._channels[route].expect([image.numel()], image)
 
     def _expect_next(self, channel: Channel, like: torch.Tensor) -> None:
         """Post the next receive, where it is certain what it will be."""
@@ -259,9 +271,9 @@ class Stage:
             if following is None:
                 return
             done, patch = 0, following[1]
-        per_token, shares = self._receives[done]
+        per_token, shares, streams = self._receives[done]
         coming = shares.at(self._window(shares.totals["image"], patch))
-        channel.expect(like, per_token * sum(sizes[coming.rank] for sizes in coming.sizes.values()))
+        channel.expect([per_token * coming.sizes[stream][coming.rank] for stream in streams], like)
 
     def _send(self, blocks: str, block: nn.Module, args: tuple, output: Any) -> None:
         """Behind this stage's last block: image tokens first, whatever the order in the blocks."""
@@ -271,7 +283,7 @@ class Stage:
         for x, streams in zip(tensors, outputs, strict=True):
             sizes = [self._shares.sizes[stream][self._shares.rank] for stream in streams]
             parts |= dict(zip(streams, x.split(sizes, dim=1), strict=True))
-        sent = torch.cat([parts[stream].reshape(-1) for stream in self._counts(outputs)])
+        sent = [parts[stream] for stream in self._counts(outputs)]
         self._channels["tokens", self._rank, self._rank + 1].send(sent)
 
     def _counts(self, carried: Iterable[Streams]) -> dict[str, int]:
@@ -289,9 +301,10 @@ class Stage:
         def edit(arguments: Arguments) -> None:
             skip = arguments.get(self._plan.skip)
             if skip is not None and route[1] == self._rank:
-                channel.send(skip.reshape(-1))
+                channel.send([skip])
             elif skip is not None:
-                arguments[self._plan.skip] = channel.receive(skip, skip.numel()).view(skip.shape)
+                (received,) = channel.receive([skip.numel()], skip)
+                arguments[self._plan.skip] = received.view(skip.shape)
 
         return edited_arguments(consumer, edit)
 
