@@ -104,6 +104,94 @@ def test_more_classes(pool, name):
     check(pool, 4, name, split="height", chunk_rows=2)
 
 
+NOISY = {"decoder_inject_noise": (True,) * 5, "timestep_conditioning": True}
+
+
+def of_noise(parallel):
+    """What a decoder that draws noise decodes to, and what is drawn behind it."""
+    torch.manual_seed(0)
+    vae = tiny.coder("AutoencoderKLLTXVideo", **NOISY).eval()
+    for name, weight in vae.named_parameters():
+        if "per_channel_scale" in name:
+            torch.nn.init.normal_(weight)
+    undo = parallelize_vae(vae, **parallel) if parallel is not None else None
+    with torch.no_grad():
+        decoded = vae.decode(torch.randn(2, 8, 2, 7, 5), torch.tensor([0.05, 0.05]), return_dict=False)[0]
+    if undo:
+        undo()
+    return decoded.numpy(), torch.randn(3).tolist()
+
+
+@pytest.mark.parametrize("parallel", [{}, {"split": "width"}, {"chunk_rows": 2}])
+def test_noise_within_a_decoder_is_that_of_one_device(pool, parallel):
+    expected, drawn_behind = of_noise(None)
+    for ranks in (2, 3):
+        for decoded, behind in pool.run(ranks, of_noise, parallel):
+            assert running.error(decoded, expected) <= running.TOLERANCE and behind == drawn_behind
+
+
+class Drawing(torch.nn.Module):
+    def __init__(self, draw):
+        super().__init__()
+        self.draw = draw
+
+    def forward(self, x):
+        return x + self.draw(x)
+
+
+DRAWS = {
+    "normal_": lambda x: torch.empty_like(x).normal_(),
+    "uniform": lambda x: torch.empty_like(x).uniform_(),
+    "bernoulli": lambda x: torch.bernoulli(torch.full_like(x, 0.5)),
+    "dropout": lambda x: torch.nn.functional.dropout(x, 0.5, training=True),
+    "randn of shape": lambda x: torch.randn(2, 77)[:, :1, None, None],
+}
+
+
+def drawing(name):
+    vae = make("AutoencoderKL")
+    vae.decoder = Drawing(DRAWS[name])
+    undo = parallelize_vae(vae)
+    try:
+        with torch.no_grad(), pytest.raises(ValueError) as refused:
+            vae.decode(torch.randn(2, 4, 6, 4))
+        return str(refused.value)
+    finally:
+        undo()
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_other_ways_to_draw_are_refused_by_name(pool, name):
+    for message in pool.run(2, drawing, name):
+        assert name.split()[0] in message and "use_parallel_vae" in message
+
+
+COINCIDENCES = {  # bands on two ranks that are as wide as they are high, and as there are channels
+    "AutoencoderDC": ((1, 4, 4, 8), {"decoder_block_out_channels": (8, 8)}),
+    "AutoencoderDC taller": ((1, 4, 8, 4), {"decoder_block_out_channels": (4, 8)}),
+    "AutoencoderKLLTXVideo": ((1, 8, 2, 8, 16), {}),
+    "AutoencoderKLLTXVideo taller": ((1, 8, 2, 16, 8), {}),
+}
+
+
+def by_coincidence(name, parallel):
+    shape, changes = COINCIDENCES[name]
+    torch.manual_seed(0)
+    vae = tiny.coder(name.split()[0], **changes).eval()
+    undo = parallelize_vae(vae) if parallel else None
+    with torch.no_grad():
+        decoded = vae.decode(torch.randn(shape), return_dict=False)[0]
+    if undo:
+        undo()
+    return decoded.numpy()
+
+
+@pytest.mark.parametrize("name", COINCIDENCES)
+def test_sizes_that_coincide_are_not_taken_for_others(pool, name):
+    for decoded in pool.run(2, by_coincidence, name, True):
+        assert running.error(decoded, by_coincidence(name, False)) <= running.TOLERANCE
+
+
 def test_proven_classes_are_tested():
     assert {name.split()[0] for name in SHAPES | MORE_SHAPES} == PROVEN
 

@@ -66,6 +66,26 @@ class Bands:
         height, across = self.area
         return x.dim() >= 3 and x.shape[self.dim] * across == x.shape[-3 - self.dim] * height
 
+    def of_map(self, size: list[int], where: str) -> tuple[range | None, list[int]]:
+        """This rank's rows of a map whose part here has this size, and the size of the whole map.
+
+        None, and the same size, where it has no rows and columns.
+
+        Raises:
+            ValueError: it has, but not those of a map.
+        """
+        if len(size) < 2:
+            return None, size
+        height, across = self.area
+        if size[self.dim] * across != size[-3 - self.dim] * height:
+            raise ValueError(
+                f"{self.owner}: {where} of shape {tuple(size)} is not of maps whose bands here have {height} rows and"
+                f" {across} columns, or multiples of these. {self.advice}"
+            )
+        sizes, whole = self.sizes(size[self.dim], where), list(size)
+        whole[self.dim] = sum(sizes)
+        return share(sizes, self.rank), whole
+
     def rows_of(self, x: torch.Tensor) -> int | None:
         """The dimension that the rows are along: also where channels are last, or the pixels are one dimension."""
         height, width = self.area if self.dim == -2 else self.area[::-1]

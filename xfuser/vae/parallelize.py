@@ -17,11 +17,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from xfuser.core.distributed.utils import share, split_sizes
+from xfuser.core.randomness import RandomWatch
 from xfuser.vae import operations
 from xfuser.vae.bands import Bands
 from xfuser.vae.deferred import ABOUT, POINTWISE, Deferral, DeferredMap, computed
 
 CODERS = ("encoder", "decoder")
+ROWS = "_dimension_of_rows"  # attribute of a map whose dimensions were moved
 SPLITS = ("auto", "height", "width")
 PADDING = (F.pad, torch.conv2d, torch.conv3d)  # know of padding that is left to a convolution
 POOLING = (F.avg_pool2d, F.avg_pool3d, F.max_pool2d, F.max_pool3d)
@@ -50,6 +52,12 @@ REFUSED = {  # functions that may mix rows, and are not known
     torch.softmax,
     torch.Tensor.__matmul__,
     torch.Tensor.softmax,
+}
+NOISE = {torch.rand: torch.rand, torch.rand_like: torch.rand, torch.randn: torch.randn, torch.randn_like: torch.randn}
+MOVES = {  # of dimensions: functions whose result has those of their input in another order
+    getattr(owner, name)
+    for owner in (torch, torch.Tensor)
+    for name in ("movedim", "moveaxis", "permute", "swapaxes", "swapdims", "transpose")
 }
 DEFERRING = ABOUT | POINTWISE | {F.group_norm, F.interpolate, F.pad, torch.conv2d, torch.conv3d}
 REDUCTIONS = {
@@ -86,7 +94,9 @@ class OnBands(TorchFunctionMode):
             operations.SDPA: partial(operations.attention, bands),
             torch.matmul: partial(operations.matmul, bands),
             torch.Tensor.matmul: partial(operations.matmul, bands),
+            **{function: partial(self._drawn, function) for function in NOISE},
         }
+        self._draws = False
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         super().__exit__(kind, error, trace)
@@ -124,14 +134,54 @@ class OnBands(TorchFunctionMode):
             result = self._deferral.pointwise(func, args, kwargs)
         else:
             result = func(*args, **kwargs)
+        self._follow_rows(func, args, kwargs, inputs, result)
         made = any(isinstance(x, torch.Tensor) for x in tree_leaves(result))
         if made and any(operations.padding_of(x) for x in inputs):
             return operations.keep_padding(self._bands, func, inputs, result)
         return result
 
+    def _follow_rows(self, func: Any, args: tuple, kwargs: dict, inputs: list[torch.Tensor], result: Any) -> None:
+        """Note which dimension rows are along, where dimensions were moved: shapes tell channels from columns only
+        where they differ."""
+        if func in MOVES:
+            (x,) = inputs
+            rows = getattr(x, ROWS, None)
+            rows = x.dim() + self._bands.dim if rows is None and x.dim() >= 4 and self._bands.holds_map(x) else rows
+            if rows is not None:
+                numbers = torch.empty(range(x.dim()), device="meta")  # a dimension's length is its number
+                setattr(result, ROWS, func(numbers, *args[1:], **kwargs).shape.index(rows))
+            return
+        moved = next((x for x in inputs if hasattr(x, ROWS)), None)
+        for y in tree_leaves(result) if moved is not None else ():
+            if isinstance(y, torch.Tensor) and y.dim() == moved.dim():
+                rows = getattr(moved, ROWS)
+                if y.shape[rows] == moved.shape[rows]:
+                    setattr(y, ROWS, rows)
+
+    def _drawn(self, function: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Noise: all ranks draw that of the whole map, as one device does, and keep their rows of it."""
+        like = args[0] if args and isinstance(args[0], torch.Tensor) else kwargs.pop("input", None)
+        size = like.shape if like is not None else kwargs.pop("size", None) or args
+        size = list(size[0] if len(size) == 1 and not isinstance(size[0], int) else size)
+        own, whole = self._bands.of_map(size, function.__name__)
+        options = kwargs if like is None else {"dtype": like.dtype, "device": like.device} | kwargs
+        self._draws = True
+        noise = NOISE[function](whole, **options)
+        self._draws = False
+        return noise if own is None else noise.narrow(self._bands.dim, own.start, len(own))
+
+    def refuse_draw(self, operator: str) -> None:
+        """Raise a ValueError where an operator is about to draw random numbers for this rank's rows alone."""
+        if not self._draws:
+            raise ValueError(
+                f"{self._bands.owner}: {operator} draws random numbers in a way that is not supported, other ones on"
+                f" each rank; {', '.join(sorted(one.__name__ for one in NOISE))} are. {self._bands.advice}"
+            )
+
     def _mixes_rows(self, func: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> bool:
         """Whether a norm, a sum or the like over a feature map goes over its rows."""
-        rows = self._bands.rows_of(x)
+        rows = getattr(x, ROWS, None)
+        rows = self._bands.rows_of(x) if rows is None else rows
         if rows is None:
             return False
         if func in (F.layer_norm, F.rms_norm):
@@ -236,7 +286,8 @@ def _on_bands(
         sizes[-1] += rows % unit
         band = share(sizes, rank)
         bands = Bands(dim, sizes, x.shape[-3 - dim], group)
-        with OnBands(bands, chunk_rows):
+        mode = OnBands(bands, chunk_rows)
+        with RandomWatch(mode.refuse_draw), mode:
             output = original(x.narrow(dim, band.start, len(band)), *args, **kwargs)
         output = computed(output)
         if isinstance(output, tuple):  # what follows are caches of the convolutions, which stay with their bands
