@@ -3,6 +3,7 @@
 from contextlib import nullcontext
 from functools import cache
 
+import diffusers
 import pytest
 import running
 import tiny
@@ -16,7 +17,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from xfuser.core.distributed import get_world_group, init_distributed_environment
 from xfuser.core.meters import LiveMemory, traffic
+from xfuser.methods.data import split_decode
 from xfuser.vae import parallelize_vae
 from xfuser.vae.bands import Bands
 from xfuser.vae.engines import PROVEN, parallel_vae
@@ -128,6 +131,54 @@ def test_noise_within_a_decoder_is_that_of_one_device(pool, parallel):
     for ranks in (2, 3):
         for decoded, behind in pool.run(ranks, of_noise, parallel):
             assert running.error(decoded, expected) <= running.TOLERANCE and behind == drawn_behind
+
+
+def consistency_decoder():
+    down = {"block_out_channels": (32, 32), "layers_per_block": 1, "norm_num_groups": 4}
+    unet = {
+        f"decoder_{name}": value
+        for name, value in {
+            "block_out_channels": (32, 32), "layers_per_block": 1, "norm_num_groups": 4, "num_train_timesteps": 1024,
+            "down_block_types": ("ResnetDownsampleBlock2D",) * 2, "up_block_types": ("ResnetUpsampleBlock2D",) * 2,
+        }.items()
+    }  # fmt: skip
+    encoder = {f"encoder_{name}": value for name, value in down.items()}
+    kinds = {"encoder_down_block_types": ("DownEncoderBlock2D",) * 2}
+    return diffusers.ConsistencyDecoderVAE(**unet, **encoder, **kinds, latent_channels=4), {}
+
+
+def temporal_decoder():
+    channels = {"block_out_channels": (32, 32), "layers_per_block": 1, "latent_channels": 4}
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2}
+    return diffusers.AutoencoderKLTemporalDecoder(**channels, **blocks), {"num_frames": 3}
+
+
+def plain_decoder():
+    return make("AutoencoderKL"), {}
+
+
+def batch_of(build, ranks):
+    """What six latents are decoded to over a group of ranks, or by one; and how many of them this rank decoded."""
+    torch.manual_seed(0)
+    vae, more = build()
+    vae.eval()
+    latents, rows = torch.randn(6, 4, 4, 4), []
+    coder = vae.decoder if hasattr(vae, "decoder") else vae.decoder_unet
+    coder.register_forward_pre_hook(lambda module, args, kwargs: rows.append(len([*args, *kwargs.values()][0])),
+                                    with_kwargs=True)  # fmt: skip
+    torch.manual_seed(7)
+    if ranks > 1:
+        init_distributed_environment()
+    with torch.no_grad(), split_decode(vae, get_world_group()) if ranks > 1 else nullcontext():
+        decoded = vae.decode(latents, return_dict=False, **more)[0]
+    return decoded.numpy(), max(rows)
+
+
+@pytest.mark.parametrize(("build", "rows"), [(plain_decoder, 3), (consistency_decoder, 6), (temporal_decoder, 6)])
+def test_a_batch_is_split_where_rows_are_independent(pool, build, rows):
+    expected, _ = batch_of(build, 1)
+    for decoded, most in pool.run(2, batch_of, build, 2):
+        assert most == rows and running.error(decoded, expected) <= running.TOLERANCE
 
 
 class Drawing(torch.nn.Module):
