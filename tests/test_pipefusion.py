@@ -405,7 +405,7 @@ def fails_then_works(path):
         raise RuntimeError("in step 1")
 
     hook = parallel.transformer.register_forward_pre_hook(
-        lambda *_: fail() if parallel.scheduler._clock.step == 2 else None
+        lambda *_: fail() if parallel.scheduler._call.step == 2 else None
     )
     with pytest.raises(RuntimeError, match="in step 1"):
         parallel(**call_of("sd3"), generator=running.seeded())
@@ -539,7 +539,7 @@ def groups_after_failures(path):
         with pytest.raises(ZeroDivisionError):
             parallel(**call_of("sd3", callback_on_step_end=lambda pipe, step, t, values: step // 0))
         hook = parallel.transformer.register_forward_pre_hook(
-            lambda *_: counts[99] if parallel.scheduler._clock.step == 2 else None
+            lambda *_: counts[99] if parallel.scheduler._call.step == 2 else None
         )
         with pytest.raises(IndexError):
             parallel(**call_of("sd3"))

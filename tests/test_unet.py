@@ -13,9 +13,11 @@ import unets
 
 import xfuser
 from xfuser import legacy, xDiTParallel, xFuserArgs
+from xfuser.call import CallState
+from xfuser.config.config import MODES
 from xfuser.core.distributed.utils import share
 from xfuser.core.hooks import replaced
-from xfuser.core.staleness import MODES, Staleness
+from xfuser.methods.staleness import Staleness
 from xfuser.methods.unet.map_bands import MapBands, OnMaps
 
 CFG, DP = {"use_cfg_parallel": True}, {"data_parallel_degree": 2}
@@ -215,7 +217,8 @@ def maps():
 
 def leaf(mode, kind):
     """What a leaf gives on this rank's band in a waiting step and two others, one after the other."""
-    staleness, rank, results = Staleness(dist.group.WORLD, mode, 1), dist.get_rank(), []
+    call, rank, results = CallState(), dist.get_rank(), []
+    staleness = Staleness(dist.group.WORLD, mode, call)
     for x in maps():
         own = share(SIZES, rank)
         band = x[:, :, own.start : own.stop]
@@ -229,8 +232,9 @@ def leaf(mode, kind):
                 with mode.attending(), mode.bands.reach(tokens, 2 * tokens) as (keys, values):
                     return F.scaled_dot_product_attention(tokens, keys, values)
 
+        call.index = 0
         results.append(staleness.layer(compute, {"x": x}))
-        staleness.step_ends()
+        call.step += 1
     staleness.restart()
     return results
 

@@ -1,11 +1,12 @@
 """xDiTParallel: the story of a wrapped call."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 
+from xfuser.call import CallState
 from xfuser.config import EngineConfig, InputConfig
 from xfuser.core import device as devices
 from xfuser.core.attention.kernels import check_backend
@@ -19,25 +20,30 @@ from xfuser.core.distributed import (
     get_world_group,
 )
 from xfuser.core.distributed.utils import share, split_sizes
-from xfuser.core.hooks import replaced
+from xfuser.core.hooks import Binder, replaced
 from xfuser.core.logger import quiet_libraries
-from xfuser.core.staleness import Staleness
 from xfuser.methods.cfg import GuidanceParallel
 from xfuser.methods.context import ContextParallel
-from xfuser.methods.data import data_parallel, split_decode
+from xfuser.methods.data import DataParallel, split_decode
 from xfuser.methods.distrifusion import DistriFusion
-from xfuser.methods.forward import Layer, before_each, layered_forward
 from xfuser.methods.naive_patch import NaivePatches
-from xfuser.methods.pipefusion.stage import Stage
-from xfuser.methods.refusals import refuse_mixed_rows, refuse_unsuited
+from xfuser.methods.pipefusion.loop import has_callback
+from xfuser.methods.refusals import Refusals
 from xfuser.methods.sequence import SequenceParallel
 from xfuser.methods.unet.maps import MapParallel
 from xfuser.models.plan import ModelPlan
-from xfuser.models.registry import planned_models, register_plan
+from xfuser.models.registry import planned_models, set_plan
 from xfuser.pipeline_io.arguments import pipeline_arguments
 from xfuser.pipeline_io.media import media_of, write_media
 from xfuser.vae.engines import parallel_vae
 from xfuser.weights.placement import Placement
+
+
+class Method(Protocol):
+    """One way to share the work of a call's forwards."""
+
+    def enter(self, call: CallState) -> AbstractContextManager[None]:
+        """Within the context, the forwards of this call are shared; what the method needs is registered with it."""
 
 
 class xDiTParallel:
@@ -75,13 +81,14 @@ class xDiTParallel:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the pipeline on all ranks; every rank returns the whole result."""
         self._check_usable()
-        whole = False
+        arguments = Binder(self._pipe.__call__)(args, kwargs)
+        call = self._new_call(every_step_whole=has_callback(arguments))
         if self._pipefusion:
-            kwargs, whole = self._pipefusion.arguments(self._pipe, args, kwargs)
-            args = ()
-        with self._active(every_step_whole=whole):
+            arguments, args = self._pipefusion.arguments(arguments, call), ()
+            kwargs = arguments
+        with self._running(call):
             if get_world_group().world_size > 1:
-                _share_randomness(kwargs.get("generator"))
+                _share_randomness(arguments.get("generator"))
             self.__dict__["_output"] = self._pipe(*args, **kwargs)
         return self._output
 
@@ -91,70 +98,60 @@ class xDiTParallel:
         With PipeFusion, the loop must go through the ``timesteps`` of the pipeline's scheduler, and step with it; each
         timestep comes once for every patch, and latents are current behind the last of them.
         """
-        return self._active(every_step_whole=True)
+        self._check_usable()
+        return self._running(self._new_call(every_step_whole=True))
+
+    def _new_call(self, every_step_whole: bool) -> CallState:
+        order = getattr(getattr(self._pipe, "scheduler", None), "order", 1)
+        warmup = self.engine_config.runtime_config.warmup_steps * order
+        parallel = self.engine_config.parallel_config
+        return CallState(parallel.num_pipeline_patch if self._pipefusion else 1, warmup, every_step_whole)
 
     @contextmanager
-    def _active(self, every_step_whole: bool) -> Iterator[None]:
-        self._check_usable()
+    def _running(self, call: CallState) -> Iterator[None]:
+        """Within the context, the forwards of this call's transformers are shared."""
         with ExitStack() as stack:
             if get_world_group().world_size > 1:
                 stack.enter_context(quiet_libraries())
                 stack.enter_context(_quiet_progress(self._pipe))
             for context in self._vae_contexts():
                 stack.enter_context(context)
-            guidance = GuidanceParallel(get_cfg_group()) if get_cfg_group().world_size > 1 else None
-            if guidance:
-                stack.callback(guidance.close)
-            models = planned_models(self._pipe)
-            stages: dict[str, Stage] = {}
-            if self._pipefusion:
-                when_there = guidance.when_there if guidance else _at_once
-                stages = stack.enter_context(self._pipefusion.active(self._pipe, models, when_there, every_step_whole))
-            parts = {name: self._parts() for name in models} if self.engine_config.parallel_config.patched else {}
-            for part in parts.values():
-                stack.callback(part.restart)  # nothing on its way is left to the next call
-            counting = [*([guidance] if guidance else []), *parts.values()]
-            stack.enter_context(before_each(self._pipe, "step", [one.step_ends for one in counting]))
-            stack.enter_context(before_each(self._pipe, "set_timesteps", [one.restart for one in parts.values()]))
-            for name, (model, plan) in models.items():
-                layers = self._layers(stack, model, plan, guidance, stages.get(name), parts.get(name))
-                if layers:
-                    stack.enter_context(layered_forward(model, [refuse_unsuited(model), *layers]))
+            for method in self._methods():
+                stack.enter_context(method.enter(call))
+            stack.enter_context(call.running(getattr(self._pipe, "scheduler", None)))
             yield
 
-    def _layers(
-        self,
-        stack: ExitStack,
-        model: nn.Module,
-        plan: ModelPlan,
-        guidance: GuidanceParallel | None,
-        stage: Stage | None,
-        part: DistriFusion | NaivePatches | None,
-    ) -> list[Layer]:
-        """The layers of one transformer's forward, the outermost first; what they need is entered into ``stack``."""
-        layers = [guidance.layer(plan)] if guidance else []
-        if get_dp_group().world_size > 1:
-            layers.append(data_parallel(get_dp_group(), plan))
-        if layers:
-            layers.insert(0, refuse_mixed_rows(self._pipe))
-        if stage:
-            layers = [stage.assembled, *layers, stage.computed]
-        if part:
-            layers.insert(0, part.layer)
-        if guidance and (stage or part):
-            guidance.rows_stay = True
-        if guidance and stage:
-            guidance.part = stage.part
-        if stage or self._sp.world_size > 1 or self._backend not in ("auto", "sdpa"):
-            if plan.context:
-                sequence = ContextParallel(model, plan, self._sp, self._backend)
-            elif plan.halvings:
-                sequence = MapParallel(model, plan, self._sp, self._backend, part)
-            else:
-                sequence = SequenceParallel(model, plan, self._sp, self._backend, stage, part)
-            layers.append(sequence.layer)
-            stack.enter_context(sequence.active())
-        return layers
+    def _methods(self) -> list[Method]:
+        """What shares this call's forwards, in the order in which its layers lie around them: the outermost first."""
+        models, parallel = planned_models(self._pipe), self.engine_config.parallel_config
+        methods: list[Method] = []
+        parts = {name: self._part_of(model) for name, (model, _) in models.items()} if parallel.patched else {}
+        methods += [self._pipefusion] if self._pipefusion else parts.values()
+        if parallel.cfg_degree > 1:
+            rows_stay = parallel.patched or self._pipefusion is not None
+            methods.append(GuidanceParallel(get_cfg_group(), models.values(), rows_stay))
+        if parallel.dp_degree > 1:
+            methods.append(DataParallel(get_dp_group(), models.values()))
+        splits_batch = parallel.cfg_degree * parallel.dp_degree > 1
+        if self._pipefusion or self._sp.world_size > 1 or self._backend not in ("auto", "sdpa"):
+            methods += [self._sequence(model, plan, parts.get(name)) for name, (model, plan) in models.items()]
+        refusals = Refusals(self._pipe, [model for model, _ in models.values()], splits_batch)
+        return [refusals, *methods] if methods else []
+
+    def _sequence(self, model: nn.Module, plan: ModelPlan, part: DistriFusion | NaivePatches | None) -> Method:
+        """What shares the tokens, or the rows of a U-Net's maps."""
+        if plan.context:
+            return ContextParallel(model, plan, self._sp, self._backend)
+        if plan.halvings:
+            return MapParallel(model, plan, self._sp, self._backend, part)
+        return SequenceParallel(model, plan, self._sp, self._backend, self._pipefusion, part)
+
+    def _part_of(self, model: nn.Module) -> DistriFusion | NaivePatches:
+        """What ranks that compute a part of the picture each see of the others' parts."""
+        parallel = self.engine_config.parallel_config
+        if parallel.naive_patch_degree > 1:
+            return NaivePatches(parallel.split_scheme or "row")
+        return DistriFusion(model, self._sp.ring_group, parallel.distrifusion_mode)
 
     def save(self, directory: str, prefix: str = "xfuser") -> list[str]:
         """Write the last call's images (PNG), videos (MP4, or GIF without an encoder) or latents (safetensors).
@@ -223,14 +220,6 @@ class xDiTParallel:
         )
         return [split_decode(vae, get_dp_group()), rows] if get_dp_group().world_size > 1 else [rows]
 
-    def _parts(self) -> DistriFusion | NaivePatches:
-        """How the ranks that compute a part of the picture each go through a loop of one transformer."""
-        parallel, scheduler = self.engine_config.parallel_config, getattr(self._pipe, "scheduler", None)
-        if parallel.naive_patch_degree > 1:
-            return NaivePatches(parallel.split_scheme or "row")
-        warmup = self.engine_config.runtime_config.warmup_steps * getattr(scheduler, "order", 1)
-        return DistriFusion(Staleness(self._sp.ring_group, parallel.distrifusion_mode, warmup))
-
     def _check_usable(self) -> None:
         if self._pipe is None:
             raise RuntimeError("the pipeline was unwrapped: wrap it again, or call it itself")
@@ -256,7 +245,7 @@ def parallelize(
 
     Args:
         transformer: any module built of blocks that a plan can describe; the same weights on every rank.
-        plan: is registered for its class; None for a class that has one.
+        plan: of this transformer; None for one whose class has a plan.
         engine_config: from ``xFuserArgs.create_config()``.
         scheduler: of Diffusers' kind. PipeFusion, DistriFusion and guidance in two calls a step learn from it where a
             step ends. Within ``active()``, take it from what this returns: ``parallel.scheduler``.
@@ -265,17 +254,13 @@ def parallelize(
         ValueError: there is no plan, or the degrees do not fit it or the number of ranks.
     """
     if plan is not None:
-        register_plan(type(transformer), plan)
+        set_plan(transformer, plan)
     parallel = engine_config.parallel_config
     if scheduler is None and (parallel.pipelined or parallel.patched):
         raise ValueError(
             "PipeFusion, DistriFusion and naive patches go by the scheduler's steps: give parallelize() the scheduler"
         )
     return xDiTParallel(Loop(transformer, scheduler), engine_config)
-
-
-def _at_once(action: Callable[[], None], results: list[Any]) -> None:
-    action()
 
 
 def _leads_replica() -> bool:

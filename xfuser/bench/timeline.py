@@ -7,7 +7,7 @@ from typing import Any
 from unittest import mock
 
 from xfuser.core.meters import Waiting
-from xfuser.methods.pipefusion.stage import Stage
+from xfuser.methods.sequence import SequenceParallel
 
 Span = dict[str, float]  # stage, step, patch, start, end: a sub-step on one stage, in seconds of the machine's clock
 
@@ -16,16 +16,17 @@ Span = dict[str, float]  # stage, step, patch, start, end: a sub-step on one sta
 def timeline(waits: Waiting) -> Iterator[list[Span]]:
     """Record the sub-steps of a PipeFusion call within the context, each from when its tokens were there."""
     spans: list[Span] = []
-    computed = Stage.computed
+    layer = SequenceParallel._layer
 
-    def spanned(stage: Stage, call: Any, arguments: Any) -> Any:
+    def spanned(method: SequenceParallel, forward: Any, arguments: Any) -> Any:
         start, before = time.perf_counter(), len(waits.waits)
-        output = computed(stage, call, arguments)
-        if stage._rank > 0:
+        output = layer(method, forward, arguments)
+        stage, call = method._pipefusion.stage.number, method._call
+        if stage > 0:
             start = waits.waits[before][1]  # when the previous stage's tokens were there
-        place = {"stage": stage._rank, "step": stage._clock.step, "patch": stage._clock.patch}
+        place = {"stage": stage, "step": call.step, "patch": call.patch}
         spans.append(place | {"start": start, "end": time.perf_counter()})
         return output
 
-    with mock.patch.object(Stage, "computed", spanned):
+    with mock.patch.object(SequenceParallel, "_layer", spanned):
         yield spans

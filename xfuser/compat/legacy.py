@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from xfuser.config import xFuserArgs
+from xfuser.config.config import ASYNCHRONOUS
 from xfuser.core.distributed import get_world_group, launched_world_size
-from xfuser.core.staleness import ASYNCHRONOUS
 from xfuser.pipelines import LoadedPipeline, pipeline_class
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ class DistriConfig:
         do_classifier_free_guidance: whether calls are guided; if not, ``guidance_scale`` is 1 where calls do not say.
         split_batch: whether the two branches of guidance go to different ranks. One rank, or an odd number, has both.
         warmup_steps: synchronous first steps of ``"patch"`` and ``"pipefusion"``.
-        mode: of ``"patch"``: one of ``xfuser.core.staleness.MODES``.
+        mode: of ``"patch"``: one of ``xfuser.methods.staleness.MODES``.
         parallelism: ``"patch"`` (DistriFusion), ``"naive_patch"``, ``"pipefusion"``, ``"tensor"`` or ``"sequence"``.
         split_scheme: how ``"naive_patch"`` cuts the picture: ``"row"``, ``"col"`` or ``"alternate"``.
         pp_num_patch: patches of ``"pipefusion"``.

@@ -9,13 +9,20 @@ from typing import Any
 
 import torch
 
-from xfuser.config.config import EngineConfig, InputConfig, ModelConfig, ParallelConfig, RuntimeConfig
+from xfuser.config.config import (
+    ASYNCHRONOUS,
+    MODES,
+    EngineConfig,
+    InputConfig,
+    ModelConfig,
+    ParallelConfig,
+    RuntimeConfig,
+)
 from xfuser.config.parser import SwitchAction
 from xfuser.core import device as devices
 from xfuser.core.attention.kernels import available_backends, check_backend
 from xfuser.core.distributed import init_distributed_environment, launched_world_size
 from xfuser.core.distributed.failure import fail_together
-from xfuser.core.staleness import ASYNCHRONOUS, MODES
 from xfuser.models.registry import check_folder
 from xfuser.vae.engines import check_engine
 

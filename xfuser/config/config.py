@@ -6,8 +6,15 @@ from itertools import product
 
 import torch
 
-from xfuser.core.staleness import ASYNCHRONOUS, MODES
-
+ASYNCHRONOUS = "corrected_async_gn"  # what DistriFusion does if nothing else is asked for
+MODES = {
+    ASYNCHRONOUS: "others' rows are those of the last step; group norms correct the last step's moments by their own",
+    "stale_gn": "as that, with group norms of the others' last moments and the own fresh ones",
+    "sync_gn": "others' rows are those of the last step; group norms wait for the moments of this one",
+    "separate_gn": "others' rows are those of the last step; group norms see the own rows alone",
+    "no_sync": "others' rows stay those of the last synchronous step",
+    "full_sync": "every step waits for the others' rows: equal to one rank",
+}
 OUTPUT_TYPES = ("pil", "pt", "np", "latent")
 
 

@@ -45,7 +45,8 @@ def use(local_rank: int) -> None:
 def has_architecture(least: tuple[int, int]) -> bool:
     """Whether the device has this CUDA architecture (compute capability) or a later one; true of other accelerators."""
     module = torch.get_device_module(device_type())
-    return device_type() != "cuda" or module.get_device_capability() >= least
+    has = module.get_device_capability() if hasattr(module, "get_device_capability") else None
+    return not isinstance(has, tuple) or has >= least
 
 
 def synchronize() -> None:

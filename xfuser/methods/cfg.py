@@ -5,77 +5,83 @@ batch is split. *Sequential*: two calls a step; one rank computes the first, the
 Step 0 is computed without pairing, and shows which way this pipeline goes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from xfuser.call import CallState, Forward, Layer
 from xfuser.core.distributed import GroupCoordinator
 from xfuser.core.hooks import Arguments
 from xfuser.core.logger import logger
-from xfuser.methods.forward import Call, Layer
 from xfuser.methods.rows import split_rows
 from xfuser.models.plan import ModelPlan
 
 
 class GuidanceParallel:
-    """CFG parallelism over one group, during one call of a pipeline."""
+    """CFG parallelism over one group, during one call of a pipeline.
 
-    def __init__(self, group: GroupCoordinator) -> None:
-        self._group = group
-        self.part: Callable[[torch.Tensor], torch.Tensor] = lambda x: x  # what a call returns, of step 0's output
-        self.rows_stay = False  # whether what a rank keeps between steps ties a row of the batch to it
-        self._index = 0  # of the next call of the transformer within the step
+    Args:
+        models: the pipeline's transformers with their plans.
+        rows_stay: whether what a rank keeps between steps ties a row of the batch to it.
+    """
+
+    def __init__(self, group: GroupCoordinator, models: Iterable[tuple[nn.Module, ModelPlan]], rows_stay: bool) -> None:
+        self._group, self._models, self._rows_stay = group, models, rows_stay
         self._first_step: list[tuple[int, Any, Any]] | None = []  # rows of each call, shapes in, what comes out
         self._paired: Any = None  # the output's shape, once it is known that calls come in pairs
         self._shapes: Any = None  # of the latents of these calls
         self._pending: _Sent | _Promise | None = None
 
-    def layer(self, plan: ModelPlan) -> Layer:
-        """The layer of a transformer's forward that shares its work between the branches' ranks."""
+    @contextmanager
+    def enter(self, call: CallState) -> Iterator[None]:
+        """Within the context, the branches of the call's forwards are computed on different ranks."""
+        self._call = call
+        for model, plan in self._models:
+            call.around(model, self._layer(plan))
+        call.at_forwards_end(self._end_forwards)
+        try:
+            yield
+        finally:
+            self._settle()  # nothing on its way is left to the next call
 
-        def layer(call: Call, arguments: Arguments) -> Any:
-            index, self._index = self._index, self._index + 1
-            latents = arguments[plan.latents]
+    def _layer(self, plan: ModelPlan) -> Layer:
+        def layer(forward: Forward, arguments: Arguments) -> Any:
+            index, latents = self._call.index, arguments[plan.latents]
             if self._paired is not None and index < 2 and _shapes(latents) == self._shapes:
                 if index == 0:
-                    return self._first_call(call, arguments)
+                    return self._first_call(forward, arguments)
                 if self._pending is not None:
-                    return self._second_call(call, arguments)
+                    return self._second_call(forward, arguments)
             self._settle()
-            output = split_rows(self._group, len(latents), call, arguments, plan)
+            output = split_rows(self._group, len(latents), forward, arguments, plan)
             if self._first_step is not None:
                 self._first_step.append((len(latents), _shapes(latents), _blank(output)))
             return output
 
         return layer
 
-    def step_ends(self) -> None:
-        """To be called when the scheduler is about to step."""
-        self._index = 0
+    def _end_forwards(self) -> None:
         self._settle()  # one call alone, such as outside of a guidance interval
         if self._first_step:
             self._learn(self._first_step)
             self._first_step = None
 
-    def when_there(self, action: Callable[[], None], results: list[torch.Tensor]) -> None:
-        """Call ``action``, which makes ``results`` out of the last output, once that output has arrived."""
-        if isinstance(self._pending, _Promise):
-            self._pending.then(action, results)
-        else:
-            action()
-
-    def close(self) -> None:
-        """To be called when the pipeline has returned or failed: nothing on its way is left to the next call."""
-        self._settle()
-
     def _settle(self) -> None:
-        pending, self._pending = self._pending, None
+        pending = self._await(None)
         if pending is not None:
             pending.settle()
+
+    def _await(self, pending: "_Sent | _Promise | None") -> "_Sent | _Promise | None":
+        """Note what is on its way from now on; returns what was."""
+        before, self._pending = self._pending, pending
+        self._call.arriving = pending if isinstance(pending, _Promise) else None
+        return before
 
     def _learn(self, calls: list[tuple[int, Any, Any]]) -> None:
         (rows, shapes, output), others = calls[0], calls[1:]
@@ -87,30 +93,31 @@ class GuidanceParallel:
             )
         alike = len(others) == 1 and others[0][1] == shapes and _shapes(others[0][2]) == _shapes(output)
         # Splitting the rows is as good where they are even. Step 0 has split rows if there were several.
-        uneven = rows == 1 if self.rows_stay else rows % 2
+        uneven = rows == 1 if self._rows_stay else rows % 2
         if alike and uneven and self._group.world_size == 2:
             self._paired, self._shapes = output, shapes
 
     def _blank_output(self) -> Any:
-        return _blank(tree_map_only(torch.Tensor, self.part, self._paired))
+        return _blank(self._call.part(self._paired))
 
-    def _first_call(self, call: Call, arguments: Arguments) -> Any:
+    def _first_call(self, forward: Forward, arguments: Arguments) -> Any:
         """Rank 0 computes and sends; rank 1 promises the result, and goes on to the second call at once."""
         if self._group.rank_in_group == 0:
-            output = call(arguments)
-            self._pending = _Sent(output, self._group)
+            output = forward(arguments)
+            self._await(_Sent(output, self._group))
         else:
             output = self._blank_output()
-            self._pending = _Promise(output, self._group)
-            self._pending.guard()
+            promise = _Promise(output, self._group)
+            promise.guard()
+            self._await(promise)
         return output
 
-    def _second_call(self, call: Call, arguments: Arguments) -> Any:
+    def _second_call(self, forward: Forward, arguments: Arguments) -> Any:
         """Rank 1 computes and sends; rank 0 receives what it would have computed."""
-        first, self._pending = self._pending, None
+        first = self._await(None)
         if isinstance(first, _Promise):
             first.release(arguments)
-            output = call(arguments)
+            output = forward(arguments)
             _Sent(output, self._group).settle()
         else:
             output = self._blank_output()

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from xfuser.call import CallState, Forward
 from xfuser.core.attention.intercept import intercepted
 from xfuser.core.attention.kernels import additive, attention
 from xfuser.core.attention.usp import usp_attention
@@ -23,7 +24,6 @@ from xfuser.core.distributed import SequenceParallelGroupCoordinator
 from xfuser.core.distributed.utils import split_sizes
 from xfuser.core.hooks import Arguments, edited_arguments
 from xfuser.core.logger import logger
-from xfuser.methods.forward import Call
 from xfuser.models.plan import ModelPlan
 
 TEXT = "encoder_hidden_states"
@@ -64,8 +64,9 @@ class ContextParallel:
         self._local: set[str] = set()  # attention modules that run on text which is not split
 
     @contextmanager
-    def active(self) -> Iterator[None]:
+    def enter(self, call: CallState) -> Iterator[None]:
         """Within the context, the transformer's modules work on shares of the tokens."""
+        call.around(self._model, self._layer)
         attentions = {name: module for name, module in self._model.named_modules() if hasattr(module, "processor")}
         with ExitStack() as stack:
             for name, spec in self._named:
@@ -81,14 +82,14 @@ class ContextParallel:
             stack.enter_context(intercepted(attentions, lambda name: partial(self._attend, name), many=True))
             yield
 
-    def layer(self, call: Call, arguments: Arguments) -> Any:
+    def _layer(self, forward: Forward, arguments: Arguments) -> Any:
         """The layer of the transformer's forward that opens and closes one forward's state."""
         try:
             self._given = {x.shape[1] for x in tree_leaves(arguments) if isinstance(x, torch.Tensor) and x.dim() > 1}
             for name, spec in self._named:
                 if not name:
                     self._split(spec, self._model, arguments)
-            return call(arguments)
+            return forward(arguments)
         finally:
             self._reset()
 

@@ -4,27 +4,40 @@ The pipeline itself runs whole on every rank, so noise, schedulers and callbacks
 equals serial for every scheduler. What costs time is split: each forward of the transformer, and the VAE's decode.
 """
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import wraps
 from typing import Any
 
 import torch
+from torch import nn
 
+from xfuser.call import CallState, Forward, Layer
 from xfuser.core.distributed import GroupCoordinator
-from xfuser.core.hooks import Binder, replaced
+from xfuser.core.hooks import Arguments, Binder, replaced
 from xfuser.core.randomness import RandomWatch
-from xfuser.methods.forward import Call, Layer
 from xfuser.methods.rows import split_rows
 from xfuser.models.plan import ModelPlan
 
 
-def data_parallel(group: GroupCoordinator, plan: ModelPlan) -> Layer:
-    """The layer of a transformer's forward that splits its batch over the replicas."""
+class DataParallel:
+    """The batch of each forward is split over the replicas, whose ranks are a group."""
 
-    def layer(call: Call, arguments: dict[str, Any]) -> Any:
-        return split_rows(group, len(arguments[plan.latents]), call, arguments, plan)
+    def __init__(self, group: GroupCoordinator, models: Iterable[tuple[nn.Module, ModelPlan]]) -> None:
+        self._group, self._models = group, models
 
-    return layer
+    @contextmanager
+    def enter(self, call: CallState) -> Iterator[None]:
+        """Within the context, each replica computes its own images."""
+        for model, plan in self._models:
+            call.around(model, self._layer(plan))
+        yield
+
+    def _layer(self, plan: ModelPlan) -> Layer:
+        def layer(forward: Forward, arguments: Arguments) -> Any:
+            return split_rows(self._group, len(arguments[plan.latents]), forward, arguments, plan)
+
+        return layer
 
 
 def split_decode(vae: Any, group: GroupCoordinator) -> AbstractContextManager[None]:

@@ -4,8 +4,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
+from torch import nn
 
-from xfuser.core.staleness import Staleness
+from xfuser.call import CallState
+from xfuser.methods.staleness import Staleness
 from xfuser.methods.tokens import Rows
 from xfuser.methods.unet.map_bands import MapBands, OnMaps
 
@@ -13,13 +16,28 @@ KeysValues = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 
 
 class DistriFusion:
-    """What attention of a rank's part of the tokens sees: own keys and values, and what the others' last were."""
+    """What attention of a rank's part of the tokens sees: own keys and values, and what the others' last were.
+
+    Args:
+        group: the ranks, which exchange keys and values; nothing else may travel on it meanwhile.
+        mode: one of ``MODES``.
+    """
 
     alone = across = False
 
-    def __init__(self, staleness: Staleness) -> None:
-        self._staleness = staleness
-        self.layer, self.step_ends, self.restart = staleness.layer, staleness.step_ends, staleness.restart
+    def __init__(self, model: nn.Module, group: dist.ProcessGroup, mode: str) -> None:
+        self._model, self._group, self._mode = model, group, mode
+
+    @contextmanager
+    def enter(self, call: CallState) -> Iterator[None]:
+        """Within the context, what the call's forwards leave is kept for the next step."""
+        self._staleness = staleness = Staleness(self._group, self._mode, call)
+        call.around(self._model, staleness.layer)
+        call.at_schedule(staleness.restart)
+        try:
+            yield
+        finally:
+            staleness.restart()  # nothing on its way is left to the next call
 
     def lines(self, rows: int, columns: int) -> int:
         """Lines of tokens of which each rank takes a part: one, as shares are consecutive."""

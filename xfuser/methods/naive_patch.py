@@ -2,13 +2,11 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
-from xfuser.core.hooks import Arguments
+from xfuser.call import CallState
 from xfuser.methods.distrifusion import KeysValues
-from xfuser.methods.forward import Call
 from xfuser.methods.tokens import Rows
 
 
@@ -24,23 +22,17 @@ class NaivePatches:
 
     def __init__(self, scheme: str) -> None:
         self._scheme = scheme
-        self.restart()
 
-    def restart(self) -> None:
-        """To be called when a schedule is made."""
-        self._step = 0
-
-    def step_ends(self) -> None:
-        """To be called when the scheduler is about to step."""
-        self._step += 1
-
-    def layer(self, call: Call, arguments: Arguments) -> Any:
-        return call(arguments)
+    @contextmanager
+    def enter(self, call: CallState) -> Iterator[None]:
+        """Within the context, the parts of the call's forwards are those of its steps."""
+        self._call = call
+        yield
 
     @property
     def across(self) -> bool:
         """Whether this step's parts are columns."""
-        return self._scheme == "col" or (self._scheme == "alternate" and self._step % 2 == 1)
+        return self._scheme == "col" or (self._scheme == "alternate" and self._call.step % 2 == 1)
 
     def lines(self, rows: int, columns: int) -> int:
         """Lines of tokens of which each rank takes a part.

@@ -1,19 +1,37 @@
-"""Layers of a transformer's forward that refuse what no method can compute exactly."""
+"""What no method can compute exactly is refused."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from xfuser.call import CallState, Forward
 from xfuser.core.hooks import Arguments
-from xfuser.methods.forward import Call, Layer
 
 
-def refuse_unsuited(model: nn.Module) -> Layer:
-    """Refuse gradients, which the collectives do not carry, and caches, which each rank would decide on alone."""
+class Refusals:
+    """What no method computes exactly is refused ahead of each forward.
 
-    def layer(call: Call, arguments: Arguments) -> Any:
+    Args:
+        pipe: the pipeline.
+        models: its transformers.
+        splits_batch: whether a method splits the batch.
+    """
+
+    def __init__(self, pipe: Any, models: Iterable[nn.Module], splits_batch: bool) -> None:
+        self._pipe, self._models, self._splits_batch = pipe, models, splits_batch
+
+    @contextmanager
+    def enter(self, call: CallState) -> Iterator[None]:
+        """Within the context, each forward is looked at first."""
+        for model in self._models:
+            call.around(model, partial(self._layer, model))
+        yield
+
+    def _layer(self, model: nn.Module, forward: Forward, arguments: Arguments) -> Any:
         if torch.is_grad_enabled() and any(weight.requires_grad for weight in model.parameters()):
             raise ValueError("parallel forwards are for inference: call them within torch.no_grad()")
         if getattr(model, "is_cache_enabled", False):
@@ -21,23 +39,12 @@ def refuse_unsuited(model: nn.Module) -> Layer:
                 f"{type(model).__name__} has a cache enabled, which would decide on each rank's own part of the"
                 " activations: call disable_cache() on it first"
             )
-        return call(arguments)
-
-    return layer
-
-
-def refuse_mixed_rows(pipe: Any) -> Layer:
-    """Refuse pipelines whose attention mixes the rows of a batch, where rows are to be split."""
-
-    def layer(call: Call, arguments: Arguments) -> Any:
-        if getattr(pipe, "do_perturbed_attention_guidance", False):
+        if self._splits_batch and getattr(self._pipe, "do_perturbed_attention_guidance", False):
             raise ValueError(
-                f"perturbed-attention guidance (PAG) of {type(pipe).__name__} mixes the rows of a batch, which CFG and"
-                " data parallelism split: use Ulysses or ring, or set pag_scale=0"
+                f"perturbed-attention guidance (PAG) of {type(self._pipe).__name__} mixes the rows of a batch, which"
+                " CFG and data parallelism split: use Ulysses or ring, or set pag_scale=0"
             )
-        return call(arguments)
-
-    return layer
+        return forward(arguments)
 
 
 def refuse_offloaded(modules: Iterable[nn.Module], advice: str) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
+from xfuser.call import CallState, Forward
 from xfuser.core.attention.intercept import intercepted
 from xfuser.core.attention.kernels import additive, attention
 from xfuser.core.attention.linear import summed_state
@@ -16,10 +17,9 @@ from xfuser.core.attention.usp import usp_attention
 from xfuser.core.distributed import SequenceParallelGroupCoordinator
 from xfuser.core.hooks import Arguments, edited_arguments, replaced
 from xfuser.methods.distrifusion import DistriFusion
-from xfuser.methods.forward import Call
 from xfuser.methods.naive_patch import NaivePatches
 from xfuser.methods.pipefusion.patches import Patches
-from xfuser.methods.pipefusion.stage import Stage
+from xfuser.methods.pipefusion.pipefusion import PipeFusion
 from xfuser.methods.tokens import Rows, TokenShares, Window
 from xfuser.models.plan import ModelPlan, Streams, Tokens, attentions_of, blocks_of
 from xfuser.vae.bands import Bands
@@ -29,7 +29,7 @@ from xfuser.vae.parallelize import OnBands
 class SequenceParallel:
     """Sequence parallelism (USP: Ulysses x ring) of one transformer over one group.
 
-    With a pipeline ``stage``, a forward computes one patch of the image: the patch's tokens are what is shared. With
+    With ``pipefusion``, a forward computes one patch of the image: the patch's tokens are what is shared. With
     ``parts``, attention sees of other ranks' tokens what these say, and there is no Ulysses and no ring.
     """
 
@@ -39,23 +39,25 @@ class SequenceParallel:
         plan: ModelPlan,
         group: SequenceParallelGroupCoordinator,
         backend: str = "auto",
-        stage: Stage | None = None,
+        pipefusion: PipeFusion | None = None,
         parts: DistriFusion | NaivePatches | None = None,
     ) -> None:
-        self._model, self._plan, self._group, self._backend, self._stage = model, plan, group, backend, stage
+        self._model, self._plan, self._group, self._backend = model, plan, group, backend
+        self._pipefusion, self._stage = pipefusion, None
         self._parts, self._alone = parts, isinstance(parts, NaivePatches)
         self._patches = Patches(1, getattr(model, "config", model), plan.frames)
         self._reset()
 
     def _reset(self) -> None:
         """All that one forward leaves behind."""
-        self._shares: TokenShares | None = None  # of the forward that is running, from its first block on
         self._early = self._plan.head is None  # whether tokens are gathered behind the last block
         self._cuts: dict[tuple[str, str, int], tuple[Any, Any]] = {}  # arguments that blocks share, and what they get
 
     @contextmanager
-    def active(self) -> Iterator[None]:
+    def enter(self, call: CallState) -> Iterator[None]:
         """Within the context, the transformer's blocks, attention and head work on shares."""
+        self._call, self._stage = call, self._pipefusion and self._pipefusion.stage
+        call.around(self._model, self._layer)
         plan, blocks = self._plan, blocks_of(self._model, self._plan)
         with ExitStack() as stack:
             for block in blocks:
@@ -76,7 +78,7 @@ class SequenceParallel:
             )
             yield
 
-    def layer(self, call: Call, arguments: Arguments) -> Any:
+    def _layer(self, forward: Forward, arguments: Arguments) -> Any:
         """The layer of the transformer's forward that opens and closes one forward's state."""
         given = [name for name in self._plan.by_number if arguments.get(name) is not None]
         if given and (self._stage or self._group.world_size > 1):
@@ -98,16 +100,14 @@ class SequenceParallel:
             if arguments.get(name) is not None:
                 arguments[name] = tree_map_only(torch.Tensor, self._cut_residual, arguments[name])
         try:
-            return call(arguments)
+            return forward(arguments)
         finally:
             self._reset()
 
     def _enter_block(self, blocks: str, arguments: Arguments) -> None:
-        if self._shares is None:
-            self._shares = self._share(blocks, arguments)
-            if self._stage:
-                self._stage.entered(self._shares)
-        shares = self._shares
+        if self._call.tokens is None:
+            self._call.tokens = self._share(blocks, arguments)
+        shares = self._call.tokens
         for name, streams in self._plan.carriers(blocks).items():
             if arguments.get(name) is not None and arguments[name].shape[1] == shares.total(streams):
                 arguments[name] = shares.cut(arguments[name], Tokens(streams))
@@ -131,7 +131,7 @@ class SequenceParallel:
             return tuple(self._cut(x, one, blocks, spread) for x, one in zip(value, tokens, strict=True))
 
         def cut(x: torch.Tensor) -> torch.Tensor:
-            own = self._shares.cut(x, tokens)
+            own = self._call.tokens.cut(x, tokens)
             self._early |= spread and own is not x
             return own
 
@@ -167,7 +167,7 @@ class SequenceParallel:
 
     def _leave_blocks(self, outputs: list[Streams], block: nn.Module, args: tuple, output: Any) -> Any:
         """Behind the last block: all tokens of what it returns, if the head is not the place for that."""
-        if self._shares is None or not self._early:
+        if self._call.tokens is None or not self._early:
             return output
         if isinstance(output, torch.Tensor):
             return self._gather(output, outputs[0])
@@ -175,11 +175,11 @@ class SequenceParallel:
 
     def _leave_head(self, head: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
         """Behind the head: all tokens of the image."""
-        return output if self._shares is None or self._early else self._gather(output, ("image",))
+        return output if self._call.tokens is None or self._early else self._gather(output, ("image",))
 
     def _gather(self, x: torch.Tensor, streams: Streams) -> torch.Tensor:
         """``[B, own tokens, D]`` to ``[B, tokens, D]``; zeros where this forward or this stage computes none."""
-        shares = self._shares
+        shares = self._call.tokens
         if shares.is_whole:
             return x
         rows = shares.rows(streams, x.shape[1])
@@ -196,16 +196,16 @@ class SequenceParallel:
 
         @wraps(original)
         def forward(x: torch.Tensor) -> torch.Tensor:
-            if self._shares.ranks == 1 or self._alone:
+            if self._call.tokens.ranks == 1 or self._alone:
                 return original(x)
-            rows = [size // x.shape[3] for size in self._shares.sizes["image"]]
+            rows = [size // x.shape[3] for size in self._call.tokens.sizes["image"]]
             with OnBands(Bands(-2, rows, x.shape[3], self._group.device_group), None):
                 return original(x)
 
         return replaced(module, "forward", forward)
 
     def _sum(self, state: torch.Tensor) -> torch.Tensor:
-        return state if self._shares.ranks == 1 or self._alone else self._group.all_reduce(state)
+        return state if self._call.tokens.ranks == 1 or self._alone else self._group.all_reduce(state)
 
     def _attend(
         self,
@@ -217,7 +217,7 @@ class SequenceParallel:
         scale: float | None,
     ) -> torch.Tensor:
         """Stands in for ``scaled_dot_product_attention`` (``[B, H, S_local, D]``)."""
-        shares = self._shares
+        shares = self._call.tokens
         if shares.is_whole and not self._stage:
             return attention(query, key, value, attn_mask, scale, self._backend)
         layout, rank, ranks = self._attentions[name], shares.rank, range(shares.ranks)

@@ -76,6 +76,7 @@ PLANS: dict[str, ModelPlan] = {
 MISLEADING = ("is_amplify_history",)  # Helios scales keys by the number of tokens, and counts a rank's own
 
 _REGISTERED: dict[type, ModelPlan] = {}
+_OWN = "_parallel_plan"  # attribute of a module that has a plan of its own
 
 
 def register_plan(cls: type, plan: ModelPlan) -> None:
@@ -83,13 +84,18 @@ def register_plan(cls: type, plan: ModelPlan) -> None:
     _REGISTERED[cls] = plan
 
 
+def set_plan(module: nn.Module, plan: ModelPlan) -> None:
+    """Let ``plan`` serve this one module, in place of a plan of its class."""
+    vars(module)[_OWN] = plan
+
+
 def plan_of(module: nn.Module) -> ModelPlan | None:
-    """The plan of a module's class or of the nearest class that it derives from; None for other modules.
+    """The plan of a module, of its class, or of the nearest class that it derives from; None for other modules.
 
     A transformer without one, whose class has a context-parallel plan of Diffusers, gets a plan that goes by that.
     """
     plans = (_REGISTERED.get(cls) or PLANS.get(cls.__name__) for cls in type(module).__mro__)
-    own = next(filter(None, plans), None)
+    own = vars(module).get(_OWN) or next(filter(None, plans), None)
     context, config = getattr(module, "_cp_plan", None), getattr(module, "config", {})
     if own or not context or any(config.get(name) for name in MISLEADING):
         return own

@@ -14,7 +14,7 @@ from xfuser.core.distributed import GroupCoordinator
 from xfuser.methods import sequence
 from xfuser.methods.tokens import Rows, TokenShares
 from xfuser.models.plan import ModelPlan, Streams
-from xfuser.models.registry import plan_of, register_plan
+from xfuser.models.registry import plan_of, set_plan
 from xfuser.parallel import Loop, xDiTParallel
 from xfuser.testing.ranks import RankPool
 
@@ -96,7 +96,7 @@ def _compared(
     tolerance: float,
 ) -> tuple[float, str | None, float]:
     """On one rank: the error of the outputs, and the first module that differs with its error."""
-    register_plan(type(model), plan)
+    set_plan(model, plan)
     parallel = xDiTParallel(Loop(model, None), xFuserArgs(**degrees).create_config()[0])
     with torch.no_grad(), _shares_kept() as shares, parallel.active(), _recorded(model) as outputs:
         result = tree_leaves(model(**inputs))

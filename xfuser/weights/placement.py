@@ -54,9 +54,8 @@ class Placement:
         self._shares = _shares(pipe, parallel.fully_shard_degree)
         self.pipefusion: PipeFusion | None = None
         if stages:
-            self.pipefusion = PipeFusion(
-                planned_models(pipe), get_pp_group(), stages, parallel.num_pipeline_patch, runtime.warmup_steps
-            )
+            (layers,) = stages.values()
+            self.pipefusion = PipeFusion(pipe, get_pp_group(), layers)
         self._tensor: TensorParallel | None = None
         if parallel.tp_degree > 1:  # behind PipeFusion, which leaves the blocks of other stages out
             self._tensor = TensorParallel(_tensor_models(pipe, parallel), get_tp_group(), parallel.tensor_scheme)

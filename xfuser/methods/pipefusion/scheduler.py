@@ -10,10 +10,10 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from xfuser.call import CallState
 from xfuser.core.distributed import GroupCoordinator
 from xfuser.core.hooks import Binder
 from xfuser.methods.pipefusion.channel import Channel
-from xfuser.methods.pipefusion.clock import Clock
 from xfuser.methods.pipefusion.patches import Patches
 
 
@@ -30,17 +30,17 @@ class PatchwiseScheduler:
     def __getattribute__(self, name: str) -> Any:
         if name.startswith("__") or name in _OWN or name in object.__getattribute__(self, "__dict__"):
             return object.__getattribute__(self, name)
-        return getattr(self._copies[self._clock.patch], name)
+        return getattr(self._copies[self._call.patch], name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _OWN or name in self.__dict__:
             object.__setattr__(self, name, value)
         else:
-            setattr(self._copies[self._clock.patch], name, value)
+            setattr(self._copies[self._call.patch], name, value)
 
     @property
     def timesteps(self) -> torch.Tensor:
-        return self._copies[0].timesteps.repeat_interleave(self._clock.patches)
+        return self._copies[0].timesteps.repeat_interleave(self._call.patches)
 
     @property
     def _step_index(self) -> int:
@@ -51,31 +51,31 @@ class PatchwiseScheduler:
 
     @property
     def order(self) -> int:
-        return self._copies[0].order * self._clock.patches
+        return self._copies[0].order * self._call.patches
 
     @property
     def sigmas(self) -> torch.Tensor:
         """As the timesteps, from the first sub-step's end on: pipelines look them up by the number of the sub-step."""
-        real = self._copies[self._clock.patch].sigmas
-        return real.repeat_interleave(self._clock.patches) if self._begun else real
+        real = self._copies[self._call.patch].sigmas
+        return real.repeat_interleave(self._call.patches) if self._begun else real
 
     @sigmas.setter
     def sigmas(self, value: torch.Tensor) -> None:
-        self._copies[self._clock.patch].sigmas = value
+        self._copies[self._call.patch].sigmas = value
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         if hasattr(self._copies[0], "set_begin_index"):
-            self._copies[0].set_begin_index(begin_index // self._clock.patches)
+            self._copies[0].set_begin_index(begin_index // self._call.patches)
 
     def scale_model_input(self, sample: torch.Tensor, timestep: Any = None) -> torch.Tensor:
         """Scales what the next sub-step computes, and once: some pipelines keep the result as their latents."""
         self._begin(timestep)
-        patch = self._clock.patch
-        if self._clock.synchronous and patch == 0:
+        patch = self._call.patch
+        if self._call.synchronous and patch == 0:
             return self._copies[0].scale_model_input(sample, timestep)
         rows = self._patches.rows(sample, patch)
         scaled = self._copies[patch].scale_model_input(self._patches.rows_of(sample, rows), timestep)
-        return sample if self._clock.synchronous else self._placed(scaled, rows, sample)
+        return sample if self._call.synchronous else self._placed(scaled, rows, sample)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         raise ValueError(
@@ -87,7 +87,7 @@ class PatchwiseScheduler:
         real = self._copies[0]
         self._copies, self._results, self._begun = [real], [], False
         real.set_timesteps(*args, **kwargs)
-        self._clock.announce(len(real.timesteps), real.order)
+        self._call.announce(len(real.timesteps), real.order)
 
     def _begin(self, timestep: Any) -> None:
         """Ahead of the first sub-step: all that the pipeline sets has been set."""
@@ -97,17 +97,17 @@ class PatchwiseScheduler:
         first = getattr(real, "begin_index", None)
         if first is None and timestep is not None:
             first = next((i for i, t in enumerate(real.timesteps.tolist()) if t == float(timestep)), 0)
-        if not self._clock.steps:  # the schedule was made before this stand-in was there
-            self._clock.announce(len(real.timesteps), real.order)
-        self._clock.begin(len(real.timesteps) - (first or 0))
-        self._copies = [real, *(copy.deepcopy(real) for _ in range(self._clock.patches - 1))]
+        if not self._call.steps:  # the schedule was made before this stand-in was there
+            self._call.announce(len(real.timesteps), real.order)
+        self._call.begin(len(real.timesteps) - (first or 0))
+        self._copies = [real, *(copy.deepcopy(real) for _ in range(self._call.patches - 1))]
         self._begun = True
 
     def _step(self, *args: Any, **kwargs: Any) -> Any:
         arguments = self._bind(args, kwargs)
         sample = arguments["sample"]
         self._begin(arguments["timestep"])
-        patch = self._clock.patch
+        patch = self._call.patch
         rows = self._patches.rows(sample, patch)
         dim = self._patches.dim(sample)
 
@@ -133,7 +133,6 @@ class PatchwiseScheduler:
             parts, tree = tree_flatten(self._copies[patch].step(**arguments))
         self._results = [self._whole(index, part, rows, sample) for index, part in enumerate(parts)]
         self._end_substep([x for x in self._results if isinstance(x, torch.Tensor)])
-        self._clock.advance()
         return tree_unflatten(self._results, tree)
 
     def _whole(self, index: int, part: Any, rows: range, sample: torch.Tensor) -> Any:
@@ -152,7 +151,9 @@ class PatchwiseScheduler:
 _OWN = frozenset(name for name in vars(PatchwiseScheduler) if not name.startswith("__"))
 
 
-def patchwise(scheduler: Any, clock: Clock, patches: Patches, end_substep: Callable[[list[torch.Tensor]], None]) -> Any:
+def patchwise(
+    scheduler: Any, call: CallState, patches: Patches, end_substep: Callable[[list[torch.Tensor]], None]
+) -> Any:
     """A stand-in for ``scheduler``; ``end_substep`` is given the tensors of each sub-step's result, to be completed.
 
     Raises:
@@ -166,7 +167,7 @@ def patchwise(scheduler: Any, clock: Clock, patches: Patches, end_substep: Calla
         _first={},
         _results=[],
         _begun=False,
-        _clock=clock,
+        _call=call,
         _patches=patches,
         _end_substep=end_substep,
         _bind=Binder(scheduler.step),
@@ -236,42 +237,42 @@ class _WholeNoise(TorchFunctionMode):
 class Latents:
     """The way of the latents from the last stage, which steps them, back to the first one, which embeds them."""
 
-    def __init__(self, group: GroupCoordinator, channel: Channel | None, clock: Clock, patches: Patches) -> None:
-        self._group, self._channel, self._clock, self._patches = group, channel, clock, patches
+    def __init__(self, group: GroupCoordinator, channel: Channel | None, call: CallState, patches: Patches) -> None:
+        self._group, self._channel, self._call, self._patches = group, channel, call, patches
 
     def pass_on(self, results: list[torch.Tensor]) -> None:
         """At the end of a sub-step: send what it renewed, and receive what the next one needs.
 
         ``results`` are the step's tensors, whole, the next latents first; they are completed in place.
         """
-        clock = self._clock
-        ends_whole = clock.ends_whole(clock.step)
-        if ends_whole and clock.ends_step:
+        call = self._call
+        ends_whole = call.ends_whole(call.step)
+        if ends_whole and call.ends_step:
             for x in results:
                 x.copy_(self._group.broadcast(x, src=self._group.world_size - 1))
         if self._channel is None:
             return
         latents = results[0]
         if self._group.is_last_rank and not ends_whole:
-            self._channel.send([self._rows(latents, clock.patch)])
+            self._channel.send([self._rows(latents, call.patch)])
         if self._group.is_first_rank:
             self._receive(latents)
 
     def _receive(self, latents: torch.Tensor) -> None:
         """On the first stage: the next sub-step's rows, if they come singly."""
-        coming = self._clock.after(self._clock.step, self._clock.patch)
+        coming = self._call.after(self._call.step, self._call.patch)
         if coming is None or not self._single(coming):
             return
         rows = self._rows(latents, coming[1])
         (received,) = self._channel.receive([rows.numel()], latents)
         rows.copy_(received.view(rows.shape))
-        following = self._clock.after(*coming)
+        following = self._call.after(*coming)
         if following and self._single(following):
             self._channel.expect([self._rows(latents, following[1]).numel()], latents)
 
     def _single(self, substep: tuple[int, int]) -> bool:
         """Whether a sub-step's latents, which are of the step before, travel patch by patch."""
-        return not self._clock.ends_whole(substep[0] - 1)
+        return not self._call.ends_whole(substep[0] - 1)
 
     def _rows(self, latents: torch.Tensor, patch: int) -> torch.Tensor:
         return self._patches.rows_of(latents, self._patches.rows(latents, patch))

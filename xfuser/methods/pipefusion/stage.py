@@ -7,14 +7,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from xfuser.call import CallState, Forward
 from xfuser.core.attention.kv_buffer import KVBuffer
 from xfuser.core.distributed import GroupCoordinator
 from xfuser.core.hooks import Arguments, edited_arguments, replaced
-from xfuser.methods.forward import Call
 from xfuser.methods.pipefusion.channel import Channel, Route
-from xfuser.methods.pipefusion.clock import Clock
 from xfuser.methods.pipefusion.patches import Patches
 from xfuser.methods.tokens import TokenShares, Window
 from xfuser.models.plan import ModelPlan, Streams, blocks_of
@@ -27,14 +26,17 @@ SAME_CALLS = (
 class Stage:
     """The part of a transformer's forward that this rank computes, patch by patch.
 
-    Two layers of the forward belong to it: ``computed`` leaves of the output what this sub-step computed on this rank,
-    and ``assembled``, outside of the layers that exchange outputs, puts that into the whole.
+    What this rank computes of an output, :meth:`part`, is what the layers that exchange outputs see; outside of these,
+    one layer puts it into the whole.
 
     Args:
         owners: the stage of each block.
         group: the ranks that are stages of the pipeline.
         channels: this rank's ends of the channels between stages.
-        when_there: takes a function that reads or writes outputs, and calls it once they have arrived.
+        call: where the wrapped call stands.
+
+    Attributes:
+        number: this rank's place among the stages.
     """
 
     def __init__(
@@ -44,23 +46,20 @@ class Stage:
         owners: list[int],
         group: GroupCoordinator,
         channels: dict[Route, Channel],
-        clock: Clock,
+        call: CallState,
         patches: Patches,
-        when_there: Callable[..., None],
     ) -> None:
         self._model, self._plan, self._owners = model, plan, owners
-        self._group, self._rank = group, group.rank_in_group
-        self._channels, self._clock, self._patches, self._when_there = channels, clock, patches, when_there
+        self._group, self.number = group, group.rank_in_group
+        self._channels, self._call, self._patches = channels, call, patches
         self._forget()
 
     def _forget(self) -> None:
         """All that a denoising loop leaves behind."""
-        self._call = 0  # index of the transformer's next call within the sub-step
         self._latents: list[torch.Tensor] = []  # input of each call of the first sub-step
         self._outputs: list[tuple[list[torch.Tensor], Any]] = []  # whole output of each call: tensors, tree
         self._autocast = False  # whether the dtypes of activations depend on their operators
         self._buffers: dict[tuple[str, int], KVBuffer] = {}
-        self._shares: TokenShares | None = None
         # Of each forward in this sub-step, elements per token, its shares, and the streams that were received; and of
         # those in a whole sub-step.
         self._received: list[tuple[int, TokenShares, tuple[str, ...]]] = []
@@ -68,21 +67,21 @@ class Stage:
 
     @property
     def is_last(self) -> bool:
-        return self._rank == self._owners[-1]
+        return self.number == self._owners[-1]
 
     @property
     def started(self) -> bool:
         """Whether the transformer has been called."""
         return bool(self._latents)
 
-    def assembled(self, call: Call, arguments: Arguments) -> Any:
-        """The outer layer: from the computed part of the output to the whole, as far as it is known here."""
+    def _assembled(self, forward: Forward, arguments: Arguments) -> Any:
+        """The outermost layer: from the computed part of the output to the whole, as far as it is known here."""
         index = self._enter(arguments)
-        if self._clock.synchronous and self._clock.patch > 0:
+        if self._call.synchronous and self._call.patch > 0:
             kept, tree = self._outputs[index]
             return tree_unflatten([x.clone() for x in kept], tree)
-        parts, tree = tree_flatten(call(arguments))
-        if self._clock.synchronous:
+        parts, tree = tree_flatten(forward(arguments))
+        if self._call.synchronous:
             dtypes = self._output_dtypes(parts)
             self._outputs[index:] = [([self._blank(*one) for one in zip(parts, dtypes, strict=True)], tree)]
         kept = self._outputs[index][0]
@@ -93,30 +92,26 @@ class Stage:
                 for x, part in zip(whole, parts, strict=True):
                     self.part(x).copy_(part)
 
-        self._when_there(fill, given)
+        self._call.when_there(fill, given)
         return tree_unflatten(given, tree)
-
-    def computed(self, call: Call, arguments: Arguments) -> Any:
-        """The inner layer: of the output, only what this rank computed."""
-        return tree_map_only(torch.Tensor, self.part, call(arguments))
 
     def part(self, output: torch.Tensor) -> torch.Tensor:
         """View of what this rank computes of an output in this sub-step: no row of it before the last stage."""
         if not self.is_last:
             return self._patches.rows_of(output, range(0))
-        if self._clock.synchronous:
+        if self._call.synchronous:
             return output
-        return self._patches.rows_of(output, self._patches.rows(output, self._clock.patch))
+        return self._patches.rows_of(output, self._patches.rows(output, self._call.patch))
 
     def window(self, tokens: int) -> Window:
         """The tokens of this sub-step, of an image with that many."""
-        if self._clock.synchronous:
+        if self._call.synchronous:
             return Window(range(tokens))
-        return self._window(tokens, self._clock.patch)
+        return self._window(tokens, self._call.patch)
 
     def smallest_window(self, tokens: int) -> int:
         """Image tokens of the smallest patch, the last one."""
-        return len(self._patches.tokens(self._latents[0], tokens, self._clock.patches - 1))
+        return len(self._patches.tokens(self._latents[0], tokens, self._call.patches - 1))
 
     def renew(
         self,
@@ -131,13 +126,15 @@ class Stage:
 
         ``places``, (first row, number of rows), and ``total`` say where the fresh rows lie, and in how many.
         """
-        return self._buffers.setdefault((name, self._call), KVBuffer()).renew(k, v, mask, places, total)
+        return self._buffers.setdefault((name, self._call.index), KVBuffer()).renew(k, v, mask, places, total)
 
     @contextmanager
     def active(self) -> Iterator[None]:
         """Within the context, tokens come from the previous stage and go to the next."""
+        self._call.around(self._model, self._assembled)
+        self._call.computes(self.part)
         blocks = blocks_of(self._model, self._plan)
-        own = [block for block, owner in zip(blocks, self._owners, strict=True) if owner == self._rank]
+        own = [block for block, owner in zip(blocks, self._owners, strict=True) if owner == self.number]
         with ExitStack() as stack:
             embed, head = (name and self._model.get_submodule(name) for name in (self._plan.embed, self._plan.head))
             if embed:
@@ -151,9 +148,9 @@ class Stage:
                 route = ("skips", self._owners[producer], self._owners[consumer])
                 if route in self._channels:
                     stack.enter_context(self._skip(blocks[consumer].module, self._channels[route], route))
-            if self._rank > 0:  # outside of the skips: it posts their receives
+            if self.number > 0:  # outside of the skips: it posts their receives
                 stack.enter_context(edited_arguments(own[0].module, partial(self._receive, own[0].list_name)))
-            if self._plan.text is None and self._clock.patches > 1:
+            if self._plan.text is None and self._call.patches > 1:
                 for block in own:
                     for name in self._plan.text_modules:
                         stack.enter_context(self._once_a_step(block.module.get_submodule(name)))
@@ -161,10 +158,10 @@ class Stage:
 
     def end_substep(self, latents: torch.Tensor) -> None:
         """To be called when the scheduler has stepped these latents."""
-        if self._call != len(self._latents):
+        if self._call.index + 1 != len(self._latents):
             raise ValueError(
-                f"{type(self._model).__name__} was called {self._call} times in a step, and {len(self._latents)} times"
-                f" in the first one: {SAME_CALLS}"
+                f"{type(self._model).__name__} was called {self._call.index + 1} times in a step, and"
+                f" {len(self._latents)} times in the first one: {SAME_CALLS}"
             )
         dim = self._patches.dim(latents)
         if any(latents.shape[dim] != x.shape[dim] or latents.dim() != x.dim() for x in self._latents):
@@ -173,18 +170,18 @@ class Stage:
                 f" given {tuple(self._latents[0].shape)}: PipeFusion's patches must be rows of both. Use other methods"
                 " for pipelines that put pictures beside the latents, or step parts of them"
             )
-        if not self._clock.synchronous:
+        if not self._call.synchronous:
             self._receives = self._received
-        self._call, self._received = 0, []
-        if self._clock.ends_step and self._clock.step + 1 == self._clock.steps:
+        self._received = []
+        if self._call.ends_step and self._call.step + 1 == self._call.steps:
             self._buffers.clear()  # the VAE can have their memory
         for channel in self._channels.values():
             channel.end_substep()
 
     def _enter(self, arguments: Arguments) -> int:
         """Check a call of the transformer against those before; returns its index."""
-        clock, latents = self._clock, arguments[self._plan.latents]
-        if (clock.step, clock.patch, self._call) == (0, 0, 0):
+        call, latents = self._call, arguments[self._plan.latents]
+        if (call.step, call.patch, call.index) == (0, 0, 0):
             self._forget()
             self._autocast = torch.is_autocast_enabled(latents.device.type)
             for (kind, *_), channel in self._channels.items():
@@ -195,13 +192,13 @@ class Stage:
                     f"PipeFusion does not serve {name!r} of {type(self._model).__name__}, which depends on the whole"
                     " latents or on the number of the step: use Ulysses, ring, CFG or data parallelism"
                 )
-        if (clock.step, clock.patch) == (0, 0):
+        if (call.step, call.patch) == (0, 0):
             self._latents.append(latents)
-        index, self._call = self._call, self._call + 1
+        index = call.index
         shape = self._latents[index].shape if index < len(self._latents) else None
         if shape != latents.shape:
             raise ValueError(
-                f"call {index} of {type(self._model).__name__} in step {clock.step} has latents of shape"
+                f"call {index} of {type(self._model).__name__} in step {call.step} has latents of shape"
                 f" {tuple(latents.shape)}, and had {shape and tuple(shape)} in the first step: {SAME_CALLS}"
             )
         return index
@@ -220,23 +217,19 @@ class Stage:
     def _window(self, tokens: int, patch: int) -> Window:
         return Window(self._patches.tokens(self._latents[0], tokens, patch), text=patch == 0)
 
-    def entered(self, shares: TokenShares) -> None:
-        """To be called when a forward has come to its first block."""
-        self._shares = shares
-
     def _embedding(self, embed: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
         """Computes the tokens of this sub-step on the first stage; elsewhere zeros, of which the shape matters."""
 
         def forward(latents: torch.Tensor) -> torch.Tensor:
-            if self._rank == 0 and self._clock.synchronous:
+            if self.number == 0 and self._call.synchronous:
                 return embed(latents)
             count, rows = self._patches.row_count(latents), range(1)
-            if self._rank == 0:
-                rows = self._patches.token_rows(latents, self._clock.patch)
+            if self.number == 0:
+                rows = self._patches.token_rows(latents, self._call.patch)
             tokens = embed(self._patches.rows_of(latents, self._patches.latent_rows(latents, rows)))
             dim = self._patches.dim(tokens)
             whole = tokens.new_zeros([*tokens.shape[:dim], count, *tokens.shape[dim + 1 :]])
-            if self._rank == 0:
+            if self.number == 0:
                 self._patches.rows_of(whole, rows).copy_(tokens)
             return whole
 
@@ -247,27 +240,27 @@ class Stage:
         image, carriers = arguments[self._plan.image], self._plan.carriers(blocks)
         batch, _, width = image.shape
         counts = self._counts(carriers.values())
-        channel = self._channels["tokens", self._rank - 1, self._rank]
+        channel = self._channels["tokens", self.number - 1, self.number]
         parts = channel.receive([batch * width * count for count in counts.values()], image)
         parts = {name: part.view(batch, -1, width) for name, part in zip(counts, parts, strict=True)}
         for name, streams in carriers.items():
             own = [parts[stream] for stream in streams]
             arguments[name] = own[0] if len(own) == 1 else torch.cat(own, dim=1)
-        self._received.append((batch * width, self._shares, tuple(counts)))
+        self._received.append((batch * width, self._call.tokens, tuple(counts)))
         self._expect_next(channel, image)
         for consumer, producer in skips(self._plan, self._owners):
-            route = ("skips", self._owners[producer], self._rank)
-            if self._owners[consumer] == self._rank and route in self._channels:
+            route = ("skips", self._owners[producer], self.number)
+            if self._owners[consumer] == self.number and route in self._channels:
                 self._channels[route].expect([image.numel()], image)
 
     def _expect_next(self, channel: Channel, like: torch.Tensor) -> None:
         """Post the next receive, where it is certain what it will be."""
         done = len(self._received)
-        if self._receives is None or self._clock.synchronous:
+        if self._receives is None or self._call.synchronous:
             return
-        patch = self._clock.patch
+        patch = self._call.patch
         if done == len(self._receives):
-            following = self._clock.after(self._clock.step, patch)
+            following = self._call.after(self._call.step, patch)
             if following is None:
                 return
             done, patch = 0, following[1]
@@ -281,15 +274,15 @@ class Stage:
         tensors = [output] if isinstance(output, torch.Tensor) else output
         parts = {}
         for x, streams in zip(tensors, outputs, strict=True):
-            sizes = [self._shares.sizes[stream][self._shares.rank] for stream in streams]
+            sizes = [self._call.tokens.sizes[stream][self._call.tokens.rank] for stream in streams]
             parts |= dict(zip(streams, x.split(sizes, dim=1), strict=True))
         sent = [parts[stream] for stream in self._counts(outputs)]
-        self._channels["tokens", self._rank, self._rank + 1].send(sent)
+        self._channels["tokens", self.number, self.number + 1].send(sent)
 
     def _counts(self, carried: Iterable[Streams]) -> dict[str, int]:
         """Tokens of this rank in each of the streams that are carried, in the order in which they travel."""
         names = {stream for streams in carried for stream in streams}
-        return {name: sizes[self._shares.rank] for name, sizes in self._shares.sizes.items() if name in names}
+        return {name: sizes[self._call.tokens.rank] for name, sizes in self._call.tokens.sizes.items() if name in names}
 
     def _skip(self, consumer: nn.Module, channel: Channel, route: Route) -> AbstractContextManager[None]:
         """A long skip from a block of one stage to a block of another.
@@ -300,7 +293,7 @@ class Stage:
 
         def edit(arguments: Arguments) -> None:
             skip = arguments.get(self._plan.skip)
-            if skip is not None and route[1] == self._rank:
+            if skip is not None and route[1] == self.number:
                 channel.send([skip])
             elif skip is not None:
                 (received,) = channel.receive([skip.numel()], skip)
@@ -315,9 +308,9 @@ class Stage:
 
         @wraps(original)
         def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
-            if self._clock.patch == 0:
-                outputs[self._call] = original(*args, **kwargs)
-            return outputs[self._call]
+            if self._call.patch == 0:
+                outputs[self._call.index] = original(*args, **kwargs)
+            return outputs[self._call.index]
 
         return replaced(module, "forward", forward)
 

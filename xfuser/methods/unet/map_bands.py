@@ -9,8 +9,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from xfuser.config.config import ASYNCHRONOUS
 from xfuser.core.distributed.utils import share
-from xfuser.core.staleness import ASYNCHRONOUS, Staleness
+from xfuser.methods.staleness import Staleness
 from xfuser.vae.bands import Bands, common, join_moments
 from xfuser.vae.operations import SDPA
 from xfuser.vae.parallelize import OnBands

@@ -8,13 +8,13 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
+from xfuser.call import CallState, Forward
 from xfuser.core.attention.intercept import intercepted
 from xfuser.core.attention.kernels import attention
 from xfuser.core.distributed import SequenceParallelGroupCoordinator
 from xfuser.core.distributed.utils import share, split_sizes
 from xfuser.core.hooks import Arguments, edited_arguments
 from xfuser.methods.distrifusion import DistriFusion
-from xfuser.methods.forward import Call
 from xfuser.methods.naive_patch import NaivePatches
 from xfuser.methods.unet.map_bands import OnMaps
 from xfuser.models.plan import ModelPlan
@@ -43,9 +43,10 @@ class MapParallel:
         self._text: dict[str, int] = {}  # number of text tokens that an attention module has been called with
 
     @contextmanager
-    def active(self) -> Iterator[None]:
+    def enter(self, call: CallState) -> Iterator[None]:
         """Within the context, the U-Net's maps are parts."""
         model, plan = self._model, self._plan
+        call.around(model, self._layer)
         attentions = {name: module for name, module in model.named_modules() if hasattr(module, "processor")}
         with ExitStack() as stack:
             if self._parts:
@@ -56,10 +57,10 @@ class MapParallel:
             stack.enter_context(intercepted(attentions, lambda name: partial(self._attend, name), many=True))
             yield
 
-    def layer(self, call: Call, arguments: Arguments) -> object:
+    def _layer(self, forward: Forward, arguments: Arguments) -> object:
         """The layer of the U-Net's forward that opens and closes one forward's state."""
         if not self._parts:
-            return call(arguments)
+            return forward(arguments)
         self._dim = -1 if self._parts.across else -2
         self._set_levels(arguments[self._plan.latents].shape[self._dim])
         names = [*self._plan.residuals, *([self._plan.latents] if self._parts.alone else [])]
@@ -67,7 +68,7 @@ class MapParallel:
             if arguments.get(name) is not None:
                 arguments[name] = tree_map_only(torch.Tensor, self._cut, arguments[name])
         try:
-            return call(arguments)
+            return forward(arguments)
         finally:
             self._leave()
 

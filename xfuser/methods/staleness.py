@@ -13,15 +13,8 @@ import torch
 import torch.distributed as dist
 from torch.utils._pytree import tree_leaves
 
-ASYNCHRONOUS = "corrected_async_gn"  # what DistriFusion does if nothing else is asked for
-MODES = {
-    ASYNCHRONOUS: "others' rows are those of the last step; group norms correct the last step's moments by their own",
-    "stale_gn": "as that, with group norms of the others' last moments and the own fresh ones",
-    "sync_gn": "others' rows are those of the last step; group norms wait for the moments of this one",
-    "separate_gn": "others' rows are those of the last step; group norms see the own rows alone",
-    "no_sync": "others' rows stay those of the last synchronous step",
-    "full_sync": "every step waits for the others' rows: equal to one rank",
-}
+from xfuser.call import CallState, Forward
+from xfuser.core.hooks import Arguments
 
 
 class Staleness:
@@ -34,38 +27,32 @@ class Staleness:
     Args:
         group: the ranks that exchange rows; nothing else may travel on it meanwhile.
         mode: one of ``MODES``.
-        synchronous: number of first steps whose exchanges wait; the very first one does in any case.
+        call: the wrapped call; the exchanges of its synchronous steps wait.
     """
 
-    def __init__(self, group: dist.ProcessGroup, mode: str, synchronous: int) -> None:
-        self.mode, self.group, self._first_steps = mode, group, synchronous
+    def __init__(self, group: dist.ProcessGroup, mode: str, call: CallState) -> None:
+        self.mode, self.group, self._call = mode, group, call
         self._kept: dict[tuple[int, str, int], _Rows] = {}
-        self.restart()
+        self._shapes: dict[int, list[torch.Size]] = {}  # of the arguments of each forward of the last step
 
     def restart(self) -> None:
-        """To be called when a schedule is made: what comes next is another image's first step."""
+        """Forget all: what comes next is another image's first step."""
         self.settle()
         self._kept.clear()
-        self._shapes: dict[int, list[torch.Size]] = {}  # of the arguments of each call of the last step
-        self._step, self._call = 0, -1
+        self._shapes.clear()
 
-    def step_ends(self) -> None:
-        """To be called when the scheduler is about to step."""
-        self._step, self._call = self._step + 1, -1
-
-    def layer(self, call: Callable[[dict[str, Any]], Any], arguments: dict[str, Any]) -> Any:
-        """The outermost layer of the transformer's forward: counts its calls, also those that another rank computes."""
-        self._call += 1
+    def layer(self, forward: Forward, arguments: Arguments) -> Any:
+        """The outer layer of the transformer's forward: sees whole arguments, also where another rank computes it."""
         self._seen: dict[str, int] = {}
         shapes = [x.shape for x in tree_leaves(arguments) if isinstance(x, torch.Tensor)]
-        self._changed = self._shapes.get(self._call) != shapes
-        self._shapes[self._call] = shapes
-        return call(arguments)
+        self._changed = self._shapes.get(self._call.index) != shapes
+        self._shapes[self._call.index] = shapes
+        return forward(arguments)
 
     @property
     def synchronous(self) -> bool:
         """Whether this call's exchanges wait."""
-        return self.mode == "full_sync" or self._step < self._first_steps or self._changed
+        return self.mode == "full_sync" or self._call.synchronous or self._changed
 
     @contextmanager
     def exchange(self, name: str, own: torch.Tensor, sizes: list[int], wait: bool = False) -> Iterator[torch.Tensor]:
@@ -78,7 +65,7 @@ class Staleness:
             wait: whether others' rows are to be those of this step in any case.
         """
         nth = self._seen[name] = self._seen.get(name, -1) + 1
-        key = (self._call, name, nth)
+        key = (self._call.index, name, nth)
         rows = self._kept.get(key)
         fresh = rows is None or not rows.fit(own, sizes)
         if fresh:
@@ -107,7 +94,7 @@ class Staleness:
     def last(self, name: str) -> torch.Tensor | None:
         """This rank's rows in the exchange of that name that comes next, as they were one step ago; None if there were
         none."""
-        rows = self._kept.get((self._call, name, self._seen.get(name, -1) + 1))
+        rows = self._kept.get((self._call.index, name, self._seen.get(name, -1) + 1))
         return None if rows is None else rows.own.clone()
 
     def settle(self) -> None:

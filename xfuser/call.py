@@ -1,0 +1,218 @@
+"""The state of one wrapped call: where it stands, and what methods want done at its ends.
+
+A *step* is one entry of the scheduler's timesteps. PipeFusion divides it into M *sub-steps*, one for each patch; with
+all other methods a step has one sub-step. Within a sub-step the pipeline calls its transformer once or several times.
+
+Methods read where the call stands, put layers around the transformer's forward, and register what is to happen when the
+forwards of a sub-step are over or a new schedule is made. None of them counts for itself.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from types import MethodType
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map_only
+
+from xfuser.core.hooks import Arguments, Binder, replaced
+
+Forward = Callable[[Arguments], Any]
+Layer = Callable[[Forward, Arguments], Any]  # calls the forward with the arguments, or not
+
+
+class Arriving(Protocol):
+    """An output of the transformer that another rank computes and that is still on its way."""
+
+    def then(self, action: Callable[[], None], results: list[torch.Tensor]) -> None:
+        """Call ``action``, which makes ``results`` of the output, once it is there."""
+
+
+class CallState:
+    """Where one wrapped call stands.
+
+    Args:
+        patches: M.
+        synchronous: number of first steps that compute the whole image with fresh activations; one in any case.
+        every_step_whole: whether every rank needs whole latents after each step.
+
+    Attributes:
+        step, patch: of the sub-step that is running.
+        index: of the transformer's call that is running or was last, within the sub-step; -1 before the first one.
+        steps: number of steps; 0 as long as it is not known.
+        tokens: how the ranks share the tokens of the forward that is running; None outside of its blocks.
+        arriving: the output of the last forward, where another rank computes it.
+    """
+
+    def __init__(self, patches: int = 1, synchronous: int = 1, every_step_whole: bool = True) -> None:
+        self.patches, self.steps = patches, 0
+        self.step = self.patch = 0
+        self.index = -1
+        self.tokens: Any = None
+        self.arriving: Arriving | None = None
+        self._synchronous, self._every_step_whole = synchronous, every_step_whole
+        self._part: Callable[[torch.Tensor], torch.Tensor] | None = None
+        self._layers: dict[nn.Module, list[Layer]] = {}
+        self._at_forwards_end: list[Callable[[], None]] = []
+        self._at_schedule: list[Callable[[], None]] = []
+
+    # What methods register.
+
+    def around(self, model: nn.Module, layer: Layer) -> None:
+        """Let ``layer`` run around the forward of a transformer, inside of the layers that are there already."""
+        self._layers.setdefault(model, []).append(layer)
+
+    def at_forwards_end(self, action: Callable[[], None]) -> None:
+        """Call ``action`` when the forwards of a sub-step are over, ahead of the scheduler's step."""
+        self._at_forwards_end.append(action)
+
+    def at_schedule(self, action: Callable[[], None]) -> None:
+        """Call ``action`` when a schedule is about to be made: what comes next is the first step of another image."""
+        self._at_schedule.append(action)
+
+    def computes(self, part: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Say which part of an output this rank computes in a sub-step, as a view."""
+        self._part = part
+
+    # What methods read.
+
+    def part(self, output: Any) -> Any:
+        """Of an output, or of each tensor in it, what this rank computes in this sub-step."""
+        return output if self._part is None else tree_map_only(torch.Tensor, self._part, output)
+
+    def when_there(self, action: Callable[[], None], results: list[torch.Tensor]) -> None:
+        """Call ``action``, which makes ``results`` of the last forward's output, once that output has arrived."""
+        if self.arriving is None:
+            action()
+        else:
+            self.arriving.then(action, results)
+
+    @property
+    def synchronous(self) -> bool:
+        """Whether this step computes the whole image with fresh activations, in its first sub-step."""
+        return self.step < max(1, self._synchronous)
+
+    @property
+    def ends_step(self) -> bool:
+        """Whether this is the last sub-step of its step."""
+        return self.patch == self.patches - 1
+
+    def ends_whole(self, step: int) -> bool:
+        """Whether every rank has the whole latents at the end of this step; if not, its patches travel singly."""
+        return step < max(1, self._synchronous) or self._every_step_whole or step >= self.steps - 1
+
+    @property
+    def whole(self) -> bool:
+        """Whether every rank has the whole latents now, between two sub-steps."""
+        return self.patch == 0 and (self.step == 0 or self.ends_whole(self.step - 1))
+
+    def after(self, step: int, patch: int) -> tuple[int, int] | None:
+        """The sub-step behind this one, if it follows without a pause: patch by patch, each as soon as it is there."""
+        if patch < self.patches - 1:
+            return None if step < max(1, self._synchronous) else (step, patch + 1)
+        return None if self.ends_whole(step) else (step + 1, 0)
+
+    # What moves it on.
+
+    def announce(self, steps: int, order: int) -> None:
+        """Note the number of steps of a schedule, ``order`` of which make one inference step.
+
+        Raises:
+            ValueError: there are more synchronous steps than that.
+        """
+        if self._synchronous >= steps + order:
+            raise ValueError(
+                f"warmup_steps={self._synchronous // order} is more than the {-(-steps // order)} steps of this call:"
+                " use at most as many"
+            )
+        self.begin(steps)
+
+    def begin(self, steps: int) -> None:
+        """Go to the first of so many steps."""
+        self.step = self.patch = 0
+        self.steps = steps
+
+    @contextmanager
+    def running(self, scheduler: Any) -> Iterator[None]:
+        """Within the context, the transformers run inside their layers, and the scheduler moves this state on.
+
+        Raises:
+            RuntimeError: one of the transformers is in a wrapped call already.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(self._stepped_by(scheduler))
+            for model, layers in self._layers.items():
+                stack.enter_context(self._layered(model, layers))
+            yield
+
+    def _layered(self, model: nn.Module, layers: list[Layer]) -> AbstractContextManager[None]:
+        original = model.forward
+        if hasattr(original, "call_state"):
+            raise RuntimeError(f"{type(model).__name__} runs in parallel already: active() and calls do not nest")
+        bind = Binder(original)
+
+        def innermost(arguments: Arguments) -> Any:
+            return self.part(original(**arguments))
+
+        layered: Forward = innermost
+        for layer in reversed(layers):
+            layered = functools.partial(layer, layered)
+
+        @functools.wraps(original)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            self.index += 1
+            try:
+                return layered(bind(args, kwargs))
+            finally:
+                self.tokens = None
+
+        forward.call_state = self
+        return replaced(model, "forward", forward)
+
+    @contextmanager
+    def _stepped_by(self, scheduler: Any) -> Iterator[None]:
+        """Within the context, steps and schedules of a scheduler, or of a copy of it, are noticed."""
+        if scheduler is None or not self._layers:
+            yield
+            return
+        with (
+            replaced(scheduler, "step", self._around(scheduler, "step", self._end_forwards, self._advance)),
+            replaced(scheduler, "set_timesteps", self._around(scheduler, "set_timesteps", self._restart)),
+        ):
+            yield
+
+    def _around(
+        self, scheduler: Any, name: str, before: Callable[[], None], after: Callable[[], None] | None = None
+    ) -> MethodType:
+        """A scheduler's method with actions around it; copies of the scheduler get one that is bound to them."""
+        original, of_class = getattr(scheduler, name), getattr(type(scheduler), name)
+
+        @functools.wraps(of_class)
+        def noticed(own: Any, *args: Any, **kwargs: Any) -> Any:
+            before()
+            result = original(*args, **kwargs) if own is scheduler else of_class(own, *args, **kwargs)
+            if after:
+                after()
+            return result
+
+        return MethodType(noticed, scheduler)
+
+    def _restart(self) -> None:
+        for action in self._at_schedule:
+            action()
+        self.begin(0)
+        self.index = -1
+
+    def _end_forwards(self) -> None:
+        for action in self._at_forwards_end:
+            action()
+
+    def _advance(self) -> None:
+        """To the next sub-step. Without patches, a step without a forward is of further latents, as of sound."""
+        if self.index < 0 and self.patches == 1:
+            return
+        self.index, self.patch = -1, self.patch + 1
+        if self.patch == self.patches:
+            self.step, self.patch = self.step + 1, 0
