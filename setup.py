@@ -3,7 +3,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 BENCH = ["matplotlib", "torchmetrics"]
-TEST = ["pytest", "ruff", "hypothesis", "distvae", "imageio", "imageio-ffmpeg", "optimum-quanto"]
+TEST = ["pytest", "ruff", "hypothesis", "distvae", "imageio", "imageio-ffmpeg", "optimum-quanto", "peft"]
 
 setup(
     name="xfuser",

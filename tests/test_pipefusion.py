@@ -345,6 +345,84 @@ def test_unwrap_gives_every_stage_its_blocks_back(pool, folder_of):
     assert all(pool.run(2, unwrapped, folder_of("dit")))
 
 
+def with_adapter(path, adapter, fuse):
+    """Errors of pictures with LoRA layers that came after the wrap, wrapped and unwrapped; and what comes back."""
+    pipe, call = running.loaded(path), call_of("flux")
+    before, pictures = running.fingerprint(pipe), {}
+
+    def change():
+        pipe.transformer.load_lora_adapter(dict(adapter), prefix=None)
+        if fuse:
+            pipe.fuse_lora()
+            pipe.transformer.unload_lora()
+            pipe.transformer.fuse_qkv_projections()
+
+    def draw(name, pipe):
+        pictures[name] = running.array(pipe(**call, generator=running.seeded()))
+
+    draw("plain", pipe)
+    parallel = running.wrap(pipe, degrees(2, 2, STEPS))
+    change()
+    draw("wrapped", parallel)
+    names = set(parallel.transformer.state_dict())
+    parallel.unwrap()
+    draw("unwrapped", pipe)
+    found = pipe.transformer.state_dict()
+    again = running.wrap(pipe, degrees(2, 2, STEPS))
+    draw("again", again)
+    again.unwrap()
+    if not fuse:
+        pipe.transformer.unload_lora()
+        draw("unloaded", pipe)
+        assert before[1] == running.fingerprint(pipe)[1]
+    running.loaded.cache_clear()
+    pipe = running.loaded(path)
+    change()
+    draw("expected", pipe)
+    running.loaded.cache_clear()
+    whole = pipe.transformer.state_dict()
+    same = whole.keys() == found.keys() and all(torch.equal(x, found[name]) for name, x in whole.items())
+    return pictures, same and names < whole.keys()
+
+
+@pytest.mark.parametrize("fuse", [False, True], ids=["lora", "fused"])
+def test_unwrap_gives_blocks_back_that_changed_after_the_wrap(pool, folder_of, fuse):
+    peft = pytest.importorskip("peft")
+    model = tiny.flux_transformer()
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "ff.net.2"], init_lora_weights=False))
+    adapter = peft.get_peft_model_state_dict(model)
+    for pictures, same in pool.run(2, with_adapter, folder_of("flux", True), adapter, fuse):
+        assert same and running.error(pictures["expected"], pictures["plain"]) > 100 * running.TOLERANCE
+        for name in ("wrapped", "unwrapped", "again"):
+            assert running.error(pictures[name], pictures["expected"]) <= running.TOLERANCE
+        assert fuse or running.error(pictures["unloaded"], pictures["plain"]) <= running.TOLERANCE
+
+
+def changed_on_one(path):
+    """The message where a single rank has changed a block so that nobody else can have it; then all goes on."""
+    pipe, call = running.loaded(path), call_of("sd3", 2)
+    before = running.fingerprint(pipe)
+    parallel = running.wrap(pipe, degrees(2, 2, STEPS, data_parallel_degree=2))
+    block, last = parallel.transformer.transformer_blocks[-1], torch.distributed.get_rank() == 3
+    if last:
+        block.extra, block.marked = torch.nn.Parameter(torch.zeros(1)), lambda: None
+    with pytest.raises(ValueError) as error:
+        parallel.unwrap()
+    picture = running.array(parallel(**call, generator=running.seeded()))
+    if last:
+        del block.extra, block.marked
+    parallel.unwrap()
+    return str(error.value), picture, before[1] == running.fingerprint(pipe)[1]
+
+
+def test_all_ranks_refuse_what_one_cannot_give(pool, folder_of):
+    path = folder_of("sd3")
+    expected = running.bare(path, call_of("sd3", 2))
+    for message, picture, same in pool.run(4, changed_on_one, path):
+        assert "transformer_blocks.2 cannot be pickled" in message and "undo the change first" in message
+        assert running.error(picture, expected) <= running.TOLERANCE and same
+
+
 def refusals(path):
     """Messages of what is refused ahead of the first step, and whether the pipeline still draws."""
     pipe = running.loaded(path)

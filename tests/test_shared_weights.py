@@ -113,3 +113,59 @@ def test_shares_behind_other_groups(pool, folder_of):
     expected = running.bare(path, call)
     for pictures in pool.run(2, wrapped_one_after_the_other, path, call):
         assert all(running.error(picture, expected) <= running.TOLERANCE for picture in pictures)
+
+
+def saved(path, degrees, call, folder):
+    """Errors of pictures behind save_pretrained() and of what it wrote, the messages of parts, and weights compared."""
+    pipe, messages = running.loaded(path), []
+    before, expected = state(pipe), running.array(pipe(**call, generator=running.seeded()))
+    parallel = running.wrap(pipe, degrees)
+    names = [name for name in ("transformer", *ENCODERS["sd3"]) if "save_pretrained" in vars(getattr(parallel, name))]
+    for name in names:
+        for save in (getattr(parallel, name).save_pretrained, pipe.save_pretrained):
+            with pytest.raises(ValueError) as error:
+                save(f"{folder}/part")
+            messages.append(str(error.value))
+    parallel.save_pretrained(folder)
+    pictures = [running.array(parallel(**call, generator=running.seeded()))]
+    bare = parallel.unwrap()
+    assert not any("save_pretrained" in vars(getattr(bare, name)) for name in ("transformer", *ENCODERS["sd3"]))
+    written = running.loaded(folder)
+    pictures.append(running.array(written(**call, generator=running.seeded())))
+    found = state(written)
+    whole = before.keys() == found.keys() and all(torch.equal(before[name], found[name]) for name in before)
+    return [running.error(picture, expected) for picture in pictures], names, messages, whole
+
+
+PARTS = {
+    "pipefusion": {"pipefusion_parallel_degree": 2, "warmup_steps": 3},
+    "tensor": {"tensor_parallel_degree": 2},
+    "fully_shard": {"fully_shard_degree": 2, "ulysses_degree": 2},
+    **{mode: {"ulysses_degree": 2, "text_encoder": mode} for mode in ("shard", "rank0", "offload")},
+}
+
+
+@pytest.mark.parametrize("place", PARTS)
+def test_save_pretrained_writes_whole_weights(pool, folder_of, tmp_path, place):
+    path, call = folder_of("sd3"), tiny.call_of("sd3", 2)
+    for errors, names, messages, whole in pool.run(2, saved, path, PARTS[place], call, str(tmp_path / "saved")):
+        assert max(errors) <= running.TOLERANCE and whole
+        assert names == (list(ENCODERS["sd3"]) if place in ("shard", "rank0", "offload") else ["transformer"])
+        assert all("this rank has a part of the weights" in message for message in messages)
+
+
+def fails_to_save(path, folder):
+    parallel = running.wrap(running.loaded(path), PARTS["pipefusion"])
+    with pytest.raises((RuntimeError, OSError)) as error:
+        parallel.save_pretrained(folder)
+    picture = running.array(parallel(**tiny.call_of("sd3"), generator=running.seeded()))
+    parallel.unwrap()
+    return type(error.value), picture
+
+
+def test_all_ranks_hear_of_a_failure_to_save_and_go_on(pool, folder_of, tmp_path):
+    (tmp_path / "file").write_text("")
+    expected = running.bare(folder_of("sd3"), tiny.call_of("sd3"))
+    told = pool.run(2, fails_to_save, folder_of("sd3"), str(tmp_path / "file" / "saved"))
+    assert issubclass(told[0][0], OSError) and told[1][0] is RuntimeError
+    assert all(running.error(picture, expected) <= running.TOLERANCE for _, picture in told)

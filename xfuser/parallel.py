@@ -74,9 +74,13 @@ class xDiTParallel:
         own["engine_config"] = engine_config
         own["input_config"] = input_config or InputConfig()
         own["_output"] = None
-        own["_placement"] = Placement(pipe, engine_config)
-        own["_pipefusion"] = self._placement.pipefusion
+        self._place()
         own["_sp"] = get_sp_group()
+
+    def _place(self) -> None:
+        """Give the weights the places that the configuration asks for."""
+        self.__dict__["_placement"] = Placement(self._pipe, self.engine_config)
+        self.__dict__["_pipefusion"] = self._placement.pipefusion
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the pipeline on all ranks; every rank returns the whole result."""
@@ -180,6 +184,28 @@ class xDiTParallel:
         self._placement.restore()
         self.__dict__["_pipe"] = None
         return pipe
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As the pipeline's own, with whole weights.
+
+        Where ranks have parts of the weights, all must call it, and have the memory for all, as for :meth:`unwrap`:
+        the first rank writes, and then each goes back to its part.
+        """
+        self._check_usable()
+        if not self._placement.divided:
+            self._pipe.save_pretrained(*args, **kwargs)
+            return
+        world, written = get_world_group(), False
+        self._placement.restore()
+        try:
+            if world.is_first_rank:
+                self._pipe.save_pretrained(*args, **kwargs)
+            written = True
+        finally:
+            written = world.broadcast_object(written)
+            self._place()
+        if not written:
+            raise RuntimeError("save_pretrained() failed on the first rank, which tells why")
 
     def enable_sequential_cpu_offload(self, *args: Any, **kwargs: Any) -> None:
         """As the pipeline's own; refused where the wrap itself keeps weights elsewhere."""

@@ -1,5 +1,8 @@
 """Where the weights of a pipeline are while it is wrapped: what PipeFusion, tensor parallelism and shards divide."""
 
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import wraps
 from typing import Any
 
 from torch import nn
@@ -17,6 +20,7 @@ from xfuser.core.distributed import (
     model_parallel_degrees,
     model_parallel_is_initialized,
 )
+from xfuser.core.hooks import replaced
 from xfuser.methods.pipefusion.blocks import divided, stage_layers
 from xfuser.methods.pipefusion.pipefusion import PipeFusion
 from xfuser.methods.refusals import refuse_offloaded, refuse_quantised
@@ -59,10 +63,22 @@ class Placement:
         self._tensor: TensorParallel | None = None
         if parallel.tp_degree > 1:  # behind PipeFusion, which leaves the blocks of other stages out
             self._tensor = TensorParallel(_tensor_models(pipe, parallel), get_tp_group(), parallel.tensor_scheme)
+        if self.pipefusion:
+            self.pipefusion.remember()
+        self._world = get_world_group()
+        self._guards = ExitStack()
+        for module in filter(lambda one: hasattr(one, "save_pretrained"), self._rearranged()):
+            self._guards.enter_context(replaced(module, "save_pretrained", _refusing(module.save_pretrained)))
 
     def restore(self) -> None:
-        """Give each rank all weights again; all ranks must call it, and have the memory."""
+        """Give each rank all weights again; all ranks must call it, and have the memory.
+
+        Raises:
+            ValueError: on all ranks, with nothing done: blocks were changed, and cannot be given to other ranks.
+        """
         refuse_offloaded(self._rearranged(), "call remove_all_hooks() before unwrap()")
+        if self.pipefusion:
+            self._refuse_changed()
         if self._tensor:
             self._tensor.restore()
         if self.pipefusion:
@@ -70,6 +86,20 @@ class Placement:
         for name, shares in self._shares.items():
             vars(self._pipe)[name] = shares.restore()
         self._encoders.restore()
+        self._guards.close()
+
+    def _refuse_changed(self) -> None:
+        problem = next(filter(None, self._world.all_gather_object(self.pipefusion.check())), None)
+        if problem:
+            raise ValueError(
+                "the transformer's blocks were changed since the wrap, in a way that other PipeFusion stages cannot"
+                f" take over ({problem}): undo the change first, or make it before the wrap"
+            )
+
+    @property
+    def divided(self) -> bool:
+        """Whether this rank may have a part of the weights alone."""
+        return bool(self._rearranged())
 
     @property
     def keeps_elsewhere(self) -> bool:
@@ -83,6 +113,19 @@ class Placement:
         transformers = [model for model, _ in planned_models(self._pipe).values()] if divides else []
         moves = self._engine.runtime_config.text_encoder != "replicate" or parallel.tensor_parallel_text_encoder
         return [*transformers, *(text_encoders(self._pipe).values() if moves else ())]
+
+
+def _refusing(save: Callable[..., Any]) -> Callable[..., Any]:
+    """A module's method that saves it, which would write this rank's part."""
+
+    @wraps(save)
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise ValueError(
+            f"this rank has a part of the weights of {type(save.__self__).__name__}: call save_pretrained() of the"
+            " wrapped pipeline, on all ranks, or unwrap() first"
+        )
+
+    return refuse
 
 
 def join_groups(engine_config: EngineConfig) -> None:

@@ -1,6 +1,8 @@
 """Which stage owns which blocks, and what stands in for the blocks of others."""
 
+import copy
 import functools
+import pickle
 from itertools import accumulate
 from typing import Any
 
@@ -145,16 +147,47 @@ class StageBlocks:
             )
         for stub in self._stubs.values():
             stub.held = True
+        self.remember()
+
+    def remember(self) -> None:
+        """Take this stage's blocks, as they are now, for those that the other stages have a place for."""
+        self._remembered = {place: _described(block) for place, block in self._own().items()}
+        self._changed: set[tuple[str, int]] = set()
+
+    def check(self) -> str | None:
+        """Ahead of :meth:`restore`: why others could not take this stage's blocks as they are now; None if they can.
+
+        Blocks whose weights are not those that were remembered, as after LoRA layers were loaded, travel as modules.
+        """
+        own = self._own() if self._stubs else {}
+        changed = {place: block for place, block in own.items() if _described(block) != self._remembered[place]}
+        for place, block in changed.items():
+            kinds = {type(x) for x, *_ in tensors_of(block)} - {torch.Tensor, nn.Parameter}
+            if kinds:
+                return f"weights of the type {kinds.pop().__name__}"
+            try:
+                pickle.dumps(_without_weights(block))
+            except (pickle.PicklingError, AttributeError, TypeError, RuntimeError) as error:
+                return f"{'.'.join(map(str, place))} cannot be pickled: {error}"
+        self._changed = set(changed)
+        return None
+
+    def _own(self) -> dict[tuple[str, int], nn.Module]:
+        places = [place for index, place in enumerate(self._places) if index not in self._stubs]
+        return {(name, i): self._model.get_submodule(name)[i] for name, i in places}
 
     def restore(self) -> None:
         """Give every stage all blocks again, with the weights of the stage that holds them; all stages must call it."""
         for index, (name, i) in enumerate(self._places):
             stub = self._stubs.get(index)
             block = stub.block if stub else self._model.get_submodule(name)[i]
-            tensors = tensors_of(block)
             # The wrapped pipeline may have been moved to another dtype, which stubs do not notice.
-            dtypes = self._group.broadcast_object([weight.dtype for weight, *_ in tensors], src=self.owners[index])
-            for (weight, owner, key), dtype in zip(tensors, dtypes, strict=True):
+            dtypes = [weight.dtype for weight, *_ in tensors_of(block)]
+            changed = _without_weights(block) if (name, i) in self._changed else None
+            changed, dtypes = self._group.broadcast_object((changed, dtypes), src=self.owners[index])
+            if stub and changed:
+                block = changed
+            for (weight, owner, key), dtype in zip(tensors_of(block), dtypes, strict=True):
                 x = weight.detach()
                 if weight.is_meta:
                     x = torch.empty_like(weight, dtype=dtype, device=self._group.device)
@@ -164,6 +197,20 @@ class StageBlocks:
             if stub:
                 self._model.get_submodule(name)[i] = block
         self._stubs = {}
+
+
+def _described(block: nn.Module) -> list[tuple[str, torch.Size, type]]:
+    """What must be the same for weights to be given from one module to another."""
+    return [(key, x.shape, type(x)) for x, _, key in tensors_of(block)]
+
+
+def _without_weights(block: nn.Module) -> nn.Module:
+    """A copy whose weights are on the meta device."""
+    memo = {}
+    for x, owner, key in tensors_of(block):
+        blank = x.detach().to("meta")
+        memo[id(x)] = nn.Parameter(blank, x.requires_grad) if key in owner._parameters else blank
+    return copy.deepcopy(block, memo)
 
 
 def tensors_of(

@@ -113,6 +113,14 @@ class PipeFusion:
             channel.close()
         self._channels, self._failed = {}, False
 
+    def remember(self) -> None:
+        """Note what this stage's blocks are like, when the wrap has done to them all that it does."""
+        self._blocks.remember()
+
+    def check(self) -> str | None:
+        """Ahead of :meth:`restore`: why other stages could not take this one's blocks as they are; None if they can."""
+        return self._blocks.check()
+
     def restore(self) -> None:
         """Give all stages all blocks again; every stage must call it."""
         self._blocks.restore()
