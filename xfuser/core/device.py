@@ -36,6 +36,13 @@ def backend() -> str:
     return torch.distributed.get_default_backend_for_device(device_type())
 
 
+def group_options(local_rank: int, backend_name: str) -> dict[str, torch.device]:
+    """Keywords of ``init_process_group`` by which a device's own backend knows the device of this rank."""
+    if device_type() == "cpu" or backend_name != backend():
+        return {}
+    return {"device_id": device(local_rank)}
+
+
 def use(local_rank: int) -> None:
     """Make this rank's device the current one (nothing to do on the CPU)."""
     if device_type() != "cpu":

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 
 from xfuser.core import device as devices
+from xfuser.core.distributed.ending import end_group, new_group
 
 DESTROYED = "a process group that has been destroyed"  # not None, which stands for all ranks
 
@@ -212,16 +213,16 @@ class GroupCoordinator:
 
     def barrier(self) -> None:
         """Wait until every member has come here."""
-        dist.barrier(group=self.device_group)
+        dist.barrier(group=self.cpu_group)  # NCCL's takes a device, and may take another rank's
 
     def destroy(self) -> None:
         """Release the process groups."""
-        if self.device_group is DESTROYED:
-            return
-        if self.cpu_group is not self.device_group:
-            dist.destroy_process_group(self.cpu_group)
-        dist.destroy_process_group(self.device_group)
-        self.device_group = self.cpu_group = DESTROYED
+        for name in ("cpu_group", "device_group"):
+            self._end(name)
+
+    def _end(self, name: str) -> None:
+        end_group(getattr(self, name))
+        setattr(self, name, DESTROYED)
 
     def _global(self, member: int | None, default: int) -> int:
         return default if member is None else self.ranks[member]
@@ -255,9 +256,7 @@ class SequenceParallelGroupCoordinator(GroupCoordinator):
 
     def destroy(self) -> None:
         for name in ("ulysses_group", "ring_group"):
-            if getattr(self, name) is not DESTROYED:
-                dist.destroy_process_group(getattr(self, name))
-                setattr(self, name, DESTROYED)
+            self._end(name)
         super().destroy()
 
 
@@ -291,7 +290,7 @@ def own_group(group_ranks: list[list[int]], backend: str) -> tuple[list[int], di
     """Make a process group for each list of ranks; return the one that the calling rank is in."""
     own = None
     for ranks in group_ranks:
-        group = dist.new_group(ranks, backend=backend)
+        group = new_group(ranks, backend)
         if dist.get_rank() in ranks:
             own = ranks, group
     if own is None:

@@ -13,13 +13,13 @@ import os
 import torch.distributed as dist
 
 from xfuser.core import device as devices
+from xfuser.core.distributed.ending import end_at_exit, end_group, is_made_here, made_here
 from xfuser.core.distributed.failure import fail_together
 from xfuser.core.distributed.group_coordinator import GroupCoordinator, SequenceParallelGroupCoordinator
 from xfuser.core.distributed.utils import DEFAULT_ORDER, RankGenerator, split_sequence_group
 from xfuser.core.logger import logger
 
 _groups: dict[str, GroupCoordinator] = {}
-_joined = False  # the default process group was there before us, so it is not ours to destroy
 
 
 def _group(name: str) -> GroupCoordinator:
@@ -46,17 +46,16 @@ def init_distributed_environment(
     Otherwise one is started from the arguments, from torchrun's environment, or, where there is neither, for this
     process alone. ``backend`` is the device's by default.
     """
-    global _joined
     if dist.is_initialized():
         _check_place(world_size, rank)
     if "world" in _groups:
         return
     fail_together()
-    _joined = dist.is_initialized()
-    if not _joined:
+    end_at_exit(destroy_distributed_environment)
+    local_rank = _local_rank(local_rank, rank)
+    devices.use(local_rank)  # ahead of all that may touch a device
+    if not dist.is_initialized():
         _init_process_group(world_size, rank, distributed_init_method, local_rank, backend)
-    local_rank = _local_rank(local_rank)
-    devices.use(local_rank)
     ranks = list(range(dist.get_world_size()))
     _groups["world"] = GroupCoordinator([ranks], local_rank, backend or dist.get_backend())
 
@@ -72,19 +71,23 @@ def _check_place(world_size: int, rank: int) -> None:
 
 def _init_process_group(world_size: int, rank: int, method: str, local_rank: int, backend: str | None) -> None:
     backend = backend or devices.backend()
-    devices.use(_local_rank(local_rank))
+    options = devices.group_options(local_rank, backend)
     if world_size == -1 and rank == -1 and method == "env://" and "RANK" not in os.environ:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, **options)
     else:
-        dist.init_process_group(backend, init_method=method, world_size=world_size, rank=rank)
+        dist.init_process_group(backend, init_method=method, world_size=world_size, rank=rank, **options)
+    made_here(dist.group.WORLD)
 
 
-def _local_rank(local_rank: int) -> int:
+def _local_rank(local_rank: int, rank: int) -> int:
+    """The place of this rank on its node: as it is given, by the launcher, or as on a single node."""
     if local_rank != -1:
         return local_rank
     if "LOCAL_RANK" in os.environ:
         return int(os.environ["LOCAL_RANK"])
-    return dist.get_rank() if dist.is_initialized() else 0
+    if dist.is_initialized():
+        return dist.get_rank()
+    return int(os.environ.get("RANK", "0")) if rank == -1 else rank
 
 
 def launched_world_size() -> int:
@@ -211,12 +214,10 @@ def destroy_model_parallel() -> None:
 def destroy_distributed_environment() -> None:
     """Release every group, and the default process group if :func:`init_distributed_environment` started it."""
     destroy_model_parallel()
-    world = _groups.pop("world", None)
-    if world is None:
-        return
-    world.destroy()
-    if not _joined:
-        dist.destroy_process_group()
+    if "world" in _groups:
+        _groups.pop("world").destroy()
+    if is_made_here(dist.group.WORLD):
+        end_group(dist.group.WORLD)
 
 
 def get_world_group() -> GroupCoordinator:

@@ -10,6 +10,8 @@ from collections import deque
 import torch
 import torch.distributed as dist
 
+from xfuser.core.distributed.ending import end_group, new_group
+
 Route = tuple[str, int, int]  # what travels (tokens, latents, skips), the sending and the receiving stage
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of tokens, by their tag
@@ -79,7 +81,7 @@ class Channel:
 
     def close(self) -> None:
         """Release the communicator, whatever is still under way on it."""
-        dist.destroy_process_group(self._group)
+        end_group(self._group)
 
 
 def open_channels(pipelines: list[list[int]], routes: list[Route], depth: int) -> dict[Route, Channel]:
@@ -91,7 +93,7 @@ def open_channels(pipelines: list[list[int]], routes: list[Route], depth: int) -
     for kind, sender, receiver in routes:
         for ranks in pipelines:
             ends = [ranks[sender], ranks[receiver]]
-            group = dist.new_group(sorted(ends))
+            group = new_group(sorted(ends))
             if rank in ends:
                 peer = ends[1] if rank == ends[0] else ends[0]
                 channels[kind, sender, receiver] = Channel(group, peer, depth)
