@@ -4,9 +4,13 @@ import os
 import subprocess
 import sys
 
+import accelerator
 import pytest
+import running
 import torch
 
+from xfuser import cli, xFuserArgs
+from xfuser.core import device as devices
 from xfuser.core import distributed
 from xfuser.core.distributed import RankGenerator
 from xfuser.core.distributed.utils import split_sequence_group, split_sizes
@@ -132,3 +136,45 @@ def test_one_process_needs_no_launcher():
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.stdout.strip() == "ok", done.stderr
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What touches one of four accelerators that torch believes to have, in order."""
+    yield accelerator.install(monkeypatch)
+    running.leave()
+
+
+@pytest.mark.parametrize("launcher", [{"LOCAL_RANK": "1", "RANK": "3"}, {"RANK": "1"}])
+def test_a_rank_chooses_its_device_before_anything_else(asked, monkeypatch, launcher):
+    for name, value in ({"WORLD_SIZE": "4"} | launcher).items():
+        monkeypatch.setenv(name, value)
+    config, _ = xFuserArgs(ulysses_degree=4, dtype="auto").create_config()
+    assert config.runtime_config.memory is None and config.runtime_config.dtype is torch.bfloat16
+    bound = {"device_id": torch.device("cuda", 1)}
+    assert asked == [("set_device_index", 1), ("init_process_group", "nccl", bound)]
+    assert distributed.get_world_group().device == bound["device_id"] and devices.total_memory() == accelerator.BYTES
+
+
+def test_a_rank_that_is_given_by_number_chooses_its_device(asked, monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    distributed.init_distributed_environment(world_size=4, rank=2)
+    bound = {"device_id": torch.device("cuda", 2)}
+    assert asked == [("set_device_index", 2), ("init_process_group", "nccl", bound)]
+    assert devices.group_options(2, "gloo") == {}  # it is of no device
+
+
+def test_what_starts_ranks_touches_no_device(asked, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    xFuserArgs(ulysses_degree=2).checked()
+    monkeypatch.setattr(cli, "launch", lambda ranks, arguments: ranks)
+    monkeypatch.setattr(sys, "argv", ["xdit", "--prompt", "a red circle", "--ulysses_degree", "2"])
+    assert cli.main() == 2
+    assert asked == []
+
+
+def test_a_plan_touches_no_device(asked, monkeypatch, capsys):
+    command = ["xdit", "plan", "--world_size", "1", "--num_inference_steps", "2", "--dtype", "fp32"]
+    monkeypatch.setattr(sys, "argv", command)
+    assert cli.main() == 0, capsys.readouterr().out
+    assert asked == []

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from xfuser.config import FlexibleArgumentParser, xFuserArgs
+from xfuser.core import device as devices
 from xfuser.planner.table import COLUMNS, plan
 
 
@@ -15,7 +16,7 @@ def main(arguments: list[str]) -> int:
     if options.world_size < 1:
         raise ValueError(f"world_size={options.world_size} must be 1 or more")
     rows = plan(args, options.world_size)
-    memory = args.checked()[0].runtime_config.memory
+    memory = args.checked()[0].runtime_config.memory or devices.total_memory()
     width = max(len(row.name) for row in rows)
     print(f"GB of a rank, {args.dtype}, {options.world_size} ranks")
     print(f"{'':{width}}  " + "  ".join(COLUMNS))

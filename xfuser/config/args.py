@@ -260,7 +260,7 @@ class xFuserArgs:
             | {
                 "dtype": DTYPES[self.dtype] or devices.default_dtype(),
                 "vae_chunk_rows": self._chunk_rows(),
-                "memory": devices.total_memory() if self.memory is None else in_bytes(self.memory),
+                "memory": None if self.memory is None else in_bytes(self.memory),
             }
         )
 

@@ -41,7 +41,7 @@ class RuntimeConfig:
     vae_split: str = "auto"
     vae_chunk_rows: int | str | None = None
     text_encoder: str = "replicate"
-    memory: int | None = None
+    memory: int | None = None  # None: what the rank's accelerator has, which is asked once the rank has chosen it
     use_fp8_t5_encoder: bool = False
     enable_model_cpu_offload: bool = False
     enable_sequential_cpu_offload: bool = False

@@ -4,8 +4,30 @@ import os
 import platform
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+
+_spared = False  # whether the accelerator is left alone, for all that this process computes
+
+
+@contextmanager
+def on_cpu() -> Iterator[None]:
+    """Within the context, ranks work on the CPU: the accelerator is neither chosen nor asked for anything but its type.
+
+    An accelerator that a process has chosen, or computed on, keeps memory for it until that process ends.
+    """
+    global _spared
+    before, _spared = _spared, True
+    try:
+        yield
+    finally:
+        _spared = before
+
+
+def _working_type() -> str:
+    return "cpu" if _spared else device_type()
 
 
 def device_type() -> str:
@@ -27,7 +49,7 @@ def device_name() -> str:
 
 def device(local_rank: int) -> torch.device:
     """The device of the rank with this index on its node; the CPU where there is no accelerator."""
-    kind = device_type()
+    kind = _working_type()
     return torch.device(kind) if kind == "cpu" else torch.device(kind, local_rank % torch.accelerator.device_count())
 
 
@@ -38,14 +60,14 @@ def backend() -> str:
 
 def group_options(local_rank: int, backend_name: str) -> dict[str, torch.device]:
     """Keywords of ``init_process_group`` by which a device's own backend knows the device of this rank."""
-    if device_type() == "cpu" or backend_name != backend():
+    if _working_type() == "cpu" or backend_name != backend():
         return {}
     return {"device_id": device(local_rank)}
 
 
 def use(local_rank: int) -> None:
     """Make this rank's device the current one (nothing to do on the CPU)."""
-    if device_type() != "cpu":
+    if _working_type() != "cpu":
         torch.accelerator.set_device_index(device(local_rank).index)
 
 
@@ -58,7 +80,7 @@ def has_architecture(least: tuple[int, int]) -> bool:
 
 def synchronize() -> None:
     """Wait for the device's queued work (the CPU has none)."""
-    if device_type() != "cpu":
+    if _working_type() != "cpu":
         torch.accelerator.synchronize()
 
 
@@ -70,7 +92,7 @@ def default_dtype() -> torch.dtype:
 def rng_states() -> list[torch.Tensor]:
     """States of the default random generators, as byte tensors: the CPU's, then the accelerator's."""
     states = [torch.get_rng_state()]
-    if device_type() != "cpu":
+    if _working_type() != "cpu":
         states.append(torch.get_device_module(device_type()).get_rng_state())
     return states
 
@@ -84,7 +106,7 @@ def set_rng_states(states: list[torch.Tensor]) -> None:
 
 def peak_memory() -> int:
     """Bytes at the high-water mark: allocated by torch on an accelerator, resident (RSS) on the CPU."""
-    if device_type() != "cpu":
+    if _working_type() != "cpu":
         return torch.get_device_module(device_type()).max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
@@ -92,11 +114,13 @@ def peak_memory() -> int:
 
 def total_memory() -> int | None:
     """Bytes that the accelerator has; None where there is none, as ranks then share what the machine has."""
-    return None if device_type() == "cpu" else torch.get_device_module(device_type()).mem_get_info()[1]
+    if device_type() == "cpu":
+        return None
+    return torch.get_device_module(device_type()).get_device_properties().total_memory  # needs no context on it
 
 
 def free_memory() -> int:
     """Bytes that can be allocated now: of the accelerator, or of the machine's memory on the CPU."""
-    if device_type() != "cpu":
+    if _working_type() != "cpu":
         return torch.get_device_module(device_type()).mem_get_info()[0]
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

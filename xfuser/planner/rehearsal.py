@@ -26,6 +26,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_map_only
 
 from xfuser.config import EngineConfig, InputConfig
+from xfuser.core import device as devices
 from xfuser.core.distributed import destroy_distributed_environment
 from xfuser.core.logger import quiet_libraries
 from xfuser.core.meters import LiveMemory
@@ -63,10 +64,11 @@ class Memory:
 
 @contextmanager
 def alone_of(world_size: int) -> Iterator[None]:
-    """Within the context, this process is the first of so many ranks, and the others are not there."""
+    """Within the context, this process is the first of so many ranks, on the CPU, and the others are not there."""
     dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
     try:
-        yield
+        with devices.on_cpu():
+            yield
     finally:
         destroy_distributed_environment()
         dist.destroy_process_group()

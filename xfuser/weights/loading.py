@@ -79,8 +79,9 @@ def _parts(engine_config: EngineConfig, pipeline_class: Any, options: dict[str, 
     device = torch.device("cpu") if _offloads(engine_config) else devices.device(get_world_group().local_rank)
 
     def check_memory(size: int) -> None:
-        if engine_config.runtime_config.memory is not None and not _offloads(engine_config):
-            _check_memory(engine_config, size + _other_weights(engine_config, folder, dtype_of, options))
+        memory = engine_config.runtime_config.memory or devices.total_memory()
+        if memory is not None and not _offloads(engine_config):
+            _check_memory(engine_config, size + _other_weights(engine_config, folder, dtype_of, options), memory)
 
     parts = load_transformers(
         folder,
@@ -108,9 +109,9 @@ def _other_weights(engine_config: EngineConfig, folder: str, dtype_of: Any, opti
     return size
 
 
-def _check_memory(engine_config: EngineConfig, size: int) -> None:
+def _check_memory(engine_config: EngineConfig, size: int, memory: int) -> None:
     """Refuse on all ranks what is too much for one."""
-    memory, model = engine_config.runtime_config.memory, engine_config.model_config.model
+    model = engine_config.model_config.model
     worst = max(get_world_group().all_gather_object(size))
     if worst > memory:
         raise ValueError(

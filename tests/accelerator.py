@@ -1,0 +1,46 @@
+"""A stand-in for an accelerator on a machine without one: it notes what is asked of it, in order."""
+
+import os
+import types
+
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+BYTES = 2 << 30
+
+
+def install(monkeypatch, count=4):
+    """From now on torch has so many accelerators; returns the list of what touches one, and of groups that start."""
+    asked = []
+
+    def touch(name, result=None):
+        def called(*args):
+            asked.append((name, *args))
+            return result
+
+        return called
+
+    def start(backend, init_method=None, store=None, rank=-1, world_size=-1, **options):
+        if backend == "fake":
+            return made(backend, store=store, rank=rank, world_size=world_size)
+        asked.append(("init_process_group", backend, options))
+        ranks = int(os.environ["WORLD_SIZE"]) if world_size == -1 else world_size
+        return made("fake", store=FakeStore(), rank=int(os.environ["RANK"]) if rank == -1 else rank, world_size=ranks)
+
+    made = dist.init_process_group
+    module = types.SimpleNamespace(
+        mem_get_info=touch("mem_get_info", (BYTES // 2, BYTES)),
+        get_device_properties=lambda: types.SimpleNamespace(total_memory=BYTES),  # needs no context
+        get_rng_state=touch("get_rng_state", torch.get_rng_state()),
+        set_rng_state=touch("set_rng_state"),
+        max_memory_allocated=touch("max_memory_allocated", 0),
+    )
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: count)
+    monkeypatch.setattr(torch.accelerator, "set_device_index", touch("set_device_index"))
+    monkeypatch.setattr(torch.accelerator, "synchronize", touch("synchronize"))
+    monkeypatch.setattr(torch, "get_device_module", lambda kind=None: module)
+    monkeypatch.setattr(dist, "init_process_group", start)
+    return asked
