@@ -10,6 +10,7 @@ import running
 import torch
 
 from xfuser import cli, xFuserArgs
+from xfuser.bench.exits import SCRIPTS, exit_codes
 from xfuser.core import device as devices
 from xfuser.core import distributed
 from xfuser.core.distributed import RankGenerator
@@ -178,3 +179,118 @@ def test_a_plan_touches_no_device(asked, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", command)
     assert cli.main() == 0, capsys.readouterr().out
     assert asked == []
+
+
+# A thread that asks for the interpreter's lock gets it when the main thread waits for something, and not before: what
+# gloo's threads still hold at the end, they hold while the interpreter shuts down.
+PREPARED = """
+import atexit, os, signal, sys, time, torch, torch.distributed as dist
+from xfuser.core import distributed
+from xfuser.core.distributed import ending, get_sp_group
+
+rank = int(os.environ["RANK"])
+
+def prepare():
+    distributed.init_distributed_environment()
+    distributed.initialize_model_parallel(ulysses_degree=2)
+
+def reduce():
+    sys.setswitchinterval(100)
+    many = [torch.ones(1) for _ in range(3000)]  # each takes the lock when it is released
+    get_sp_group().device_group.allreduce_coalesced(many).wait()
+"""
+ENDS = {
+    "simply": """
+prepare()
+reduce()
+""",
+    "with groups made again, and one in a variable": """
+prepare()
+for _ in range(2):
+    distributed.destroy_model_parallel()
+    distributed.initialize_model_parallel(ring_degree=2)
+held = get_sp_group().device_group
+reduce()
+""",
+    "after it destroyed everything itself": """
+prepare()
+reduce()
+dist.destroy_process_group()
+""",
+    "after the other rank was killed": """
+prepare()
+if rank == 1:
+    os.kill(os.getpid(), signal.SIGKILL)
+try:
+    reduce()
+except RuntimeError as error:
+    print(error)
+""",
+    "after one rank failed": """
+prepare()
+if rank == 1:
+    raise KeyError("of this rank alone")
+reduce()
+""",
+    "after an error that one rank caught": """
+prepare()
+try:
+    if rank == 1:
+        raise KeyError("of this rank alone")
+    reduce()
+except KeyError as error:
+    print(error)
+""",
+    "while the other rank never comes": """
+prepare()
+ending.PATIENCE = 1
+first = distributed.get_world_group().broadcast_object(os.getpid())
+if rank == 0:
+    work = dist.all_reduce(torch.ones(4), group=get_sp_group().device_group, async_op=True)
+    sys.exit()
+for _ in range(300):
+    try:
+        os.kill(first, 0)
+    except ProcessLookupError:
+        sys.exit()
+    time.sleep(0.1)
+sys.exit("the other rank waits")
+""",
+    "with groups of its own": """
+def at_last():
+    for group in (None, own):
+        x = torch.ones(1)
+        dist.all_reduce(x, group=group)
+        assert x.item() == 2
+    assert len(dist.distributed_c10d._world.pg_map) == 2
+    dist.destroy_process_group()
+    print("both are there")
+
+atexit.register(at_last)
+dist.init_process_group("gloo")
+own = dist.new_group([0, 1])
+prepare()
+reduce()
+""",
+}
+CODES = {
+    "after the other rank was killed": [0, -9],
+    "after one rank failed": [1, 1],
+    "after an error that one rank caught": [1, 0],
+}  # of the others: 0 and 0
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_a_script_that_ends(end):
+    codes, written = exit_codes(["-c", PREPARED + ENDS[end]])
+    assert codes == CODES.get(end, [0, 0]), "\n".join(written)
+    if end not in CODES:
+        assert not any("Traceback" in text for text in written), "\n".join(written)
+    if end == "with groups of its own":
+        assert all("both are there" in text for text in written)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_scripts_of_users_simply_end(name):
+    codes, written = exit_codes(SCRIPTS[name])
+    assert codes == [0, 0], "\n".join(written)
