@@ -3,18 +3,24 @@
 import os
 import subprocess
 import sys
+import time
+from datetime import timedelta
 
 import accelerator
 import pytest
 import running
 import torch
+import torch.distributed as dist
 
-from xfuser import cli, xFuserArgs
+from xfuser import xFuserArgs
 from xfuser.bench.exits import SCRIPTS, exit_codes
+from xfuser.cli import main as cli
 from xfuser.core import device as devices
 from xfuser.core import distributed
 from xfuser.core.distributed import RankGenerator
 from xfuser.core.distributed.utils import split_sequence_group, split_sizes
+from xfuser.pipeline_io.agreement import shared_arguments
+from xfuser.weights.loading import _fetched
 
 
 def test_rank_order_is_tensor_sequence_pipeline_guidance_data():
@@ -294,3 +300,38 @@ def test_a_script_that_ends(end):
 def test_scripts_of_users_simply_end(name):
     codes, written = exit_codes(SCRIPTS[name])
     assert codes == [0, 0], "\n".join(written)
+
+
+def of_rank_0():
+    """What a call draws from where ranks were given different things, by position and by name."""
+    xFuserArgs(ulysses_degree=2).create_config()
+    rank = dist.get_rank()
+    generator, latents = torch.Generator().manual_seed(rank), torch.full((2, 3), float(rank))
+    (draw, positional), named = shared_arguments((generator, latents), {"latents": latents + 1, "prompt": "a"})
+    with pytest.raises(ValueError, match=r"'latents'\]? is torch.float32 of shape \(1,\) on rank 0") as refused:
+        shared_arguments((), {"latents": torch.zeros(rank + 1)})
+    return torch.rand(1, generator=draw).item(), positional, named["latents"], torch.rand(1).item(), str(refused.value)
+
+
+def test_ranks_draw_from_what_rank_0_was_given(pool):
+    (number, *first), (other, *second) = pool.run(2, of_rank_0)
+    assert number == other and all(torch.equal(a, b) for a, b in zip(first[:2], second[:2], strict=True))
+    assert first[0].abs().max() == 0 and first[2:] == second[2:]
+
+
+def slow_download(pause):
+    class Hub:
+        @staticmethod
+        def download(model, **options):
+            time.sleep(pause if dist.get_rank() == 0 else 0)
+            return model
+
+    xFuserArgs(ulysses_degree=2).create_config()
+    world = distributed.get_world_group()
+    world.local_rank = dist.get_rank()
+    world.cpu_group = world.device_group = dist.new_group(timeout=timedelta(seconds=1))
+    return _fetched("on/the-hub", Hub, {})
+
+
+def test_ranks_wait_for_a_download_for_longer_than_for_a_collective(pool):
+    assert pool.run(2, slow_download, 4) == ["on/the-hub"] * 2

@@ -59,7 +59,7 @@ def program(pipe, rank, ranks, asked, call):
 
 
 def programs(monkeypatch, family, stages, patches, others, call):
-    monkeypatch.setattr(parallel, "_share_randomness", lambda generator: None)
+    monkeypatch.setattr(parallel, "shared_arguments", lambda args, kwargs: (args, kwargs))
     asked = {"pipefusion_parallel_degree": stages, "num_pipeline_patch": patches, "num_inference_steps": STEPS} | others
     ranks = stages * (2 ** len(others))
     found = []

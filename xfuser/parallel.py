@@ -8,7 +8,6 @@ from torch import nn
 
 from xfuser.call import CallState
 from xfuser.config import EngineConfig, InputConfig
-from xfuser.core import device as devices
 from xfuser.core.attention.kernels import check_backend
 from xfuser.core.distributed import (
     get_cfg_group,
@@ -33,6 +32,7 @@ from xfuser.methods.sequence import SequenceParallel
 from xfuser.methods.unet.maps import MapParallel
 from xfuser.models.plan import ModelPlan
 from xfuser.models.registry import planned_models, set_plan
+from xfuser.pipeline_io.agreement import shared_arguments
 from xfuser.pipeline_io.arguments import pipeline_arguments
 from xfuser.pipeline_io.media import media_of, write_media
 from xfuser.vae.engines import parallel_vae
@@ -88,11 +88,10 @@ class xDiTParallel:
         arguments = Binder(self._pipe.__call__)(args, kwargs)
         call = self._new_call(every_step_whole=has_callback(arguments))
         if self._pipefusion:
-            arguments, args = self._pipefusion.arguments(arguments, call), ()
-            kwargs = arguments
+            args, kwargs = (), self._pipefusion.arguments(arguments, call)
         with self._running(call):
             if get_world_group().world_size > 1:
-                _share_randomness(arguments.get("generator"))
+                args, kwargs = shared_arguments(args, kwargs)
             self.__dict__["_output"] = self._pipe(*args, **kwargs)
         return self._output
 
@@ -292,15 +291,6 @@ def parallelize(
 def _leads_replica() -> bool:
     groups = (get_tp_group, get_sp_group, get_pp_group, get_cfg_group)
     return all(group().is_first_rank for group in groups)
-
-
-def _share_randomness(generator: Any) -> None:
-    """Give every rank the random state of rank 0: of the generators passed, and of torch's default ones."""
-    generators = generator if isinstance(generator, list) else [generator] if generator is not None else []
-    states = get_world_group().broadcast_object((devices.rng_states(), [one.get_state() for one in generators]))
-    devices.set_rng_states(states[0])
-    for one, state in zip(generators, states[1], strict=True):
-        one.set_state(state)
 
 
 def _quiet_progress(pipe: Any) -> AbstractContextManager[None]:

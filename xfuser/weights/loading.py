@@ -2,10 +2,12 @@
 
 import inspect
 import os
+from datetime import timedelta
 from typing import Any
 
 import diffusers
 import torch
+import torch.distributed as dist
 from diffusers import DiffusionPipeline
 from packaging.version import Version
 
@@ -19,6 +21,7 @@ from xfuser.weights.placement import join_groups
 from xfuser.weights.skeleton import STEMS, check_files, components_of, freed_encoders, load_transformers
 from xfuser.weights.text_encoders import PREFIX, text_encoders
 
+PATIENCE = timedelta(days=7)  # of ranks that wait for a download
 LEFT_TO_DIFFUSERS = ("quantization_config", "device_map", "custom_pipeline", "use_flashpack")  # arguments
 DTYPE_ARGUMENT = "dtype" if Version(diffusers.__version__) >= Version("0.40") else "torch_dtype"
 
@@ -126,12 +129,15 @@ def _fetched(model: str, pipeline_class: Any, options: dict[str, Any]) -> str:
     if os.path.isdir(model):
         return model
     world = get_world_group()
+    waiting = dist.new_group(backend="gloo", timeout=PATIENCE)  # other groups wait for less long than a download takes
     if world.local_rank > 0:
-        world.barrier()
-    folder = pipeline_class.download(model, **options)
-    if world.local_rank == 0:
-        world.barrier()
-    return folder
+        dist.barrier(waiting)
+    try:
+        return pipeline_class.download(model, **options)
+    finally:
+        if world.local_rank == 0:
+            dist.barrier(waiting)
+        dist.destroy_process_group(waiting)
 
 
 def _image_to_image(pipe: Any) -> Any:

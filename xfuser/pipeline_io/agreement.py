@@ -1,0 +1,59 @@
+"""What every rank passes to a pipeline's call is what rank 0 passes: random states, and tensors such as latents."""
+
+import hashlib
+from typing import Any
+
+import torch
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_unflatten
+
+from xfuser.core import device as devices
+from xfuser.core.distributed import get_world_group
+
+
+def shared_arguments(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Give every rank what rank 0 draws from: the states of torch's default generators and of those among the
+    arguments, and the values of the tensors among them.
+
+    Only tensors that differ are sent. Returns the arguments, with new tensors in the place of these.
+
+    Raises:
+        ValueError: on all ranks, if they were given different generators or tensors of different shapes.
+    """
+    world = get_world_group()
+    leaves, spec = tree_flatten_with_path((args, dict(sorted(kwargs.items()))))
+    drawn = {keystr(path): x for path, x in leaves if isinstance(x, torch.Tensor | torch.Generator)}
+    digests = {name: _digest(x) for name, x in drawn.items() if isinstance(x, torch.Tensor)}
+    given = world.all_gather_object(({name: _described(x) for name, x in drawn.items()}, digests))
+    _refuse_differences([described for described, _ in given])
+    generators = [x for x in drawn.values() if isinstance(x, torch.Generator)]
+    defaults, states = world.broadcast_object((devices.rng_states(), [one.get_state() for one in generators]))
+    devices.set_rng_states(defaults)
+    for generator, state in zip(generators, states, strict=True):
+        generator.set_state(state)
+    differ = {name for _, theirs in given for name in theirs if theirs[name] != given[0][1][name]}
+    values = [
+        world.broadcast(x.to(world.device, copy=True)).to(x.device) if keystr(path) in differ else x
+        for path, x in leaves
+    ]
+    return tree_unflatten(values, spec)
+
+
+def _refuse_differences(given: list[dict[str, str]]) -> None:
+    """Raise a ValueError unless all ranks have the same arguments, each described by its name."""
+    for rank, theirs in enumerate(given):
+        differ = [name for name in sorted(theirs | given[0]) if theirs.get(name) != given[0].get(name)]
+        if differ:
+            told = [f"{name} is {given[0].get(name)} on rank 0, {theirs.get(name)} on rank {rank}" for name in differ]
+            raise ValueError(
+                f"the ranks call the pipeline with different tensors or generators ({'; '.join(told)}): give all ranks"
+                " arguments of the same shapes and types"
+            )
+
+
+def _described(x: torch.Tensor | torch.Generator) -> str:
+    return f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, torch.Tensor) else "a generator"
+
+
+def _digest(x: torch.Tensor) -> bytes:
+    """Tells values of one shape apart."""
+    return hashlib.blake2b(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy(), digest_size=16).digest()
