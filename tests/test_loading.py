@@ -18,7 +18,10 @@ from safetensors.torch import load_file, save_file
 
 import xfuser
 from xfuser import xDiTParallel, xFuserArgs
+from xfuser.core.distributed import get_world_group
+from xfuser.weights.checkpoint import entries_of, node_group, read_shared
 from xfuser.weights.loading import load_pipeline
+from xfuser.weights.placement import join_groups
 from xfuser.weights.skeleton import skeleton
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
@@ -102,6 +105,59 @@ def from_pretrained_matches(path):
 def test_weights_are_those_that_diffusers_loads(pool, tmp_path):
     """Of a class with parts that stay in float32."""
     pool.run(2, from_pretrained_matches, whole.save("wan", tmp_path))
+
+
+def with_ignored(path, degrees):
+    """The weights of a folder's transformer once it is loaded and unwrapped, or why it is refused."""
+    absent = dict.fromkeys(("text_encoder", "tokenizer", "transformer_2"))
+    config, _ = configs(path, **degrees)
+    try:
+        pipe = xfuser.xFuserWanPipeline.from_pretrained(path, config, torch.float32, **absent)
+    except ValueError as error:
+        return str(error)
+    return {name: x.clone() for name, x in pipe.unwrap().transformer.state_dict().items()}
+
+
+def add_to_checkpoint(path, folder, key):
+    copy = shutil.copytree(path, folder)
+    weights = load_file(copy / WEIGHTS)
+    save_file(weights | {key: torch.ones(3)}, copy / WEIGHTS)
+    return str(copy), weights
+
+
+def test_keys_that_a_class_says_to_ignore_are_ignored(pool, tmp_path):
+    """Checkpoints of Wan have norms that the model does not use; other surplus keys are refused."""
+    path = whole.save("wan", tmp_path)
+    copy, weights = add_to_checkpoint(path, tmp_path / "ignored", "blocks.0.attn2.norm_added_q.weight")
+    for degrees in ({"ulysses_degree": 2}, {"pipefusion_parallel_degree": 2}):
+        for loaded in pool.run(2, with_ignored, copy, degrees):
+            assert loaded.keys() == weights.keys() and all(torch.equal(x, weights[name]) for name, x in loaded.items())
+    copy, _ = add_to_checkpoint(path, tmp_path / "surplus", "blocks.0.attn2.norm_other.weight")
+    for told in pool.run(2, with_ignored, copy, {"ulysses_degree": 2}):
+        assert "has no place for 'blocks.0.attn2.norm_other.weight'" in told
+
+
+def read_elsewhere(path):
+    """What a node's ranks read of files, whole and in parts, while the default device is another one."""
+    join_groups(configs(path, pipefusion_parallel_degree=2)[0])
+    rank, world = get_world_group().rank_in_group, get_world_group()
+    held = entries_of(f"{path}/{WEIGHTS}")
+    with torch.device("meta"):
+        node = node_group(world, "gloo")
+        rows = {name: (0, (range(rank, entry.shape[0], 2)[:1],)) for name, entry in held.items()}
+        rows = {name: None if index % 2 else rows[name] for index, name in enumerate(held)}
+        parts = dict(read_shared(held, rows, node, lambda name, x: x))
+        node.destroy()
+    return parts
+
+
+def test_files_are_read_to_the_cpu_whatever_the_default_device_is(pool, folder_of):
+    path = folder_of("sd3")
+    weights = load_file(f"{path}/{WEIGHTS}")
+    for rank, parts in enumerate(pool.run(2, read_elsewhere, path)):
+        for index, (name, x) in enumerate(parts.items()):
+            expected = weights[name] if index % 2 else weights[name][rank : rank + 1]
+            assert x.device.type == "cpu" and torch.equal(x, expected)
 
 
 # What a load costs, each rank in a process of its own

@@ -174,7 +174,8 @@ class _Attention:
             values = _places(self.heads, parts, self.head_dim, layout)[0, -1]
 
             def hook(linear: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
-                numbers = torch.randn(output.shape, generator=torch.Generator().manual_seed(parts)).to(output)
+                seeded = torch.Generator("cpu").manual_seed(parts)
+                numbers = torch.randn(output.shape, generator=seeded, device="cpu").to(output)
                 numbers[..., values] = 0
                 return numbers
 
@@ -218,7 +219,7 @@ def _attention(name: str, module: nn.Module) -> _Attention | None:
 
 def _places(heads: int, parts: int, head_dim: int, layout: str) -> torch.Tensor:
     """Where a linear's outputs are: ``[H, parts, D]`` numbers of rows of its weight."""
-    count = torch.arange(heads * parts * head_dim)
+    count = torch.arange(heads * parts * head_dim, device="cpu")
     if layout == BY_HEAD:
         return count.view(heads, parts, head_dim)
     return count.view(parts, heads, head_dim).transpose(0, 1)

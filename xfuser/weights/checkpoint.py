@@ -3,12 +3,14 @@ keep them."""
 
 import json
 import os
+import re
 import socket
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from xfuser.core.distributed import GroupCoordinator
 
@@ -31,7 +33,7 @@ class Entry(NamedTuple):
 
     def read(self) -> torch.Tensor:
         """The tensor, in memory of its own."""
-        x = torch.empty(self.shape, dtype=self.dtype)
+        x = _blank(self.shape, self.dtype)
         if x.numel():
             with open(self.path, "rb") as file:  # not mapped: pages of a map count as this process's memory
                 file.seek(self.start)
@@ -122,6 +124,18 @@ def check_keys(held: dict[str, Entry], expected: dict[str, torch.Tensor], owner:
             )
 
 
+def without_ignored(
+    held: dict[str, Entry], expected: dict[str, torch.Tensor], cls: type[nn.Module]
+) -> dict[str, Entry]:
+    """A checkpoint without the tensors that are surplus, and that the model's class says to ignore then."""
+    patterns = getattr(cls, "_keys_to_ignore_on_load_unexpected", None) or ()
+    return {
+        name: entry
+        for name, entry in held.items()
+        if name in expected or not any(re.search(pattern, name) for pattern in patterns)
+    }
+
+
 def _named(names: list[str]) -> str:
     return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
@@ -167,7 +181,7 @@ def _handed_out(
     """This rank's part of a tensor that ``reader`` reads; ``parts`` are those of all that keep it."""
     rank, reads = node.rank_in_group, node.rank_in_group == reader
     if len(parts) == node.world_size and not any(parts.values()):
-        return node.broadcast(cast(entry.read() if reads else torch.empty(entry.shape, dtype=entry.dtype)), reader)
+        return node.broadcast(cast(entry.read() if reads else _blank(entry.shape, entry.dtype)), reader)
     if reads:
         x = cast(entry.read())
         others = [(_cut(x, part), one) for one, part in parts.items() if one != reader]
@@ -175,9 +189,14 @@ def _handed_out(
         for work in sends:
             work.wait()
         return _cut(x, parts[rank])
-    x = cast(torch.empty(kept_of(entry.shape, parts[rank]), dtype=entry.dtype))
+    x = cast(_blank(kept_of(entry.shape, parts[rank]), entry.dtype))
     node.irecv(x, reader).wait()
     return x
+
+
+def _blank(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor to receive into, on the CPU whatever the program's default device is."""
+    return torch.empty(shape, dtype=dtype, device="cpu")
 
 
 def kept_of(shape: torch.Size, part: Part) -> torch.Size:

@@ -18,7 +18,17 @@ from xfuser.methods import tensor
 from xfuser.methods.pipefusion.blocks import divide, set_tensor
 from xfuser.models.plan import ModelPlan
 from xfuser.models.registry import is_known, plan_of
-from xfuser.weights.checkpoint import Entry, Part, backend_for, check_keys, checkpoint, kept_of, node_group, read_shared
+from xfuser.weights.checkpoint import (
+    Entry,
+    Part,
+    backend_for,
+    check_keys,
+    checkpoint,
+    kept_of,
+    node_group,
+    read_shared,
+    without_ignored,
+)
 from xfuser.weights.fsdp import blocks_in_shares, free_weights, shares_of
 from xfuser.weights.placement import pipeline_split
 from xfuser.weights.text_encoders import PREFIX
@@ -83,8 +93,9 @@ def load_transformers(
         if entries and not config.get("quantization_config"):
             models[name] = skeleton(lambda cls=cls, config=config: cls.from_config(config), dtype_of(name))
             models[name].register_to_config(_name_or_path=part)
-            check_keys(entries, models[name].state_dict(), kind)
-            held[name] = entries
+            expected = models[name].state_dict()
+            held[name] = without_ignored(entries, expected, cls)
+            check_keys(held[name], expected, kind)
     for name, model in models.items():
         for key, weight in model.named_parameters():
             weight.data = weight.data.to(_dtype(model, key, dtype_of(name)))

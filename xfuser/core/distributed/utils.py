@@ -60,7 +60,8 @@ class RankGenerator:
             raise ValueError(f"fs={fs} must divide the number of ranks, {self.world_size} of {degrees}")
         self._fs = fs
         outermost_first = [degrees[token] for token in reversed(self.order)]
-        self._grid = torch.arange(rank_offset, rank_offset + self.world_size).reshape(outermost_first)
+        ranks = torch.arange(rank_offset, rank_offset + self.world_size, device="cpu")
+        self._grid = ranks.reshape(outermost_first)
 
     def get_ranks(self, token: str) -> list[list[int]]:
         """The groups of ``token``, each a list of global ranks, in rank order."""
