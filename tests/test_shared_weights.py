@@ -5,6 +5,7 @@ import pytest
 import running
 import tiny
 import torch
+from diffusers import DiffusionPipeline
 from torch import nn
 
 from xfuser import xDiTParallel, xFuserArgs
@@ -95,6 +96,25 @@ def test_a_transformer_in_shares(pool, folder_of, family, ranks, degrees, loads)
     for picture, share, whole_again, change in told:
         assert running.error(picture, running.bare(path, call)) <= running.TOLERANCE and whole_again
         assert share < 1 and change <= running.TOLERANCE
+
+
+def after_a_bare_call(path, call):
+    """A picture of shares that are made of a model that was called before, which leaves registries of hooks on it."""
+    pipe = DiffusionPipeline.from_pretrained(path)
+    pipe.set_progress_bar_config(disable=True)
+    expected = running.array(pipe(**call, generator=running.seeded()))
+    assert hasattr(pipe.transformer, "_diffusers_hook")
+    parallel = running.wrap(pipe, {"ulysses_degree": 2, "fully_shard_degree": 2})
+    picture = running.array(parallel(**call, generator=running.seeded()))
+    parallel.unwrap()
+    return running.error(picture, expected), running.error(
+        running.array(pipe(**call, generator=running.seeded())), expected
+    )
+
+
+def test_shares_of_a_model_that_was_called_before(pool, folder_of):
+    for errors in pool.run(2, after_a_bare_call, folder_of("flux"), tiny.call_of("flux")):
+        assert max(errors) <= running.TOLERANCE
 
 
 def wrapped_one_after_the_other(path, call):

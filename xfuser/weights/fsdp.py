@@ -69,7 +69,8 @@ class Shares:
         group: GroupCoordinator,
         lent: tuple[str, ...] = (),
     ) -> None:
-        if any(hasattr(part, "_diffusers_hook") for part in module.modules()):
+        registries = (getattr(part, "_diffusers_hook", None) for part in module.modules())
+        if any(registry is not None and registry.hooks for registry in registries):  # a call leaves empty ones behind
             raise ValueError(
                 f"{type(module).__name__} has hooks of Diffusers, such as group offloading's, which cannot be copied:"
                 " wrap the pipeline first, then call what adds them"
