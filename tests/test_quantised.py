@@ -1,9 +1,14 @@
 """Quantised transformers run under the methods that leave weights as they are."""
 
+import json
+import shutil
+
 import diffusers
+import pytest
 import running
 import tiny
 import torch
+import torchao
 from diffusers import DiffusionPipeline
 
 from xfuser import xDiTParallel, xFuserArgs
@@ -35,3 +40,37 @@ def test_quantised_transformers(pool, folder_of):
     for method in ("tensor_parallel_degree", "pipefusion_parallel_degree"):
         for told in pool.run(2, draw, path, {method: 2}, call):
             assert "is quantised" in told
+
+
+def in_code(path, degrees, call):
+    """As :func:`draw`, of a transformer that torchao quantised once it was loaded."""
+    pipe = DiffusionPipeline.from_pretrained(path)
+    pipe.set_progress_bar_config(disable=True)
+    torchao.quantize_(pipe.transformer, torchao.quantization.Int8WeightOnlyConfig())
+    try:
+        return running.array(running.wrap(pipe, degrees)(**call, generator=running.seeded()))
+    except ValueError as error:
+        return str(error)
+
+
+def test_transformers_that_are_quantised_in_code(pool, folder_of):
+    """Nothing of Diffusers tells of it: the weights themselves do."""
+    path, call = folder_of("sd3"), tiny.call_of("sd3", 2)
+    (bare,) = pool.run(1, in_code, path, None, call)
+    assert running.error(bare, running.bare(path, call)) > 1e-4
+    for picture in pool.run(2, in_code, path, {"ulysses_degree": 2}, call):
+        assert running.error(picture, bare) <= running.TOLERANCE
+    divided = ("tensor_parallel_degree", "pipefusion_parallel_degree")
+    for degrees in [{method: 2} for method in divided] + [{"ulysses_degree": 2, "fully_shard_degree": 2}]:
+        for told in pool.run(2, in_code, path, degrees, call):
+            assert "SD3Transformer2DModel is quantised (Int8Tensor)" in told and "use Ulysses" in told
+
+
+@pytest.mark.parametrize("degrees", [{"tensor_parallel_degree": 2}, {"ulysses_degree": 2, "fully_shard_degree": 2}])
+def test_quantised_folders_are_refused_before_groups(folder_of, tmp_path, degrees):
+    path = shutil.copytree(folder_of("sd3"), tmp_path / "quantised")
+    file = path / "transformer/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": {"quant_method": "torchao"}}))
+    with pytest.raises(ValueError, match=r"SD3Transformer2DModel is quantised \(torchao\)"):
+        xFuserArgs(model=str(path), **degrees).checked(2)
+    xFuserArgs(model=str(path), ulysses_degree=2).checked(2)

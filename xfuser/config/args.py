@@ -216,7 +216,7 @@ class xFuserArgs:
                 f"warmup_steps={self.warmup_steps} must be from 0 to num_inference_steps={self.num_inference_steps}"
             )
         model = ModelConfig(shipped_folder(self.model) or self.model, self.download_dir, self.trust_remote_code)
-        check_folder(model.model, parallel.sequenced, parallel.pipelined)
+        check_folder(model.model, parallel.sequenced, parallel.pipelined, parallel.divides)
         return EngineConfig(model, self._runtime_config(), parallel), inputs
 
     def _guidance_in_parallel(self) -> bool:

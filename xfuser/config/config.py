@@ -106,6 +106,11 @@ class ParallelConfig:
         return self.ulysses_degree * self.ring_degree > 1
 
     @property
+    def divides(self) -> bool:
+        """Whether a rank keeps a part of the transformer's weights."""
+        return self.pp_degree * self.tp_degree * self.fully_shard_degree > 1
+
+    @property
     def pipelined(self) -> bool:
         """Whether PipeFusion is used, if only as a preview on one rank."""
         return self.pp_degree > 1 or self.num_pipeline_patch > 1

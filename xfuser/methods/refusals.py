@@ -7,9 +7,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed.tensor import DTensor
 
 from xfuser.call import CallState, Forward
 from xfuser.core.hooks import Arguments
+from xfuser.models.registry import UNCUT
 
 
 class Refusals:
@@ -59,11 +62,15 @@ def refuse_offloaded(modules: Iterable[nn.Module], advice: str) -> None:
 def refuse_quantised(modules: Iterable[nn.Module]) -> None:
     """Raise a ValueError for a module whose weights are packed by a quantiser, which nothing else can cut."""
     for module in modules:
-        if getattr(module, "hf_quantizer", None) is not None:
-            raise ValueError(
-                f"{type(module).__name__} is quantised, and its weights cannot be divided over ranks: use Ulysses,"
-                " ring, CFG or data parallelism"
-            )
+        packed = (type(weight) for weight in module.parameters() if _is_packed(weight))
+        kind = next(packed, None) or (getattr(module, "hf_quantizer", None) and type(module.hf_quantizer))
+        if kind:
+            raise ValueError(f"{type(module).__name__} is quantised ({kind.__name__}), and {UNCUT}")
+
+
+def _is_packed(weight: nn.Parameter) -> bool:
+    """Whether a parameter is of a class that a quantiser made for it: torch's own have plain numbers."""
+    return type(weight) is not nn.Parameter and not isinstance(weight, DTensor | FakeTensor)
 
 
 def _lacks_weights(module: nn.Module) -> bool:

@@ -75,6 +75,8 @@ PLANS: dict[str, ModelPlan] = {
 # Settings with which a class's context-parallel plan of Diffusers gives a wrong picture.
 MISLEADING = ("is_amplify_history",)  # Helios scales keys by the number of tokens, and counts a rank's own
 
+UNCUT = "its weights cannot be divided over ranks: use Ulysses, ring, CFG or data parallelism"  # of quantised ones
+
 _REGISTERED: dict[type, ModelPlan] = {}
 _OWN = "_parallel_plan"  # attribute of a module that has a plan of its own
 
@@ -150,9 +152,9 @@ def check_methods(cls: str, plan: ModelPlan, sequence: bool, pipelined: bool) ->
             raise ValueError(f"{method} does not serve {cls}: {reason}. Use {', '.join(served[:-1])} or {served[-1]}")
 
 
-def check_folder(path: str, sequence: bool = False, pipelined: bool = False) -> None:
+def check_folder(path: str, sequence: bool = False, pipelined: bool = False, divides: bool = False) -> None:
     """Raise a ValueError, without loading weights, for a folder that is no pipeline, has no known transformer, or one
-    that a method does not serve.
+    that a method does not serve. ``divides`` are methods that divide weights, which quantised ones are not.
 
     Names on the hub pass; they are checked once they are loaded.
     """
@@ -164,13 +166,25 @@ def check_folder(path: str, sequence: bool = False, pipelined: bool = False) -> 
     if not os.path.isfile(index):
         raise ValueError(f"model={path!r} is no Diffusers pipeline: it has no model_index.json")
     with open(index, encoding="utf-8") as file:
-        parts = json.load(file).values()
-    names = [part[1] for part in parts if isinstance(part, list) and len(part) == 2 and part[1]]
-    for name in names:
+        parts = json.load(file).items()
+    classes = {name: part[1] for name, part in parts if isinstance(part, list) and len(part) == 2 and part[1]}
+    names = list(classes.values())
+    for component, name in classes.items():
         if name in PLANS:
             check_methods(name, PLANS[name], sequence, pipelined)
+            if divides:
+                _check_unquantised(os.path.join(path, component, "config.json"), name)
     if not any(name in PLANS for name in names):
         _check_classes(path, names)
+
+
+def _check_unquantised(config: str, cls: str) -> None:
+    if not os.path.isfile(config):
+        return
+    with open(config, encoding="utf-8") as file:
+        method = (json.load(file).get("quantization_config") or {}).get("quant_method")
+    if method:
+        raise ValueError(f"{config}: {cls} is quantised ({method}), and {UNCUT}")
 
 
 def _check_classes(path: str, names: list[str]) -> None:

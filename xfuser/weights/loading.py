@@ -71,7 +71,7 @@ def load_pipeline(
 
 def _parts(engine_config: EngineConfig, pipeline_class: Any, options: dict[str, Any]) -> dict[str, Any]:
     folder = _fetched(engine_config.model_config.model, pipeline_class, options)
-    check_folder(folder)
+    check_folder(folder, divides=engine_config.parallel_config.divides)
     check_files(folder, options.get("variant"))
     asked = options[DTYPE_ARGUMENT]
 

@@ -109,8 +109,7 @@ class Placement:
     def _rearranged(self) -> list[nn.Module]:
         """The components whose weights get other places."""
         parallel = self._engine.parallel_config
-        divides = parallel.pp_degree * parallel.tp_degree * parallel.fully_shard_degree > 1
-        transformers = [model for model, _ in planned_models(self._pipe).values()] if divides else []
+        transformers = [model for model, _ in planned_models(self._pipe).values()] if parallel.divides else []
         moves = self._engine.runtime_config.text_encoder != "replicate" or parallel.tensor_parallel_text_encoder
         return [*transformers, *(text_encoders(self._pipe).values() if moves else ())]
 
