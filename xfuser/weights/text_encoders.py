@@ -100,7 +100,7 @@ class TextEncoders:
 
     def _from_first(self, x: torch.Tensor | None, shape: tuple[torch.Size, torch.dtype]) -> torch.Tensor:
         if not self._group.is_first_rank:
-            x = torch.empty(*shape[:1], dtype=shape[1])
+            x = torch.empty(*shape[:1], dtype=shape[1], device=self._group.device)
         return self._group.broadcast(x.to(self._group.device))
 
     def _offload(self, _: str, encoder: nn.Module) -> None:
