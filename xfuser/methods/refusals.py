@@ -1,9 +1,9 @@
 """What no method can compute exactly is refused."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 
 from xfuser.call import CallState, Forward
+from xfuser.core.distributed import GroupCoordinator
 from xfuser.core.hooks import Arguments
 from xfuser.models.registry import UNCUT
 
@@ -71,6 +72,25 @@ def refuse_quantised(modules: Iterable[nn.Module]) -> None:
 def _is_packed(weight: nn.Parameter) -> bool:
     """Whether a parameter is of a class that a quantiser made for it: torch's own have plain numbers."""
     return type(weight) is not nn.Parameter and not isinstance(weight, DTensor | FakeTensor)
+
+
+def refuse_changed(changes: list[str], group: GroupCoordinator) -> None:
+    """Raise a ValueError on all ranks of a group if one has a model whose modules are not those that were divided."""
+    if found := [change for of_rank in group.all_gather_object(changes) for change in of_rank]:
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        raise ValueError(
+            f"{found[0]}{more} since the pipeline was wrapped, and its weights cannot be given back: undo that by"
+            " unload_lora_weights(), unfuse_qkv_projections() or what else did it, then call unwrap() again"
+        )
+
+
+def refusal(message: str) -> Callable[..., NoReturn]:
+    """What stands in the place of a method that is refused: raises a ValueError with this message."""
+
+    def refuse(*args: Any, **kwargs: Any) -> NoReturn:
+        raise ValueError(message)
+
+    return refuse
 
 
 def _lacks_weights(module: nn.Module) -> bool:

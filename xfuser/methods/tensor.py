@@ -9,10 +9,11 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from xfuser.core.distributed import GroupCoordinator
-from xfuser.core.hooks import Arguments, edited_arguments
+from xfuser.core.hooks import Arguments, edited_arguments, replaced
 from xfuser.core.tensor_parallel.division import Division, Section, cut
 from xfuser.core.tensor_parallel.layers import Divided
 from xfuser.core.tensor_parallel.structure import describe
+from xfuser.methods.refusals import refusal
 from xfuser.models.plan import ModelPlan
 
 
@@ -32,7 +33,8 @@ def divide(model: nn.Module, plan: ModelPlan | None, group: GroupCoordinator, sc
     says of which ranges of the whole.
     """
     division = division_of(model, plan, group.world_size, scheme)
-    model.__dict__[_APPLIED] = _Applied(division, division.numbers_of(model), scheme)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    model.__dict__[_APPLIED] = _Applied(division, modules, division.numbers_of(model), scheme)
     division.apply(model, group)
     return division
 
@@ -58,11 +60,16 @@ class _Applied(NamedTuple):
     """What it takes to make a divided model whole."""
 
     division: Division
+    modules: dict[str, nn.Module]
     numbers: dict[str, dict[str, Any]]
     scheme: str | None
 
 
 _APPLIED = "_xfuser_division"
+
+# Methods of Diffusers' pipelines and models, and of Transformers' models, that put adapters on layers, or add them to
+# weights, as if those were whole. Adapters that are there before are divided as all layers are.
+ADAPTING = ("load_lora_weights", "load_lora_adapter", "load_adapter", "add_adapter", "fuse_lora", "unfuse_lora")
 
 
 class TensorParallel:
@@ -70,10 +77,15 @@ class TensorParallel:
 
     Args:
         models: with their plans; None for those that have none, such as text encoders.
+        pipe: the pipeline that they are of, which loads adapters into them.
     """
 
     def __init__(
-        self, models: list[tuple[nn.Module, ModelPlan | None]], group: GroupCoordinator, scheme: str | None = None
+        self,
+        models: list[tuple[nn.Module, ModelPlan | None]],
+        group: GroupCoordinator,
+        scheme: str | None = None,
+        pipe: Any = None,
     ) -> None:
         self._group = group
         self._hooks = ExitStack()
@@ -84,12 +96,31 @@ class TensorParallel:
             applied = model.__dict__.pop(_APPLIED)
             self._divided.append((model, applied))
             self._hook_tables(model, plan, applied.division)
+        for owner in (pipe, *(model for model, _ in models)):
+            for name in ADAPTING:
+                if hasattr(owner, name):
+                    message = (
+                        f"{name}: {type(owner).__name__} is divided by tensor parallelism, and adapters (LoRA) cannot"
+                        " be loaded or fused then: call load_lora_weights() and fuse_lora() before the wrap, or call"
+                        " unwrap(), do it, and wrap the pipeline again"
+                    )
+                    self._hooks.enter_context(replaced(owner, name, refusal(message)))
+
+    def changes(self) -> list[str]:
+        """What modules with weights have come since, of which it is not known how to make them whole."""
+        known = {module for _, applied in self._divided for module in applied.modules.values()}
+        return [
+            f"{type(model).__name__} has got {name!r}"
+            for model, _ in self._divided
+            for name, module in model.named_modules()
+            if module not in known and list(module.parameters(recurse=False))
+        ]
 
     def restore(self) -> None:
         """Give every rank the whole weights again; all ranks of the group must call it, and have the memory."""
         self._hooks.close()
-        for model, applied in self._divided:
-            applied.division.restore(model, self._group, applied.numbers)
+        for _, applied in self._divided:
+            applied.division.restore(applied.modules, self._group, applied.numbers)
         self._divided = []
 
     def _hook_tables(self, model: nn.Module, plan: ModelPlan | None, division: Division) -> None:

@@ -11,10 +11,12 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from xfuser.core.distributed import GroupCoordinator
+from xfuser.methods.refusals import refusal
 from xfuser.models.plan import ModelPlan, blocks_of
 
 Shape = tuple[torch.Size, torch.dtype]
 
+FUSING = ("fuse_qkv_projections", "fuse_lora", "unfuse_lora")  # methods that make whole weights of weights
 _SHARES = "_xfuser_shares"  # where a copy keeps what it is a copy of
 
 
@@ -88,6 +90,14 @@ class Shares:
             fully_shard(unit, mesh=mesh, reshard_after_forward=True, ignored_params=ignored)
         fully_shard(self.copy, mesh=mesh, ignored_params=ignored)  # has no weights: the units share its streams
         self.copy.__dict__[_SHARES] = self
+        for name in FUSING:
+            if hasattr(module, name):
+                self.copy.__dict__[name] = refusal(
+                    f"{name}: the weights of {type(module).__name__} are in shares (fully_shard_degree), and cannot be"
+                    " fused then: call it before the wrap of a pipeline that was loaded whole, or call unwrap(), do it,"
+                    " and wrap the pipeline again"
+                )
+        self._shapes = self._shapes_now()
 
     @property
     def degree(self) -> int:
@@ -126,6 +136,17 @@ class Shares:
             for other, weight in module._parameters.items():
                 if weight is old:
                     module._parameters[other] = new
+
+    def _shapes_now(self) -> dict[str, torch.Size]:
+        return {name: weight.shape for name, weight in self.copy.named_parameters()}
+
+    def changes(self) -> list[str]:
+        """In what the copy's parameters are others than those of the module, which cannot take them then."""
+        now, owner = self._shapes_now(), type(self.module).__name__
+        told = [f"{owner} has got {name!r}" for name in now if name not in self._shapes]
+        told += [f"{owner} has lost {name!r}" for name in self._shapes if name not in now]
+        both = [name for name in now if name in self._shapes]
+        return told + [f"{owner} has got another shape of {name!r}" for name in both if now[name] != self._shapes[name]]
 
     @torch.no_grad()
     def restore(self) -> nn.Module:

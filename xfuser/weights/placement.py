@@ -23,7 +23,7 @@ from xfuser.core.distributed import (
 from xfuser.core.hooks import replaced
 from xfuser.methods.pipefusion.blocks import divided, stage_layers
 from xfuser.methods.pipefusion.pipefusion import PipeFusion
-from xfuser.methods.refusals import refuse_offloaded, refuse_quantised
+from xfuser.methods.refusals import refuse_changed, refuse_offloaded, refuse_quantised
 from xfuser.methods.tensor import TensorParallel, division_of, refuse_divided
 from xfuser.models.plan import ModelPlan, attentions_of
 from xfuser.models.registry import check_methods, planned_models
@@ -62,7 +62,7 @@ class Placement:
             self.pipefusion = PipeFusion(pipe, get_pp_group(), layers)
         self._tensor: TensorParallel | None = None
         if parallel.tp_degree > 1:  # behind PipeFusion, which leaves the blocks of other stages out
-            self._tensor = TensorParallel(_tensor_models(pipe, parallel), get_tp_group(), parallel.tensor_scheme)
+            self._tensor = TensorParallel(_tensor_models(pipe, parallel), get_tp_group(), parallel.tensor_scheme, pipe)
         if self.pipefusion:
             self.pipefusion.remember()
         self._world = get_world_group()
@@ -79,6 +79,10 @@ class Placement:
         refuse_offloaded(self._rearranged(), "call remove_all_hooks() before unwrap()")
         if self.pipefusion:
             self._refuse_changed()
+        divided = [*([self._tensor] if self._tensor else []), *self._shares.values()]
+        divided += [self._encoders] if self._engine.runtime_config.text_encoder == "shard" else []
+        if divided:
+            refuse_changed([change for one in divided for change in one.changes()], get_world_group())
         if self._tensor:
             self._tensor.restore()
         if self.pipefusion:

@@ -38,6 +38,7 @@ class TextEncoders:
     def __init__(self, pipe: Any, mode: str, group: GroupCoordinator) -> None:
         self._pipe, self._group = pipe, group
         self._stack = ExitStack()
+        self._shares: list[Shares] = []
         encoders = text_encoders(pipe)
         if mode != "replicate" and not encoders:
             raise ValueError(f"text_encoder={mode!r}: {type(pipe).__name__} has no text encoder; leave it away")
@@ -52,12 +53,17 @@ class TextEncoders:
         for name, encoder in encoders.items():
             place(name, encoder)
 
+    def changes(self) -> list[str]:
+        """In what encoders that are in shares are not those that they were made of."""
+        return [change for shares in self._shares for change in shares.changes()]
+
     def restore(self) -> None:
         """Give every rank all weights again; all ranks must call it, and have the memory."""
         self._stack.close()
 
     def _shard(self, name: str, encoder: nn.Module) -> None:
         shares = Shares(encoder, outermost_lists, self._group.broadcast_object(shapes_of(encoder)), self._group)
+        self._shares.append(shares)
         given = list(encoder.parameters()) if self._group.is_first_rank else []
         rows, shapes = shares.rows(), list(shares.copy.named_parameters())
         for index, (key, weight) in enumerate(shapes):

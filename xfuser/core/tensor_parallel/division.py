@@ -108,26 +108,34 @@ class Division:
         Parameters on the meta device become smaller ones there, to be filled with what :meth:`kept` says.
         """
         rank = group.rank_in_group
-        self._renew(model, lambda x, cut: cut.part(x, rank).clone())
+        modules = dict(model.named_modules(remove_duplicate=False))
+        self._renew(modules, lambda x, cut: cut.part(x, rank).clone())
         for name, (kind, cut) in self.completions.items():
-            completed(model.get_submodule(name), kind, cut, group)
+            completed(modules[name], kind, cut, group)
         for name, values in self.numbers.items():
             for key, of_ranks in values.items():
-                setattr(model.get_submodule(name), key, of_ranks[rank])
+                setattr(modules[name], key, of_ranks[rank])
 
-    def restore(self, model: nn.Module, group: GroupCoordinator, numbers: dict[str, dict[str, Any]]) -> None:
-        """Undo :meth:`apply`: all ranks gather the parameters. ``numbers`` are the attributes of before."""
+    def restore(
+        self, modules: dict[str, nn.Module], group: GroupCoordinator, numbers: dict[str, dict[str, Any]]
+    ) -> None:
+        """Undo :meth:`apply`: all ranks gather the parameters.
+
+        Args:
+            modules: those that were divided, by the names that they had then.
+            numbers: the attributes of before.
+        """
 
         def gathered(x: torch.Tensor, cut: Cut) -> torch.Tensor:
             parts = group.all_gather(x.to(group.device), cut.dim, separate_tensors=True, sizes=cut.sizes)
             return cut.whole(parts).to(x.device)
 
-        self._renew(model, gathered)
+        self._renew(modules, gathered)
         for name in self.completions:
-            model.get_submodule(name).undivided()
+            modules[name].undivided()
         for name, values in numbers.items():
             for key, value in values.items():
-                setattr(model.get_submodule(name), key, value)
+                setattr(modules[name], key, value)
 
     def numbers_of(self, model: nn.Module) -> dict[str, dict[str, Any]]:
         """The attributes that :meth:`apply` changes, as they are now."""
@@ -137,12 +145,12 @@ class Division:
         }
 
     @torch.no_grad()
-    def _renew(self, model: nn.Module, change: Callable[[torch.Tensor, Cut], torch.Tensor]) -> None:
+    def _renew(self, modules: dict[str, nn.Module], change: Callable[[torch.Tensor, Cut], torch.Tensor]) -> None:
         """Replace the parameters that are cut; one that several modules share stays shared."""
         renewed: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
         for name, cut in self.cuts.items():
             owner, _, key = name.rpartition(".")
-            module = model.get_submodule(owner)
+            module = modules[owner]
             old = module._parameters[key]
             if id(old) not in renewed:
                 renewed[id(old)] = old, nn.Parameter(change(old.detach(), cut), requires_grad=old.requires_grad)
