@@ -22,6 +22,7 @@ from xfuser.core.distributed.utils import share, split_sizes
 from xfuser.core.hooks import Binder, replaced
 from xfuser.core.logger import quiet_libraries
 from xfuser.methods.cfg import GuidanceParallel
+from xfuser.methods.compiled import uncompiled
 from xfuser.methods.context import ContextParallel
 from xfuser.methods.data import DataParallel, split_decode
 from xfuser.methods.distrifusion import DistriFusion
@@ -37,6 +38,7 @@ from xfuser.pipeline_io.arguments import pipeline_arguments
 from xfuser.pipeline_io.media import media_of, write_media
 from xfuser.vae.engines import parallel_vae
 from xfuser.weights.placement import Placement
+from xfuser.weights.text_encoders import text_encoders
 
 
 class Method(Protocol):
@@ -74,7 +76,10 @@ class xDiTParallel:
         own["engine_config"] = engine_config
         own["input_config"] = input_config or InputConfig()
         own["_output"] = None
-        self._place()
+        with ExitStack() as stack:
+            stack.enter_context(uncompiled(pipe, self._taking_part()))
+            self._place()
+            own["_compiled"] = stack.pop_all()
         own["_sp"] = get_sp_group()
 
     def _place(self) -> None:
@@ -117,6 +122,7 @@ class xDiTParallel:
             if get_world_group().world_size > 1:
                 stack.enter_context(quiet_libraries())
                 stack.enter_context(_quiet_progress(self._pipe))
+            stack.enter_context(uncompiled(self._pipe, self._taking_part()))
             for context in self._vae_contexts():
                 stack.enter_context(context)
             for method in self._methods():
@@ -181,6 +187,7 @@ class xDiTParallel:
         """
         pipe = self._pipe
         self._placement.restore()
+        self._compiled.close()
         self.__dict__["_pipe"] = None
         return pipe
 
@@ -244,6 +251,15 @@ class xDiTParallel:
             vae, get_replica_group().device_group, runtime.vae_engine, runtime.vae_split, runtime.vae_chunk_rows
         )
         return [split_decode(vae, get_dp_group()), rows] if get_dp_group().world_size > 1 else [rows]
+
+    def _taking_part(self) -> list[str]:
+        """The components whose forward or weights are shared."""
+        parallel, runtime = self.engine_config.parallel_config, self.engine_config.runtime_config
+        moves = runtime.text_encoder != "replicate" or parallel.tensor_parallel_text_encoder
+        encoders = list(text_encoders(self._pipe)) if moves else []
+        models = list(planned_models(self._pipe))
+        engaged = self.engine_config.world_size > 1 or parallel.pipelined or self._backend not in ("auto", "sdpa")
+        return models + encoders if engaged else encoders
 
     def _check_usable(self) -> None:
         if self._pipe is None:

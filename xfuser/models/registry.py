@@ -88,7 +88,14 @@ def register_plan(cls: type, plan: ModelPlan) -> None:
 
 def set_plan(module: nn.Module, plan: ModelPlan) -> None:
     """Let ``plan`` serve this one module, in place of a plan of its class."""
-    vars(module)[_OWN] = plan
+    vars(original_of(module))[_OWN] = plan
+
+
+def original_of(module: nn.Module) -> nn.Module:
+    """The module that ``torch.compile(module)`` was called with; other modules as they are."""
+    while "_orig_mod" in module._modules:
+        module = module._modules["_orig_mod"]
+    return module
 
 
 def plan_of(module: nn.Module) -> ModelPlan | None:
@@ -96,6 +103,7 @@ def plan_of(module: nn.Module) -> ModelPlan | None:
 
     A transformer without one, whose class has a context-parallel plan of Diffusers, gets a plan that goes by that.
     """
+    module = original_of(module)  # what stands for it passes attributes on, and is of another class
     plans = (_REGISTERED.get(cls) or PLANS.get(cls.__name__) for cls in type(module).__mro__)
     own = vars(module).get(_OWN) or next(filter(None, plans), None)
     context, config = getattr(module, "_cp_plan", None), getattr(module, "config", {})
@@ -122,14 +130,14 @@ def _by_context(module: nn.Module, context: dict[str, Any]) -> ModelPlan:
 
 
 def planned_models(pipe) -> dict[str, tuple[nn.Module, ModelPlan]]:
-    """The pipeline's denoisers by component name, with their plans.
+    """The pipeline's denoisers by component name, with their plans; of compiled ones, the original.
 
     Raises:
         ValueError: the pipeline has none that is known.
     """
     if not hasattr(pipe, "components"):
         raise ValueError(f"{type(pipe).__name__} is no Diffusers pipeline")
-    modules = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+    modules = {name: original_of(part) for name, part in pipe.components.items() if isinstance(part, nn.Module)}
     found = {name: (part, plan) for name, part in modules.items() if (plan := plan_of(part))}
     if found:
         return found
