@@ -16,7 +16,7 @@ setup(
     packages=find_packages(include=["xfuser", "xfuser.*"]),
     package_data={"xfuser": ["py.typed", "assets/**/*"]},
     install_requires=[
-        "torch",
+        "torch>=2.7",  # fully_shard(ignored_params=...)
         "diffusers>=0.36",
         "transformers>=4.57",
         "accelerate",

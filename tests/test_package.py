@@ -2,11 +2,13 @@
 
 import ast
 import importlib
+import inspect
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from torch.distributed.fsdp import fully_shard
 
 import xfuser
 from xfuser.models.registry import PLANS
@@ -46,6 +48,13 @@ def test_public_names_are_there():
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = xfuser.nothing
     assert importlib.import_module("xfuser.parallel").xDiTParallel is xfuser.xDiTParallel
+
+
+def test_the_torch_that_is_required_has_what_is_called():
+    """2.7 is the first with ``fully_shard(ignored_params=...)``."""
+    assert "ignored_params" in inspect.signature(fully_shard).parameters
+    required = next(line for line in (ROOT / "setup.py").read_text().splitlines() if '"torch' in line)
+    assert '"torch>=2.7"' in required
 
 
 def test_import_is_light():
