@@ -8,8 +8,8 @@ import pytest
 import running
 import tiny
 import torch
-import torchao
 from diffusers import DiffusionPipeline
+from optimum.quanto import freeze, qint8, quantize
 
 from xfuser import xDiTParallel, xFuserArgs
 from xfuser.weights.loading import load_pipeline
@@ -43,10 +43,11 @@ def test_quantised_transformers(pool, folder_of):
 
 
 def in_code(path, degrees, call):
-    """As :func:`draw`, of a transformer that torchao quantised once it was loaded."""
+    """As :func:`draw`, of a transformer that was quantised once it was loaded."""
     pipe = DiffusionPipeline.from_pretrained(path)
     pipe.set_progress_bar_config(disable=True)
-    torchao.quantize_(pipe.transformer, torchao.quantization.Int8WeightOnlyConfig())
+    quantize(pipe.transformer, weights=qint8)
+    freeze(pipe.transformer)
     try:
         return running.array(running.wrap(pipe, degrees)(**call, generator=running.seeded()))
     except ValueError as error:
@@ -63,7 +64,7 @@ def test_transformers_that_are_quantised_in_code(pool, folder_of):
     divided = ("tensor_parallel_degree", "pipefusion_parallel_degree")
     for degrees in [{method: 2} for method in divided] + [{"ulysses_degree": 2, "fully_shard_degree": 2}]:
         for told in pool.run(2, in_code, path, degrees, call):
-            assert "SD3Transformer2DModel is quantised (Int8Tensor)" in told and "use Ulysses" in told
+            assert "SD3Transformer2DModel is quantised (WeightQBytesTensor)" in told and "use Ulysses" in told
 
 
 @pytest.mark.parametrize("degrees", [{"tensor_parallel_degree": 2}, {"ulysses_degree": 2, "fully_shard_degree": 2}])
