@@ -19,6 +19,8 @@ def timeline(waits: Waiting) -> Iterator[list[Span]]:
     layer = SequenceParallel._layer
 
     def spanned(method: SequenceParallel, forward: Any, arguments: Any) -> Any:
+        if method._pipefusion is None:
+            return layer(method, forward, arguments)
         start, before = time.perf_counter(), len(waits.waits)
         output = layer(method, forward, arguments)
         stage, call = method._pipefusion.stage.number, method._call
