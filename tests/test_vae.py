@@ -194,7 +194,7 @@ DRAWS = {
     "normal_": lambda x: torch.empty_like(x).normal_(),
     "uniform": lambda x: torch.empty_like(x).uniform_(),
     "bernoulli": lambda x: torch.bernoulli(torch.full_like(x, 0.5)),
-    "dropout": lambda x: torch.nn.functional.dropout(x, 0.5, training=True),
+    "bernoulli_ of dropout": lambda x: torch.nn.functional.dropout(x, 0.5, training=True),
     "randn of shape": lambda x: torch.randn(2, 77)[:, :1, None, None],
 }
 

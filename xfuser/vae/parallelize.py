@@ -121,7 +121,7 @@ class OnBands(TorchFunctionMode):
             )
         if func is F.interpolate and kwargs.get("mode", "nearest") not in ("nearest", "nearest-exact"):
             raise ValueError(
-                f"{self._bands.owner}: interpolation with mode={kwargs['mode']!r} mixes rows: not known here"
+                f"{self._bands.owner}: interpolation with mode={kwargs['mode']!r} mixes rows, which is not supported"
             )
         if func in PADDING:
             return handler(*args, **kwargs)
@@ -148,7 +148,7 @@ class OnBands(TorchFunctionMode):
             rows = getattr(x, ROWS, None)
             rows = x.dim() + self._bands.dim if rows is None and x.dim() >= 4 and self._bands.holds_map(x) else rows
             if rows is not None:
-                numbers = torch.empty(range(x.dim()), device="meta")  # a dimension's length is its number
+                numbers = torch.empty(list(range(x.dim())), device="meta")  # a dimension's length is its number
                 setattr(result, ROWS, func(numbers, *args[1:], **kwargs).shape.index(rows))
             return
         moved = next((x for x in inputs if hasattr(x, ROWS)), None)
