@@ -36,7 +36,7 @@ def unknown_pipeline():
     [
         (unet_pipeline, "no plan for UNet2DModel. Known classes: Alleg"),
         (unknown_pipeline, "PixArtSigmaPipeline: there is no plan for Linear. Known .*docs/adding_models/README.md"),
-        (object, "object is no Diffusers pipeline"),
+        (object, "object is not a Diffusers pipeline"),
     ],
 )
 def test_pipelines_without_a_plan_are_refused_before_any_group(make, message):

@@ -128,5 +128,5 @@ def test_what_cannot_fit_is_not_loaded(pool, folder_of):
 
 def test_sizes():
     assert [in_bytes(size) for size in ("24GB", "1.5 KiB", "3m")] == [24 * 10**9, 1536, 3 * 10**6]
-    with pytest.raises(ValueError, match="'much' is no size"):
+    with pytest.raises(ValueError, match="'much' is not a size"):
         in_bytes("much")

@@ -70,7 +70,7 @@ class xDiTParallel:
         own = self.__dict__
         own["_pipe"] = pipe
         if engine_config.runtime_config.use_parallel_vae and getattr(pipe, "vae", None) is None:
-            raise ValueError(f"use_parallel_vae: {type(pipe).__name__} has no VAE; leave it away")
+            raise ValueError(f"use_parallel_vae: {type(pipe).__name__} has no VAE; remove it")
         own["_backend"] = engine_config.runtime_config.attention_backend
         check_backend(own["_backend"])
         own["engine_config"] = engine_config
@@ -218,7 +218,7 @@ class xDiTParallel:
         if self._placement.keeps_elsewhere:
             raise ValueError(
                 "enable_sequential_cpu_offload() says where weights are, and so do fully_shard_degree and text_encoder:"
-                " leave one of them away, or call enable_model_cpu_offload()"
+                " remove one of them, or call enable_model_cpu_offload()"
             )
         self._pipe.enable_sequential_cpu_offload(*args, **kwargs)
 

@@ -55,7 +55,7 @@ def _pictures(given: str | list[str]) -> list[str]:
     """The files themselves, or those of a folder, by name."""
     if isinstance(given, str):
         if not os.path.isdir(given):
-            raise ValueError(f"{given!r} is no folder")
+            raise ValueError(f"{given!r} is not a folder")
         paths = [os.path.join(given, name) for name in sorted(os.listdir(given)) if name.lower().endswith(PICTURES)]
     else:
         paths = [path for path in given if path.lower().endswith(PICTURES)]

@@ -30,7 +30,7 @@ def parser() -> FlexibleArgumentParser:
     flags = FlexibleArgumentParser(
         prog="xdit plan",
         description="List the legal combinations of degrees of parallelism with the memory that a rank needs, by the"
-        " pipeline's configuration alone. The other flags are those that the run is to have; degrees are left away,"
+        " pipeline's configuration alone. The other flags are those that the run is to have; degrees are not given,"
         " and --fully_shard_degree above 1 stands for all ranks of a replica.",
         epilog="Example: xdit plan --model black-forest-labs/FLUX.1-dev --world_size 4 --memory 24GB --dtype bf16",
     )

@@ -45,7 +45,7 @@ def USP(
     """
     check_options(dropout_p)
     if attn_layer is not None and get_pp_group().world_size > 1:
-        raise ValueError("attn_layer: under PipeFusion, xDiTParallel keeps keys and values; leave it away")
+        raise ValueError("attn_layer: under PipeFusion, xDiTParallel keeps keys and values; remove it")
     joint = (joint_query, joint_key, joint_value)
     return attention_of_shares(query, key, value, joint, joint_strategy, 1, causal=is_causal)
 

@@ -224,7 +224,7 @@ class xFuserArgs:
         if parallel and not self.do_classifier_free_guidance:
             raise ValueError(
                 "use_cfg_parallel needs classifier-free guidance, which do_classifier_free_guidance=False switches"
-                " off: leave one of them away"
+                " off: remove one of them"
             )
         return parallel
 
@@ -273,14 +273,14 @@ class xFuserArgs:
         others = ("enable_model_cpu_offload", "enable_sequential_cpu_offload", "use_fp8_t5_encoder")
         for name in others if mode in ("shard", "offload") else ():
             if getattr(self, name):
-                raise ValueError(f"text_encoder={mode!r} and {name} both hold text encoders' weights: leave one away")
+                raise ValueError(f"text_encoder={mode!r} and {name} both move text encoders: remove one of them")
 
     def _check_vae(self) -> None:
         check_engine(self.vae_engine, self.vae_split, self._chunk_rows())
         asked = {"vae_engine": "auto", "vae_split": "auto", "vae_chunk_rows": None}
         for name, default in asked.items():
             if getattr(self, name) != default and not self.use_parallel_vae:
-                raise ValueError(f"{name}={getattr(self, name)!r} is of use with use_parallel_vae alone: add that")
+                raise ValueError(f"{name}={getattr(self, name)!r} requires use_parallel_vae: add it")
 
     def _chunk_rows(self) -> int | str | None:
         rows = self.vae_chunk_rows
@@ -292,7 +292,7 @@ class xFuserArgs:
 
     def _refuse_unavailable(self) -> None:
         if self.use_onediff:
-            raise ValueError("use_onediff: OneDiff is no longer maintained, and is not supported; leave it away")
+            raise ValueError("use_onediff: OneDiff is no longer maintained, and is not supported; remove it")
         refused = {
             "use_torch_compile": self.use_torch_compile,
         }
@@ -308,11 +308,11 @@ def in_bytes(size: str) -> int:
     """``"24GB"`` or ``"22.5 GiB"`` as a number of bytes.
 
     Raises:
-        ValueError: it is no size.
+        ValueError: it is not a size.
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT])(i?)B?", size, flags=re.IGNORECASE)
     if not found:
-        raise ValueError(f"memory={size!r} is no size: give a number with a unit, such as 24GB or 22.5GiB")
+        raise ValueError(f"memory={size!r} is not a size: give a number with a unit, such as 24GB or 22.5GiB")
     number, unit, binary = found.groups()
     return int(float(number) * (1024 if binary else 1000) ** (" KMGT".index(unit.upper())))
 

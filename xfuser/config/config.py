@@ -134,7 +134,7 @@ class ParallelConfig:
         self._check_pipeline()
         self._check_patches()
         if self.tensor_parallel_text_encoder and self.tp_degree == 1:
-            raise ValueError("tensor_parallel_text_encoder is of use with tensor_parallel_degree above 1 alone")
+            raise ValueError("tensor_parallel_text_encoder requires tensor_parallel_degree above 1")
         self._check_shards()
 
     def _check_shards(self) -> None:
@@ -163,7 +163,7 @@ class ParallelConfig:
         naive = self.naive_patch_degree > 1
         if self.split_scheme and not naive and self.tp_degree == 1:
             raise ValueError(
-                f"split_scheme={self.split_scheme!r} is of use with tensor_parallel_degree or naive_patch_degree alone"
+                f"split_scheme={self.split_scheme!r} requires tensor_parallel_degree or naive_patch_degree"
             )
         method = "naive_patch_degree" if naive else "tensor_parallel_degree"
         if self.split_scheme not in (None, *SPLIT_SCHEMES[method]):

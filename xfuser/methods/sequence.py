@@ -84,7 +84,7 @@ class SequenceParallel:
         if given and (self._stage or self._group.world_size > 1):
             raise ValueError(
                 f"sequence parallelism and PipeFusion do not serve {given[0]}={arguments[given[0]]!r} of"
-                f" {type(self._model).__name__}, whose blocks then pick tokens by their number: leave it away, or use"
+                f" {type(self._model).__name__}, whose blocks then pick tokens by their number: remove it, or use"
                 " CFG or data parallelism"
             )
         latents = arguments[self._plan.latents]

@@ -56,7 +56,7 @@ class Staleness:
 
     @contextmanager
     def exchange(self, name: str, own: torch.Tensor, sizes: list[int], wait: bool = False) -> Iterator[torch.Tensor]:
-        """Within the context, the rows of all ranks, in rank order: the own ones fresh, those of others as it is due.
+        """Within the context, the rows of all ranks, in rank order: its own fresh, others' as the mode says.
 
         Args:
             name: of what is exchanged, the same on all ranks.

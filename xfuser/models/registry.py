@@ -136,7 +136,7 @@ def planned_models(pipe) -> dict[str, tuple[nn.Module, ModelPlan]]:
         ValueError: the pipeline has none that is known.
     """
     if not hasattr(pipe, "components"):
-        raise ValueError(f"{type(pipe).__name__} is no Diffusers pipeline")
+        raise ValueError(f"{type(pipe).__name__} is not a Diffusers pipeline")
     modules = {name: original_of(part) for name, part in pipe.components.items() if isinstance(part, nn.Module)}
     found = {name: (part, plan) for name, part in modules.items() if (plan := plan_of(part))}
     if found:
@@ -161,8 +161,8 @@ def check_methods(cls: str, plan: ModelPlan, sequence: bool, pipelined: bool) ->
 
 
 def check_folder(path: str, sequence: bool = False, pipelined: bool = False, divides: bool = False) -> None:
-    """Raise a ValueError, without loading weights, for a folder that is no pipeline, has no known transformer, or one
-    that a method does not serve. ``divides`` are methods that divide weights, which quantised ones are not.
+    """Raise a ValueError, without loading weights, for a folder that is not a pipeline, has no known transformer, or
+    one that a method does not serve. ``divides`` are methods that divide weights, which quantised ones are not.
 
     Names on the hub pass; they are checked once they are loaded.
     """
@@ -172,7 +172,7 @@ def check_folder(path: str, sequence: bool = False, pipelined: bool = False, div
         return
     index = os.path.join(path, "model_index.json")
     if not os.path.isfile(index):
-        raise ValueError(f"model={path!r} is no Diffusers pipeline: it has no model_index.json")
+        raise ValueError(f"model={path!r} is not a Diffusers pipeline: it has no model_index.json")
     with open(index, encoding="utf-8") as file:
         parts = json.load(file).items()
     classes = {name: part[1] for name, part in parts if isinstance(part, list) and len(part) == 2 and part[1]}

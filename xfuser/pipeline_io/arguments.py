@@ -22,7 +22,7 @@ def pipeline_arguments(pipe: Any, inputs: InputConfig) -> dict[str, Any]:
     defaults = {spec.name: spec.default for spec in fields(InputConfig)}
     for name, value in asked.items():
         if name not in takes and value is not None and value != defaults.get(name):
-            raise ValueError(f"{type(pipe).__name__} takes no {name} (given: {value!r}); leave it away")
+            raise ValueError(f"{type(pipe).__name__} takes no {name} (given: {value!r}); remove it")
     if "clean_caption" in takes:  # as the pipeline itself decides, without the warning
         arguments["clean_caption"] = is_bs4_available() and is_ftfy_available()
     arguments["generator"] = torch.Generator("cpu").manual_seed(inputs.seed)

@@ -34,7 +34,7 @@ def check_writable(directory: str) -> None:
         with tempfile.TemporaryFile(dir=nearest):
             pass
     except OSError as error:
-        raise ValueError(f"{directory!r} is no folder that can be written to ({error}): name another one") from error
+        raise ValueError(f"{directory!r} is not a folder that can be written to ({error}): name another one") from error
 
 
 def write_media(item: Any, directory: str, name: str) -> str:

@@ -58,7 +58,7 @@ def plan(args: xFuserArgs, world_size: int) -> list[Row]:
 def _row(args: xFuserArgs, degrees: dict[str, int]) -> Row:
     name = in_words(degrees)
     asked = {flag: degrees[method] for method, flag in FLAGS.items()} | {"use_cfg_parallel": degrees["cfg"] == 2}
-    # Where weights are is reckoned; what the call does with them does not depend on it.
+    # Where weights are is computed from sizes; what the call does with them does not depend on it.
     plain = {"text_encoder": "replicate", "fully_shard_degree": 1}
     warmup = args.warmup_steps if degrees["pipefusion"] > 1 else 0
     try:

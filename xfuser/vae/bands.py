@@ -23,7 +23,7 @@ class Bands:
     """
 
     owner = "parallel VAE"  # what a refusal speaks of, and what it advises
-    advice = "Leave use_parallel_vae away for this VAE"
+    advice = "Run this VAE without use_parallel_vae"
 
     def __init__(self, dim: int, sizes: list[int], across: int, group: dist.ProcessGroup) -> None:
         self.dim, self.group, self.rank = dim, group, dist.get_rank(group)
@@ -51,7 +51,7 @@ class Bands:
             else:
                 raise ValueError(
                     f"{self.owner}: {where} was given {height} rows where this rank holds {before}: an operation"
-                    f" ahead of it changed the rows in a way that is not known here. {self.advice}"
+                    f" ahead of it changed the rows in a way that is not supported. {self.advice}"
                 )
         return self._sizes
 

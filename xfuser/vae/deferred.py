@@ -4,7 +4,7 @@ With ``chunk_rows``, convolutions, norms, activations and the like only note wha
 computed straight from the rows of maps that are held, through all operations in between, so that these never exist
 whole. A norm needs its input once more, for its moments: that is the price in time. Held are sums of two maps, which
 are what the blocks of a VAE hand on, and maps that are much smaller than what they are computed from; as the rows of
-a new one come into being, those of the old one go. Operations that are not known here get the whole map.
+a new one come into being, those of the old one go. Operations that are not supported get the whole map.
 """
 
 import weakref

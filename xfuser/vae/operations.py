@@ -36,7 +36,7 @@ def keep_padding(bands: Bands, function: Any, before: list[torch.Tensor], after:
     alike = all(one and vars(one) == vars(paddings[0]) for one in paddings)
     moved = name in MOVES and isinstance(after, torch.Tensor)
     if not moved or not alike or any(after.shape[-2:] != x.shape[-2:] for x in before):
-        raise ValueError(f"{bands.owner}: {name} behind a padding of rows is not known here")
+        raise ValueError(f"{bands.owner}: {name} behind a padding of rows is not supported")
     after._row_padding = paddings[0]
     return after
 
@@ -58,11 +58,13 @@ def pad(
     pad[place] = 0, 0
     before = padding_of(x)
     if top < 0 or bottom < 0 or (before and (top or bottom)):
-        raise ValueError(f"{bands.owner}: rows are padded twice, or cropped (by {top} and {bottom}): not known here")
+        raise ValueError(
+            f"{bands.owner}: padding rows twice, or cropping them (by {top} and {bottom}), is not supported"
+        )
     if before and (before.mode, mode) == ("constant", "constant") and before.value != (value or 0.0) and any(pad):
-        raise ValueError(f"{bands.owner}: padding of two dimensions with different values is not known here")
+        raise ValueError(f"{bands.owner}: padding of two dimensions with different values is not supported")
     if mode == "circular" and (top or bottom):
-        raise ValueError(f"{bands.owner}: padding of rows with mode='circular' is not known here")
+        raise ValueError(f"{bands.owner}: padding of rows with mode='circular' is not supported")
     if mode != "constant":  # takes as many entries as there are spatial dimensions
         pad = (pad + [0] * 6)[: 2 * (x.dim() - 2)]
     if deferral:
@@ -100,7 +102,7 @@ def convolution(
     padding_rows = padding[bands.dim]
     top, bottom = deferred.top + padding_rows, deferred.bottom + padding_rows
     if padding_rows and (deferred.mode != "constant" or deferred.value):
-        raise ValueError(f"{bands.owner}: rows are padded in two ways, by a pad and by a convolution: not known here")
+        raise ValueError(f"{bands.owner}: padding rows by a pad and by a convolution is not supported")
 
     source = deferral.map_of(x, function.__name__) if deferral else None
     sizes = source.sizes if source else bands.sizes(x.shape[bands.dim], function.__name__)
@@ -263,7 +265,7 @@ def pooling(
     kernel, step, padded, dilation = (_each(value, 3 if "3d" in name else 2)[bands.dim] for value in values)
     sizes = bands.sizes(x.shape[bands.dim], name)
     if kernel != step or padded or dilation > 1 or any(size % step for size in sizes):
-        raise ValueError(f"{bands.owner}: {name} of windows that lie on two bands is not known here")
+        raise ValueError(f"{bands.owner}: {name} of windows that lie on two bands is not supported")
     result = function(x, kernel_size, stride, padding, *args, **kwargs)
     bands.now([size // step for size in sizes], result)
     return result
@@ -292,15 +294,15 @@ def attention(
         )
     if tokens == bands.frames or tokens % pixels:
         if query.shape[0] % pixels:
-            raise ValueError(f"{bands.owner}: attention over {tokens} tokens of {pixels} pixels is not known here")
+            raise ValueError(f"{bands.owner}: attention over {tokens} tokens of {pixels} pixels is not supported")
         return SDPA(query, key, value, attn_mask, dropout_p, is_causal, **options)
     if is_causal:
-        raise ValueError(f"{bands.owner}: causal attention over pixels is not known here")
+        raise ValueError(f"{bands.owner}: causal attention over pixels is not supported")
     frames = tokens // pixels
     if attn_mask is not None:
         firsts = torch.arange(frames, device=key.device) * pixels
         if not torch.equal(attn_mask, attn_mask[..., firsts.repeat_interleave(pixels)]):
-            raise ValueError(f"{bands.owner}: an attention mask that tells pixels apart is not known here")
+            raise ValueError(f"{bands.owner}: an attention mask that tells pixels apart is not supported")
         attn_mask = attn_mask[..., torch.cat([firsts.repeat_interleave(size * width) for size in sizes])]
     key, value = gather_together(key, value, key.dim() - 2, [frames * size * width for size in sizes], bands.group)
     return SDPA(query, key, value, attn_mask, dropout_p, **options)

@@ -45,7 +45,7 @@ def entries_of(path: str) -> dict[str, Entry]:
     """What a safetensors file holds, by name; reads its header alone.
 
     Raises:
-        ValueError: it is no such file, or ends before its tensors do.
+        ValueError: it is not such a file, or ends before its tensors do.
     """
     size = os.path.getsize(path)
     with open(path, "rb") as file:

@@ -56,7 +56,7 @@ def load_pipeline(
                 options |= _parts(engine_config, pipeline_class, options)
             pipe = pipeline_class.from_pretrained(model.model, **options)
     except (OSError, ImportError) as error:  # the second is a quantiser's package
-        raise ValueError(f"model={model.model!r} is no Diffusers pipeline that can be loaded: {error}") from error
+        raise ValueError(f"model={model.model!r} is not a Diffusers pipeline that can be loaded: {error}") from error
     planned_models(pipe)
     if input_config and input_config.img_file_path:
         pipe = _image_to_image(pipe)

@@ -191,7 +191,7 @@ def _tensor_models(pipe: Any, parallel: ParallelConfig) -> list[tuple[nn.Module,
     if parallel.tensor_parallel_text_encoder:
         encoders = text_encoders(pipe).values()
         if not encoders:
-            raise ValueError(f"tensor_parallel_text_encoder: {type(pipe).__name__} has no text encoder; leave it away")
+            raise ValueError(f"tensor_parallel_text_encoder: {type(pipe).__name__} has no text encoder; remove it")
         models += [(encoder, None) for encoder in encoders]
     return models
 

@@ -41,7 +41,7 @@ class TextEncoders:
         self._shares: list[Shares] = []
         encoders = text_encoders(pipe)
         if mode != "replicate" and not encoders:
-            raise ValueError(f"text_encoder={mode!r}: {type(pipe).__name__} has no text encoder; leave it away")
+            raise ValueError(f"text_encoder={mode!r}: {type(pipe).__name__} has no text encoder; remove it")
         if mode in ("replicate", "offload") and (freed := [name for name, one in encoders.items() if is_freed(one)]):
             raise ValueError(
                 f"text_encoder={mode!r}: this {type(pipe).__name__} was loaded with {freed[0]} on the first rank alone;"

@@ -55,7 +55,7 @@ class xFuserLongContextAttention(nn.Module):
             known = ", ".join(RANK_ORDERED + REORDERED)
             raise ValueError(f"ring_impl_type={ring_impl_type!r} is unknown; known are {known}")
         if use_kv_cache and get_pp_group().world_size > 1:
-            raise ValueError("use_kv_cache=True: under PipeFusion, xDiTParallel keeps keys and values; leave it away")
+            raise ValueError("use_kv_cache=True: under PipeFusion, xDiTParallel keeps keys and values; remove it")
         self.ring_impl_type = ring_impl_type
         self._backend = backend_for(attn_type, attn_processor)
 
@@ -101,7 +101,7 @@ class xFuserLongContextAttention(nn.Module):
         """
         check_options(dropout_p, window_size, alibi_slopes)
         if return_attn_probs:
-            raise ValueError("return_attn_probs=True: no rank ever holds the probabilities; leave it away")
+            raise ValueError("return_attn_probs=True: no rank ever holds the probabilities; remove it")
         if causal and self.ring_impl_type in REORDERED:
             raise ValueError(
                 f"causal=True with ring_impl_type={self.ring_impl_type!r}: use 'basic', and give rank after rank"

@@ -40,7 +40,7 @@ def attention_of_shares(
     like = {"query": query, "key": key, "value": value}
     has_joint = check_joint(dict(zip(names, joint, strict=True)), strategy, like, heads)
     if has_joint and causal:
-        raise ValueError("causal=True has no meaning beside joint tensors: leave one of them away")
+        raise ValueError("causal=True has no meaning beside joint tensors: remove one of them")
     tokens = 3 - heads
     if query.shape[tokens] != key.shape[tokens]:
         raise ValueError(

@@ -42,7 +42,7 @@ def init_distributed_environment(
 ) -> None:
     """Join or start the default process group, and make the world group.
 
-    A process group that exists already is joined: ``world_size`` and ``rank`` must then be its own, or left away.
+    A process group that exists already is joined: ``world_size`` and ``rank`` must then be its own, or not given.
     Otherwise one is started from the arguments, from torchrun's environment, or, where there is neither, for this
     process alone. ``backend`` is the device's by default.
     """

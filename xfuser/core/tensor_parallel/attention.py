@@ -55,7 +55,7 @@ class Pairs:
 
 
 def attention_pairs(name: str, module: nn.Module, ranks: int) -> Pairs | None:
-    """How to divide an attention module by heads; None where it is no such module, or has what is not known here.
+    """How to divide an attention module by heads; None for other modules, or has what is not supported.
 
     Raises:
         ValueError: it has fewer heads than there are ranks.

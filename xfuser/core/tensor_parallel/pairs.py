@@ -26,7 +26,7 @@ ELEMENTWISE = (nn.GELU, nn.SiLU, nn.ReLU)
 
 
 def feed_forward_pairs(name: str, module: nn.Module, ranks: int) -> Pairs | None:
-    """How to divide a feed-forward module by its hidden channels; None where it is no such module."""
+    """How to divide a feed-forward module by its hidden channels; None for other modules."""
     if isinstance(module, nn.Sequential):
         kinds = [type(one) for one in module]
         in_a_row = len(kinds) == 3 and kinds[0] is kinds[2] is nn.Linear and kinds[1] in ELEMENTWISE

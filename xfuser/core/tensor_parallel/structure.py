@@ -48,7 +48,7 @@ def describe(model: nn.Module, ranks: int, scheme: str | None = None, whole: tup
         if "forward" in vars(modules[name]):
             raise ValueError(
                 f"{name} of {type(model).__name__} has a forward that is not its class's, which tensor parallelism"
-                " cannot complete: leave away what replaced it, as offload to the CPU layer by layer and weights in 8"
+                " cannot complete: remove what replaced it, as offload to the CPU layer by layer and weights in 8"
                 " bits do"
             )
     return describing.division

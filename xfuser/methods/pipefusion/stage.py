@@ -19,7 +19,7 @@ from xfuser.methods.tokens import TokenShares, Window
 from xfuser.models.plan import ModelPlan, Streams, blocks_of
 
 SAME_CALLS = (
-    "PipeFusion needs the same calls in every step. Leave away what changes guidance on the way, or use other methods"
+    "PipeFusion needs the same calls in every step. Remove what changes guidance during the call, or use other methods"
 )
 
 

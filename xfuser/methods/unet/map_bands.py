@@ -18,7 +18,7 @@ from xfuser.vae.parallelize import OnBands
 
 
 class MapBands(Bands):
-    """Bands whose rows, moments, keys and values reach the other ranks as it is due: at once, or for the next step.
+    """Bands whose rows, moments, keys and values reach the other ranks as the mode says: at once, or for the next step.
 
     A U-Net doubles the rows that it has halved: what heights its maps come to on the way up is known from the way down.
 
@@ -94,7 +94,7 @@ class MapBands(Bands):
         if key.shape[2] != height * width:
             raise ValueError(
                 f"{self.owner}: self-attention over {key.shape[2]} tokens of {height * width} pixels, as with GLIGEN,"
-                f" is not known here. {self.advice}"
+                f" is not supported. {self.advice}"
             )
         sizes = [size * width for size in self.sizes(height, "attention")]
         with self._staleness.keys_and_values("keys and values", key, value, sizes) as both:
@@ -144,7 +144,7 @@ class OnMaps(OnBands):
 
     def _refuse(self, function: Any, *args: Any, **kwargs: Any) -> None:
         raise ValueError(
-            f"{self.bands.owner}: {function.__name__} outside of attention modules is not known here."
+            f"{self.bands.owner}: {function.__name__} outside of attention modules is not supported."
             f" {self.bands.advice}"
         )
 

@@ -139,7 +139,7 @@ class MapParallel:
             if text or attn_mask is not None:
                 raise ValueError(
                     f"DistriFusion: {name} masks its attention to pixels, or attends to them and to text at once:"
-                    " not known here. Use CFG or data parallelism for this model"
+                    " which is not supported. Use CFG or data parallelism for this model"
                 )
             with self._mode.bands.reach(key, value) as (keys, values):
                 return attention(query, keys, values, None, scale, self._backend)
