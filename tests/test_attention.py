@@ -53,6 +53,15 @@ def test_kernel_takes_masks_of_booleans(name, shape):
 
 
 @pytest.mark.parametrize("name", HERE)
+def test_the_lowest_number_is_not_minus_infinity(name):
+    """Rows whose scores are all that low get the mean of the values."""
+    q, k, v = tensors(2, 3, 5, 7, 8)
+    mask = torch.full((1, 1, 1, 7), torch.finfo(torch.float32).min)
+    expected = F.scaled_dot_product_attention(q, k, v, mask)
+    assert torch.allclose(attention(q, k, v, mask, backend=name), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", HERE)
 def test_kernel_computes_as_autocast_asks(name):
     q, k, v = tensors(2, 3, 5, 7, 8)
     with torch.autocast("cpu", torch.bfloat16):

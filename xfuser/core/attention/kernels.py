@@ -55,8 +55,8 @@ def attention_math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: 
         if mask is not None:
             scores = scores + (mask if mask.shape[2] == 1 else mask[:, :, start : start + rows]).float()
         lse = scores.logsumexp(dim=-1)
-        weights = (scores - lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1)).exp()
-        outs.append(weights @ values)
+        weights = scores.softmax(dim=-1)  # not by the LSE, which takes scores near the lowest number for their sum
+        outs.append(weights.masked_fill((lse == -torch.inf).unsqueeze(-1), 0.0) @ values)
         lses.append(lse)
     return torch.cat(outs, dim=2).to(q.dtype), torch.cat(lses, dim=2)
 
