@@ -1,6 +1,7 @@
 """Fixtures: the pool of ranks, and the folders of tiny pipelines."""
 
 import os
+from collections import Counter
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -16,11 +17,23 @@ def pytest_addoption(parser):
     parser.addoption("--matrix", action="store_true", help="run every class under every method")
 
 
+MANY, SAMPLE = 5, 3  # a test with more cases than that runs every so many of them, where not all are asked for
+
+
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--matrix"):
-        left = [item for item in items if item.get_closest_marker("matrix")]
-        config.hook.pytest_deselected(items=left)
-        items[:] = [item for item in items if item not in set(left)]
+    """Without ``--matrix``: no cells that the matrix alone runs, and a sample of the cases of tests that have many."""
+    if config.getoption("--matrix") or any("::" in argument for argument in config.args):
+        return
+    cases = Counter()
+    kept = [item for item in items if not item.get_closest_marker("matrix")]
+    many = Counter(item.function for item in kept)
+    sampled = []
+    for item in kept:
+        number = cases[item.function] = cases[item.function] + 1
+        if many[item.function] <= MANY or item.get_closest_marker("covering") or number % SAMPLE == 1:
+            sampled.append(item)
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(sampled)])
+    items[:] = sampled
 
 
 @pytest.fixture(scope="session")

@@ -29,6 +29,7 @@ def errors(families, degrees):
     return found
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     ("families", "degrees"),
     [

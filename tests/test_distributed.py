@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from datetime import timedelta
+from pathlib import Path
 
 import accelerator
 import pytest
@@ -296,8 +297,10 @@ def test_a_script_that_ends(end):
         assert all("both are there" in text for text in written)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_scripts_of_users_simply_end(name):
+def test_scripts_of_users_simply_end(name, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parent.parent)
     codes, written = exit_codes(SCRIPTS[name])
     assert codes == [0, 0], "\n".join(written)
 

@@ -23,7 +23,7 @@ def test_every_class_is_there():
 
 @pytest.mark.parametrize(
     ("family", "method"),
-    [pytest.param(*cell, marks=[] if cell[1] in COVERING else [pytest.mark.matrix]) for cell in RUN],
+    [pytest.param(*cell, marks=pytest.mark.covering if cell[1] in COVERING else pytest.mark.matrix) for cell in RUN],
 )
 def test_equals_serial(pool, family, method):
     assert matrix.cell(family, method, pool) <= matrix.TOLERANCES.get(family, matrix.TOLERANCE)
@@ -44,6 +44,7 @@ def errors_by_backend(degrees):
     }
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("degrees", ROWS, ids=["serial", "cfg2", "dp2", "tensor2"])
 def test_named_backends_take_the_masks_of_all_classes(pool, degrees):
     for errors in pool.run(2 if degrees else 1, errors_by_backend, degrees):

@@ -33,6 +33,7 @@ PROMPT = "a red circle above a blue square"
 
 
 @possible
+@pytest.mark.matrix
 def test_ranks_on_two_hosts_draw_what_one_process_draws(two, tmp_path):
     flags = ("--prompt", PROMPT, "--num_inference_steps", "2", "--ulysses_degree", "2")
     command = ("-m", "xfuser.cli", *flags, "--max_sequence_length", "31", "--output_dir", "drawn")
@@ -68,6 +69,7 @@ while True:
 
 
 @possible
+@pytest.mark.matrix
 @pytest.mark.parametrize(("lost", "work"), [(0, GATHERING), (1, DRAWING)])
 def test_a_host_that_is_lost_ends_the_other(two, tmp_path, lost, work):
     script = tmp_path / "endless.py"

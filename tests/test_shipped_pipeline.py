@@ -83,6 +83,7 @@ def draw(folder, prompts):
     return [np.asarray(picture) for picture in pictures] if running.torch.distributed.get_rank() == 0 else None
 
 
+@pytest.mark.matrix
 @both_pipelines
 def test_pictures_show_what_their_prompts_say(pool, folder):
     rng = np.random.default_rng(11)

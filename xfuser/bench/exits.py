@@ -1,6 +1,6 @@
 """How scripts exit that simply end: ``python -m xfuser.bench.exits --runs 200`` counts the exit codes of their ranks.
 
-None of the scripts calls anything to clean up. Started from a checkout, as one of them is in ``docs``.
+None of the scripts calls anything to clean up. To be started in a checkout, as one of them is in ``docs``.
 """
 
 import argparse
@@ -40,7 +40,7 @@ q, k, v = torch.randn(3, 1, 16, 4, 8).unbind()
 out = xFuserLongContextAttention()(None, q, k, v)
 """
 SCRIPTS = {
-    "tutorial": [str(Path(__file__).parents[2] / "docs" / "adding_models" / "cfg_parallel.py")],
+    "tutorial": ["docs/adding_models/cfg_parallel.py"],
     "wrap": ["-c", WRAP],
     "client": ["-c", CLIENT],
 }  # what Python is called with
