@@ -1,8 +1,6 @@
 """Where the weights of a pipeline are while it is wrapped: what PipeFusion, tensor parallelism and shards divide."""
 
-from collections.abc import Callable
 from contextlib import ExitStack
-from functools import wraps
 from typing import Any
 
 from torch import nn
@@ -23,7 +21,7 @@ from xfuser.core.distributed import (
 from xfuser.core.hooks import replaced
 from xfuser.methods.pipefusion.blocks import divided, stage_layers
 from xfuser.methods.pipefusion.pipefusion import PipeFusion
-from xfuser.methods.refusals import refuse_changed, refuse_offloaded, refuse_quantised
+from xfuser.methods.refusals import refusal, refuse_changed, refuse_offloaded, refuse_quantised
 from xfuser.methods.tensor import TensorParallel, division_of, refuse_divided
 from xfuser.models.plan import ModelPlan, attentions_of
 from xfuser.models.registry import check_methods, planned_models
@@ -68,7 +66,11 @@ class Placement:
         self._world = get_world_group()
         self._guards = ExitStack()
         for module in filter(lambda one: hasattr(one, "save_pretrained"), self._rearranged()):
-            self._guards.enter_context(replaced(module, "save_pretrained", _refusing(module.save_pretrained)))
+            message = (
+                f"this rank has a part of the weights of {type(module).__name__}: call save_pretrained() of the"
+                " wrapped pipeline, on all ranks, or unwrap() first"
+            )
+            self._guards.enter_context(replaced(module, "save_pretrained", refusal(message)))
 
     def restore(self) -> None:
         """Give each rank all weights again; all ranks must call it, and have the memory.
@@ -116,19 +118,6 @@ class Placement:
         transformers = [model for model, _ in planned_models(self._pipe).values()] if parallel.divides else []
         moves = self._engine.runtime_config.text_encoder != "replicate" or parallel.tensor_parallel_text_encoder
         return [*transformers, *(text_encoders(self._pipe).values() if moves else ())]
-
-
-def _refusing(save: Callable[..., Any]) -> Callable[..., Any]:
-    """A module's method that saves it, which would write this rank's part."""
-
-    @wraps(save)
-    def refuse(*args: Any, **kwargs: Any) -> None:
-        raise ValueError(
-            f"this rank has a part of the weights of {type(save.__self__).__name__}: call save_pretrained() of the"
-            " wrapped pipeline, on all ranks, or unwrap() first"
-        )
-
-    return refuse
 
 
 def join_groups(engine_config: EngineConfig) -> None:
