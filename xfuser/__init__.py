@@ -7,15 +7,20 @@ pipe = xDiTParallel(pipe, engine_config, input_config)  # then call pipe(...) as
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from xfuser.core import distributed
+from xfuser.core import distributed as distributed
 
 if TYPE_CHECKING:
-    from xfuser.config import EngineConfig, FlexibleArgumentParser, InputConfig, xFuserArgs
-    from xfuser.models.plan import ModelPlan
-    from xfuser.models.registry import register_plan
-    from xfuser.parallel import parallelize, xDiTParallel
-    from xfuser.testing.check import check_plan
-    from xfuser.weights.loading import load_pipeline
+    from xfuser.config import (
+        EngineConfig as EngineConfig,
+        FlexibleArgumentParser as FlexibleArgumentParser,
+        InputConfig as InputConfig,
+        xFuserArgs as xFuserArgs,
+    )
+    from xfuser.models.plan import ModelPlan as ModelPlan
+    from xfuser.models.registry import register_plan as register_plan
+    from xfuser.parallel import parallelize as parallelize, xDiTParallel as xDiTParallel
+    from xfuser.testing.check import check_plan as check_plan
+    from xfuser.weights.loading import load_pipeline as load_pipeline
 
 __version__ = "1.0.0"
 
@@ -31,20 +36,7 @@ _LAZY = {
     "xDiTParallel": "xfuser.parallel",
     "xFuserArgs": "xfuser.config",
 }
-
-__all__ = [
-    "EngineConfig",
-    "FlexibleArgumentParser",
-    "InputConfig",
-    "ModelPlan",
-    "check_plan",
-    "distributed",
-    "load_pipeline",
-    "parallelize",
-    "register_plan",
-    "xDiTParallel",
-    "xFuserArgs",
-]
+__all__ = ["distributed", *_LAZY]
 
 
 def __getattr__(name: str) -> Any:

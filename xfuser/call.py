@@ -3,8 +3,8 @@
 A *step* is one entry of the scheduler's timesteps. PipeFusion divides it into M *sub-steps*, one for each patch; with
 all other methods a step has one sub-step. Within a sub-step the pipeline calls its transformer once or several times.
 
-Methods read where the call stands, put layers around the transformer's forward, and register what is to happen when the
-forwards of a sub-step are over or a new schedule is made. None of them counts for itself.
+Methods read where the call stands, put wrappers around the transformer's forward, and register what is to happen when
+the forwards of a sub-step are over or a new schedule is made. None of them counts for itself.
 """
 
 import functools
@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map_only
 from xfuser.core.hooks import Arguments, Binder, replaced
 
 Forward = Callable[[Arguments], Any]
-Layer = Callable[[Forward, Arguments], Any]  # calls the forward with the arguments, or not
+Wrapper = Callable[[Forward, Arguments], Any]  # calls the forward with the arguments, or not
 
 
 class Arriving(Protocol):
@@ -52,17 +52,17 @@ class CallState:
         self.index = -1
         self.tokens: Any = None
         self.arriving: Arriving | None = None
-        self._synchronous, self._every_step_whole = synchronous, every_step_whole
+        self._synchronous, self._every_step_whole = max(1, synchronous), every_step_whole
         self._part: Callable[[torch.Tensor], torch.Tensor] | None = None
-        self._layers: dict[nn.Module, list[Layer]] = {}
+        self._wrappers: dict[nn.Module, list[Wrapper]] = {}
         self._at_forwards_end: list[Callable[[], None]] = []
         self._at_schedule: list[Callable[[], None]] = []
 
     # What methods register.
 
-    def around(self, model: nn.Module, layer: Layer) -> None:
-        """Let ``layer`` run around the forward of a transformer, inside of the layers that are there already."""
-        self._layers.setdefault(model, []).append(layer)
+    def around(self, model: nn.Module, wrapper: Wrapper) -> None:
+        """Let ``wrapper`` run around the forward of a transformer, inside of the wrappers that are there already."""
+        self._wrappers.setdefault(model, []).append(wrapper)
 
     def at_forwards_end(self, action: Callable[[], None]) -> None:
         """Call ``action`` when the forwards of a sub-step are over, ahead of the scheduler's step."""
@@ -92,7 +92,7 @@ class CallState:
     @property
     def synchronous(self) -> bool:
         """Whether this step computes the whole image with fresh activations, in its first sub-step."""
-        return self.step < max(1, self._synchronous)
+        return self.step < self._synchronous
 
     @property
     def ends_step(self) -> bool:
@@ -101,7 +101,7 @@ class CallState:
 
     def ends_whole(self, step: int) -> bool:
         """Whether every rank has the whole latents at the end of this step; if not, its patches travel singly."""
-        return step < max(1, self._synchronous) or self._every_step_whole or step >= self.steps - 1
+        return step < self._synchronous or self._every_step_whole or step >= self.steps - 1
 
     @property
     def whole(self) -> bool:
@@ -111,7 +111,7 @@ class CallState:
     def after(self, step: int, patch: int) -> tuple[int, int] | None:
         """The sub-step behind this one, if it follows without a pause: patch by patch, each as soon as it is there."""
         if patch < self.patches - 1:
-            return None if step < max(1, self._synchronous) else (step, patch + 1)
+            return None if step < self._synchronous else (step, patch + 1)
         return None if self.ends_whole(step) else (step + 1, 0)
 
     # What moves it on.
@@ -136,18 +136,18 @@ class CallState:
 
     @contextmanager
     def running(self, scheduler: Any) -> Iterator[None]:
-        """Within the context, the transformers run inside their layers, and the scheduler moves this state on.
+        """Within the context, the transformers run inside their wrappers, and the scheduler moves this state on.
 
         Raises:
             RuntimeError: one of the transformers is in a wrapped call already.
         """
         with ExitStack() as stack:
             stack.enter_context(self._stepped_by(scheduler))
-            for model, layers in self._layers.items():
-                stack.enter_context(self._layered(model, layers))
+            for model, wrappers in self._wrappers.items():
+                stack.enter_context(self._wrapped(model, wrappers))
             yield
 
-    def _layered(self, model: nn.Module, layers: list[Layer]) -> AbstractContextManager[None]:
+    def _wrapped(self, model: nn.Module, wrappers: list[Wrapper]) -> AbstractContextManager[None]:
         original = model.forward
         if hasattr(original, "call_state"):
             raise RuntimeError(f"{type(model).__name__} runs in parallel already: active() and calls do not nest")
@@ -156,15 +156,15 @@ class CallState:
         def innermost(arguments: Arguments) -> Any:
             return self.part(original(**arguments))
 
-        layered: Forward = innermost
-        for layer in reversed(layers):
-            layered = functools.partial(layer, layered)
+        wrapped: Forward = innermost
+        for wrapper in reversed(wrappers):
+            wrapped = functools.partial(wrapper, wrapped)
 
         @functools.wraps(original)
         def forward(*args: Any, **kwargs: Any) -> Any:
             self.index += 1
             try:
-                return layered(bind(args, kwargs))
+                return wrapped(bind(args, kwargs))
             finally:
                 self.tokens = None
 
@@ -174,7 +174,7 @@ class CallState:
     @contextmanager
     def _stepped_by(self, scheduler: Any) -> Iterator[None]:
         """Within the context, steps and schedules of a scheduler, or of a copy of it, are noticed."""
-        if scheduler is None or not self._layers:
+        if scheduler is None or not self._wrappers:
             yield
             return
         with (

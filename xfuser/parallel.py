@@ -42,17 +42,17 @@ from xfuser.weights.text_encoders import text_encoders
 
 
 class Method(Protocol):
-    """One way to share the work of a call's forwards."""
+    """One way to divide the work of a call's forwards."""
 
     def enter(self, call: CallState) -> AbstractContextManager[None]:
-        """Within the context, the forwards of this call are shared; what the method needs is registered with it."""
+        """Within the context, the forwards of this call are divided; what the method needs is registered with it."""
 
 
 class xDiTParallel:
     """A Diffusers pipeline whose calls run on all ranks, and return what the pipeline returns on one.
 
     The pipeline's own ``__call__`` runs on every rank. During a call, and only then, the forward of its transformer
-    is shared among the ranks by the methods that ``engine_config`` asks for; the pipeline is never modified, but for
+    is divided among the ranks by the methods that ``engine_config`` asks for; the pipeline is never modified, but for
     weights that PipeFusion and tensor parallelism divide until :meth:`unwrap`. All other attributes are the pipeline's,
     to read and to set.
 
@@ -83,12 +83,12 @@ class xDiTParallel:
         own["_sp"] = get_sp_group()
 
     def _place(self) -> None:
-        """Give the weights the places that the configuration asks for."""
+        """Put the weights where the configuration asks for them."""
         self.__dict__["_placement"] = Placement(self._pipe, self.engine_config)
         self.__dict__["_pipefusion"] = self._placement.pipefusion
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the pipeline on all ranks; every rank returns the whole result."""
+        """Call the pipeline on all ranks; every rank returns the full result."""
         self._check_usable()
         arguments = Binder(self._pipe.__call__)(args, kwargs)
         call = self._new_call(every_step_whole=has_callback(arguments))
@@ -101,7 +101,7 @@ class xDiTParallel:
         return self._output
 
     def active(self) -> AbstractContextManager[None]:
-        """Within the context the transformer's forward is parallel, for denoising loops of one's own too.
+        """Within the context the transformer's forward is parallel, also in a denoising loop that the caller writes.
 
         With PipeFusion, the loop must go through the ``timesteps`` of the pipeline's scheduler, and step with it; each
         timestep comes once for every patch, and latents are current behind the last of them.
@@ -117,7 +117,7 @@ class xDiTParallel:
 
     @contextmanager
     def _running(self, call: CallState) -> Iterator[None]:
-        """Within the context, the forwards of this call's transformers are shared."""
+        """Within the context, the forwards of this call's transformers are divided."""
         with ExitStack() as stack:
             if get_world_group().world_size > 1:
                 stack.enter_context(quiet_libraries())
@@ -131,14 +131,14 @@ class xDiTParallel:
             yield
 
     def _methods(self) -> list[Method]:
-        """What shares this call's forwards, in the order in which its layers lie around them: the outermost first."""
+        """What divides this call's forwards, in the order of the wrappers around them: the outermost first."""
         models, parallel = planned_models(self._pipe), self.engine_config.parallel_config
         methods: list[Method] = []
         parts = {name: self._part_of(model) for name, (model, _) in models.items()} if parallel.patched else {}
         methods += [self._pipefusion] if self._pipefusion else parts.values()
         if parallel.cfg_degree > 1:
-            rows_stay = parallel.patched or self._pipefusion is not None
-            methods.append(GuidanceParallel(get_cfg_group(), models.values(), rows_stay))
+            entries_stay = parallel.patched or self._pipefusion is not None
+            methods.append(GuidanceParallel(get_cfg_group(), models.values(), entries_stay))
         if parallel.dp_degree > 1:
             methods.append(DataParallel(get_dp_group(), models.values()))
         splits_batch = parallel.cfg_degree * parallel.dp_degree > 1
@@ -148,7 +148,7 @@ class xDiTParallel:
         return [refusals, *methods] if methods else []
 
     def _sequence(self, model: nn.Module, plan: ModelPlan, part: DistriFusion | NaivePatches | None) -> Method:
-        """What shares the tokens, or the rows of a U-Net's maps."""
+        """What shards the tokens, or the rows of a U-Net's maps."""
         if plan.context:
             return ContextParallel(model, plan, self._sp, self._backend)
         if plan.halvings:
@@ -156,7 +156,7 @@ class xDiTParallel:
         return SequenceParallel(model, plan, self._sp, self._backend, self._pipefusion, part)
 
     def _part_of(self, model: nn.Module) -> DistriFusion | NaivePatches:
-        """What ranks that compute a part of the picture each see of the others' parts."""
+        """What ranks that compute a part of the image each see of the others' parts."""
         parallel = self.engine_config.parallel_config
         if parallel.naive_patch_degree > 1:
             return NaivePatches(parallel.split_scheme or "row")
@@ -181,9 +181,9 @@ class xDiTParallel:
         return pipeline_arguments(self._pipe, self.input_config)
 
     def unwrap(self) -> Any:
-        """Give the pipeline back; it is as it was before, and this wrapper is of no further use.
+        """Give the pipeline back as it was before; this wrapper cannot be used afterwards.
 
-        Ranks that have parts of the weights give them to each other: all must call it, and have the memory for all.
+        Ranks that hold shards of the weights give them to each other: all must call it, and have the memory for all.
         """
         pipe = self._pipe
         self._placement.restore()
@@ -192,10 +192,10 @@ class xDiTParallel:
         return pipe
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """As the pipeline's own, with whole weights.
+        """As the pipeline's own, with the full weights.
 
-        Where ranks have parts of the weights, all must call it, and have the memory for all, as for :meth:`unwrap`:
-        the first rank writes, and then each goes back to its part.
+        Where ranks hold shards of the weights, all must call it, and have the memory for all, as for :meth:`unwrap`:
+        the first rank writes, and then each goes back to its shard.
         """
         self._check_usable()
         if not self._placement.divided:
@@ -240,7 +240,7 @@ class xDiTParallel:
             setattr(self._pipe, name, value)
 
     def _vae_contexts(self) -> list[AbstractContextManager[None]]:
-        """What shares the VAE's work: images over all ranks, or, with the parallel VAE, images over replicas and the
+        """What divides the VAE's work: images over all ranks, or, with the parallel VAE, images over replicas and the
         rows of each image over the ranks of a replica."""
         vae, runtime = getattr(self._pipe, "vae", None), self.engine_config.runtime_config
         if vae is None:
@@ -253,7 +253,7 @@ class xDiTParallel:
         return [split_decode(vae, get_dp_group()), rows] if get_dp_group().world_size > 1 else [rows]
 
     def _taking_part(self) -> list[str]:
-        """The components whose forward or weights are shared."""
+        """The components whose forward or weights are divided."""
         parallel, runtime = self.engine_config.parallel_config, self.engine_config.runtime_config
         moves = runtime.text_encoder != "replicate" or parallel.tensor_parallel_text_encoder
         encoders = list(text_encoders(self._pipe)) if moves else []
@@ -269,13 +269,14 @@ class xDiTParallel:
 
 
 class Loop:
-    """What stands where a pipeline would: a transformer, and the scheduler of the caller's loop, if it has one."""
+    """A transformer, and the scheduler of the caller's loop if it has one, with the interface of a pipeline."""
 
     def __init__(self, transformer: nn.Module, scheduler: Any) -> None:
         self.transformer, self.scheduler = transformer, scheduler
 
     @property
     def components(self) -> dict[str, Any]:
+        """As those of a pipeline."""
         return {"transformer": self.transformer, "scheduler": self.scheduler}
 
 

@@ -16,13 +16,13 @@ Span = dict[str, float]  # stage, step, patch, start, end: a sub-step on one sta
 def timeline(waits: Waiting) -> Iterator[list[Span]]:
     """Record the sub-steps of a PipeFusion call within the context, each from when its tokens were there."""
     spans: list[Span] = []
-    layer = SequenceParallel._layer
+    wrapper = SequenceParallel._wrapper
 
     def spanned(method: SequenceParallel, forward: Any, arguments: Any) -> Any:
         if method._pipefusion is None:
-            return layer(method, forward, arguments)
+            return wrapper(method, forward, arguments)
         start, before = time.perf_counter(), len(waits.waits)
-        output = layer(method, forward, arguments)
+        output = wrapper(method, forward, arguments)
         stage, call = method._pipefusion.stage.number, method._call
         if stage > 0:
             start = waits.waits[before][1]  # when the previous stage's tokens were there
@@ -30,5 +30,5 @@ def timeline(waits: Waiting) -> Iterator[list[Span]]:
         spans.append(place | {"start": start, "end": time.perf_counter()})
         return output
 
-    with mock.patch.object(SequenceParallel, "_layer", spanned):
+    with mock.patch.object(SequenceParallel, "_wrapper", spanned):
         yield spans

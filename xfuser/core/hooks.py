@@ -26,6 +26,16 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
             setattr(owner, name, before)
 
 
+@contextmanager
+def edited_output(module: nn.Module, edit: Callable[[nn.Module, tuple, Any], Any]) -> Iterator[None]:
+    """Within the context, ``edit(module, args, output)`` gives the output of each call of ``module``."""
+    handle = module.register_forward_hook(edit)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 class Binder:
     """From the arguments of a function's call to arguments by name. The signature is read once."""
 

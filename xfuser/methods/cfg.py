@@ -7,6 +7,7 @@ Step 0 is computed without pairing, and shows which way this pipeline goes.
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,11 +16,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from xfuser.call import CallState, Forward, Layer
+from xfuser.call import CallState, Forward
 from xfuser.core.distributed import GroupCoordinator
 from xfuser.core.hooks import Arguments
 from xfuser.core.logger import logger
-from xfuser.methods.rows import split_rows
+from xfuser.methods.batch import split_batch
 from xfuser.models.plan import ModelPlan
 
 
@@ -28,12 +29,14 @@ class GuidanceParallel:
 
     Args:
         models: the pipeline's transformers with their plans.
-        rows_stay: whether what a rank keeps between steps ties a row of the batch to it.
+        entries_stay: whether what a rank keeps between steps ties an entry of the batch to it.
     """
 
-    def __init__(self, group: GroupCoordinator, models: Iterable[tuple[nn.Module, ModelPlan]], rows_stay: bool) -> None:
-        self._group, self._models, self._rows_stay = group, models, rows_stay
-        self._first_step: list[tuple[int, Any, Any]] | None = []  # rows of each call, shapes in, what comes out
+    def __init__(
+        self, group: GroupCoordinator, models: Iterable[tuple[nn.Module, ModelPlan]], entries_stay: bool
+    ) -> None:
+        self._group, self._models, self._entries_stay = group, models, entries_stay
+        self._first_step: list[tuple[int, Any, Any]] | None = []  # batch of each call, shapes in, what comes out
         self._paired: Any = None  # the output's shape, once it is known that calls come in pairs
         self._shapes: Any = None  # of the latents of these calls
         self._pending: _Sent | _Promise | None = None
@@ -43,28 +46,25 @@ class GuidanceParallel:
         """Within the context, the branches of the call's forwards are computed on different ranks."""
         self._call = call
         for model, plan in self._models:
-            call.around(model, self._layer(plan))
+            call.around(model, partial(self._wrapper, plan))
         call.at_forwards_end(self._end_forwards)
         try:
             yield
         finally:
             self._settle()  # nothing on its way is left to the next call
 
-    def _layer(self, plan: ModelPlan) -> Layer:
-        def layer(forward: Forward, arguments: Arguments) -> Any:
-            index, latents = self._call.index, arguments[plan.latents]
-            if self._paired is not None and index < 2 and _shapes(latents) == self._shapes:
-                if index == 0:
-                    return self._first_call(forward, arguments)
-                if self._pending is not None:
-                    return self._second_call(forward, arguments)
-            self._settle()
-            output = split_rows(self._group, len(latents), forward, arguments, plan)
-            if self._first_step is not None:
-                self._first_step.append((len(latents), _shapes(latents), _blank(output)))
-            return output
-
-        return layer
+    def _wrapper(self, plan: ModelPlan, forward: Forward, arguments: Arguments) -> Any:
+        index, latents = self._call.index, arguments[plan.latents]
+        if self._paired is not None and index < 2 and _shapes(latents) == self._shapes:
+            if index == 0:
+                return self._first_call(forward, arguments)
+            if self._pending is not None:
+                return self._second_call(forward, arguments)
+        self._settle()
+        output = split_batch(self._group, len(latents), forward, arguments, plan)
+        if self._first_step is not None:
+            self._first_step.append((len(latents), _shapes(latents), _blank(output)))
+        return output
 
     def _end_forwards(self) -> None:
         self._settle()  # one call alone, such as outside of a guidance interval
@@ -84,16 +84,16 @@ class GuidanceParallel:
         return before
 
     def _learn(self, calls: list[tuple[int, Any, Any]]) -> None:
-        (rows, shapes, output), others = calls[0], calls[1:]
-        if not others and rows == 1:
+        (batch, shapes, output), others = calls[0], calls[1:]
+        if not others and batch == 1:
             logger.warning(
                 "CFG parallelism has nothing to split: this call runs no classifier-free guidance, and the %d ranks"
                 " of a CFG group compute the same. Use them for another method.",
                 self._group.world_size,
             )
         alike = len(others) == 1 and others[0][1] == shapes and _shapes(others[0][2]) == _shapes(output)
-        # Splitting the rows is as good where they are even. Step 0 has split rows if there were several.
-        uneven = rows == 1 if self._rows_stay else rows % 2
+        # Splitting the batch is as good where it is even. Step 0 has split it if there were several entries.
+        uneven = batch == 1 if self._entries_stay else batch % 2
         if alike and uneven and self._group.world_size == 2:
             self._paired, self._shapes = output, shapes
 

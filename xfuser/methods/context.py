@@ -7,35 +7,35 @@ attention sees what: the ranks tell each other how many tokens they bring, once 
 import inspect
 import re
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager
 from functools import partial
 from itertools import combinations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from xfuser.call import CallState, Forward
-from xfuser.core.attention.intercept import intercepted
-from xfuser.core.attention.kernels import additive, attention
+from xfuser.call import Forward
+from xfuser.core.attention.kernels import additive
 from xfuser.core.attention.usp import usp_attention
 from xfuser.core.distributed import SequenceParallelGroupCoordinator
 from xfuser.core.distributed.utils import split_sizes
-from xfuser.core.hooks import Arguments, edited_arguments
+from xfuser.core.hooks import Arguments, edited_arguments, edited_output
 from xfuser.core.logger import logger
+from xfuser.methods.sharded import ShardedModel
 from xfuser.models.plan import ModelPlan
 
 TEXT = "encoder_hidden_states"
 
 
-class ContextParallel:
+class ContextParallel(ShardedModel):
     """USP of one transformer over one group, by ``plan.context``; what :class:`SequenceParallel` is for plans."""
 
     def __init__(
         self, model: nn.Module, plan: ModelPlan, group: SequenceParallelGroupCoordinator, backend: str = "auto"
     ) -> None:
-        self._model, self._group, self._backend = model, group, backend
+        super().__init__(model, plan, group, backend)
         self._rank, self._ranks = group.rank_in_group, group.world_size
         self._named: list[tuple[str, dict[Any, Any]]] = []  # modules and what to split there
         self._gathered: dict[str, int] = {}  # modules whose output is to be gathered, along this dimension
@@ -57,35 +57,26 @@ class ContextParallel:
         )
 
     def _reset(self) -> None:
-        """All that one forward leaves behind."""
+        """Clear the state of one forward."""
         self._totals: list[int] = []  # tokens of what has been split
         self._given: set[int] = set()  # tokens of what the forward was given
         self._calls: dict[str, int] = {}
-        self._local: set[str] = set()  # attention modules that run on text which is not split
+        self._unsplit: set[str] = set()  # attention modules that run on text which is not split
 
-    @contextmanager
-    def enter(self, call: CallState) -> Iterator[None]:
-        """Within the context, the transformer's modules work on shares of the tokens."""
-        call.around(self._model, self._layer)
-        attentions = {name: module for name, module in self._model.named_modules() if hasattr(module, "processor")}
-        with ExitStack() as stack:
-            for name, spec in self._named:
-                if name:
-                    module = self._model.get_submodule(name)
-                    stack.enter_context(edited_arguments(module, partial(self._split, spec, module)))
-                    stack.callback(module.register_forward_hook(partial(self._split_output, spec)).remove)
-            for name, dim in self._gathered.items():
+    def _hooks(self) -> Iterator[AbstractContextManager[None]]:
+        for name, spec in self._named:
+            if name:
                 module = self._model.get_submodule(name)
-                stack.callback(module.register_forward_hook(partial(self._gather, dim)).remove)
-            for name, module in attentions.items():
-                stack.enter_context(edited_arguments(module, partial(self._enter_attention, name)))
-            stack.enter_context(intercepted(attentions, lambda name: partial(self._attend, name), many=True))
-            yield
+                yield edited_arguments(module, partial(self._split, spec, module))
+                yield edited_output(module, partial(self._split_output, spec))
+        for name, dim in self._gathered.items():
+            yield edited_output(self._model.get_submodule(name), partial(self._gather, dim))
+        for name in self._attention_names():
+            yield edited_arguments(self._model.get_submodule(name), partial(self._enter_attention, name))
 
-    def _layer(self, forward: Forward, arguments: Arguments) -> Any:
-        """The layer of the transformer's forward that opens and closes one forward's state."""
+    def _wrapper(self, forward: Forward, arguments: Arguments) -> Any:
         try:
-            self._given = {x.shape[1] for x in tree_leaves(arguments) if isinstance(x, torch.Tensor) and x.dim() > 1}
+            self._given = {x.shape[1] for x in tree_leaves(arguments) if isinstance(x, Tensor) and x.dim() > 1}
             for name, spec in self._named:
                 if not name:
                     self._split(spec, self._model, arguments)
@@ -106,16 +97,16 @@ class ContextParallel:
         entries = {key: entry for key, entry in spec.items() if _splits_output(entry)}
         if not entries:
             return output
-        if isinstance(output, torch.Tensor):
+        if isinstance(output, Tensor):
             return self._cut(output, entries[0])
         return tuple(self._cut(x, entries[i]) if i in entries else x for i, x in enumerate(output))
 
     def _cut(self, value: Any, entry: Any) -> Any:
         if isinstance(entry, list | tuple):
             return type(value)(self._cut(x, one) for x, one in zip(value, entry, strict=True))
-        return tree_map_only(torch.Tensor, lambda x: self._cut_tensor(x, entry), value)
+        return tree_map_only(Tensor, lambda x: self._cut_tensor(x, entry), value)
 
-    def _cut_tensor(self, x: torch.Tensor, entry: Any) -> torch.Tensor:
+    def _cut_tensor(self, x: Tensor, entry: Any) -> Tensor:
         if entry.expected_dims not in (None, x.dim()):
             return x
         total = x.shape[entry.split_dim]
@@ -129,46 +120,27 @@ class ContextParallel:
         return x.split(split_sizes(total, self._ranks), dim=entry.split_dim)[self._rank]
 
     def _gather(self, dim: int, module: nn.Module, args: tuple, output: Any) -> Any:
-        return tree_map_only(torch.Tensor, lambda x: self._group.all_gather(x, dim=dim), output)
+        return tree_map_only(Tensor, lambda x: self._group.all_gather(x, dim=dim), output)
 
     def _enter_attention(self, name: str, arguments: Arguments) -> None:
         """Text that is not split is the same on all ranks: attention to it needs nothing from them."""
         if arguments.get(TEXT) is not None and not self._splits_text:
-            self._local.add(name)
+            self._unsplit.add(name)
 
-    def _attend(
-        self,
-        name: str,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attn_mask: torch.Tensor | None,
-        scale: float | None,
-    ) -> torch.Tensor:
-        """Stands in for ``scaled_dot_product_attention`` (``[B, H, S_local, D]``)."""
-        whole = name in self._local
-        if not whole:
-            queries, keys = self._exchange(name, query.shape[2], key.shape[2])
-            whole = not self._is_split(name, keys)
-        if whole:
-            return attention(query, key, value, attn_mask, scale, self._backend)
-        mask = None if attn_mask is None else attn_mask[(None,) * (4 - attn_mask.dim())]
-        if mask is not None and mask.shape[2:] != (1, key.shape[2]):
+    def _attend(self, name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+        if name in self._unsplit:
+            return self._local(q, k, v, mask, scale)
+        queries, keys = self._exchange(name, q.shape[2], k.shape[2])
+        if not self._is_split(name, keys):
+            return self._local(q, k, v, mask, scale)
+        mask = None if mask is None else additive(mask[(None,) * (4 - mask.dim())], q.dtype)
+        if mask is not None and mask.shape[2:] != (1, k.shape[2]):
             raise ValueError(
-                f"{name}: an attention mask of shape {tuple(mask.shape)} is not over the {key.shape[2]} keys of this"
+                f"{name}: an attention mask of shape {tuple(mask.shape)} is not over the {k.shape[2]} keys of this"
                 f" rank alone: write a plan for {type(self._model).__name__}, which can say how to split it"
             )
-        mask = None if mask is None else additive(mask, query.dtype)
         return usp_attention(
-            query,
-            key,
-            value,
-            keys,
-            self._group,
-            query_lengths=queries,
-            mask=mask,
-            scale=scale,
-            backend=self._backend,
+            q, k, v, keys, self._group, query_lengths=queries, mask=mask, scale=scale, backend=self._backend
         )
 
     def _exchange(self, name: str, queries: int, keys: int) -> tuple[list[int], list[int]]:

@@ -1,22 +1,22 @@
 """Data parallelism: each replica computes its own images of the batch.
 
-The pipeline itself runs whole on every rank, so noise, schedulers and callbacks see the full batch and the result
+The pipeline itself runs on every rank with all of the batch, so noise, schedulers and callbacks see it and the result
 equals serial for every scheduler. What costs time is split: each forward of the transformer, and the VAE's decode.
 """
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
 from torch import nn
 
-from xfuser.call import CallState, Forward, Layer
+from xfuser.call import CallState, Forward
 from xfuser.core.distributed import GroupCoordinator
 from xfuser.core.hooks import Arguments, Binder, replaced
 from xfuser.core.randomness import RandomWatch
-from xfuser.methods.rows import split_rows
+from xfuser.methods.batch import split_batch
 from xfuser.models.plan import ModelPlan
 
 
@@ -30,20 +30,17 @@ class DataParallel:
     def enter(self, call: CallState) -> Iterator[None]:
         """Within the context, each replica computes its own images."""
         for model, plan in self._models:
-            call.around(model, self._layer(plan))
+            call.around(model, partial(self._wrapper, plan))
         yield
 
-    def _layer(self, plan: ModelPlan) -> Layer:
-        def layer(forward: Forward, arguments: Arguments) -> Any:
-            return split_rows(self._group, len(arguments[plan.latents]), forward, arguments, plan)
-
-        return layer
+    def _wrapper(self, plan: ModelPlan, forward: Forward, arguments: Arguments) -> Any:
+        return split_batch(self._group, len(arguments[plan.latents]), forward, arguments, plan)
 
 
 def split_decode(vae: Any, group: GroupCoordinator) -> AbstractContextManager[None]:
-    """Within the context, ``vae.decode`` splits its batch over the group and returns the whole.
+    """Within the context, ``vae.decode`` splits its batch over the group and returns all of it.
 
-    It does so where rows are known to be independent: all that the call says of them are tensors with an entry for
+    It does so where entries are known to be independent: all that the call says of them are tensors with an entry for
     each, and no random number is drawn. Otherwise every rank decodes them all.
     """
     original = vae.decode
@@ -53,11 +50,11 @@ def split_decode(vae: Any, group: GroupCoordinator) -> AbstractContextManager[No
     def decode(*args: Any, **kwargs: Any) -> Any:
         arguments = bind(args, kwargs)
         latents = next(iter(arguments.values()))
-        if not all(_is_by_row(value, len(latents)) for value in arguments.values()):
+        if not all(_by_entry(value, len(latents)) for value in arguments.values()):
             return original(*args, **kwargs)
         try:
             with RandomWatch(_refuse):
-                return split_rows(group, len(latents), lambda own: original(**own), arguments)
+                return split_batch(group, len(latents), lambda own: original(**own), arguments)
         except _DrawsError:  # on all ranks alike, and before the first number is drawn
             return original(*args, **kwargs)
 
@@ -72,8 +69,9 @@ def _refuse(operator: str) -> None:
     raise _DrawsError(operator)
 
 
-def _is_by_row(value: Any, rows: int) -> bool:
-    """Whether an argument says nothing of rows, or has an entry for each: a number may say how many belong together."""
+def _by_entry(value: Any, batch: int) -> bool:
+    """Whether an argument has one item for each entry, or says nothing of them: a number may say how many belong
+    together."""
     if isinstance(value, torch.Tensor):
-        return value.dim() > 0 and len(value) == rows
+        return value.dim() > 0 and len(value) == batch
     return value is None or isinstance(value, bool | torch.Generator)

@@ -32,10 +32,10 @@ class Refusals:
     def enter(self, call: CallState) -> Iterator[None]:
         """Within the context, each forward is looked at first."""
         for model in self._models:
-            call.around(model, partial(self._layer, model))
+            call.around(model, partial(self._wrapper, model))
         yield
 
-    def _layer(self, model: nn.Module, forward: Forward, arguments: Arguments) -> Any:
+    def _wrapper(self, model: nn.Module, forward: Forward, arguments: Arguments) -> Any:
         if torch.is_grad_enabled() and any(weight.requires_grad for weight in model.parameters()):
             raise ValueError("parallel forwards are for inference: call them within torch.no_grad()")
         if getattr(model, "is_cache_enabled", False):

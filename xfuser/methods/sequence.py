@@ -1,35 +1,35 @@
 """Sequence parallelism: each rank holds a share of the tokens of every stream; attention sees them all."""
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from functools import partial, wraps
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from xfuser.call import CallState, Forward
-from xfuser.core.attention.intercept import intercepted
-from xfuser.core.attention.kernels import additive, attention
+from xfuser.call import Forward
+from xfuser.core.attention.kernels import additive
 from xfuser.core.attention.linear import summed_state
 from xfuser.core.attention.usp import usp_attention
 from xfuser.core.distributed import SequenceParallelGroupCoordinator
-from xfuser.core.hooks import Arguments, edited_arguments, replaced
+from xfuser.core.hooks import Arguments, edited_arguments, edited_output, replaced
 from xfuser.methods.distrifusion import DistriFusion
 from xfuser.methods.naive_patch import NaivePatches
 from xfuser.methods.pipefusion.patches import Patches
 from xfuser.methods.pipefusion.pipefusion import PipeFusion
+from xfuser.methods.sharded import ShardedModel
 from xfuser.methods.tokens import Rows, TokenShares, Window
 from xfuser.models.plan import ModelPlan, Streams, Tokens, attentions_of, blocks_of
 from xfuser.vae.bands import Bands
 from xfuser.vae.parallelize import OnBands
 
 
-class SequenceParallel:
+class SequenceParallel(ShardedModel):
     """Sequence parallelism (USP: Ulysses x ring) of one transformer over one group.
 
-    With ``pipefusion``, a forward computes one patch of the image: the patch's tokens are what is shared. With
+    With ``pipefusion``, a forward computes one patch of the image: the patch's tokens are what is sharded. With
     ``parts``, attention sees of other ranks' tokens what these say, and there is no Ulysses and no ring.
     """
 
@@ -42,44 +42,37 @@ class SequenceParallel:
         pipefusion: PipeFusion | None = None,
         parts: DistriFusion | NaivePatches | None = None,
     ) -> None:
-        self._model, self._plan, self._group, self._backend = model, plan, group, backend
+        super().__init__(model, plan, group, backend)
+        self.many, self.idle = plan.whole, plan.idle
         self._pipefusion, self._stage = pipefusion, None
         self._parts, self._alone = parts, isinstance(parts, NaivePatches)
         self._patches = Patches(1, getattr(model, "config", model), plan.frames)
         self._reset()
 
     def _reset(self) -> None:
-        """All that one forward leaves behind."""
+        """Clear the state of one forward."""
         self._early = self._plan.head is None  # whether tokens are gathered behind the last block
         self._cuts: dict[tuple[str, str, int], tuple[Any, Any]] = {}  # arguments that blocks share, and what they get
 
-    @contextmanager
-    def enter(self, call: CallState) -> Iterator[None]:
-        """Within the context, the transformer's blocks, attention and head work on shares."""
-        self._call, self._stage = call, self._pipefusion and self._pipefusion.stage
-        call.around(self._model, self._layer)
+    def _hooks(self) -> Iterator[AbstractContextManager[None]]:
+        self._stage = self._pipefusion and self._pipefusion.stage
         plan, blocks = self._plan, blocks_of(self._model, self._plan)
-        with ExitStack() as stack:
-            for block in blocks:
-                stack.enter_context(edited_arguments(block.module, partial(self._enter_block, block.list_name)))
-                for name in plan.convolutions:
-                    stack.enter_context(self._on_rows(block.module.get_submodule(name)))
-                for name in plan.linear:
-                    linear = block.module.get_submodule(name)
-                    stack.enter_context(replaced(linear, "forward", summed_state(linear, self._sum)))
-            leave = partial(self._leave_blocks, plan.outputs(blocks[-1].list_name))
-            stack.callback(blocks[-1].module.register_forward_hook(leave).remove)
-            if plan.head:
-                stack.callback(self._model.get_submodule(plan.head).register_forward_hook(self._leave_head).remove)
-            self._attentions = attentions_of(self._model, plan)
-            modules = {name: self._model.get_submodule(name) for name in self._attentions}
-            stack.enter_context(
-                intercepted(modules, lambda name: partial(self._attend, name), many=plan.whole, idle=plan.idle)
-            )
-            yield
+        for block in blocks:
+            yield edited_arguments(block.module, partial(self._enter_block, block.list_name))
+            for name in plan.convolutions:
+                yield self._on_rows(block.module.get_submodule(name))
+            for name in plan.linear:
+                linear = block.module.get_submodule(name)
+                yield replaced(linear, "forward", summed_state(linear, self._sum))
+        yield edited_output(blocks[-1].module, partial(self._leave_blocks, plan.outputs(blocks[-1].list_name)))
+        if plan.head:
+            yield edited_output(self._model.get_submodule(plan.head), self._leave_head)
 
-    def _layer(self, forward: Forward, arguments: Arguments) -> Any:
-        """The layer of the transformer's forward that opens and closes one forward's state."""
+    def _attention_names(self) -> Iterable[str]:
+        self._attentions = attentions_of(self._model, self._plan)
+        return self._attentions
+
+    def _wrapper(self, forward: Forward, arguments: Arguments) -> Any:
         given = [name for name in self._plan.by_number if arguments.get(name) is not None]
         if given and (self._stage or self._group.world_size > 1):
             raise ValueError(
@@ -89,7 +82,7 @@ class SequenceParallel:
             )
         latents = arguments[self._plan.latents]
         rows = columns = 1
-        if isinstance(latents, torch.Tensor):
+        if isinstance(latents, Tensor):
             self._image_tokens, rows = self._patches.image_tokens(latents), self._patches.row_count(latents)
             columns = self._image_tokens // rows
         self._lines = self._parts.lines(rows, columns) if self._parts else 1
@@ -98,7 +91,7 @@ class SequenceParallel:
             raise ValueError(f"the blocks of {type(self._model).__name__} need whole rows: use split_scheme='row'")
         for name in self._plan.residuals:
             if arguments.get(name) is not None:
-                arguments[name] = tree_map_only(torch.Tensor, self._cut_residual, arguments[name])
+                arguments[name] = tree_map_only(Tensor, self._cut_residual, arguments[name])
         try:
             return forward(arguments)
         finally:
@@ -107,10 +100,10 @@ class SequenceParallel:
     def _enter_block(self, blocks: str, arguments: Arguments) -> None:
         if self._call.tokens is None:
             self._call.tokens = self._share(blocks, arguments)
-        shares = self._call.tokens
+        shards = self._call.tokens
         for name, streams in self._plan.carriers(blocks).items():
-            if arguments.get(name) is not None and arguments[name].shape[1] == shares.total(streams):
-                arguments[name] = shares.cut(arguments[name], Tokens(streams))
+            if arguments.get(name) is not None and arguments[name].shape[1] == shards.total(streams):
+                arguments[name] = shards.cut(arguments[name], Tokens(streams))
         for name, tokens in self._plan.per_token.items():
             value = arguments.get(name)
             if value is not None:
@@ -120,9 +113,9 @@ class SequenceParallel:
                 arguments[name] = self._cuts[key][1]
         for name in self._plan.leading:
             if arguments.get(name) is not None:
-                arguments[name] = shares.leading(arguments[name])
+                arguments[name] = shards.leading(arguments[name])
         if self._plan.rows:
-            arguments[self._plan.rows] = shares.sizes["image"][shares.rank] // self._unit
+            arguments[self._plan.rows] = shards.sizes["image"][shards.rank] // self._unit
 
     def _cut(self, value: Any, tokens: Tokens | tuple[Tokens | None, ...] | None, blocks: str, spread: bool) -> Any:
         if tokens is None or (isinstance(tokens, Tokens) and tokens.within not in (None, blocks)):
@@ -130,12 +123,12 @@ class SequenceParallel:
         if not isinstance(tokens, Tokens):
             return tuple(self._cut(x, one, blocks, spread) for x, one in zip(value, tokens, strict=True))
 
-        def cut(x: torch.Tensor) -> torch.Tensor:
+        def cut(x: Tensor) -> Tensor:
             own = self._call.tokens.cut(x, tokens)
             self._early |= spread and own is not x
             return own
 
-        return cut(value) if isinstance(value, torch.Tensor) else tree_map_only(torch.Tensor, cut, value)
+        return cut(value) if isinstance(value, Tensor) else tree_map_only(Tensor, cut, value)
 
     def _share(self, blocks: str, arguments: Arguments) -> TokenShares:
         """The shares of the forward whose first block is about to run."""
@@ -160,7 +153,7 @@ class SequenceParallel:
         smallest = self._stage.smallest_window(tokens) if self._stage else tokens
         return smallest // self._unit >= self._group.world_size
 
-    def _cut_residual(self, x: torch.Tensor) -> torch.Tensor:
+    def _cut_residual(self, x: Tensor) -> Tensor:
         if not self._splits(x.shape[1]):
             return x
         return self._share_of(x.shape[1], None, Window(range(x.shape[1]))).cut(x, Tokens(("image",)))
@@ -169,15 +162,15 @@ class SequenceParallel:
         """Behind the last block: all tokens of what it returns, if the head is not the place for that."""
         if self._call.tokens is None or not self._early:
             return output
-        if isinstance(output, torch.Tensor):
+        if isinstance(output, Tensor):
             return self._gather(output, outputs[0])
         return tuple(self._gather(x, streams) for x, streams in zip(output, outputs, strict=True))
 
-    def _leave_head(self, head: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+    def _leave_head(self, head: nn.Module, args: tuple, output: Tensor) -> Tensor:
         """Behind the head: all tokens of the image."""
         return output if self._call.tokens is None or self._early else self._gather(output, ("image",))
 
-    def _gather(self, x: torch.Tensor, streams: Streams) -> torch.Tensor:
+    def _gather(self, x: Tensor, streams: Streams) -> Tensor:
         """``[B, own tokens, D]`` to ``[B, tokens, D]``; zeros where this forward or this stage computes none."""
         shares = self._call.tokens
         if shares.is_whole:
@@ -195,7 +188,7 @@ class SequenceParallel:
         original = module.forward
 
         @wraps(original)
-        def forward(x: torch.Tensor) -> torch.Tensor:
+        def forward(x: Tensor) -> Tensor:
             if self._call.tokens.ranks == 1 or self._alone:
                 return original(x)
             rows = [size // x.shape[3] for size in self._call.tokens.sizes["image"]]
@@ -204,80 +197,68 @@ class SequenceParallel:
 
         return replaced(module, "forward", forward)
 
-    def _sum(self, state: torch.Tensor) -> torch.Tensor:
+    def _sum(self, state: Tensor) -> Tensor:
         return state if self._call.tokens.ranks == 1 or self._alone else self._group.all_reduce(state)
 
-    def _attend(
-        self,
-        name: str,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attn_mask: torch.Tensor | None,
-        scale: float | None,
-    ) -> torch.Tensor:
-        """Stands in for ``scaled_dot_product_attention`` (``[B, H, S_local, D]``)."""
-        shares = self._call.tokens
-        if shares.is_whole and not self._stage:
-            return attention(query, key, value, attn_mask, scale, self._backend)
-        layout, rank, ranks = self._attentions[name], shares.rank, range(shares.ranks)
-        queries, keys = shares.rows(layout.queries, query.shape[2]), shares.rows(layout.keys, key.shape[2])
-        apart = shares.ranks > 1 and self._parts
-        order = self._parts.keys(keys, rank) if apart else keys.order
-        mask = None if attn_mask is None else _over_keys(attn_mask[(None,) * (4 - attn_mask.dim())], query, key)
-        per_key = mask is not None and mask.shape[2:] == (1, key.shape[2])
-        if mask is not None and not per_key and shares.ranks > 1 and mask.shape[2:] == (queries.total, key.shape[2]):
-            # Of all queries, but cut with the keys.
-            mask, order = self._group.all_gather(mask, dim=3, sizes=keys.key_lengths), [(0, keys.total)]
+    def _attend(self, name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+        shards, stage = self._call.tokens, self._stage
+        if shards.is_whole and not stage:
+            return self._local(q, k, v, mask, scale)
+        layout, rank, ranks = self._attentions[name], shards.rank, shards.ranks
+        queries, keys = shards.rows(layout.queries, q.shape[2]), shards.rows(layout.keys, k.shape[2])
+        parts = self._parts if ranks > 1 else None
+        mask = None if mask is None else _over_keys(mask[(None,) * (4 - mask.dim())], q, k)
+        per_key = mask is not None and mask.shape[2:] == (1, k.shape[2])
         if per_key:
-            mask = additive(mask, query.dtype)
+            mask = additive(mask, q.dtype)
         elif mask is not None:
-            block = self._group.ulysses_block if shares.ranks > 1 else ranks
-            mask = _part(mask, queries, block, keys, [(0, keys.total)] if self._stage else order, query.dtype)
-        if apart:
-            with self._parts.reach(name, keys, rank, key, value, mask if per_key else None) as (k, v, seen):
-                return attention(query, k, v, seen if per_key else mask, scale, self._backend)
+            mask = self._over_pairs(mask, queries, keys, parts.keys(keys, rank) if parts else keys.order, q, k)
+        if parts:
+            with parts.reach(name, keys, rank, k, v, mask if per_key else None) as (k, v, seen):
+                return self._local(q, k, v, seen if per_key else mask, scale)
         mask = keys.given(mask, 3, rank) if per_key else mask
-        key, value = keys.given(key, 2, rank), keys.given(value, 2, rank)
+        k, v = keys.given(k, 2, rank), keys.given(v, 2, rank)
 
-        def renew(k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> tuple:
-            k, v, fresh = self._stage.renew(name, order, keys.total, k, v, mask if per_key else None)
+        def renew(k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+            k, v, fresh = stage.renew(name, keys.order, keys.total, k, v, mask if per_key else None)
             return k, v, fresh if per_key else mask
 
-        if shares.ranks == 1:
-            return attention(query, *renew(key, value, mask), scale, self._backend)
+        if ranks == 1:
+            return self._local(q, *renew(k, v, mask), scale)
+        key_mask, pair_mask = (mask, None) if per_key else (None, mask)
         return usp_attention(
-            query,
-            key,
-            value,
-            keys.key_lengths,
-            self._group,
-            query_lengths=queries.lengths,
-            mask=mask if per_key else None,
-            pair_mask=None if per_key else mask,
-            scale=scale,
-            backend=self._backend,
-            renew=renew if self._stage else None,
-        )
+            q, k, v, keys.key_lengths, self._group, query_lengths=queries.lengths, mask=key_mask, pair_mask=pair_mask,
+            scale=scale, backend=self._backend, renew=renew if stage else None,
+        )  # fmt: skip
+
+    def _over_pairs(
+        self, mask: Tensor, queries: Rows, keys: Rows, order: list[tuple[int, int]], q: Tensor, k: Tensor
+    ) -> Tensor:
+        """Of a mask over pairs, the queries of this rank's Ulysses group, and the keys in the order that it sees."""
+        ranks = range(1) if self._call.tokens.ranks == 1 else self._group.ulysses_block
+        if self._call.tokens.ranks > 1 and mask.shape[2:] == (queries.total, k.shape[2]):
+            # Of all queries, but cut with the keys.
+            mask, order = self._group.all_gather(mask, dim=3, sizes=keys.key_lengths), [(0, keys.total)]
+        return _cut_pairs(mask, queries, ranks, keys, [(0, keys.total)] if self._stage else order, q.dtype)
 
 
-def _over_keys(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+def _over_keys(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
     """The key mask behind a mask that hides tokens from all others, and all others from them, over own tokens alone.
 
     What hidden tokens attend to then does not matter, as nothing attends to them.
     """
     if mask.stride(2) == 0:  # the same for all queries
         return mask[:, :, :1]
-    if mask.dtype != torch.bool or mask.shape[2:] != (query.shape[2], key.shape[2]) or query.shape[2] != key.shape[2]:
+    if mask.dtype != torch.bool or mask.shape[2:] != (q.shape[2], k.shape[2]) or q.shape[2] != k.shape[2]:
         return mask
     shown = mask.diagonal(dim1=2, dim2=3).unsqueeze(2)
     return shown if torch.equal(mask, (shown & shown.mT).expand_as(mask)) else mask
 
 
-def _part(
-    mask: torch.Tensor, queries: Rows, ranks: range, keys: Rows, columns: list[tuple[int, int]], dtype: torch.dtype
-) -> torch.Tensor:
-    """Of a mask over whole sequences, the rows of the queries of ``ranks``, and these columns.
+def _cut_pairs(
+    mask: Tensor, queries: Rows, ranks: range, keys: Rows, columns: list[tuple[int, int]], dtype: torch.dtype
+) -> Tensor:
+    """Of a mask over the full sequence, the queries of ``ranks``, and these columns.
 
     Raises:
         ValueError: the mask is for other sequences.

@@ -9,6 +9,7 @@ outermost, so that the methods which talk most are nearest neighbours:
 import importlib.util
 import math
 import os
+from collections.abc import Callable
 
 import torch.distributed as dist
 
@@ -46,37 +47,27 @@ def init_distributed_environment(
     Otherwise one is started from the arguments, from torchrun's environment, or, where there is neither, for this
     process alone. ``backend`` is the device's by default.
     """
-    if dist.is_initialized():
-        _check_place(world_size, rank)
+    there = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else None
+    if there and (world_size not in (-1, there[0]) or rank not in (-1, there[1])):
+        raise ValueError(
+            f"world_size={world_size}, rank={rank}: the process group that is there has {there[0]} ranks, and this is"
+            f" rank {there[1]}; give these, or neither"
+        )
     if "world" in _groups:
         return
     fail_together()
     end_at_exit(destroy_distributed_environment)
     local_rank = _local_rank(local_rank, rank)
     devices.use(local_rank)  # ahead of all that may touch a device
-    if not dist.is_initialized():
-        _init_process_group(world_size, rank, distributed_init_method, local_rank, backend)
+    if not there:
+        kind = backend or devices.backend()
+        place = {"init_method": distributed_init_method, "world_size": world_size, "rank": rank}
+        if world_size == rank == -1 and distributed_init_method == "env://" and "RANK" not in os.environ:
+            place = {"store": dist.HashStore(), "world_size": 1, "rank": 0}
+        dist.init_process_group(kind, **place, **devices.group_options(local_rank, kind))
+        made_here(dist.group.WORLD)
     ranks = list(range(dist.get_world_size()))
     _groups["world"] = GroupCoordinator([ranks], local_rank, backend or dist.get_backend())
-
-
-def _check_place(world_size: int, rank: int) -> None:
-    there = (dist.get_world_size(), dist.get_rank())
-    if world_size not in (-1, there[0]) or rank not in (-1, there[1]):
-        raise ValueError(
-            f"world_size={world_size}, rank={rank}: the process group that is there has {there[0]} ranks, and this is"
-            f" rank {there[1]}; give these, or neither"
-        )
-
-
-def _init_process_group(world_size: int, rank: int, method: str, local_rank: int, backend: str | None) -> None:
-    backend = backend or devices.backend()
-    options = devices.group_options(local_rank, backend)
-    if world_size == -1 and rank == -1 and method == "env://" and "RANK" not in os.environ:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, **options)
-    else:
-        dist.init_process_group(backend, init_method=method, world_size=world_size, rank=rank, **options)
-    made_here(dist.group.WORLD)
 
 
 def _local_rank(local_rank: int, rank: int) -> int:
@@ -255,72 +246,46 @@ def get_tp_group() -> GroupCoordinator:
     return _group("tp")
 
 
-def get_data_parallel_world_size() -> int:
-    return get_dp_group().world_size
+def _size_and_rank(
+    group: Callable[[], GroupCoordinator], what: str, size: str = "world_size", rank: str = "rank_in_group"
+) -> tuple[Callable[[], int], Callable[[], int]]:
+    """Two functions: the number of ranks in a group, and the place of this rank among them."""
+
+    def get_world_size() -> int:
+        return getattr(group(), size)
+
+    def get_rank() -> int:
+        return getattr(group(), rank)
+
+    get_world_size.__doc__, get_rank.__doc__ = f"Ranks of {what}.", f"The place of this rank in {what}."
+    return get_world_size, get_rank
 
 
-def get_data_parallel_rank() -> int:
-    return get_dp_group().rank_in_group
-
-
-def get_classifier_free_guidance_world_size() -> int:
-    return get_cfg_group().world_size
-
-
-def get_classifier_free_guidance_rank() -> int:
-    return get_cfg_group().rank_in_group
-
-
-def get_sequence_parallel_world_size() -> int:
-    return get_sp_group().world_size
-
-
-def get_sequence_parallel_rank() -> int:
-    return get_sp_group().rank_in_group
-
-
-def get_ulysses_parallel_world_size() -> int:
-    return get_sp_group().ulysses_world_size
-
-
-def get_ulysses_parallel_rank() -> int:
-    return get_sp_group().ulysses_rank
-
-
-def get_ring_parallel_world_size() -> int:
-    return get_sp_group().ring_world_size
-
-
-def get_ring_parallel_rank() -> int:
-    return get_sp_group().ring_rank
-
-
-def get_tensor_model_parallel_world_size() -> int:
-    return get_tp_group().world_size
-
-
-def get_tensor_model_parallel_rank() -> int:
-    return get_tp_group().rank_in_group
-
-
+get_data_parallel_world_size, get_data_parallel_rank = _size_and_rank(get_dp_group, "data parallelism")
+get_classifier_free_guidance_world_size, get_classifier_free_guidance_rank = _size_and_rank(get_cfg_group, "guidance")
+get_sequence_parallel_world_size, get_sequence_parallel_rank = _size_and_rank(get_sp_group, "sequence parallelism")
+get_ulysses_parallel_world_size, get_ulysses_parallel_rank = _size_and_rank(
+    get_sp_group, "Ulysses", "ulysses_world_size", "ulysses_rank"
+)
+get_ring_parallel_world_size, get_ring_parallel_rank = _size_and_rank(
+    get_sp_group, "the ring", "ring_world_size", "ring_rank"
+)
+get_pipeline_parallel_world_size, get_pipeline_parallel_rank = _size_and_rank(get_pp_group, "PipeFusion")
+get_tensor_model_parallel_world_size, get_tensor_model_parallel_rank = _size_and_rank(
+    get_tp_group, "tensor parallelism"
+)
 # The shorter names go with those of the other methods, the longer ones are in wide use.
 get_tensor_parallel_world_size = get_tensor_model_parallel_world_size
 get_tensor_parallel_rank = get_tensor_model_parallel_rank
 
 
-def get_pipeline_parallel_world_size() -> int:
-    return get_pp_group().world_size
-
-
-def get_pipeline_parallel_rank() -> int:
-    return get_pp_group().rank_in_group
-
-
 def is_pipeline_first_stage() -> bool:
+    """Whether this rank holds the first stage of its pipeline."""
     return get_pp_group().is_first_rank
 
 
 def is_pipeline_last_stage() -> bool:
+    """Whether this rank holds the last stage of its pipeline."""
     return get_pp_group().is_last_rank
 
 

@@ -1,0 +1,58 @@
+"""What is common to models whose tokens, or rows of maps, are sharded, whatever describes them."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from xfuser.call import CallState, Forward
+from xfuser.core.attention.intercept import intercepted
+from xfuser.core.attention.kernels import attention
+from xfuser.core.distributed import SequenceParallelGroupCoordinator
+from xfuser.core.hooks import Arguments
+from xfuser.models.plan import ModelPlan
+
+
+class ShardedModel:
+    """One model whose forward is sharded over one group, during one call."""
+
+    many, idle = True, ()  # as :func:`intercepted` takes them
+
+    def __init__(
+        self, model: nn.Module, plan: ModelPlan, group: SequenceParallelGroupCoordinator, backend: str = "auto"
+    ) -> None:
+        self._model, self._plan, self._group, self._backend = model, plan, group, backend
+
+    @contextmanager
+    def enter(self, call: CallState) -> Iterator[None]:
+        """Within the context, the model's modules and its attention work on shards."""
+        self._call = call
+        call.around(self._model, self._wrapper)
+        with ExitStack() as stack:
+            for context in self._hooks():
+                stack.enter_context(context)
+            attentions = {name: self._model.get_submodule(name) for name in self._attention_names()}
+            attend = partial(partial, self._attend)  # by the module's name
+            stack.enter_context(intercepted(attentions, attend, self.many, self.idle))
+            yield
+
+    def _wrapper(self, forward: Forward, arguments: Arguments) -> Any:
+        """Around the model's forward: opens and closes the state of one forward."""
+        raise NotImplementedError
+
+    def _hooks(self) -> Iterable[AbstractContextManager[None]]:
+        """The hooks into the model's modules, the outermost first."""
+        raise NotImplementedError
+
+    def _attention_names(self) -> Iterable[str]:
+        return [name for name, module in self._model.named_modules() if hasattr(module, "processor")]
+
+    def _attend(self, name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+        """In the place of ``scaled_dot_product_attention`` (``[B, H, S_local, D]``) of the module of this name."""
+        raise NotImplementedError
+
+    def _local(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+        """Attention whose keys are all on this rank."""
+        return attention(q, k, v, mask, scale, self._backend)
