@@ -37,6 +37,7 @@ class CallState:
         patches: M.
         synchronous: number of first steps that compute the whole image with fresh activations; one in any case.
         every_step_whole: whether every rank needs whole latents after each step.
+        compiled: whether blocks run compiled code, into which nothing can hook.
 
     Attributes:
         step, patch: of the sub-step that is running.
@@ -46,8 +47,10 @@ class CallState:
         arriving: the output of the last forward, where another rank computes it.
     """
 
-    def __init__(self, patches: int = 1, synchronous: int = 1, every_step_whole: bool = True) -> None:
-        self.patches, self.steps = patches, 0
+    def __init__(
+        self, patches: int = 1, synchronous: int = 1, every_step_whole: bool = True, compiled: bool = False
+    ) -> None:
+        self.patches, self.steps, self.compiled = patches, 0, compiled
         self.step = self.patch = 0
         self.index = -1
         self.tokens: Any = None

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 
 from xfuser.call import CallState
@@ -22,7 +23,7 @@ from xfuser.core.distributed.utils import share, split_sizes
 from xfuser.core.hooks import Binder, replaced
 from xfuser.core.logger import quiet_libraries
 from xfuser.methods.cfg import GuidanceParallel
-from xfuser.methods.compiled import uncompiled
+from xfuser.methods.compiled import CompiledBlocks, uncompiled
 from xfuser.methods.context import ContextParallel
 from xfuser.methods.data import DataParallel, split_decode
 from xfuser.methods.distrifusion import DistriFusion
@@ -76,8 +77,10 @@ class xDiTParallel:
         own["engine_config"] = engine_config
         own["input_config"] = input_config or InputConfig()
         own["_output"] = None
+        own["_compiler"] = torch.compile if engine_config.runtime_config.use_torch_compile else None
+        own["_blocks"] = {}
         with ExitStack() as stack:
-            stack.enter_context(uncompiled(pipe, self._taking_part()))
+            self._take_out_compiled(stack)
             self._place()
             own["_compiled"] = stack.pop_all()
         own["_sp"] = get_sp_group()
@@ -113,7 +116,8 @@ class xDiTParallel:
         order = getattr(getattr(self._pipe, "scheduler", None), "order", 1)
         warmup = self.engine_config.runtime_config.warmup_steps * order
         parallel = self.engine_config.parallel_config
-        return CallState(parallel.num_pipeline_patch if self._pipefusion else 1, warmup, every_step_whole)
+        patches = parallel.num_pipeline_patch if self._pipefusion else 1
+        return CallState(patches, warmup, every_step_whole, self._compiler is not None)
 
     @contextmanager
     def _running(self, call: CallState) -> Iterator[None]:
@@ -122,13 +126,18 @@ class xDiTParallel:
             if get_world_group().world_size > 1:
                 stack.enter_context(quiet_libraries())
                 stack.enter_context(_quiet_progress(self._pipe))
-            stack.enter_context(uncompiled(self._pipe, self._taking_part()))
+            self._take_out_compiled(stack)
             for context in self._vae_contexts():
                 stack.enter_context(context)
             for method in self._methods():
                 stack.enter_context(method.enter(call))
             stack.enter_context(call.running(getattr(self._pipe, "scheduler", None)))
             yield
+
+    def _take_out_compiled(self, stack: ExitStack) -> None:
+        """Until the stack closes, the components are what was compiled; from now on their blocks are compiled."""
+        compiler = stack.enter_context(uncompiled(self._pipe, self._taking_part()))
+        self.__dict__["_compiler"] = self._compiler or compiler
 
     def _methods(self) -> list[Method]:
         """What divides this call's forwards, in the order of the wrappers around them: the outermost first."""
@@ -144,8 +153,19 @@ class xDiTParallel:
         splits_batch = parallel.cfg_degree * parallel.dp_degree > 1
         if self._pipefusion or self._sp.world_size > 1 or self._backend not in ("auto", "sdpa"):
             methods += [self._sequence(model, plan, parts.get(name)) for name, (model, plan) in models.items()]
-        refusals = Refusals(self._pipe, [model for model, _ in models.values()], splits_batch)
-        return [refusals, *methods] if methods else []
+        if methods:
+            methods.insert(0, Refusals(self._pipe, [model for model, _ in models.values()], splits_batch))
+        if self._compiler:
+            methods = [*self._compiled_blocks(models), *methods]  # blocks' own code, inside of all hooks
+        return methods
+
+    def _compiled_blocks(self, models: dict[str, tuple[nn.Module, ModelPlan]]) -> list[Method]:
+        """The compiled code of the blocks, which lasts as long as the wrap."""
+        shows = not getattr(self._pipe, "_progress_bar_config", {}).get("disable", False)
+        for name, (model, plan) in models.items():
+            if name not in self._blocks:
+                self._blocks[name] = CompiledBlocks(model, plan, self._compiler, shows)
+        return list(self._blocks.values())
 
     def _sequence(self, model: nn.Module, plan: ModelPlan, part: DistriFusion | NaivePatches | None) -> Method:
         """What shards the tokens, or the rows of a U-Net's maps."""
@@ -258,7 +278,12 @@ class xDiTParallel:
         moves = runtime.text_encoder != "replicate" or parallel.tensor_parallel_text_encoder
         encoders = list(text_encoders(self._pipe)) if moves else []
         models = list(planned_models(self._pipe))
-        engaged = self.engine_config.world_size > 1 or parallel.pipelined or self._backend not in ("auto", "sdpa")
+        engaged = (
+            self.engine_config.world_size > 1
+            or parallel.pipelined
+            or self._backend not in ("auto", "sdpa")
+            or self._compiler is not None
+        )
         return models + encoders if engaged else encoders
 
     def _check_usable(self) -> None:

@@ -19,7 +19,7 @@ from xfuser.config.config import (
     RuntimeConfig,
 )
 from xfuser.config.parser import SwitchAction
-from xfuser.core import device as devices
+from xfuser.core import compiler, device as devices
 from xfuser.core.attention.kernels import available_backends, check_backend
 from xfuser.core.distributed import init_distributed_environment, launched_world_size
 from xfuser.core.distributed.failure import fail_together
@@ -93,7 +93,7 @@ class xFuserArgs:
     vae_chunk_rows: str | int | None = _runtime(
         None, "Parallel VAE: rows that a convolution computes at a time, or auto; bounds memory, also on one rank."
     )
-    use_torch_compile: bool = _runtime(False, "Compile the transformer (not available yet).")
+    use_torch_compile: bool = _runtime(False, "Compile the transformer's blocks, each class of blocks once.")
     use_onediff: bool = _runtime(False, "Refused: OneDiff is no longer maintained.")
     seed: int = _runtime(42, "Seed of the noise.")
     output_type: str = _runtime("pil", "What the pipeline returns: pil, pt, np or latent.")
@@ -293,15 +293,8 @@ class xFuserArgs:
     def _refuse_unavailable(self) -> None:
         if self.use_onediff:
             raise ValueError("use_onediff: OneDiff is no longer maintained, and is not supported; remove it")
-        refused = {
-            "use_torch_compile": self.use_torch_compile,
-        }
-        for name, asked in refused.items():
-            if asked:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} is not available yet; what is: data_parallel_degree,"
-                    " use_cfg_parallel, ulysses_degree, ring_degree, pipefusion_parallel_degree, tensor_parallel_degree"
-                )
+        if self.use_torch_compile and (lacks := compiler.missing()):
+            raise ValueError(f"use_torch_compile: {lacks}; or remove it")
 
 
 def in_bytes(size: str) -> int:

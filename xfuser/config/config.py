@@ -35,6 +35,7 @@ class RuntimeConfig:
     seed: int = 42
     output_type: str = "pil"
     attention_backend: str = "auto"
+    use_torch_compile: bool = False
     warmup_steps: int = 1
     use_parallel_vae: bool = False
     vae_engine: str = "auto"

@@ -8,13 +8,14 @@ from contextlib import contextmanager
 import torch.distributed as dist
 
 
-def _is_rank_zero() -> bool:
+def is_rank_zero() -> bool:
+    """Whether this process is rank 0, or the only one."""
     return dist.get_rank() == 0 if dist.is_initialized() else os.environ.get("RANK", "0") == "0"
 
 
 class _RankZeroFilter(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
-        return record.levelno >= logging.ERROR or _is_rank_zero()
+        return record.levelno >= logging.ERROR or is_rank_zero()
 
 
 logger = logging.getLogger("xfuser")
@@ -24,7 +25,7 @@ logger.addFilter(_RankZeroFilter())
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Within the context, Diffusers and Transformers tell nothing but errors on ranks other than 0."""
-    if _is_rank_zero():
+    if is_rank_zero():
         yield
         return
     from diffusers.utils import logging as diffusers_logging

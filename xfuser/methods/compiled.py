@@ -1,54 +1,149 @@
-"""Models that ``torch.compile`` was called with: wrapped, they run as they are written."""
+"""Compiled blocks: each class of blocks is compiled once, and all else of a transformer runs as it is written.
 
-from collections.abc import Iterable, Iterator
+Hooks that stay in Python lie around the blocks. What they do inside of one, attention over several ranks, is an
+operator (``core/attention/operator.py``), so that a block is one graph, and the blocks of a class share it.
+"""
+
+import types
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import wraps
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 
+from xfuser.call import CallState
+from xfuser.core.attention import operator
 from xfuser.core.hooks import replaced
-from xfuser.core.logger import logger
+from xfuser.core.logger import is_rank_zero, logger
+from xfuser.models.plan import ModelPlan, blocks_of
 from xfuser.models.registry import original_of
+
+Compiler = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+class CompiledBlocks:
+    """The blocks of a transformer, compiled by class during the calls of a wrapped pipeline.
+
+    Args:
+        compiler: ``torch.compile``, or what it was called with for this model.
+        shows_progress: whether rank 0 shows how many classes have been compiled.
+    """
+
+    def __init__(self, model: nn.Module, plan: ModelPlan, compiler: Compiler, shows_progress: bool = True) -> None:
+        self._model, self._plan, self._compiler, self._shows_progress = model, plan, compiler, shows_progress
+        self._code: dict[type, Callable[..., Any]] = {}
+        self._new: set[type] = set()  # classes that have not run yet
+        self._failed: set[type] = set()
+        self._progress: Any = None
+        if not plan.blocks:
+            logger.warning("the plan of %s names no blocks to compile: it runs eagerly", type(model).__name__)
+
+    @contextmanager
+    def enter(self, call: CallState) -> Iterator[None]:
+        """Within the context, blocks run compiled code. To be entered ahead of all that hooks into blocks."""
+        # A forward of one instance alone, as of a stub, is no code of its class.
+        blocks = [block.module for block in blocks_of(self._model, self._plan)]
+        blocks = [block for block in blocks if "forward" not in vars(block)]
+        with ExitStack() as stack:
+            for block in blocks:
+                if type(block) not in self._code:
+                    self._code[type(block)] = self._compiler(_region(type(block).__name__))
+                    self._new.add(type(block))
+                stack.enter_context(replaced(block, "forward", self._forward_of(block)))
+            if self._new:
+                stack.enter_context(self._showing(len(self._new)))
+            yield
+
+    def _forward_of(self, block: nn.Module) -> Callable[..., Any]:
+        original, kind = block.forward, type(block)
+
+        @wraps(original)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if kind in self._failed:
+                return original(*args, **kwargs)
+            try:
+                with operator.running(block):
+                    output = self._code[kind](kind.forward, block, *map(_dense, args), **_dense_values(kwargs))
+            except TorchDynamoException as error:
+                self._failed.add(kind)
+                logger.warning("%s cannot be compiled and runs eagerly: %s", kind.__name__, error)
+                output = original(*args, **kwargs)
+            if kind in self._new:
+                self._new.remove(kind)
+                self._progress.update()
+            return output
+
+        return forward
+
+    @contextmanager
+    def _showing(self, classes: int) -> Iterator[None]:
+        from tqdm.auto import tqdm  # comes with Diffusers
+
+        shown = self._shows_progress and is_rank_zero()
+        description = f"Compiling blocks of {type(self._model).__name__}"
+        with tqdm(total=classes, desc=description, unit="class", disable=not shown) as self._progress:
+            yield
+
+
+def _region(name: str) -> Callable[..., Any]:
+    """A function of a code object that no other has: compiled code is kept with it, under a small limit."""
+
+    def region(forward: Callable[..., Any], block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return forward(block, *args, **kwargs)
+
+    return types.FunctionType(region.__code__.replace(co_name=name), region.__globals__, name)
+
+
+def _dense(x: Any) -> Any:
+    """A tensor of the strides that its shape has by itself, and no view: both would make graphs of their own."""
+    if not isinstance(x, Tensor):
+        return x
+    return x.contiguous().data if x.numel() else x.new_empty(x.shape)  # empty ones are contiguous with any strides
+
+
+def _dense_values(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {name: _dense(x) for name, x in arguments.items()}
 
 
 @contextmanager
-def uncompiled(pipe: Any, names: Iterable[str]) -> Iterator[None]:
+def uncompiled(pipe: Any, names: Iterable[str]) -> Iterator[Compiler | None]:
     """Within the context, these components of a pipeline, and all modules in them, are what was compiled.
 
     Compiled code would run past the hooks of the methods: it is of the time when there were none. What
     ``torch.compile(module)`` returned stands aside, and calls the module if somebody still calls it; what
     ``module.compile()`` left on a module does, too. Afterwards all is compiled as before, except what has been replaced
     meanwhile.
+
+    Gives what compiles as the first of them was compiled; None where nothing was.
     """
     with ExitStack() as stack:
-        found = [_taken_out(stack, pipe, name) for name in names]
-        if compiled := [type(model).__name__ for model, count in found if count]:
-            logger.info(
-                "%s is compiled: the wrapped pipeline runs it uncompiled; after unwrap() it is compiled again.",
-                " and ".join(compiled),
-            )
-        yield
+        found = [compiler for name in names for compiler in _taken_out(stack, pipe, name)]
+        yield found[0] if found else None
 
 
-def _taken_out(stack: ExitStack, pipe: Any, name: str) -> tuple[nn.Module, int]:
-    """The original of a component, and how many compiled modules were taken out of it."""
+def _taken_out(stack: ExitStack, pipe: Any, name: str) -> list[Compiler]:
+    """Take all that is compiled out of a component; returns what compiled it."""
     given = getattr(pipe, name)
-    count = _aside(stack, vars(pipe), name, given)
+    found = _aside(stack, vars(pipe), name, given)
     for module in list(original_of(given).modules()):
-        if vars(module).get("_compiled_call_impl"):
+        if compiled := vars(module).get("_compiled_call_impl"):
             stack.enter_context(replaced(module, "_compiled_call_impl", None))
-            count += 1
+            cells = [cell.cell_contents for cell in compiled.__closure__ or ()]
+            found.append(next((one for one in cells if hasattr(one, "compiler_config")), torch.compile))
         for key, child in module._modules.items():
             if child is not None:
-                count += _aside(stack, module._modules, key, child)
-    return original_of(given), count
+                found += _aside(stack, module._modules, key, child)
+    return found
 
 
-def _aside(stack: ExitStack, places: dict[str, Any], key: str, compiled: nn.Module) -> bool:
-    """Put the original of a compiled module in its place, until the stack closes."""
+def _aside(stack: ExitStack, places: dict[str, Any], key: str, compiled: nn.Module) -> list[Compiler]:
+    """Put the original of a compiled module in its place, until the stack closes; returns what compiled it, if any."""
     original = original_of(compiled)
     if original is compiled:
-        return False
+        return []
 
     def put_back() -> None:
         if places.get(key) is original:
@@ -57,4 +152,4 @@ def _aside(stack: ExitStack, places: dict[str, Any], key: str, compiled: nn.Modu
     places[key] = original
     stack.callback(put_back)
     stack.enter_context(replaced(compiled, "forward", original.__call__))
-    return True
+    return [compiled.dynamo_ctx]

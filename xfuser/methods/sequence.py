@@ -70,6 +70,8 @@ class SequenceParallel(ShardedModel):
 
     def _attention_names(self) -> Iterable[str]:
         self._attentions = attentions_of(self._model, self._plan)
+        names = [f"{block.list_name}.{block.index}." for block in blocks_of(self._model, self._plan)]
+        self._places = {f"{name}{place}": place for name in names for place in self._plan.attention}
         return self._attentions
 
     def _wrapper(self, forward: Forward, arguments: Arguments) -> Any:

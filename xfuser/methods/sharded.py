@@ -19,6 +19,7 @@ class ShardedModel:
     """One model whose forward is sharded over one group, during one call."""
 
     many, idle = True, ()  # as :func:`intercepted` takes them
+    _places: dict[str, str] | None = None
 
     def __init__(
         self, model: nn.Module, plan: ModelPlan, group: SequenceParallelGroupCoordinator, backend: str = "auto"
@@ -35,7 +36,7 @@ class ShardedModel:
                 stack.enter_context(context)
             attentions = {name: self._model.get_submodule(name) for name in self._attention_names()}
             attend = partial(partial, self._attend)  # by the module's name
-            stack.enter_context(intercepted(attentions, attend, self.many, self.idle))
+            stack.enter_context(intercepted(attentions, attend, self.many, self.idle, self._places))
             yield
 
     def _wrapper(self, forward: Forward, arguments: Arguments) -> Any:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from xfuser.core.attention import operator
 from xfuser.core.attention.kernels import autocast
 from xfuser.core.hooks import replaced
 
@@ -29,9 +30,20 @@ class _Attention:
         self.attend, self.count = attend, 0
 
 
+class _Traced:
+    """The same while a compiler traces a block: the place of the module in the block, as all else differs by block."""
+
+    def __init__(self) -> None:
+        self.place, self.count = "", 0
+
+
 @contextmanager
 def intercepted(
-    modules: dict[str, nn.Module], attend: Callable[[str], Attend], many: bool = False, idle: tuple[str, ...] = ()
+    modules: dict[str, nn.Module],
+    attend: Callable[[str], Attend],
+    many: bool = False,
+    idle: tuple[str, ...] = (),
+    places: dict[str, str] | None = None,
 ) -> Iterator[None]:
     """Within the context, each of ``modules`` computes its attention by ``attend(name)``.
 
@@ -41,12 +53,17 @@ def intercepted(
     The replacement takes query, key, value, mask and scale of ``scaled_dot_product_attention``. A module whose
     processor does not call that function exactly once per forward, or at least once with ``many``, raises a ValueError:
     its attention would not be the one intended. One of the arguments ``idle`` that is true says that it attends to
-    nothing.
+    nothing. ``places`` are the modules' names within their blocks, where these are compiled.
     """
-    running, original = _Running(), F.scaled_dot_product_attention
+    running, traced, original = _Running(), _Traced(), F.scaled_dot_product_attention
 
     @functools.wraps(original)
     def attention(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if torch.compiler.is_compiling():
+            if not traced.place:
+                return original(*args, **kwargs)
+            traced.count += 1
+            return operator.attend(*what_matters(*args, **kwargs), traced.place)
         module = running.module
         if module is None:
             return original(*args, **kwargs)
@@ -57,36 +74,45 @@ def intercepted(
         finally:
             running.module = module
 
-    with ExitStack() as stack:
-        for name, module in modules.items():
-            stack.enter_context(replaced(module, "forward", _counted(running, name, module, attend(name), many, idle)))
-        stack.enter_context(replaced(F, "scaled_dot_product_attention", attention))
-        yield
+    def counted(name: str, module: nn.Module, attend: Attend, place: str) -> Callable[..., Any]:
+        """The forward of an attention module, which says that it runs, and checks how it computed attention."""
+        forward_of_module = module.forward
 
-
-def _counted(
-    running: _Running, name: str, module: nn.Module, attend: Attend, many: bool, idle: tuple[str, ...]
-) -> Callable[..., Any]:
-    """The forward of an attention module, which says that it runs, and checks how it computed attention."""
-    original = module.forward
-
-    @functools.wraps(original)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        outer, running.module = running.module, (own := _Attention(attend))
-        try:
-            output = original(*args, **kwargs)
-        finally:
-            running.module = outer
-        if own.count != 1 and not (own.count and many) and not (own.count == 0 and any(map(kwargs.get, idle))):
+        def check(count: int, kwargs: dict[str, Any]) -> None:
+            if count == 1 or (count and many) or (count == 0 and any(map(kwargs.get, idle))):
+                return
             processor = type(getattr(module, "processor", module)).__name__
             raise ValueError(
-                f"{name}: {processor} called scaled_dot_product_attention {own.count} times in one forward, and must"
+                f"{name}: {processor} called scaled_dot_product_attention {count} times in one forward, and must"
                 " call it once. Use the processors that the model came with, the attention backend 'native' where"
                 " another was set, and no IP-adapter"
             )
-        return output
 
-    return forward
+        @functools.wraps(forward_of_module)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling():
+                traced.place, traced.count = place, 0
+                output, count = forward_of_module(*args, **kwargs), traced.count
+                traced.place, traced.count = "", 0
+                check(count, kwargs)
+                return output
+            outer, running.module = running.module, (own := _Attention(attend))
+            try:
+                output = forward_of_module(*args, **kwargs)
+            finally:
+                running.module = outer
+            check(own.count, kwargs)
+            return output
+
+        forward.attend = attend
+        return forward
+
+    with ExitStack() as stack:
+        for name, module in modules.items():
+            place = (places or {}).get(name, name)
+            stack.enter_context(replaced(module, "forward", counted(name, module, attend(name), place)))
+        stack.enter_context(replaced(F, "scaled_dot_product_attention", attention))
+        yield
 
 
 def what_matters(

@@ -150,7 +150,7 @@ class Stage:
                     stack.enter_context(self._skip(blocks[consumer].module, self._channels[route], route))
             if self.number > 0:  # outside of the skips: it posts their receives
                 stack.enter_context(edited_arguments(own[0].module, partial(self._receive, own[0].list_name)))
-            if self._plan.text is None and self._call.patches > 1:
+            if self._plan.text is None and self._call.patches > 1 and not self._call.compiled:
                 for block in own:
                     for name in self._plan.text_modules:
                         stack.enter_context(self._once_a_step(block.module.get_submodule(name)))
