@@ -1,4 +1,4 @@
-"""The operations that mix rows, on bands: each takes what its namesake in ``torch.nn.functional`` takes."""
+"""The operations that mix rows, on bands."""
 
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -38,36 +38,6 @@ def keep_padding(bands: Bands, function: Any, before: list[Tensor], after: Any) 
         raise bands.refusal(f"{name} behind a padding of rows is not supported")
     (after._row_padding,) = paddings
     return after
-
-
-def pad(
-    bands: Bands, deferral: Deferral | None, x: Tensor, pad: Any, mode: str = "constant", value: float | None = None
-) -> Tensor:
-    """Pads the other dimensions at once, and leaves the rows to the next convolution."""
-    before = padding_of(x)
-    if not bands.holds_map(x) and not before:
-        return F.pad(*computed((x, pad, mode, value)))
-    pad = list(pad) + [0] * (4 - len(pad))
-    place = slice(2, 4) if bands.dim == -2 else slice(0, 2)
-    rows = RowPadding(*pad[place], mode, value or 0.0)
-    pad[place] = 0, 0
-    pads_rows, pads_others = bool(rows.top or rows.bottom), any(pad)
-    if rows.top < 0 or rows.bottom < 0 or (before and pads_rows):
-        raise bands.refusal(f"padding rows twice, or cropping them (by {rows.top} and {rows.bottom}), is not supported")
-    if before and before.mode == mode == "constant" and before.value != rows.value and pads_others:
-        raise bands.refusal("padding of two dimensions with different values is not supported")
-    if mode == "circular" and pads_rows:
-        raise bands.refusal("padding of rows with mode='circular' is not supported")
-    if mode != "constant":  # takes as many entries as there are spatial dimensions
-        pad = (pad + [0] * 6)[: 2 * (x.dim() - 2)]
-    if deferral:
-        x = deferral.defer(deferral.map_of(x, "pad"))
-        x = deferral.pointwise(F.pad, (x, pad, mode, value), {}) if pads_others else x
-    else:
-        x = F.pad(x, pad, mode, value) if pads_others else x.view_as(x)
-    if pads_rows or before:
-        x._row_padding = before or rows
-    return x
 
 
 class Window(NamedTuple):
@@ -120,51 +90,168 @@ class Window(NamedTuple):
         return x.narrow(dim, needed.start - (held.start - above), len(needed))
 
 
-def convolution(
-    bands: Bands,
-    deferral: Deferral | None,
-    function: Any,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> Tensor:
-    """``conv2d`` or ``conv3d``. A rank computes the output rows whose first input row lies in its band."""
-    dim, spatial = bands.dim, weight.dim() - 2
-    stride, dilation = _each(stride, spatial), _each(dilation, spatial)
-    if padding == "same":
-        padding = [d * (k - 1) // 2 for d, k in zip(dilation, weight.shape[2:], strict=True)]
-    padding = [0] * spatial if padding == "valid" else _each(padding, spatial)
-    source = deferral.map_of(x, function.__name__) if deferral else None
-    sizes = source.sizes if source else bands.sizes(x.shape[dim], function.__name__)
-    window = _window(bands, sizes, stride[dim], dilation[dim] * (weight.shape[dim] - 1), padding[dim], padding_of(x))
-    outputs = window.outputs(sizes)
-    after, inside = [len(rows) for rows in outputs], [window.inside(rows) for rows in outputs]
+class Operations:
+    """Each takes what its namesake in ``torch.nn.functional`` takes, of bands.
 
-    def compute(x: Tensor, row_padding: int = 0) -> Tensor:
-        paddings = (*padding[:dim], row_padding, *padding[dim:][1:])
-        return function(x, weight, bias, tuple(stride), paddings, tuple(dilation), groups)
+    Args:
+        deferral: notes what is to be computed later; None to compute all at once.
+    """
 
-    def compute_rows(rows: range, parts: list[Tensor]) -> Tensor:
-        return compute(window.padded(parts[0], dim, rows))
+    def __init__(self, bands: Bands, deferral: Deferral | None) -> None:
+        self._bands, self._deferral = bands, deferral
 
-    if source:
-        shape = _output_shape(x, weight, stride, padding, dilation)
-        shape[dim] = after[bands.rank]
-        like, workspace = torch.empty(shape, dtype=x.dtype, device="meta"), x.nbytes * weight[0, 0].numel()
-        result = deferral.defer(Map(after, like, x.device, [source], window.inside, compute_rows, workspace))
-    else:
-        band = bands.piece(x, sizes)
-        halo = bands.halo([band], sizes, inside)
-        if window.keeps_height and window.padding.top == padding[dim] and window.reach < min(sizes):
-            result = _from_the_middle(bands, compute, band, halo, padding[dim])
+    def pad(self, x: Tensor, pad: Any, mode: str = "constant", value: float | None = None) -> Tensor:
+        """Pads the other dimensions at once, and leaves the rows to the next convolution."""
+        bands, deferral, before = self._bands, self._deferral, padding_of(x)
+        if not bands.holds_map(x) and not before:
+            return F.pad(*computed((x, pad, mode, value)))
+        pad = list(pad) + [0] * (4 - len(pad))
+        place = slice(2, 4) if bands.dim == -2 else slice(0, 2)
+        rows = RowPadding(*pad[place], mode, value or 0.0)
+        pad[place] = 0, 0
+        pads_rows, pads_others = bool(rows.top or rows.bottom), any(pad)
+        if rows.top < 0 or rows.bottom < 0 or (before and pads_rows):
+            raise bands.refusal(f"padding rows twice, or cropping them ({rows.top}, {rows.bottom}), is not supported")
+        if before and before.mode == mode == "constant" and before.value != rows.value and pads_others:
+            raise bands.refusal("padding of two dimensions with different values is not supported")
+        if mode == "circular" and pads_rows:
+            raise bands.refusal("padding of rows with mode='circular' is not supported")
+        if mode != "constant":  # takes as many entries as there are spatial dimensions
+            pad = (pad + [0] * 6)[: 2 * (x.dim() - 2)]
+        if deferral:
+            x = deferral.defer(deferral.map_of(x, "pad"))
+            x = deferral.pointwise(F.pad, (x, pad, mode, value), {}) if pads_others else x
         else:
-            result = compute_rows(outputs[bands.rank], [bands.cut([band, *halo], inside[bands.rank])])
-    bands.now(after, result)
-    return result
+            x = F.pad(x, pad, mode, value) if pads_others else x.view_as(x)
+        if pads_rows or before:
+            x._row_padding = before or rows
+        return x
+
+    def convolution(
+        self, function: Any, x: Tensor, weight: Tensor, bias=None, stride=1, padding=0, dilation=1, groups=1
+    ) -> Tensor:
+        """``conv2d`` or ``conv3d``. A rank computes the output rows whose first input row lies in its band."""
+        bands, deferral, dim, spatial = self._bands, self._deferral, self._bands.dim, weight.dim() - 2
+        stride, dilation = _each(stride, spatial), _each(dilation, spatial)
+        if padding == "same":
+            padding = [d * (k - 1) // 2 for d, k in zip(dilation, weight.shape[2:], strict=True)]
+        padding = [0] * spatial if padding == "valid" else _each(padding, spatial)
+        source = deferral.map_of(x, function.__name__) if deferral else None
+        sizes = source.sizes if source else bands.sizes(x.shape[dim], function.__name__)
+        reach = dilation[dim] * (weight.shape[dim] - 1)
+        window = _window(bands, sizes, stride[dim], reach, padding[dim], padding_of(x))
+        outputs = window.outputs(sizes)
+        after, inside = [len(rows) for rows in outputs], [window.inside(rows) for rows in outputs]
+
+        def compute(x: Tensor, row_padding: int = 0) -> Tensor:
+            paddings = (*padding[:dim], row_padding, *padding[dim:][1:])
+            return function(x, weight, bias, tuple(stride), paddings, tuple(dilation), groups)
+
+        def compute_rows(rows: range, parts: list[Tensor]) -> Tensor:
+            return compute(window.padded(parts[0], dim, rows))
+
+        if source:
+            shape = _output_shape(x, weight, stride, padding, dilation)
+            shape[dim] = after[bands.rank]
+            like, workspace = torch.empty(shape, dtype=x.dtype, device="meta"), x.nbytes * weight[0, 0].numel()
+            result = deferral.defer(Map(after, like, x.device, [source], window.inside, compute_rows, workspace))
+        else:
+            band = bands.piece(x, sizes)
+            halo = bands.halo([band], sizes, inside)
+            if window.keeps_height and window.padding.top == padding[dim] and reach < min(sizes):
+                result = _from_the_middle(bands, compute, band, halo, padding[dim])
+            else:
+                result = compute_rows(outputs[bands.rank], [bands.cut([band, *halo], inside[bands.rank])])
+        bands.now(after, result)
+        return result
+
+    def group_norm(self, x: Tensor, num_groups: int, weight=None, bias=None, eps: float = 1e-5) -> Tensor:
+        """``group_norm`` by the moments of all bands, joined as by Chan, Golub and LeVeque (1979)."""
+        batch, channels = x.shape[:2]
+        dtype = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
+        source = None
+        if self._deferral and (isinstance(x, DeferredMap) or x.dim() >= 4):
+            source = self._deferral.map_of(x, "group_norm")
+            parts = (_by_own_moments(part.to(dtype), num_groups, eps)[1] for part in self._deferral.parts(source))
+            moments = join_moments(torch.stack(list(parts)))
+        else:
+            normal, moments = _by_own_moments(x.to(dtype), num_groups, eps)
+        of_channels = torch.stack([moments, self._bands.joined(moments, eps)])[:, 1:].view(2, 2, batch, num_groups)
+        (mean, variance), (full_mean, full_variance) = of_channels.repeat_interleave(channels // num_groups, dim=3)
+        scale, shift = full_variance.rsqrt(), torch.zeros_like(mean)
+        if source is None:  # from what is normal by this band's moments to what is normal by those of all
+            shift, scale = (mean - full_mean) * scale, variance.sqrt() * scale
+        if weight is not None:
+            scale, shift = scale * weight.double(), shift * weight.double()
+        if bias is not None:
+            shift = shift + bias.double()
+        shape = [batch, channels] + [1] * (x.dim() - 2)
+        scale, shift, full_mean = (one.to(dtype).view(shape) for one in (scale, shift, full_mean))
+        if source is None:
+            return torch.addcmul(shift, normal, scale, out=normal.view_as(x)).to(x.dtype)
+
+        def compute(_: range, parts: list[Tensor]) -> Tensor:
+            return (parts[0].to(dtype) - full_mean).mul_(scale).add_(shift).to(source.like.dtype)
+
+        return self._deferral.defer(Map(source.sizes, source.like, source.device, [source], compute=compute))
+
+    def pooling(self, function: Any, x: Tensor, kernel_size, stride=None, padding=0, *args, **kwargs) -> Tensor:
+        """``avg_pool2d`` and its like, of windows that lie side by side, none of them on two bands."""
+        name, dim = function.__name__, self._bands.dim
+        values = (kernel_size, stride or kernel_size, padding, kwargs.get("dilation", 1))
+        kernel, step, padded, dilation = (_each(value, 3 if "3d" in name else 2)[dim] for value in values)
+        sizes = self._bands.sizes(x.shape[dim], name)
+        if kernel != step or padded or dilation > 1 or any(size % step for size in sizes):
+            raise self._bands.refusal(f"{name} of windows that lie on two bands is not supported")
+        result = function(x, kernel_size, stride, padding, *args, **kwargs)
+        self._bands.now([size // step for size in sizes], result)
+        return result
+
+    def attention(
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask=None, dropout_p=0.0, is_causal=False, **options
+    ) -> Tensor:
+        """``scaled_dot_product_attention`` of this band's tokens to those of all, ``[..., S, D]``.
+
+        Tokens are pixels, of one frame or of several, one after the other; attention over the frames of one pixel needs
+        no other rank. A mask may tell frames apart, not pixels.
+        """
+        bands, (height, width) = self._bands, self._bands.area
+        tokens, pixels, sizes = key.shape[-2], height * width, bands.sizes(height, "attention")
+        if tokens in (bands.frames, pixels) and bands.frames in [size * width for size in sizes]:
+            raise bands.refusal(f"attention over as many frames as a band has pixels, {bands.frames}, is ambiguous")
+        if tokens == bands.frames or tokens % pixels:
+            if query.shape[0] % pixels:
+                raise bands.refusal(f"attention over {tokens} tokens of {pixels} pixels is not supported")
+            return SDPA(query, key, value, attn_mask, dropout_p, is_causal, **options)
+        if is_causal:
+            raise bands.refusal("causal attention over pixels is not supported")
+        frames = tokens // pixels
+        if attn_mask is not None:
+            firsts = torch.arange(frames, device=key.device) * pixels
+            if not torch.equal(attn_mask, attn_mask[..., firsts.repeat_interleave(pixels)]):
+                raise bands.refusal("an attention mask that tells pixels apart is not supported")
+            attn_mask = attn_mask[..., torch.cat([firsts.repeat_interleave(size * width) for size in sizes])]
+        key, value = gather_together(key, value, key.dim() - 2, [frames * size * width for size in sizes], bands.group)
+        return SDPA(query, key, value, attn_mask, dropout_p, **options)
+
+    def matmul(self, a: Tensor, b: Tensor) -> Tensor:
+        """``matmul`` in linear attention: over all pixels, summed over the bands, or of each pixel.
+
+        Sums over pixels are of keys and values, as in Sana's autoencoder (arXiv 2410.10733).
+        """
+        height, width = self._bands.area
+        pixels = height * width
+        (m, k), n = a.shape[-2:], b.shape[-1]
+        if k == pixels and pixels not in (m, n):
+            product = torch.matmul(a, b).contiguous()
+            dist.all_reduce(product, group=self._bands.group)
+            return product
+        if pixels not in (n, m) or k == pixels or m == n:
+            raise self._bands.refusal(
+                f"a product of {tuple(a.shape)} and {tuple(b.shape)} over bands of {pixels} pixels is not supported;"
+                " the picture may be too small for so many ranks"
+            )
+        return torch.matmul(a, b)
 
 
 def _window(bands: Bands, sizes: list[int], step: int, reach: int, own: int, before: RowPadding | None) -> Window:
@@ -199,127 +286,12 @@ def _output_shape(x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation
     return [x.shape[0], weight.shape[0], *((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in each)]
 
 
-def group_norm(
-    bands: Bands,
-    deferral: Deferral | None,
-    x: Tensor,
-    num_groups: int,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> Tensor:
-    """``group_norm`` by the moments of all bands, joined as by Chan, Golub and LeVeque (1979)."""
-    batch, channels = x.shape[:2]
-    dtype = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
-    source = None
-    if deferral and (isinstance(x, DeferredMap) or x.dim() >= 4):
-        source = deferral.map_of(x, "group_norm")
-        parts = (_by_own_moments(part.to(dtype), num_groups, eps)[1] for part in deferral.parts(source))
-        moments = join_moments(torch.stack(list(parts)))
-    else:
-        normal, moments = _by_own_moments(x.to(dtype), num_groups, eps)
-    of_channels = torch.stack([moments, bands.joined(moments, eps)])[:, 1:].view(2, 2, batch, num_groups)
-    (mean, variance), (full_mean, full_variance) = of_channels.repeat_interleave(channels // num_groups, dim=3)
-    scale, shift = full_variance.rsqrt(), torch.zeros_like(mean)
-    if source is None:  # from what is normal by this band's moments to what is normal by those of all
-        shift, scale = (mean - full_mean) * scale, variance.sqrt() * scale
-    if weight is not None:
-        scale, shift = scale * weight.double(), shift * weight.double()
-    if bias is not None:
-        shift = shift + bias.double()
-    shape = [batch, channels] + [1] * (x.dim() - 2)
-    scale, shift, full_mean = (one.to(dtype).view(shape) for one in (scale, shift, full_mean))
-    if source is None:
-        return torch.addcmul(shift, normal, scale, out=normal.view_as(x)).to(x.dtype)
-
-    def compute(_: range, parts: list[Tensor]) -> Tensor:
-        return (parts[0].to(dtype) - full_mean).mul_(scale).add_(shift).to(source.like.dtype)
-
-    return deferral.defer(Map(source.sizes, source.like, source.device, [source], compute=compute))
-
-
 def _by_own_moments(x: Tensor, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
     """What is normal by a part's own moments; and these, float64: pixels, means, variances with eps in them."""
     pixels = x[0, 0].numel()
     normal, mean, rstd = torch.native_group_norm(x.contiguous(), None, None, *x.shape[:2], pixels, num_groups, eps)
     mean, rstd = mean.double().reshape(-1), rstd.double().reshape(-1)
     return normal, torch.cat([mean.new_full((1,), pixels), mean, rstd.square().reciprocal()])
-
-
-def pooling(
-    bands: Bands,
-    function: Any,
-    x: Tensor,
-    kernel_size: Any,
-    stride: Any = None,
-    padding: Any = 0,
-    *args: Any,
-    **kwargs: Any,
-) -> Tensor:
-    """``avg_pool2d`` and its like, of windows that lie side by side, none of them on two bands."""
-    name = function.__name__
-    values = (kernel_size, stride or kernel_size, padding, kwargs.get("dilation", 1))
-    kernel, step, padded, dilation = (_each(value, 3 if "3d" in name else 2)[bands.dim] for value in values)
-    sizes = bands.sizes(x.shape[bands.dim], name)
-    if kernel != step or padded or dilation > 1 or any(size % step for size in sizes):
-        raise bands.refusal(f"{name} of windows that lie on two bands is not supported")
-    result = function(x, kernel_size, stride, padding, *args, **kwargs)
-    bands.now([size // step for size in sizes], result)
-    return result
-
-
-def attention(
-    bands: Bands,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    **options: Any,
-) -> Tensor:
-    """``scaled_dot_product_attention`` of this band's tokens to those of all, ``[..., S, D]``.
-
-    Tokens are pixels, of one frame or of several, one after the other; attention over the frames of one pixel needs no
-    other rank. A mask may tell frames apart, not pixels.
-    """
-    height, width = bands.area
-    tokens, pixels, sizes = key.shape[-2], height * width, bands.sizes(height, "attention")
-    if tokens in (bands.frames, pixels) and bands.frames in [size * width for size in sizes]:
-        raise bands.refusal(f"attention over as many frames as a band has pixels, {bands.frames}, is ambiguous")
-    if tokens == bands.frames or tokens % pixels:
-        if query.shape[0] % pixels:
-            raise bands.refusal(f"attention over {tokens} tokens of {pixels} pixels is not supported")
-        return SDPA(query, key, value, attn_mask, dropout_p, is_causal, **options)
-    if is_causal:
-        raise bands.refusal("causal attention over pixels is not supported")
-    frames = tokens // pixels
-    if attn_mask is not None:
-        firsts = torch.arange(frames, device=key.device) * pixels
-        if not torch.equal(attn_mask, attn_mask[..., firsts.repeat_interleave(pixels)]):
-            raise bands.refusal("an attention mask that tells pixels apart is not supported")
-        attn_mask = attn_mask[..., torch.cat([firsts.repeat_interleave(size * width) for size in sizes])]
-    key, value = gather_together(key, value, key.dim() - 2, [frames * size * width for size in sizes], bands.group)
-    return SDPA(query, key, value, attn_mask, dropout_p, **options)
-
-
-def matmul(bands: Bands, a: Tensor, b: Tensor) -> Tensor:
-    """``matmul`` in linear attention: over all pixels, summed over the bands, or of each pixel.
-
-    Sums over pixels are of keys and values, as in Sana's autoencoder (arXiv 2410.10733).
-    """
-    pixels = bands.area[0] * bands.area[1]
-    (m, k), n = a.shape[-2:], b.shape[-1]
-    if k == pixels and pixels not in (m, n):
-        product = torch.matmul(a, b).contiguous()
-        dist.all_reduce(product, group=bands.group)
-        return product
-    if pixels not in (n, m) or k == pixels or m == n:
-        raise bands.refusal(
-            f"a product of {tuple(a.shape)} and {tuple(b.shape)} over bands of {pixels} pixels is not supported; the"
-            " picture may be too small for so many ranks"
-        )
-    return torch.matmul(a, b)
 
 
 def _each(value: Any, spatial: int) -> list[int]:

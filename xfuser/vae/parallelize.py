@@ -18,20 +18,10 @@ from torch.utils._pytree import tree_leaves
 
 from xfuser.core.distributed.utils import share, split_sizes
 from xfuser.core.randomness import RandomWatch
-from xfuser.vae import operations
+from xfuser.vae import functions
 from xfuser.vae.bands import Bands
 from xfuser.vae.deferred import Deferral, DeferredMap, computed
-from xfuser.vae.functions import (
-    DEFERRING,
-    MOVES,
-    NOISE,
-    PADDING,
-    POINTWISE,
-    POOLING,
-    REDUCTIONS,
-    REFUSED,
-    changes_in_place,
-)
+from xfuser.vae.operations import SDPA, Operations, keep_padding, padding_of
 
 CODERS = ("encoder", "decoder")
 ROWS = "_dimension_of_rows"  # attribute of a map whose dimensions were moved
@@ -44,17 +34,14 @@ class OnBands(TorchFunctionMode):
     def __init__(self, bands: Bands, chunk_rows: int | str | None) -> None:
         super().__init__()
         self._bands, self._draws = bands, False
-        self._deferral = deferral = Deferral(bands, chunk_rows) if chunk_rows else None
-        matmul = partial(operations.matmul, bands)
+        self._deferral = Deferral(bands, chunk_rows) if chunk_rows else None
+        on = Operations(bands, self._deferral)
         self._handlers: dict[Any, Callable[..., Tensor]] = {
-            **{conv: partial(operations.convolution, bands, deferral, conv) for conv in (torch.conv2d, torch.conv3d)},
-            **{function: partial(operations.pooling, bands, function) for function in POOLING},
-            **{function: partial(self._drawn, function) for function in NOISE},
-            F.pad: partial(operations.pad, bands, deferral),
-            F.group_norm: partial(operations.group_norm, bands, deferral),
-            operations.SDPA: partial(operations.attention, bands),
-            torch.matmul: matmul,
-            torch.Tensor.matmul: matmul,
+            **{conv: partial(on.convolution, conv) for conv in (torch.conv2d, torch.conv3d)},
+            **{function: partial(on.pooling, function) for function in functions.POOLING},
+            **{function: partial(self._drawn, function) for function in functions.NOISE},
+            **{F.pad: on.pad, F.group_norm: on.group_norm, SDPA: on.attention},
+            **{torch.matmul: on.matmul, torch.Tensor.matmul: on.matmul},
         }
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
@@ -67,23 +54,23 @@ class OnBands(TorchFunctionMode):
         if func is F.dropout and not kwargs.get("training", args[2] if len(args) > 2 else True):
             return args[0]
         if self._deferral:
-            in_place = changes_in_place(func, kwargs)
+            in_place = functions.changes_in_place(func, kwargs)
             if in_place:
                 self._deferral.settle()
-            if in_place or func not in DEFERRING:
+            if in_place or func not in functions.DEFERRING:
                 args, kwargs = computed(args), computed(kwargs)
         self._refuse_mixing(func, args, kwargs)
-        if func in PADDING:
+        if func in functions.PADDING:
             return self._handlers[func](*args, **kwargs)
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         result = self._run(func, args, kwargs, any(isinstance(x, DeferredMap) for x in inputs))
         self._follow_rows(func, args, kwargs, inputs, result)
-        if any(map(operations.padding_of, inputs)) and any(isinstance(x, Tensor) for x in tree_leaves(result)):
-            return operations.keep_padding(self._bands, func, inputs, result)
+        if any(map(padding_of, inputs)) and any(isinstance(x, Tensor) for x in tree_leaves(result)):
+            return keep_padding(self._bands, func, inputs, result)
         return result
 
     def _refuse_mixing(self, func: Any, args: tuple, kwargs: dict) -> None:
-        if func in REFUSED or (func in REDUCTIONS and self._mixes_rows(func, *args, **kwargs)):
+        if func in functions.REFUSED or (func in functions.REDUCTIONS and self._mixes_rows(func, *args, **kwargs)):
             raise self._bands.refusal(f"{func.__name__} may mix the rows of the picture, which lie on different ranks")
         if func is F.interpolate and kwargs.get("mode", "nearest") not in ("nearest", "nearest-exact"):
             raise self._bands.refusal(f"interpolation with mode={kwargs['mode']!r} mixes rows, which is not supported")
@@ -93,14 +80,14 @@ class OnBands(TorchFunctionMode):
             return handler(*args, **kwargs)
         if deferred and func is F.interpolate:
             return self._deferral.upsampled(*args, **kwargs)
-        if deferred and func in POINTWISE and not kwargs.get("inplace"):
+        if deferred and func in functions.POINTWISE and not kwargs.get("inplace"):
             return self._deferral.pointwise(func, args, kwargs)
         return func(*args, **kwargs)
 
     def _follow_rows(self, func: Any, args: tuple, kwargs: dict, inputs: list[Tensor], result: Any) -> None:
         """Note which dimension rows are along, where dimensions were moved: shapes tell channels from columns only
         where they differ."""
-        if func in MOVES:
+        if func in functions.MOVES:
             (x,) = inputs
             rows = getattr(x, ROWS, None)
             if rows is None and x.dim() >= 4 and self._bands.holds_map(x):
@@ -123,7 +110,7 @@ class OnBands(TorchFunctionMode):
         own, full = self._bands.of_map(size, function.__name__)
         options = kwargs if like is None else {"dtype": like.dtype, "device": like.device} | kwargs
         self._draws = True
-        noise = NOISE[function](full, **options)
+        noise = functions.NOISE[function](full, **options)
         self._draws = False
         return noise if own is None else noise.narrow(self._bands.dim, own.start, len(own))
 
@@ -132,7 +119,7 @@ class OnBands(TorchFunctionMode):
         if not self._draws:
             raise self._bands.refusal(
                 f"{operator} would draw different random numbers on each rank, which is not supported;"
-                f" {', '.join(sorted(one.__name__ for one in NOISE))} are"
+                f" {', '.join(sorted(one.__name__ for one in functions.NOISE))} are"
             )
 
     def _mixes_rows(self, func: Any, x: Tensor, *args: Any, **kwargs: Any) -> bool:
