@@ -6,6 +6,7 @@ import os
 import re
 import socket
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -51,19 +52,18 @@ def entries_of(path: str) -> dict[str, Entry]:
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 + length or not length:
-            raise ValueError(f"{path} is truncated, or no safetensors file: it has {size} bytes. Fetch it again")
+            raise ValueError(f"{path} is truncated, or not a safetensors file: it has {size} bytes. Fetch it again")
         header = json.loads(file.read(length))
     header.pop("__metadata__", None)
-    for name, told in header.items():
-        if told["dtype"] not in DTYPES:
-            raise ValueError(f"{path}: {name!r} is of the dtype {told['dtype']!r}; known are {', '.join(DTYPES)}")
-        end = 8 + length + told["data_offsets"][1]
+    entries = {}
+    for name, info in header.items():
+        if info["dtype"] not in DTYPES:
+            raise ValueError(f"{path}: {name!r} is of the dtype {info['dtype']!r}; known are {', '.join(DTYPES)}")
+        start, end = (8 + length + offset for offset in info["data_offsets"])
         if end > size:
             raise ValueError(f"{path} is truncated: {name!r} ends at byte {end} of {size}. Fetch the file again")
-    return {
-        name: Entry(path, 8 + length + told["data_offsets"][0], torch.Size(told["shape"]), DTYPES[told["dtype"]])
-        for name, told in header.items()
-    }
+        entries[name] = Entry(path, start, torch.Size(info["shape"]), DTYPES[info["dtype"]])
+    return entries
 
 
 def checkpoint(folder: str, stem: str, variant: str | None = None) -> dict[str, Entry] | None:
@@ -100,40 +100,31 @@ def _indexed(index: str) -> dict[str, Entry]:
     return held
 
 
-def check_keys(held: dict[str, Entry], expected: dict[str, torch.Tensor], owner: str) -> None:
-    """Compare a checkpoint with the state dict that it is for.
+def checked(held: dict[str, Entry], expected: dict[str, torch.Tensor], cls: type[nn.Module]) -> dict[str, Entry]:
+    """A checkpoint for a state dict, without the surplus tensors that the model's class says to ignore.
 
     Raises:
         ValueError: a tensor is missing, surplus or of another shape.
     """
-    files = _named(sorted({entry.path for entry in held.values()}))
+    patterns = getattr(cls, "_keys_to_ignore_on_load_unexpected", None) or ()
+    surplus = [name for name in held if name not in expected]
+    refused = [name for name in surplus if not any(re.search(pattern, name) for pattern in patterns)]
     if missing := [name for name in expected if name not in held]:
-        raise ValueError(
-            f"{files}: {owner} needs {_named(missing)}, missing there. Is the checkpoint that of its config?"
+        files, needs = (
+            _named(sorted({entry.path for entry in held.values()})),
+            f"{cls.__name__} needs {_named(missing)}",
         )
-    if surplus := [name for name in held if name not in expected]:
+        raise ValueError(f"{files}: {needs}, missing there. Is the checkpoint that of its config?")
+    if refused:
         raise ValueError(
-            f"{held[surplus[0]].path}: {owner} has no place for {_named(surplus)}. After fuse_lora(), call"
+            f"{held[refused[0]].path}: {cls.__name__} has no place for {_named(refused)}. After fuse_lora(), call"
             " unload_lora_weights() before saving; otherwise the checkpoint is not that of the config"
         )
-    for name, entry in held.items():
-        if entry.shape != expected[name].shape:
-            raise ValueError(
-                f"{entry.path}: {name!r} has the shape {list(entry.shape)}, {owner} by its config"
-                f" {list(expected[name].shape)}"
-            )
-
-
-def without_ignored(
-    held: dict[str, Entry], expected: dict[str, torch.Tensor], cls: type[nn.Module]
-) -> dict[str, Entry]:
-    """A checkpoint without the tensors that are surplus, and that the model's class says to ignore then."""
-    patterns = getattr(cls, "_keys_to_ignore_on_load_unexpected", None) or ()
-    return {
-        name: entry
-        for name, entry in held.items()
-        if name in expected or not any(re.search(pattern, name) for pattern in patterns)
-    }
+    for name, x in expected.items():
+        if held[name].shape != x.shape:
+            shapes = f"the shape {list(held[name].shape)}, and {list(x.shape)} by the config of {cls.__name__}"
+            raise ValueError(f"{held[name].path}: {name!r} has {shapes}")
+    return {name: entry for name, entry in held.items() if name in expected}
 
 
 def _named(names: list[str]) -> str:
@@ -147,19 +138,24 @@ def node_group(world: GroupCoordinator, backend: str) -> GroupCoordinator:
     return GroupCoordinator(ranks, world.local_rank, backend)
 
 
+def backend_for(device: torch.device) -> str:
+    """The backend over which ranks hand out tensors that are to stay on this device."""
+    return "gloo" if device.type == "cpu" else dist.get_backend()
+
+
 def read_shared(
     held: dict[str, Entry],
     kept: dict[str, Part],
     node: GroupCoordinator,
     cast: Callable[[str, torch.Tensor], torch.Tensor],
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Read what the ranks of a node keep: each tensor by one of those that keep it, who hands the others their parts.
+    """Read what the ranks of a node keep: each tensor by one of those that keep it, who sends the others their parts.
 
     Args:
         held: the checkpoint, the same on every rank.
         kept: by name, which part of a tensor this rank keeps; those that it lacks are not kept.
         node: the ranks that read together; every one must exhaust the iterator.
-        cast: from a tensor and its name to the dtype and device that it travels in and stays in.
+        cast: from a tensor's name and itself to the dtype and device that it is sent and kept in.
 
     A rank has no more in memory than its own parts and the tensor that it reads or receives.
     """
@@ -168,30 +164,25 @@ def read_shared(
         parts = {rank: names[name] for rank, names in enumerate(wanted) if name in names}
         if node.rank_in_group in parts:
             reader = list(parts)[number % len(parts)]
-            yield name, _handed_out(entry, parts, reader, node, lambda x, name=name: cast(name, x))
+            yield name, _distributed(entry, parts, reader, node, partial(cast, name))
 
 
-def _handed_out(
-    entry: Entry,
-    parts: dict[int, Part],
-    reader: int,
-    node: GroupCoordinator,
-    cast: Callable[[torch.Tensor], torch.Tensor],
+def _distributed(
+    entry: Entry, parts: dict[int, Part], reader: int, node: GroupCoordinator, cast: Callable[..., torch.Tensor]
 ) -> torch.Tensor:
     """This rank's part of a tensor that ``reader`` reads; ``parts`` are those of all that keep it."""
-    rank, reads = node.rank_in_group, node.rank_in_group == reader
+    rank = node.rank_in_group
     if len(parts) == node.world_size and not any(parts.values()):
-        return node.broadcast(cast(entry.read() if reads else _blank(entry.shape, entry.dtype)), reader)
-    if reads:
-        x = cast(entry.read())
-        others = [(_cut(x, part), one) for one, part in parts.items() if one != reader]
-        sends = [node.isend(mine, one) for mine, one in others]
-        for work in sends:
-            work.wait()
-        return _cut(x, parts[rank])
-    x = cast(_blank(kept_of(entry.shape, parts[rank]), entry.dtype))
-    node.irecv(x, reader).wait()
-    return x
+        return node.broadcast(cast(entry.read() if rank == reader else _blank(entry.shape, entry.dtype)), reader)
+    if rank != reader:
+        x = cast(_blank(kept_of(entry.shape, parts[rank]), entry.dtype))
+        node.irecv(x, reader).wait()
+        return x
+    x = cast(entry.read())
+    sent = {one: _cut(x, part) for one, part in parts.items() if one != reader}  # alive until the sends are done
+    for work in [node.isend(part, one) for one, part in sent.items()]:
+        work.wait()
+    return _cut(x, parts[rank])
 
 
 def _blank(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
@@ -207,8 +198,3 @@ def kept_of(shape: torch.Size, part: Part) -> torch.Size:
 def _cut(x: torch.Tensor, part: Part) -> torch.Tensor:
     """A part of a tensor, as a tensor of its own: a view would keep all of it in memory."""
     return x if part is None else torch.cat([x.narrow(part[0], one.start, len(one)) for one in part[1]], part[0])
-
-
-def backend_for(device: torch.device) -> str:
-    """The backend over which ranks hand out tensors that are to stay on this device."""
-    return "gloo" if device.type == "cpu" else dist.get_backend()
