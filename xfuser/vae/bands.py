@@ -38,11 +38,7 @@ class Bands:
         return ValueError(f"{self.owner}: {problem}. {self.advice}")
 
     def sizes(self, height: int, where: str) -> list[int]:
-        """The heights of all bands where this rank's is ``height``: as at the last operation, or all scaled alike.
-
-        Raises:
-            ValueError: there is no such scale.
-        """
+        """The heights of all bands where this rank's is ``height``: as at the last operation, or all scaled alike."""
         before = self._sizes[self.rank]
         if height != before:
             by_a_factor = height and (height % before == 0 or before % height == 0)
@@ -72,18 +68,12 @@ class Bands:
         """This rank's rows of a map whose band here has this size, and the size of the full map.
 
         None, and the same size, where it has no rows and columns.
-
-        Raises:
-            ValueError: it has, but not those of a map.
         """
         if len(size) < 2:
             return None, size
         if not self._has_area(size):
-            height, across = self.area
-            raise self.refusal(
-                f"{where} of shape {tuple(size)} is not of maps whose bands here have {height} rows and {across}"
-                " columns, or multiples of these"
-            )
+            bands = "{} rows and {} columns, or multiples of these".format(*self.area)
+            raise self.refusal(f"{where} of shape {tuple(size)} does not fit maps whose bands here have {bands}")
         sizes, full = self.sizes(size[self.dim], where), list(size)
         full[self.dim] = sum(sizes)
         return share(sizes, self.rank), full

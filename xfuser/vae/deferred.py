@@ -176,8 +176,7 @@ class Deferral:
         factor = int(factor)
 
         def compute(rows: range, parts: list[Tensor]) -> Tensor:
-            more = F.interpolate(parts[0], **kwargs)
-            return more.narrow(self._bands.dim, rows.start % factor, len(rows))
+            return F.interpolate(parts[0], **kwargs).narrow(self._bands.dim, rows.start % factor, len(rows))
 
         def needs(rows: range) -> range:
             return range(rows.start // factor, -(-rows.stop // factor))
@@ -224,8 +223,7 @@ class Deferral:
     def _chunk(self, map: Map) -> int:
         if self._chunk_rows != "auto":
             return self._chunk_rows
-        bytes_of_all = sum(x.like.nbytes + x.workspace for x in map.beneath() if x.pieces is None)
-        row = bytes_of_all / len(self._own(map))
+        row = sum(x.like.nbytes + x.workspace for x in map.beneath() if x.pieces is None) / len(self._own(map))
         return max(1, int(devices.free_memory() // (4 * max(row, 1))))
 
     def _compute(self, map: Map, rows: range, halos: dict[Map, list[Piece]]) -> Tensor:

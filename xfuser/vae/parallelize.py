@@ -224,12 +224,8 @@ def _on_bands(
         with RandomWatch(mode.refuse_draw), mode:
             output = original(x.narrow(dim, band.start, len(band)), *args, **kwargs)
         output = computed(output)
-        if isinstance(output, tuple):  # what follows are caches of the convolutions, which stay with their bands
-            return (_gathered(bands, output[0]), *output[1:])
-        return _gathered(bands, output)
+        first, *caches = output if isinstance(output, tuple) else (output,)
+        full = bands.gather(first, bands.sizes(first.shape[dim], "the output"), dim)
+        return (full, *caches) if isinstance(output, tuple) else full  # caches of convolutions stay with their bands
 
     return forward
-
-
-def _gathered(bands: Bands, x: Tensor) -> Tensor:
-    return bands.gather(x, bands.sizes(x.shape[bands.dim], "the output"), bands.dim)

@@ -10,8 +10,7 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from xfuser.core.distributed import GroupCoordinator
 
@@ -32,7 +31,7 @@ class Entry(NamedTuple):
     shape: torch.Size
     dtype: torch.dtype
 
-    def read(self) -> torch.Tensor:
+    def read(self) -> Tensor:
         """The tensor, in memory of its own."""
         x = _blank(self.shape, self.dtype)
         if x.numel():
@@ -100,7 +99,7 @@ def _indexed(index: str) -> dict[str, Entry]:
     return held
 
 
-def checked(held: dict[str, Entry], expected: dict[str, torch.Tensor], cls: type[nn.Module]) -> dict[str, Entry]:
+def checked(held: dict[str, Entry], expected: dict[str, Tensor], cls: type[nn.Module]) -> dict[str, Entry]:
     """A checkpoint for a state dict, without the surplus tensors that the model's class says to ignore.
 
     Raises:
@@ -138,17 +137,9 @@ def node_group(world: GroupCoordinator, backend: str) -> GroupCoordinator:
     return GroupCoordinator(ranks, world.local_rank, backend)
 
 
-def backend_for(device: torch.device) -> str:
-    """The backend over which ranks hand out tensors that are to stay on this device."""
-    return "gloo" if device.type == "cpu" else dist.get_backend()
-
-
 def read_shared(
-    held: dict[str, Entry],
-    kept: dict[str, Part],
-    node: GroupCoordinator,
-    cast: Callable[[str, torch.Tensor], torch.Tensor],
-) -> Iterator[tuple[str, torch.Tensor]]:
+    held: dict[str, Entry], kept: dict[str, Part], node: GroupCoordinator, cast: Callable[[str, Tensor], Tensor]
+) -> Iterator[tuple[str, Tensor]]:
     """Read what the ranks of a node keep: each tensor by one of those that keep it, who sends the others their parts.
 
     Args:
@@ -168,8 +159,8 @@ def read_shared(
 
 
 def _distributed(
-    entry: Entry, parts: dict[int, Part], reader: int, node: GroupCoordinator, cast: Callable[..., torch.Tensor]
-) -> torch.Tensor:
+    entry: Entry, parts: dict[int, Part], reader: int, node: GroupCoordinator, cast: Callable[..., Tensor]
+) -> Tensor:
     """This rank's part of a tensor that ``reader`` reads; ``parts`` are those of all that keep it."""
     rank = node.rank_in_group
     if len(parts) == node.world_size and not any(parts.values()):
@@ -185,7 +176,7 @@ def _distributed(
     return _cut(x, parts[rank])
 
 
-def _blank(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+def _blank(shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """A tensor to receive into, on the CPU whatever the program's default device is."""
     return torch.empty(shape, dtype=dtype, device="cpu")
 
@@ -195,6 +186,6 @@ def kept_of(shape: torch.Size, part: Part) -> torch.Size:
     return _cut(torch.empty(shape, device="meta"), part).shape
 
 
-def _cut(x: torch.Tensor, part: Part) -> torch.Tensor:
+def _cut(x: Tensor, part: Part) -> Tensor:
     """A part of a tensor, as a tensor of its own: a view would keep all of it in memory."""
     return x if part is None else torch.cat([x.narrow(part[0], one.start, len(one)) for one in part[1]], part[0])

@@ -1,7 +1,7 @@
 """Weights of which each rank holds a shard, gathered for the time of a block's forward: FSDP (arXiv 2304.11277)."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -13,6 +13,8 @@ from xfuser.core.distributed import GroupCoordinator
 from xfuser.core.distributed.utils import share
 from xfuser.methods.refusals import refusal
 from xfuser.models.plan import ModelPlan, blocks_of
+
+Shape = tuple[torch.Size, torch.dtype]
 
 FUSING = ("fuse_qkv_projections", "fuse_lora", "unfuse_lora")  # methods that need weights in full
 _SHARDS = "_xfuser_shards"  # where a copy keeps what it is a copy of
@@ -26,7 +28,7 @@ def outermost_lists(module: nn.Module) -> list[nn.Module]:
     return found
 
 
-def shapes_of(module: nn.Module) -> list[tuple[torch.Size, torch.dtype]]:
+def shapes_of(module: nn.Module) -> list[Shape]:
     """Shape and dtype of a module's parameters, in their order."""
     return [(weight.shape, weight.dtype) for weight in module.parameters()]
 
@@ -53,22 +55,16 @@ class Shards:
 
     Args:
         module: its weights may be on the meta device, or freed.
-        units: modules within the one given to it, whose weights are gathered at a time. Every rank keeps all other
-            weights in full, as it does those of the modules called ``lent``, which work outside of their unit.
+        plan: of a transformer, whose blocks are sharded; of other modules, the entries of ModuleLists are. Every rank
+            keeps all other weights in full, and those of the modules that the plan calls lent, which work outside of
+            their block.
         shapes: of the module's parameters in full, with their dtypes.
 
     Raises:
         ValueError: the module has hooks of Diffusers.
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        units: Callable[[nn.Module], list[nn.Module]],
-        shapes: list[tuple[torch.Size, torch.dtype]],
-        group: GroupCoordinator,
-        lent: tuple[str, ...] = (),
-    ) -> None:
+    def __init__(self, module: nn.Module, group: GroupCoordinator, plan: ModelPlan | None, shapes: list[Shape]) -> None:
         kind = type(module).__name__
         registries = (getattr(part, "_diffusers_hook", None) for part in module.modules())
         if any(registry is not None and registry.hooks for registry in registries):  # a call leaves empty ones behind
@@ -79,12 +75,13 @@ class Shards:
         self.module, self._group = module, group
         blank = [nn.Parameter(torch.empty(*shape, dtype=dtype, device="meta"), False) for shape, dtype in shapes]
         self.copy = copy.deepcopy(module, dict(zip(map(id, module.parameters()), blank, strict=True)))
-        inside = units(self.copy)
+        blocks = [block.module for block in blocks_of(self.copy, plan)] if plan else []
+        units, lent = blocks or outermost_lists(self.copy), plan.lent if plan else ()
         kept = {weight for name in lent for weight in self.copy.get_submodule(name).parameters()}
-        sharded = {weight for unit in inside for weight in unit.parameters()} - kept
+        sharded = {weight for unit in units for weight in unit.parameters()} - kept
         ignored = set(self.copy.parameters()) - sharded
         mesh = DeviceMesh.from_group(group.device_group, group.device.type)
-        for unit in inside:
+        for unit in units:
             fully_shard(unit, mesh=mesh, reshard_after_forward=True, ignored_params=ignored)
         fully_shard(self.copy, mesh=mesh, ignored_params=ignored)  # has no weights: the units share its streams
         self.copy.__dict__[_SHARDS] = self
@@ -127,14 +124,17 @@ class Shards:
     def _shapes_now(self) -> dict[str, torch.Size]:
         return {name: weight.shape for name, weight in self.copy.named_parameters()}
 
+    def take(self, weights: Iterable[torch.Tensor]) -> None:
+        """Keep this rank's rows of full weights, one for each parameter, and free those of the module."""
+        for (name, rows), x in zip(self.rows().items(), weights, strict=True):
+            self.fill(name, x if rows is None else x[rows.start : rows.stop].clone())
+        free_weights(self.module, self._group.device)
+
     def changes(self) -> list[str]:
         """How the copy's parameters differ from those of the module, which cannot take them then."""
-        before, now, kind = self._shapes, self._shapes_now(), type(self.module).__name__
-        found = [f"{kind} has got {name!r}" for name in now if name not in before]
-        found += [f"{kind} has lost {name!r}" for name in before if name not in now]
-        return found + [
-            f"{kind} has got another shape of {name!r}" for name in now if before.get(name, now[name]) != now[name]
-        ]
+        kind, before, now = type(self.module).__name__, self._shapes, self._shapes_now()
+        found = [f"{kind} has got {name!r}" for name, shape in now.items() if before.get(name) != shape]
+        return found + [f"{kind} has lost {name!r}" for name in before if name not in now]
 
     @torch.no_grad()
     def restore(self) -> nn.Module:
@@ -156,20 +156,8 @@ def shards_of(module: nn.Module) -> Shards | None:
     return vars(module).get(_SHARDS)
 
 
-def sharded_blocks(module: nn.Module, plan: ModelPlan, group: GroupCoordinator) -> Shards:
-    """A transformer whose blocks are sharded, to be filled."""
-
-    def units(model: nn.Module) -> list[nn.Module]:
-        return [block.module for block in blocks_of(model, plan)] or outermost_lists(model)
-
-    return Shards(module, units, shapes_of(module), group, plan.lent)
-
-
 def shard(module: nn.Module, plan: ModelPlan, group: GroupCoordinator) -> Shards:
     """Shard a transformer's blocks; each rank keeps its rows of the weights that it has, and frees the others."""
-    shards = sharded_blocks(module, plan, group)
-    for (name, rows), weight in zip(shards.rows().items(), list(module.parameters()), strict=True):
-        x = weight.detach().to(group.device)
-        shards.fill(name, x if rows is None else x[rows.start : rows.stop].clone())
-    free_weights(module, group.device)
+    shards = Shards(module, group, plan, shapes_of(module))
+    shards.take(weight.detach().to(group.device) for weight in list(module.parameters()))
     return shards

@@ -70,21 +70,22 @@ def load_pipeline(
 
 def _parts(engine_config: EngineConfig, pipeline_class: Any, options: dict[str, Any]) -> dict[str, Any]:
     """The components that this package loads itself."""
-    parallel, encoders = engine_config.parallel_config, engine_config.runtime_config.text_encoder
+    parallel, runtime = engine_config.parallel_config, engine_config.runtime_config
     path = _fetched(engine_config.model_config.model, pipeline_class, options)
     check_folder(path, divides=parallel.divides)
     folder = Folder(path, options[DTYPE_ARGUMENT], options.get("variant"), set(options))
     folder.check_files()
-    device = torch.device("cpu") if _offloads(engine_config) else devices.device(get_world_group().local_rank)
+    offloads = runtime.enable_model_cpu_offload or runtime.enable_sequential_cpu_offload
+    device = torch.device("cpu") if offloads else devices.device(get_world_group().local_rank)
 
     def check_memory(size: int) -> None:
-        memory = engine_config.runtime_config.memory or devices.total_memory()
-        if memory is not None and not _offloads(engine_config):
-            elsewhere = (PREFIX,) if encoders != "replicate" else ()
+        memory = runtime.memory or devices.total_memory()
+        if memory is not None and not offloads:
+            elsewhere = (PREFIX,) if runtime.text_encoder != "replicate" else ()
             _check_memory(engine_config.model_config.model, size + folder.bytes_beside(elsewhere), memory)
 
     parts = load_transformers(folder, parallel, device, check_memory)
-    if encoders in ("shard", "rank0") and not get_world_group().is_first_rank:
+    if runtime.text_encoder in ("shard", "rank0") and not get_world_group().is_first_rank:
         parts |= freed_encoders(folder, device)
     return parts
 
@@ -144,11 +145,6 @@ def _store_t5_in_fp8(pipe: Any, dtype: torch.dtype) -> None:
         apply_layerwise_casting(
             encoder, storage_dtype=torch.float8_e4m3fn, compute_dtype=dtype, skip_modules_pattern=precise
         )
-
-
-def _offloads(engine_config: EngineConfig) -> bool:
-    runtime = engine_config.runtime_config
-    return runtime.enable_model_cpu_offload or runtime.enable_sequential_cpu_offload
 
 
 def _place(pipe: Any, engine_config: EngineConfig) -> None:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import diffusers
 import torch
+import torch.distributed as dist
 import transformers
 from accelerate import init_empty_weights
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
@@ -19,8 +20,8 @@ from xfuser.core.distributed import GroupCoordinator, get_pp_group, get_replica_
 from xfuser.methods import tensor
 from xfuser.methods.pipefusion.blocks import divide, set_tensor
 from xfuser.models.registry import is_known, plan_of
-from xfuser.weights.checkpoint import Entry, Part, backend_for, checked, checkpoint, kept_of, node_group, read_shared
-from xfuser.weights.fsdp import Shards, free_weights, sharded_blocks
+from xfuser.weights.checkpoint import Entry, Part, checked, checkpoint, kept_of, node_group, read_shared
+from xfuser.weights.fsdp import Shards, free_weights, shapes_of
 from xfuser.weights.placement import pipeline_split
 from xfuser.weights.text_encoders import PREFIX
 
@@ -109,7 +110,7 @@ def load_transformers(
     for name, load in loads.items():
         load.divide(stages.get(name), parallel)
     check_memory(sum(load.size() for load in loads.values()))
-    node = node_group(get_world_group(), backend_for(device))
+    node = node_group(get_world_group(), "gloo" if device.type == "cpu" else dist.get_backend())
     for load in loads.values():
         load.run(node, device)
     node.barrier()
@@ -152,7 +153,7 @@ class _Load:
             places = _places(self.model)
             parts = {places[name]: part for name, part in kept.items()}
         if self.plan and parallel.fully_shard_degree > 1:
-            self._shards = sharded_blocks(self.model, self.plan, get_replica_group())
+            self._shards = Shards(self.model, get_replica_group(), self.plan, shapes_of(self.model))
             self.model = self._shards.copy
             self._places, rows = _places(self.model), self._shards.rows()
             parts = {self._places[name]: (0, (part,)) for name, part in rows.items() if part is not None}

@@ -1,6 +1,5 @@
 """Where the text encoders' weights are: on every rank, sharded over them, on one rank, or off the device."""
 
-from collections.abc import Callable
 from contextlib import ExitStack
 from functools import wraps
 from typing import Any
@@ -11,7 +10,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from xfuser.core.distributed import GroupCoordinator
 from xfuser.core.hooks import replaced
-from xfuser.weights.fsdp import Shards, free_weights, is_freed, outermost_lists, shapes_of
+from xfuser.weights.fsdp import Shards, free_weights, is_freed, shapes_of
 
 PREFIX = "text_encoder"  # of the names that components have in Diffusers' pipelines
 
@@ -62,45 +61,38 @@ class TextEncoders:
         self._stack.close()
 
     def _shard(self, name: str, encoder: nn.Module) -> None:
-        shards = Shards(encoder, outermost_lists, self._group.broadcast_object(shapes_of(encoder)), self._group)
+        shards = Shards(encoder, self._group, None, self._group.broadcast_object(shapes_of(encoder)))
         self._shards.append(shards)
-        given = list(encoder.parameters()) if self._group.is_first_rank else []
-        rows, weights = shards.rows(), list(shards.copy.named_parameters())
-        for index, (key, weight) in enumerate(weights):
-            x = self._from_first(given[index].detach() if given else None, weight.shape, weight.dtype)
-            kept = rows[key]
-            shards.fill(key, x if kept is None else x[kept.start : kept.stop].clone())
-        free_weights(encoder, self._group.device)
+        blank = list(shards.copy.parameters())
+        given = [weight.detach() for weight in encoder.parameters()] if self._group.is_first_rank else blank
+        shards.take(self._from_first(x, like.shape, like.dtype) for x, like in zip(given, blank, strict=True))
         vars(self._pipe)[name] = shards.copy  # registers nothing
         self._stack.callback(lambda: vars(self._pipe).update({name: shards.restore()}))
 
     def _leave_to_first(self, _: str, encoder: nn.Module) -> None:
-        forward = encoder.forward
-        if not self._group.is_first_rank:
-            free_weights(encoder, self._group.device)
-        self._stack.callback(self._refill, encoder)
-        self._stack.enter_context(replaced(encoder, "forward", self._by_first(forward)))
-
-    def _by_first(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """The forward of an encoder whose outputs are those of the first rank."""
+        """The first rank's encoder has weights; what it returns is what all others return."""
+        forward, group = encoder.forward, self._group
 
         @wraps(forward)
         def call(*args: Any, **kwargs: Any) -> Any:
-            if not self._group.is_first_rank:
-                told = self._group.broadcast_tensor_dict()
-                return tree_unflatten([told[str(index)] for index in range(len(told) - 1)], told["tree"])
+            if not group.is_first_rank:
+                received = group.broadcast_tensor_dict()
+                return tree_unflatten([received[str(index)] for index in range(len(received) - 1)], received["tree"])
             leaves, tree = tree_flatten(forward(*args, **kwargs))
             plain = [x if isinstance(x, torch.Tensor | bool | int | float | str) else None for x in leaves]
-            self._group.broadcast_tensor_dict({str(index): x for index, x in enumerate(plain)} | {"tree": tree})
+            group.broadcast_tensor_dict({str(index): x for index, x in enumerate(plain)} | {"tree": tree})
             return tree_unflatten(leaves, tree)
 
-        return call
+        if not group.is_first_rank:
+            free_weights(encoder, group.device)
+        self._stack.callback(self._refill, encoder)
+        self._stack.enter_context(replaced(encoder, "forward", call))
 
     def _refill(self, encoder: nn.Module) -> None:
         for weight, shape in zip(encoder.parameters(), self._group.broadcast_object(shapes_of(encoder)), strict=True):
             weight.data = self._from_first(weight.detach(), *shape)
 
-    def _from_first(self, x: torch.Tensor | None, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    def _from_first(self, x: torch.Tensor, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
         if not self._group.is_first_rank:
             x = torch.empty(shape, dtype=dtype, device=self._group.device)
         return self._group.broadcast(x.to(self._group.device))
