@@ -43,10 +43,7 @@ class Bands:
         if height != before:
             by_a_factor = height and (height % before == 0 or before % height == 0)
             if not by_a_factor or any(size * height % before for size in self._sizes):
-                raise self.refusal(
-                    f"{where} was given {height} rows where this rank holds {before}: an operation ahead of it changed"
-                    " the rows in a way that is not supported"
-                )
+                raise self.refusal(f"{where} has {height} rows where this rank holds {before}, which is not supported")
             self._sizes = [size * height // before for size in self._sizes]
         return self._sizes
 

@@ -5,8 +5,8 @@ import importlib.util
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
-import torch.distributed as dist
-from torch import nn
+from torch.distributed import ProcessGroup
+from torch.nn import Module
 
 from xfuser.vae.parallelize import check_values, coders_of, parallelize_vae
 
@@ -30,22 +30,16 @@ def check_engine(engine: str, split: str, chunk_rows: int | str | None) -> None:
     if engine not in ENGINES:
         raise ValueError(f"vae_engine={engine!r} is unknown; known are {', '.join(ENGINES)}")
     check_values(split, chunk_rows)
-    if engine != "distvae":
-        return
-    if not _installed():
+    if engine == "distvae" and not _installed():
         raise ValueError("vae_engine='distvae': the package distvae is not installed (pip install distvae)")
-    if split == "width" or chunk_rows is not None:
+    if engine == "distvae" and (split == "width" or chunk_rows is not None):
         given = f"vae_split={split!r}, vae_chunk_rows={chunk_rows!r}"
         raise ValueError(f"vae_engine='distvae' divides height, in one chunk ({given}): use vae_engine='native'")
 
 
 @contextmanager
 def parallel_vae(
-    vae: nn.Module,
-    group: dist.ProcessGroup,
-    engine: str = "auto",
-    split: str = "auto",
-    chunk_rows: int | str | None = None,
+    vae: Module, group: ProcessGroup, engine: str = "auto", split: str = "auto", chunk_rows: int | str | None = None
 ) -> Iterator[None]:
     """Within the context, a VAE's encoder and decoder run on all ranks of a group.
 
@@ -65,7 +59,7 @@ def parallel_vae(
         yield
 
 
-def _by_distvae(vae: nn.Module, group: dist.ProcessGroup, stack: ExitStack) -> None:
+def _by_distvae(vae: Module, group: ProcessGroup, stack: ExitStack) -> None:
     from distvae.vae import parallelize_decoder, parallelize_encoder  # optional, and loads much
 
     coders = coders_of(vae)

@@ -247,10 +247,8 @@ class Operations:
             dist.all_reduce(product, group=self._bands.group)
             return product
         if pixels not in (n, m) or k == pixels or m == n:
-            raise self._bands.refusal(
-                f"a product of {tuple(a.shape)} and {tuple(b.shape)} over bands of {pixels} pixels is not supported;"
-                " the picture may be too small for so many ranks"
-            )
+            shapes = f"{tuple(a.shape)} and {tuple(b.shape)}"
+            raise self._bands.refusal(f"a product of {shapes} over bands of {pixels} pixels is not supported")
         return torch.matmul(a, b)
 
 

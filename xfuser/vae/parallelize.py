@@ -117,10 +117,7 @@ class OnBands(TorchFunctionMode):
     def refuse_draw(self, operator: str) -> None:
         """Raise a ValueError where an operator is about to draw random numbers for this rank's rows alone."""
         if not self._draws:
-            raise self._bands.refusal(
-                f"{operator} would draw different random numbers on each rank, which is not supported;"
-                f" {', '.join(sorted(one.__name__ for one in functions.NOISE))} are"
-            )
+            raise self._bands.refusal(f"{operator} draws other random numbers on each rank, which is not supported")
 
     def _mixes_rows(self, func: Any, x: Tensor, *args: Any, **kwargs: Any) -> bool:
         """Whether a norm, a sum or the like over a feature map goes over its rows."""
@@ -185,10 +182,7 @@ def coders_of(vae: nn.Module) -> dict[str, nn.Module]:
 def check_values(split: str, chunk_rows: int | str | None) -> None:
     """Raise a ValueError for values that :func:`parallelize_vae` does not take."""
     if split == "frames":
-        raise ValueError(
-            "vae_split='frames': the VAEs of Diffusers go through frames one after the other, each with what the one"
-            " before left, or treat the first frame apart: no rank can begin in the middle. Use height, width or auto"
-        )
+        raise ValueError("vae_split='frames': VAEs go through frames one after the other; use height, width or auto")
     if split not in SPLITS:
         raise ValueError(f"vae_split={split!r} is unknown; known are {', '.join(SPLITS)}")
     if chunk_rows not in (None, "auto") and (not isinstance(chunk_rows, int) or chunk_rows < 1):

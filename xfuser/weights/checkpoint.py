@@ -42,11 +42,7 @@ class Entry(NamedTuple):
 
 
 def entries_of(path: str) -> dict[str, Entry]:
-    """What a safetensors file holds, by name; reads its header alone.
-
-    Raises:
-        ValueError: it is not such a file, or ends before its tensors do.
-    """
+    """What a safetensors file holds, by name, from its header alone. One that is truncated raises a ValueError."""
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -68,10 +64,8 @@ def entries_of(path: str) -> dict[str, Entry]:
 def checkpoint(folder: str, stem: str, variant: str | None = None) -> dict[str, Entry] | None:
     """The tensors of ``{stem}.safetensors``, or of the files in its index; None where there is neither.
 
-    A variant, such as fp16, is taken where there is one.
-
-    Raises:
-        ValueError: a file is missing or truncated, or lacks a tensor that the index says it has.
+    A variant, such as fp16, is taken where there is one. A file that is missing or truncated, or lacks a tensor that
+    the index says it has, raises a ValueError.
     """
     for ending in (f".{variant}", "") if variant else ("",):
         index = os.path.join(folder, f"{stem}.safetensors.index{ending}.json")
@@ -102,26 +96,19 @@ def _indexed(index: str) -> dict[str, Entry]:
 def checked(held: dict[str, Entry], expected: dict[str, Tensor], cls: type[nn.Module]) -> dict[str, Entry]:
     """A checkpoint for a state dict, without the surplus tensors that the model's class says to ignore.
 
-    Raises:
-        ValueError: a tensor is missing, surplus or of another shape.
+    A tensor that is missing, otherwise surplus, or of another shape raises a ValueError.
     """
-    patterns = getattr(cls, "_keys_to_ignore_on_load_unexpected", None) or ()
-    surplus = [name for name in held if name not in expected]
-    refused = [name for name in surplus if not any(re.search(pattern, name) for pattern in patterns)]
+    ignored, kind = getattr(cls, "_keys_to_ignore_on_load_unexpected", None) or (), cls.__name__
+    surplus = [name for name in held if name not in expected and not any(re.search(one, name) for one in ignored)]
     if missing := [name for name in expected if name not in held]:
-        files, needs = (
-            _named(sorted({entry.path for entry in held.values()})),
-            f"{cls.__name__} needs {_named(missing)}",
-        )
-        raise ValueError(f"{files}: {needs}, missing there. Is the checkpoint that of its config?")
-    if refused:
-        raise ValueError(
-            f"{held[refused[0]].path}: {cls.__name__} has no place for {_named(refused)}. After fuse_lora(), call"
-            " unload_lora_weights() before saving; otherwise the checkpoint is not that of the config"
-        )
+        files = _named(sorted({entry.path for entry in held.values()}))
+        raise ValueError(f"{files}: {kind} needs {_named(missing)}, missing there; use the checkpoint of its config")
+    if surplus:
+        problem = f"{held[surplus[0]].path}: {kind} has no place for {_named(surplus)}"
+        raise ValueError(f"{problem}. After fuse_lora(), call unload_lora_weights() before saving")
     for name, x in expected.items():
         if held[name].shape != x.shape:
-            shapes = f"the shape {list(held[name].shape)}, and {list(x.shape)} by the config of {cls.__name__}"
+            shapes = f"the shape {list(held[name].shape)}, and {list(x.shape)} by the config of {kind}"
             raise ValueError(f"{held[name].path}: {name!r} has {shapes}")
     return {name: entry for name, entry in held.items() if name in expected}
 

@@ -68,10 +68,7 @@ class Shards:
         kind = type(module).__name__
         registries = (getattr(part, "_diffusers_hook", None) for part in module.modules())
         if any(registry is not None and registry.hooks for registry in registries):  # a call leaves empty ones behind
-            raise ValueError(
-                f"{kind} has hooks of Diffusers, such as group offloading's, which cannot be copied: wrap the pipeline"
-                " first, then call what adds them"
-            )
+            raise ValueError(f"{kind} has hooks of Diffusers, which cannot be copied: wrap the pipeline, then add them")
         self.module, self._group = module, group
         blank = [nn.Parameter(torch.empty(*shape, dtype=dtype, device="meta"), False) for shape, dtype in shapes]
         self.copy = copy.deepcopy(module, dict(zip(map(id, module.parameters()), blank, strict=True)))
@@ -86,10 +83,8 @@ class Shards:
         fully_shard(self.copy, mesh=mesh, ignored_params=ignored)  # has no weights: the units share its streams
         self.copy.__dict__[_SHARDS] = self
         for name in filter(lambda name: hasattr(module, name), FUSING):
-            self.copy.__dict__[name] = refusal(
-                f"{name}: the weights of {kind} are sharded (fully_shard_degree): call it before the wrap of a pipeline"
-                " that was loaded without shards, or call unwrap(), do it, and wrap the pipeline again"
-            )
+            message = f"{name}: {kind} is sharded: call it on the full pipeline, before the wrap or after unwrap()"
+            self.copy.__dict__[name] = refusal(message)
         self._shapes = self._shapes_now()
 
     @property

@@ -6,18 +6,7 @@ from typing import Any
 from torch import nn
 
 from xfuser.config import EngineConfig, ParallelConfig
-from xfuser.core.distributed import (
-    destroy_model_parallel,
-    get_pp_group,
-    get_replica_group,
-    get_tp_group,
-    get_world_group,
-    init_distributed_environment,
-    initialize_model_parallel,
-    launched_world_size,
-    model_parallel_degrees,
-    model_parallel_is_initialized,
-)
+from xfuser.core import distributed as groups
 from xfuser.core.hooks import replaced
 from xfuser.methods.pipefusion.blocks import divided, stage_layers
 from xfuser.methods.pipefusion.pipefusion import PipeFusion
@@ -28,17 +17,14 @@ from xfuser.models.registry import check_methods, planned_models
 from xfuser.weights.fsdp import Shards, shard, shards_of
 from xfuser.weights.text_encoders import TextEncoders, text_encoders
 
+USE_OTHERS = "Use Ulysses, ring, CFG or data parallelism"
+
 
 class Placement:
     """The weights of a pipeline, divided as the configuration says until :meth:`restore`.
 
-    It makes the process groups of the configuration, or uses those that are there if they are the same.
-
-    Attributes:
-        pipefusion: the stages, or None.
-
-    Raises:
-        ValueError: the configuration does not fit the pipeline, or the number of ranks. No group is made then.
+    It makes the process groups of the configuration, or uses those that are there if they are the same. Where the
+    configuration does not fit the pipeline or the number of ranks, it raises a ValueError before it makes any.
     """
 
     def __init__(self, pipe: Any, engine_config: EngineConfig) -> None:
@@ -50,35 +36,31 @@ class Placement:
         stages = pipeline_split(planned_models(pipe), type(pipe).__name__, parallel)
         _check_tensor(pipe, parallel)
         join_groups(engine_config)
-        self._world = get_world_group()
+        self._world = groups.get_world_group()
         self._encoders = TextEncoders(pipe, runtime.text_encoder, self._world)
         self._shards = _shards(pipe, parallel.fully_shard_degree)
-        self.pipefusion = PipeFusion(pipe, get_pp_group(), *stages.values()) if stages else None
+        self.pipefusion = PipeFusion(pipe, groups.get_pp_group(), *stages.values()) if stages else None  # one model
         self._tensor: TensorParallel | None = None
         if parallel.tp_degree > 1:  # behind PipeFusion, which leaves the blocks of other stages out
-            self._tensor = TensorParallel(_tensor_models(pipe, parallel), get_tp_group(), parallel.tensor_scheme, pipe)
+            models, group = _tensor_models(pipe, parallel), groups.get_tp_group()
+            self._tensor = TensorParallel(models, group, parallel.tensor_scheme, pipe)
         if self.pipefusion:
             self.pipefusion.remember()
         self._guards = ExitStack()
         for module in filter(lambda one: hasattr(one, "save_pretrained"), self._rearranged()):
-            message = (
-                f"this rank has a part of the weights of {type(module).__name__}: call save_pretrained() of the"
-                " wrapped pipeline, on all ranks, or unwrap() first"
-            )
-            self._guards.enter_context(replaced(module, "save_pretrained", refusal(message)))
+            problem = f"this rank has a part of the weights of {type(module).__name__}"
+            advice = "call save_pretrained() of the wrapped pipeline, on all ranks, or unwrap() first"
+            self._guards.enter_context(replaced(module, "save_pretrained", refusal(f"{problem}: {advice}")))
 
     def restore(self) -> None:
         """Give each rank all weights again; all ranks must call it, and have the memory.
 
-        Raises:
-            ValueError: on all ranks, with nothing done: blocks were changed, and cannot be given to other ranks.
+        All raise a ValueError, with nothing done, if blocks were changed and cannot be given to other ranks.
         """
         refuse_offloaded(self._rearranged(), "call remove_all_hooks() before unwrap()")
         if self.pipefusion and (problems := list(filter(None, self._world.all_gather_object(self.pipefusion.check())))):
-            raise ValueError(
-                "the transformer's blocks were changed since the wrap, in a way that other PipeFusion stages cannot"
-                f" take over ({problems[0]}): undo the change first, or make it before the wrap"
-            )
+            problem = f"blocks were changed since the wrap, and other PipeFusion stages cannot get them ({problems[0]})"
+            raise ValueError(f"{problem}: undo the change first, or make it before the wrap")
         divided = [*([self._tensor] if self._tensor else []), *self._shards.values()]
         divided += [self._encoders] if self._engine.runtime_config.text_encoder == "shard" else []
         if divided:
@@ -113,13 +95,13 @@ class Placement:
 def join_groups(engine_config: EngineConfig) -> None:
     """Make the groups that the configuration asks for, or use those that are there if they are the same."""
     parallel = engine_config.parallel_config
-    parallel.check(launched_world_size())
-    init_distributed_environment()
-    if model_parallel_is_initialized():
-        if model_parallel_degrees() == parallel.group_degrees:
+    parallel.check(groups.launched_world_size())
+    groups.init_distributed_environment()
+    if groups.model_parallel_is_initialized():
+        if groups.model_parallel_degrees() == parallel.group_degrees:
             return
-        destroy_model_parallel()
-    initialize_model_parallel(**parallel.group_degrees)
+        groups.destroy_model_parallel()
+    groups.initialize_model_parallel(**parallel.group_degrees)
 
 
 def pipeline_split(
@@ -127,8 +109,7 @@ def pipeline_split(
 ) -> dict[str, list[int]]:
     """Number of blocks of each stage, for each of a pipeline's transformers; empty without PipeFusion.
 
-    Raises:
-        ValueError: a method does not serve them, or their blocks are divided in another way already.
+    A ValueError says that a method does not support them, or that their blocks are divided in another way already.
     """
     stubs = {name: divided(model, plan) for name, (model, plan) in models.items()}
     if any(stub.held for ones in stubs.values() for stub in ones):
@@ -139,27 +120,20 @@ def pipeline_split(
     stages, asked = parallel.pp_degree, parallel.attn_layer_num_for_pp
     for layers in loaded_for.values():
         if len(layers) != stages or list(asked or layers) != layers:
-            raise ValueError(
-                f"this {pipeline} was loaded for stages of {layers} blocks: wrap it with the degrees that it was loaded"
-                " with, or load it again"
-            )
+            problem = f"this {pipeline} was loaded for stages of {layers} blocks"
+            raise ValueError(f"{problem}: wrap it with the degrees that it was loaded with, or load it again")
     if not parallel.pipelined:
         return {}
     if len(models) > 1:
-        raise ValueError(
-            f"PipeFusion does not serve {pipeline}: {' and '.join(models)} divide the steps, and the later one would"
-            " begin without keys and values. Use Ulysses, ring, CFG or data parallelism"
-        )
+        problem = f"{' and '.join(models)} divide the steps, and the later one would begin without keys and values"
+        raise ValueError(f"PipeFusion does not serve {pipeline}: {problem}. {USE_OTHERS}")
     return loaded_for or {name: stage_layers(model, plan, stages, asked) for name, (model, plan) in models.items()}
 
 
 def _check_methods(model: nn.Module, plan: ModelPlan, parallel: ParallelConfig) -> None:
     kind = type(model).__name__
     if parallel.patched and plan.context:
-        raise ValueError(
-            f"DistriFusion and naive patches do not serve {kind}: {plan.unpiped}. Use Ulysses, ring, CFG or data"
-            " parallelism"
-        )
+        raise ValueError(f"DistriFusion and naive patches do not serve {kind}: {plan.unpiped}. {USE_OTHERS}")
     check_methods(kind, plan, parallel.sequenced, parallel.pipelined)
     if parallel.sequenced or parallel.pipelined or parallel.patched:
         attentions_of(model, plan)  # refuses blocks of another layout
@@ -192,10 +166,9 @@ def _shards(pipe: Any, degree: int) -> dict[str, Shards]:
     for name, (model, plan) in planned_models(pipe).items():
         loaded = shards_of(model)
         if loaded and loaded.degree != degree:
-            raise ValueError(
-                f"this {type(pipe).__name__} was loaded for fully_shard_degree={loaded.degree}: wrap it so"
-            )
+            kind = type(pipe).__name__
+            raise ValueError(f"this {kind} was loaded for fully_shard_degree={loaded.degree}: wrap it with that")
         if degree > 1:
-            found[name] = loaded or shard(model, plan, get_replica_group())
+            found[name] = loaded or shard(model, plan, groups.get_replica_group())
             vars(pipe)[name] = found[name].copy  # registers nothing
     return found

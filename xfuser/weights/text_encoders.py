@@ -42,10 +42,8 @@ class TextEncoders:
         if mode != "replicate" and not encoders:
             raise ValueError(f"text_encoder={mode!r}: {type(pipe).__name__} has no text encoder; remove it")
         if mode in ("replicate", "offload") and (freed := [name for name, one in encoders.items() if is_freed(one)]):
-            raise ValueError(
-                f"text_encoder={mode!r}: this {type(pipe).__name__} was loaded with {freed[0]} on the first rank alone;"
-                " wrap it with the configuration that it was loaded with"
-            )
+            problem = f"{type(pipe).__name__} was loaded with {freed[0]} on the first rank alone"
+            raise ValueError(f"text_encoder={mode!r}: {problem}; wrap it with the text_encoder that it was loaded with")
         if mode == "replicate" or (mode != "offload" and group.world_size == 1):
             return
         place = {"shard": self._shard, "rank0": self._leave_to_first, "offload": self._offload}[mode]
