@@ -21,7 +21,7 @@ PROVEN = {  # classes that the native engine is tested with
 
 
 def available_engines() -> list[str]:
-    """The engines that can be asked for here."""
+    """The engines that can be used here."""
     return [engine for engine in ENGINES if engine != "distvae" or _installed()]
 
 

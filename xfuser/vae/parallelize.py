@@ -1,7 +1,7 @@
 """Parallel VAE: the encoder and the decoder of any VAE of Diffusers, on bands of rows.
 
 Nothing of the VAE is replaced. While its encoder or decoder runs, a ``TorchFunctionMode`` takes the place of the few
-functions that mix rows (``operations.py``); all others work on a band as they do on a whole picture. What would mix
+functions that mix rows (``operations.py``); all others work on a band as they do on a full picture. What would mix
 rows unseen is refused by name. The idea of patches that exchange halos is DistVAE's (in xDiT, arXiv 2411.01738).
 """
 

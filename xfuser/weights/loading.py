@@ -17,7 +17,7 @@ from xfuser.core.distributed import get_world_group
 from xfuser.core.logger import quiet_libraries
 from xfuser.models.registry import check_folder, planned_models
 from xfuser.weights.placement import join_groups
-from xfuser.weights.skeleton import Folder, freed_encoders, load_transformers
+from xfuser.weights.skeleton import Folder, divided_transformers, freed_encoders, read
 from xfuser.weights.text_encoders import PREFIX, text_encoders
 
 PATIENCE = timedelta(days=7)  # of ranks that wait for a download
@@ -77,14 +77,13 @@ def _parts(engine_config: EngineConfig, pipeline_class: Any, options: dict[str, 
     folder.check_files()
     offloads = runtime.enable_model_cpu_offload or runtime.enable_sequential_cpu_offload
     device = torch.device("cpu") if offloads else devices.device(get_world_group().local_rank)
-
-    def check_memory(size: int) -> None:
-        memory = runtime.memory or devices.total_memory()
-        if memory is not None and not offloads:
-            elsewhere = (PREFIX,) if runtime.text_encoder != "replicate" else ()
-            _check_memory(engine_config.model_config.model, size + folder.bytes_beside(elsewhere), memory)
-
-    parts = load_transformers(folder, parallel, device, check_memory)
+    loads = divided_transformers(folder, parallel)
+    memory = runtime.memory or devices.total_memory()
+    if memory is not None and not offloads:
+        elsewhere = (PREFIX,) if runtime.text_encoder != "replicate" else ()
+        size = sum(load.size() for load in loads.values()) + folder.bytes_beside(elsewhere)
+        _check_memory(engine_config.model_config.model, size, memory)
+    parts = read(loads, device)
     if runtime.text_encoder in ("shard", "rank0") and not get_world_group().is_first_rank:
         parts |= freed_encoders(folder, device)
     return parts
@@ -94,11 +93,9 @@ def _check_memory(model: str, size: int, memory: int) -> None:
     """Refuse on all ranks what is too much for one."""
     worst = max(get_world_group().all_gather_object(size))
     if worst > memory:
-        raise ValueError(
-            f"the weights of {model!r} that a rank keeps are {worst / 1e9:.2f} GB, and memory={memory / 1e9:.2f} GB:"
-            f" `xdit plan --model {model} --world_size {get_world_group().world_size}` lists what the degrees and"
-            " --text_encoder do to this"
-        )
+        sizes = f"the weights of {model!r} that a rank keeps are {worst / 1e9:.2f} GB, memory={memory / 1e9:.2f} GB"
+        plan = f"xdit plan --model {model} --world_size {get_world_group().world_size}"
+        raise ValueError(f"{sizes}: `{plan}` lists what the degrees and --text_encoder change")
 
 
 def _fetched(model: str, pipeline_class: Any, options: dict[str, Any]) -> str:

@@ -83,20 +83,14 @@ class Folder(NamedTuple):
         return size
 
 
-def load_transformers(
-    folder: Folder, parallel: ParallelConfig, device: torch.device, check_memory: Callable[[int], None]
-) -> dict[str, nn.Module]:
-    """The transformers of a pipeline's folder, with the weights that this rank keeps; every rank must call it.
+def divided_transformers(folder: Folder, parallel: ParallelConfig) -> dict[str, "Load"]:
+    """The transformers of a pipeline's folder, divided for this rank, to be read; every rank must call it.
 
-    Blocks of other PipeFusion stages are stubs. A file is read once per node. Quantised weights, and those that are not
-    in safetensors files, are left to Diffusers. ``check_memory`` is called with the bytes that this rank will keep,
-    before any is read.
-
-    Raises:
-        ValueError: a checkpoint does not fit its configuration, or the degrees do not fit the transformers. All ranks
-            raise it before they talk to each other.
+    Blocks of other PipeFusion stages are stubs. Quantised weights, and those that are not in safetensors files, are
+    left to Diffusers. A checkpoint that does not fit its configuration, or degrees that do not fit the transformers,
+    raise a ValueError on all ranks before they talk to each other.
     """
-    loads: dict[str, _Load] = {}
+    loads: dict[str, Load] = {}
     for name, (library, kind) in folder.to_load().items():
         cls = getattr(diffusers, kind, None) if library == "diffusers" else None
         if inspect.isclass(cls) and issubclass(cls, nn.Module) and is_known(cls):
@@ -104,12 +98,16 @@ def load_transformers(
             if held and not config.get("quantization_config"):
                 model = skeleton(partial(cls.from_config, config), folder.dtype(name))
                 model.register_to_config(_name_or_path=folder.of(name))
-                loads[name] = _Load(model, checked(held, model.state_dict(), cls), folder.dtype(name))
+                loads[name] = Load(model, checked(held, model.state_dict(), cls), folder.dtype(name))
     planned = {name: (load.model, load.plan) for name, load in loads.items() if load.plan}
     stages = pipeline_split(planned, f"pipeline of {folder.path}", parallel)
     for name, load in loads.items():
         load.divide(stages.get(name), parallel)
-    check_memory(sum(load.size() for load in loads.values()))
+    return loads
+
+
+def read(loads: dict[str, "Load"], device: torch.device) -> dict[str, nn.Module]:
+    """The transformers with the weights that this rank keeps; a file is read once per node. Every rank must call it."""
     node = node_group(get_world_group(), "gloo" if device.type == "cpu" else dist.get_backend())
     for load in loads.values():
         load.run(node, device)
@@ -131,7 +129,7 @@ def freed_encoders(folder: Folder, device: torch.device) -> dict[str, nn.Module]
     return found
 
 
-class _Load:
+class Load:
     """A transformer without weights, and its checkpoint: :meth:`divide`, then :meth:`run`."""
 
     def __init__(self, model: nn.Module, held: dict[str, Entry], dtype: torch.dtype) -> None:
