@@ -1,20 +1,23 @@
-"""Bands: which rows (or columns) of a feature map the ranks hold, and how they lend each other some."""
+"""Bands: which rows (or columns) of a feature map each rank holds, and how ranks exchange some of them."""
 
 from collections.abc import Callable
 from functools import partial
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from xfuser.core.distributed.group_coordinator import all_gather_parts
 from xfuser.core.distributed.utils import share
+
+Piece = tuple[int, Tensor]  # some rows of a map, and the first one's number; rows count from the top of the full map
 
 
 class Bands:
     """The heights of all ranks' bands during one forward of an encoder or decoder.
 
-    Every rank goes through the same operations, so each knows the others' heights without asking. Where bands are of
-    columns, what is called rows and heights here are columns and widths.
+    Every rank runs the same operations, so each knows the others' heights without messages. Where columns are divided,
+    what is called rows and heights here are columns and widths.
 
     Args:
         dim: the dimension of ``[..., H, W]`` that is divided, -2 or -1.
@@ -22,71 +25,57 @@ class Bands:
         across: length of the input's other dimension.
     """
 
-    owner = "parallel VAE"  # what a refusal speaks of, and what it advises
+    owner = "parallel VAE"  # what an error names, and what it advises
     advice = "Run this VAE without use_parallel_vae"
 
     def __init__(self, dim: int, sizes: list[int], across: int, group: dist.ProcessGroup) -> None:
-        self.dim, self.group, self.rank = dim, group, dist.get_rank(group)
+        self.dim, self.group, self.rank, self.ranks = dim, group, dist.get_rank(group), len(sizes)
         self._sizes = sizes
         self.area = (sizes[self.rank], across)  # of this rank's band, behind the last convolution
-        self.frames: int | None = None  # there, if it was one of videos
+        self.frames: int | None = None  # behind it, if it was one of videos
 
-    @property
-    def ranks(self) -> int:
-        return len(self._sizes)
+    def refusal(self, problem: str) -> ValueError:
+        return ValueError(f"{self.owner}: {problem}. {self.advice}")
 
     def sizes(self, height: int, where: str) -> list[int]:
-        """The heights of all bands where this rank's is ``height``: as at the last operation, or all scaled alike.
-
-        Raises:
-            ValueError: no scale leads there.
-        """
+        """The heights of all bands where this rank's is ``height``: as at the last operation, or all scaled alike."""
         before = self._sizes[self.rank]
         if height != before:
-            up, down = height // before, before // height if height else 0
-            if up > 1 and height == before * up:
-                self._sizes = [size * up for size in self._sizes]
-            elif down > 1 and before == height * down and not any(size % down for size in self._sizes):
-                self._sizes = [size // down for size in self._sizes]
-            else:
-                raise ValueError(
-                    f"{self.owner}: {where} was given {height} rows where this rank holds {before}: an operation"
-                    f" ahead of it changed the rows in a way that is not supported. {self.advice}"
-                )
+            by_a_factor = height and (height % before == 0 or before % height == 0)
+            if not by_a_factor or any(size * height % before for size in self._sizes):
+                raise self.refusal(f"{where} has {height} rows where this rank holds {before}, which is not supported")
+            self._sizes = [size * height // before for size in self._sizes]
         return self._sizes
 
-    def now(self, sizes: list[int], x: torch.Tensor) -> None:
-        """Note the heights behind an operation that may have changed them, with its result here."""
+    def now(self, sizes: list[int], x: Tensor) -> None:
+        """Note the heights behind an operation that may have changed them; ``x`` is its result here."""
         self._sizes = sizes
         self.area = (sizes[self.rank], x.shape[-3 - self.dim])
         self.frames = x.shape[2] if x.dim() == 5 else None
 
-    def holds_map(self, x: torch.Tensor) -> bool:
-        """Whether the last two dimensions are those of a feature map: at the last one's scale, or another."""
+    def holds_map(self, x: Tensor) -> bool:
+        """Whether the last two dimensions are those of a feature map, at the last one's scale or another."""
+        return x.dim() >= 3 and self._has_area(x.shape)
+
+    def _has_area(self, size: list[int]) -> bool:
         height, across = self.area
-        return x.dim() >= 3 and x.shape[self.dim] * across == x.shape[-3 - self.dim] * height
+        return size[self.dim] * across == size[-3 - self.dim] * height
 
     def of_map(self, size: list[int], where: str) -> tuple[range | None, list[int]]:
-        """This rank's rows of a map whose part here has this size, and the size of the whole map.
+        """This rank's rows of a map whose band here has this size, and the size of the full map.
 
         None, and the same size, where it has no rows and columns.
-
-        Raises:
-            ValueError: it has, but not those of a map.
         """
         if len(size) < 2:
             return None, size
-        height, across = self.area
-        if size[self.dim] * across != size[-3 - self.dim] * height:
-            raise ValueError(
-                f"{self.owner}: {where} of shape {tuple(size)} is not of maps whose bands here have {height} rows and"
-                f" {across} columns, or multiples of these. {self.advice}"
-            )
-        sizes, whole = self.sizes(size[self.dim], where), list(size)
-        whole[self.dim] = sum(sizes)
-        return share(sizes, self.rank), whole
+        if not self._has_area(size):
+            bands = "{} rows and {} columns, or multiples of these".format(*self.area)
+            raise self.refusal(f"{where} of shape {tuple(size)} does not fit maps whose bands here have {bands}")
+        sizes, full = self.sizes(size[self.dim], where), list(size)
+        full[self.dim] = sum(sizes)
+        return share(sizes, self.rank), full
 
-    def rows_of(self, x: torch.Tensor) -> int | None:
+    def rows_of(self, x: Tensor) -> int | None:
         """The dimension that the rows are along: also where channels are last, or the pixels are one dimension."""
         height, width = self.area if self.dim == -2 else self.area[::-1]
         if x.dim() >= 4:
@@ -94,71 +83,76 @@ class Bands:
             return x.dim() + ends[0] + 1 + self.dim if ends else None
         return next((dim for dim in range(1, x.dim()) if x.shape[dim] == height * width), None)
 
-    def with_halo(self, x: torch.Tensor, sizes: list[int], needs: list[range]) -> torch.Tensor:
-        """What this rank needs: its own band's part of that between rows of others."""
-        mine = common(share(sizes, self.rank), needs[self.rank])
-        own_rows = partial(self._rows, x, share(sizes, self.rank))
-        above, below = self.borrow(own_rows, x, sizes, needs)
-        own = [own_rows(mine)] if mine else []
-        parts = [part for part in (above, *own, below) if part is not None]
+    def piece(self, x: Tensor, sizes: list[int]) -> Piece:
+        return share(sizes, self.rank).start, x
+
+    def stop(self, piece: Piece) -> int:
+        """The row behind a piece's last."""
+        return piece[0] + piece[1].shape[self.dim]
+
+    def cut(self, pieces: list[Piece], rows: range) -> Tensor:
+        """These rows, of pieces that have them all between them."""
+        parts = []
+        for piece in sorted(pieces, key=lambda piece: piece[0]):
+            if overlap := common(range(piece[0], self.stop(piece)), rows):
+                parts.append(piece[1].narrow(self.dim, overlap.start - piece[0], len(overlap)))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=self.dim)
 
+    def halo(self, pieces: list[Piece], sizes: list[int], needs: list[range]) -> list[Piece]:
+        """What other ranks hold of the rows that this one needs; ``needs`` has those of every rank, ``pieces`` this
+        rank's band."""
+        own, need = share(sizes, self.rank), needs[self.rank]
+        above, below = self.borrow(partial(self.cut, pieces), pieces[0][1], sizes, needs)
+        both = [(need.start, above), (max(own.stop, need.start), below)]
+        return [(first, part) for first, part in both if part is not None]
+
     def borrow(
-        self, own_rows: Callable[[range], torch.Tensor], like: torch.Tensor, sizes: list[int], needs: list[range]
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """The rows of others that this rank needs, above and below its own; ``needs`` are those that each rank needs.
+        self, own_rows: Callable[[range], Tensor], like: Tensor, sizes: list[int], needs: list[range]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """As :meth:`halo`, the rows above this rank's own and those below; ``own_rows`` gives rows of this rank's band.
 
-        Rows of the whole map count from 0. Only rows that are needed travel, also from ranks that are no neighbours.
-
-        Args:
-            own_rows: gives rows of this rank's band.
-            like: a part of the map.
+        Only rows that are needed are sent, also by ranks that are no neighbours. ``like`` is a part of the map.
         """
-        held = [share(sizes, rank) for rank in range(len(sizes))]
+        held = [share(sizes, rank) for rank in range(self.ranks)]
         ranks = dist.get_process_group_ranks(self.group)
         ops, received = [], {}
-        for other in range(len(sizes)):
+        for other in range(self.ranks):
             if other == self.rank:
                 continue
-            lent, borrowed = common(held[self.rank], needs[other]), common(held[other], needs[self.rank])
-            if lent:
-                rows = own_rows(lent).contiguous()
-                ops.append(dist.P2POp(dist.isend, rows, ranks[other], self.group))
-            if borrowed:
+            if lent := common(held[self.rank], needs[other]):
+                ops.append(dist.P2POp(dist.isend, own_rows(lent).contiguous(), ranks[other], self.group))
+            if borrowed := common(held[other], needs[self.rank]):
                 shape = list(like.shape)
                 shape[self.dim] = len(borrowed)
                 received[other] = like.new_empty(shape)
                 ops.append(dist.P2POp(dist.irecv, received[other], ranks[other], self.group))
         for work in dist.batch_isend_irecv(ops) if ops else []:
             work.wait()
-        above = [received[rank] for rank in sorted(received) if rank < self.rank]
-        below = [received[rank] for rank in sorted(received) if rank > self.rank]
+        above = [x for rank, x in received.items() if rank < self.rank]
+        below = [x for rank, x in received.items() if rank > self.rank]
         return tuple(torch.cat(parts, dim=self.dim) if parts else None for parts in (above, below))
 
-    def gather(self, x: torch.Tensor, sizes: list[int], dim: int) -> torch.Tensor:
+    def gather(self, x: Tensor, sizes: list[int], dim: int) -> Tensor:
         """All ranks' parts, one after the other."""
         if self.ranks == 1:
             return x
         return torch.cat(all_gather_parts(x, dim % x.dim(), sizes, self.group), dim=dim)
 
-    def joined(self, moments: torch.Tensor, eps: float) -> torch.Tensor:
-        """Moments of the whole map from those of this rank's band, as :func:`join_moments` has them."""
+    def joined(self, moments: Tensor, eps: float) -> Tensor:
+        """Moments of the full map from those of this rank's band, as :func:`join_moments` has them."""
         return join_moments(self.gather(moments.unsqueeze(0), [1] * self.ranks, 0))
-
-    def _rows(self, x: torch.Tensor, held: range, rows: range) -> torch.Tensor:
-        return x.narrow(self.dim, rows.start - held.start, len(rows))
 
 
 def common(a: range, b: range) -> range:
     return range(max(a.start, b.start), max(a.start, b.start, min(a.stop, b.stop)))
 
 
-def join_moments(moments: torch.Tensor) -> torch.Tensor:
+def join_moments(moments: Tensor) -> Tensor:
     """The moments of all parts together, ``[1 + 2 n]`` from ``[parts, 1 + 2 n]``: pixels, means, variances, with
     the same constant in each."""
     pixels = moments[:, :1]
     means, variances = moments[:, 1:].chunk(2, dim=1)
-    shares = pixels / pixels.sum()
-    mean = (means * shares).sum(0)
-    variance = ((variances + (means - mean).square()) * shares).sum(0)
+    weights = pixels / pixels.sum()
+    mean = (means * weights).sum(0)
+    variance = ((variances + (means - mean).square()) * weights).sum(0)
     return torch.cat([pixels.sum(0), mean, variance])

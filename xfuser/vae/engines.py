@@ -3,41 +3,25 @@
 import copy
 import importlib.util
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
-import torch.distributed as dist
-from torch import nn
+from torch.distributed import ProcessGroup
+from torch.nn import Module
 
-from xfuser.vae.parallelize import CODERS, check_values, parallelize_vae
+from xfuser.vae.parallelize import check_values, coders_of, parallelize_vae
 
 ENGINES = ("auto", "native", "distvae")
 PROVEN = {  # classes that the native engine is tested with
-    "AsymmetricAutoencoderKL",
-    "AutoencoderDC",
-    "AutoencoderKL",
-    "AutoencoderKLAllegro",
-    "AutoencoderKLCogVideoX",
-    "AutoencoderKLFlux2",
-    "AutoencoderKLHunyuanImage",
-    "AutoencoderKLHunyuanImageRefiner",
-    "AutoencoderKLHunyuanVideo",
-    "AutoencoderKLHunyuanVideo15",
-    "AutoencoderKLKVAE",
-    "AutoencoderKLKVAEVideo",
-    "AutoencoderKLLTX2Video",
-    "AutoencoderKLLTXVideo",
-    "AutoencoderKLMagvit",
-    "AutoencoderKLMochi",
-    "AutoencoderKLQwenImage",
-    "AutoencoderKLQwenImage21",
-    "AutoencoderKLWan",
-    "AutoencoderTiny",
-    "VQModel",
-}
+    "AsymmetricAutoencoderKL", "AutoencoderDC", "AutoencoderKL", "AutoencoderKLAllegro", "AutoencoderKLCogVideoX",
+    "AutoencoderKLFlux2", "AutoencoderKLHunyuanImage", "AutoencoderKLHunyuanImageRefiner",
+    "AutoencoderKLHunyuanVideo", "AutoencoderKLHunyuanVideo15", "AutoencoderKLKVAE", "AutoencoderKLKVAEVideo",
+    "AutoencoderKLLTX2Video", "AutoencoderKLLTXVideo", "AutoencoderKLMagvit", "AutoencoderKLMochi",
+    "AutoencoderKLQwenImage", "AutoencoderKLQwenImage21", "AutoencoderKLWan", "AutoencoderTiny", "VQModel",
+}  # fmt: skip
 
 
 def available_engines() -> list[str]:
-    """The engines that can be asked for here."""
+    """The engines that can be used here."""
     return [engine for engine in ENGINES if engine != "distvae" or _installed()]
 
 
@@ -46,24 +30,16 @@ def check_engine(engine: str, split: str, chunk_rows: int | str | None) -> None:
     if engine not in ENGINES:
         raise ValueError(f"vae_engine={engine!r} is unknown; known are {', '.join(ENGINES)}")
     check_values(split, chunk_rows)
-    if engine != "distvae":
-        return
-    if not _installed():
+    if engine == "distvae" and not _installed():
         raise ValueError("vae_engine='distvae': the package distvae is not installed (pip install distvae)")
-    if split == "width" or chunk_rows is not None:
-        raise ValueError(
-            f"vae_engine='distvae' divides height, without chunks (given: vae_split={split!r},"
-            f" vae_chunk_rows={chunk_rows!r}): use vae_engine='native' for these"
-        )
+    if engine == "distvae" and (split == "width" or chunk_rows is not None):
+        given = f"vae_split={split!r}, vae_chunk_rows={chunk_rows!r}"
+        raise ValueError(f"vae_engine='distvae' divides height, in one chunk ({given}): use vae_engine='native'")
 
 
 @contextmanager
 def parallel_vae(
-    vae: nn.Module,
-    group: dist.ProcessGroup,
-    engine: str = "auto",
-    split: str = "auto",
-    chunk_rows: int | str | None = None,
+    vae: Module, group: ProcessGroup, engine: str = "auto", split: str = "auto", chunk_rows: int | str | None = None
 ) -> Iterator[None]:
     """Within the context, a VAE's encoder and decoder run on all ranks of a group.
 
@@ -71,32 +47,25 @@ def parallel_vae(
     installed; the other arguments are those of :func:`parallelize_vae`.
 
     Raises:
-        ValueError: the engine does not know the VAE's class.
+        ValueError: the engine does not support the VAE's class.
     """
     if engine == "auto":
         engine = "distvae" if type(vae).__name__ not in PROVEN and _installed() else "native"
-    if engine == "native":
-        undo = parallelize_vae(vae, group, split, chunk_rows)
-        try:
-            yield
-        finally:
-            undo()
-        return
-    before = {name: vars(vae)["_modules"][name] for name in CODERS if name in vars(vae)["_modules"]}
-    try:
-        _by_distvae(vae, group, before)
+    with ExitStack() as stack:
+        if engine == "native":
+            stack.callback(parallelize_vae(vae, group, split, chunk_rows))
+        else:
+            _by_distvae(vae, group, stack)
         yield
-    finally:
-        for name, coder in before.items():
-            setattr(vae, name, coder)
 
 
-def _by_distvae(vae: nn.Module, group: dist.ProcessGroup, coders: dict[str, nn.Module]) -> None:
+def _by_distvae(vae: Module, group: ProcessGroup, stack: ExitStack) -> None:
     from distvae.vae import parallelize_decoder, parallelize_encoder  # optional, and loads much
 
-    for name, coder in coders.items():  # it takes modules apart: give it copies, that share the weights
-        weights = {id(x): x for x in (*coder.parameters(), *coder.buffers())}
-        setattr(vae, name, copy.deepcopy(coder, weights))
+    coders = coders_of(vae)
+    for name, coder in coders.items():  # it takes modules apart: give it copies, that have the same weights
+        stack.callback(setattr, vae, name, coder)
+        setattr(vae, name, copy.deepcopy(coder, {id(x): x for x in (*coder.parameters(), *coder.buffers())}))
     if "decoder" in coders:
         parallelize_decoder(vae, group)
     if "encoder" in coders:

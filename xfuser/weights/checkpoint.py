@@ -6,11 +6,11 @@ import os
 import re
 import socket
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from xfuser.core.distributed import GroupCoordinator
 
@@ -31,7 +31,7 @@ class Entry(NamedTuple):
     shape: torch.Size
     dtype: torch.dtype
 
-    def read(self) -> torch.Tensor:
+    def read(self) -> Tensor:
         """The tensor, in memory of its own."""
         x = _blank(self.shape, self.dtype)
         if x.numel():
@@ -42,37 +42,30 @@ class Entry(NamedTuple):
 
 
 def entries_of(path: str) -> dict[str, Entry]:
-    """What a safetensors file holds, by name; reads its header alone.
-
-    Raises:
-        ValueError: it is not such a file, or ends before its tensors do.
-    """
+    """What a safetensors file holds, by name, from its header alone. One that is truncated raises a ValueError."""
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 + length or not length:
-            raise ValueError(f"{path} is truncated, or no safetensors file: it has {size} bytes. Fetch it again")
+            raise ValueError(f"{path} is truncated, or not a safetensors file: it has {size} bytes. Fetch it again")
         header = json.loads(file.read(length))
     header.pop("__metadata__", None)
-    for name, told in header.items():
-        if told["dtype"] not in DTYPES:
-            raise ValueError(f"{path}: {name!r} is of the dtype {told['dtype']!r}; known are {', '.join(DTYPES)}")
-        end = 8 + length + told["data_offsets"][1]
+    entries = {}
+    for name, info in header.items():
+        if info["dtype"] not in DTYPES:
+            raise ValueError(f"{path}: {name!r} is of the dtype {info['dtype']!r}; known are {', '.join(DTYPES)}")
+        start, end = (8 + length + offset for offset in info["data_offsets"])
         if end > size:
             raise ValueError(f"{path} is truncated: {name!r} ends at byte {end} of {size}. Fetch the file again")
-    return {
-        name: Entry(path, 8 + length + told["data_offsets"][0], torch.Size(told["shape"]), DTYPES[told["dtype"]])
-        for name, told in header.items()
-    }
+        entries[name] = Entry(path, start, torch.Size(info["shape"]), DTYPES[info["dtype"]])
+    return entries
 
 
 def checkpoint(folder: str, stem: str, variant: str | None = None) -> dict[str, Entry] | None:
     """The tensors of ``{stem}.safetensors``, or of the files in its index; None where there is neither.
 
-    A variant, such as fp16, is taken where there is one.
-
-    Raises:
-        ValueError: a file is missing or truncated, or lacks a tensor that the index says it has.
+    A variant, such as fp16, is taken where there is one. A file that is missing or truncated, or lacks a tensor that
+    the index says it has, raises a ValueError.
     """
     for ending in (f".{variant}", "") if variant else ("",):
         index = os.path.join(folder, f"{stem}.safetensors.index{ending}.json")
@@ -100,40 +93,24 @@ def _indexed(index: str) -> dict[str, Entry]:
     return held
 
 
-def check_keys(held: dict[str, Entry], expected: dict[str, torch.Tensor], owner: str) -> None:
-    """Compare a checkpoint with the state dict that it is for.
+def checked(held: dict[str, Entry], expected: dict[str, Tensor], cls: type[nn.Module]) -> dict[str, Entry]:
+    """A checkpoint for a state dict, without the surplus tensors that the model's class says to ignore.
 
-    Raises:
-        ValueError: a tensor is missing, surplus or of another shape.
+    A tensor that is missing, otherwise surplus, or of another shape raises a ValueError.
     """
-    files = _named(sorted({entry.path for entry in held.values()}))
+    ignored, kind = getattr(cls, "_keys_to_ignore_on_load_unexpected", None) or (), cls.__name__
+    surplus = [name for name in held if name not in expected and not any(re.search(one, name) for one in ignored)]
     if missing := [name for name in expected if name not in held]:
-        raise ValueError(
-            f"{files}: {owner} needs {_named(missing)}, missing there. Is the checkpoint that of its config?"
-        )
-    if surplus := [name for name in held if name not in expected]:
-        raise ValueError(
-            f"{held[surplus[0]].path}: {owner} has no place for {_named(surplus)}. After fuse_lora(), call"
-            " unload_lora_weights() before saving; otherwise the checkpoint is not that of the config"
-        )
-    for name, entry in held.items():
-        if entry.shape != expected[name].shape:
-            raise ValueError(
-                f"{entry.path}: {name!r} has the shape {list(entry.shape)}, {owner} by its config"
-                f" {list(expected[name].shape)}"
-            )
-
-
-def without_ignored(
-    held: dict[str, Entry], expected: dict[str, torch.Tensor], cls: type[nn.Module]
-) -> dict[str, Entry]:
-    """A checkpoint without the tensors that are surplus, and that the model's class says to ignore then."""
-    patterns = getattr(cls, "_keys_to_ignore_on_load_unexpected", None) or ()
-    return {
-        name: entry
-        for name, entry in held.items()
-        if name in expected or not any(re.search(pattern, name) for pattern in patterns)
-    }
+        files = _named(sorted({entry.path for entry in held.values()}))
+        raise ValueError(f"{files}: {kind} needs {_named(missing)}, missing there; use the checkpoint of its config")
+    if surplus:
+        problem = f"{held[surplus[0]].path}: {kind} has no place for {_named(surplus)}"
+        raise ValueError(f"{problem}. After fuse_lora(), call unload_lora_weights() before saving")
+    for name, x in expected.items():
+        if held[name].shape != x.shape:
+            shapes = f"the shape {list(held[name].shape)}, and {list(x.shape)} by the config of {kind}"
+            raise ValueError(f"{held[name].path}: {name!r} has {shapes}")
+    return {name: entry for name, entry in held.items() if name in expected}
 
 
 def _named(names: list[str]) -> str:
@@ -148,18 +125,15 @@ def node_group(world: GroupCoordinator, backend: str) -> GroupCoordinator:
 
 
 def read_shared(
-    held: dict[str, Entry],
-    kept: dict[str, Part],
-    node: GroupCoordinator,
-    cast: Callable[[str, torch.Tensor], torch.Tensor],
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Read what the ranks of a node keep: each tensor by one of those that keep it, who hands the others their parts.
+    held: dict[str, Entry], kept: dict[str, Part], node: GroupCoordinator, cast: Callable[[str, Tensor], Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """Read what the ranks of a node keep: each tensor by one of those that keep it, who sends the others their parts.
 
     Args:
         held: the checkpoint, the same on every rank.
         kept: by name, which part of a tensor this rank keeps; those that it lacks are not kept.
         node: the ranks that read together; every one must exhaust the iterator.
-        cast: from a tensor and its name to the dtype and device that it travels in and stays in.
+        cast: from a tensor's name and itself to the dtype and device that it is sent and kept in.
 
     A rank has no more in memory than its own parts and the tensor that it reads or receives.
     """
@@ -168,33 +142,28 @@ def read_shared(
         parts = {rank: names[name] for rank, names in enumerate(wanted) if name in names}
         if node.rank_in_group in parts:
             reader = list(parts)[number % len(parts)]
-            yield name, _handed_out(entry, parts, reader, node, lambda x, name=name: cast(name, x))
+            yield name, _distributed(entry, parts, reader, node, partial(cast, name))
 
 
-def _handed_out(
-    entry: Entry,
-    parts: dict[int, Part],
-    reader: int,
-    node: GroupCoordinator,
-    cast: Callable[[torch.Tensor], torch.Tensor],
-) -> torch.Tensor:
+def _distributed(
+    entry: Entry, parts: dict[int, Part], reader: int, node: GroupCoordinator, cast: Callable[..., Tensor]
+) -> Tensor:
     """This rank's part of a tensor that ``reader`` reads; ``parts`` are those of all that keep it."""
-    rank, reads = node.rank_in_group, node.rank_in_group == reader
+    rank = node.rank_in_group
     if len(parts) == node.world_size and not any(parts.values()):
-        return node.broadcast(cast(entry.read() if reads else _blank(entry.shape, entry.dtype)), reader)
-    if reads:
-        x = cast(entry.read())
-        others = [(_cut(x, part), one) for one, part in parts.items() if one != reader]
-        sends = [node.isend(mine, one) for mine, one in others]
-        for work in sends:
-            work.wait()
-        return _cut(x, parts[rank])
-    x = cast(_blank(kept_of(entry.shape, parts[rank]), entry.dtype))
-    node.irecv(x, reader).wait()
-    return x
+        return node.broadcast(cast(entry.read() if rank == reader else _blank(entry.shape, entry.dtype)), reader)
+    if rank != reader:
+        x = cast(_blank(kept_of(entry.shape, parts[rank]), entry.dtype))
+        node.irecv(x, reader).wait()
+        return x
+    x = cast(entry.read())
+    sent = {one: _cut(x, part) for one, part in parts.items() if one != reader}  # alive until the sends are done
+    for work in [node.isend(part, one) for one, part in sent.items()]:
+        work.wait()
+    return _cut(x, parts[rank])
 
 
-def _blank(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+def _blank(shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """A tensor to receive into, on the CPU whatever the program's default device is."""
     return torch.empty(shape, dtype=dtype, device="cpu")
 
@@ -204,11 +173,6 @@ def kept_of(shape: torch.Size, part: Part) -> torch.Size:
     return _cut(torch.empty(shape, device="meta"), part).shape
 
 
-def _cut(x: torch.Tensor, part: Part) -> torch.Tensor:
+def _cut(x: Tensor, part: Part) -> Tensor:
     """A part of a tensor, as a tensor of its own: a view would keep all of it in memory."""
     return x if part is None else torch.cat([x.narrow(part[0], one.start, len(one)) for one in part[1]], part[0])
-
-
-def backend_for(device: torch.device) -> str:
-    """The backend over which ranks hand out tensors that are to stay on this device."""
-    return "gloo" if device.type == "cpu" else dist.get_backend()

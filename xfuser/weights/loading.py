@@ -1,4 +1,4 @@
-"""Loading a pipeline as the configuration asks."""
+"""Loading a pipeline as the configuration says."""
 
 import inspect
 import os
@@ -15,10 +15,9 @@ from xfuser.config import EngineConfig, InputConfig
 from xfuser.core import device as devices
 from xfuser.core.distributed import get_world_group
 from xfuser.core.logger import quiet_libraries
-from xfuser.models.registry import check_folder, is_known, planned_models
-from xfuser.weights.checkpoint import checkpoint
+from xfuser.models.registry import check_folder, planned_models
 from xfuser.weights.placement import join_groups
-from xfuser.weights.skeleton import STEMS, check_files, components_of, freed_encoders, load_transformers
+from xfuser.weights.skeleton import Folder, divided_transformers, freed_encoders, read
 from xfuser.weights.text_encoders import PREFIX, text_encoders
 
 PATIENCE = timedelta(days=7)  # of ranks that wait for a download
@@ -34,15 +33,15 @@ def load_pipeline(
 ) -> Any:
     """The pipeline of ``engine_config.model_config``, in its dtype, on this rank's device or offloaded from it.
 
-    Of the transformer, a rank reads what it keeps under the degrees of ``engine_config``, with which the pipeline is to
+    Of the transformer, a rank reads what it keeps under the degrees of ``engine_config``, with which the pipeline must
     be wrapped then; ranks of one machine read each file once between them. All ranks must call this.
 
     ``components`` take the place of those in the folder, or are arguments of Diffusers, such as ``variant``. With
     ``input_config.img_file_path``, a text-to-image pipeline becomes its image-to-image variant.
 
     Raises:
-        ValueError: there is no pipeline, none that is known, its files are damaged, or it lacks what the configuration
-            asks for. Ranks do not wait for each other then.
+        ValueError: there is no pipeline, or no supported one, its files are damaged, or it lacks what the configuration
+            requires. Ranks do not wait for each other then.
     """
     model, runtime = engine_config.model_config, engine_config.runtime_config
     join_groups(engine_config)
@@ -62,66 +61,41 @@ def load_pipeline(
         pipe = _image_to_image(pipe)
     if runtime.use_fp8_t5_encoder:
         _store_t5_in_fp8(pipe, runtime.dtype)
-    if runtime.enable_tiling:
-        _vae(pipe, "enable_tiling").enable_tiling()
-    if runtime.enable_slicing:
-        _vae(pipe, "enable_slicing").enable_slicing()
-    return _placed(pipe, engine_config)
+    for ability in ("enable_tiling", "enable_slicing"):
+        if getattr(runtime, ability):
+            _enable(pipe, ability)
+    _place(pipe, engine_config)
+    return pipe
 
 
 def _parts(engine_config: EngineConfig, pipeline_class: Any, options: dict[str, Any]) -> dict[str, Any]:
-    folder = _fetched(engine_config.model_config.model, pipeline_class, options)
-    check_folder(folder, divides=engine_config.parallel_config.divides)
-    check_files(folder, options.get("variant"))
-    asked = options[DTYPE_ARGUMENT]
-
-    def dtype_of(name: str) -> torch.dtype:
-        dtype = asked.get(name, asked.get("default")) if isinstance(asked, dict) else asked
-        return dtype or torch.float32
-
-    device = torch.device("cpu") if _offloads(engine_config) else devices.device(get_world_group().local_rank)
-
-    def check_memory(size: int) -> None:
-        memory = engine_config.runtime_config.memory or devices.total_memory()
-        if memory is not None and not _offloads(engine_config):
-            _check_memory(engine_config, size + _other_weights(engine_config, folder, dtype_of, options), memory)
-
-    parts = load_transformers(
-        folder,
-        engine_config.parallel_config,
-        dtype_of,
-        options.get("variant"),
-        device,
-        set(options),
-        check_memory,
-    )
-    if engine_config.runtime_config.text_encoder in ("shard", "rank0") and not get_world_group().is_first_rank:
-        parts |= freed_encoders(folder, dtype_of, device, set(options))
+    """The components that this package loads itself."""
+    parallel, runtime = engine_config.parallel_config, engine_config.runtime_config
+    path = _fetched(engine_config.model_config.model, pipeline_class, options)
+    check_folder(path, divides=parallel.divides)
+    folder = Folder(path, options[DTYPE_ARGUMENT], options.get("variant"), set(options))
+    folder.check_files()
+    offloads = runtime.enable_model_cpu_offload or runtime.enable_sequential_cpu_offload
+    device = torch.device("cpu") if offloads else devices.device(get_world_group().local_rank)
+    loads = divided_transformers(folder, parallel)
+    memory = runtime.memory or devices.total_memory()
+    if memory is not None and not offloads:
+        elsewhere = (PREFIX,) if runtime.text_encoder != "replicate" else ()
+        size = sum(load.size() for load in loads.values()) + folder.bytes_beside(elsewhere)
+        _check_memory(engine_config.model_config.model, size, memory)
+    parts = read(loads, device)
+    if runtime.text_encoder in ("shard", "rank0") and not get_world_group().is_first_rank:
+        parts |= freed_encoders(folder, device)
     return parts
 
 
-def _other_weights(engine_config: EngineConfig, folder: str, dtype_of: Any, options: dict[str, Any]) -> int:
-    """Bytes of what a rank has beside transformers, without text encoders that are not on every rank."""
-    elsewhere = (PREFIX,) if engine_config.runtime_config.text_encoder != "replicate" else ()
-    size = 0
-    for name, (library, kind) in components_of(folder).items():
-        if name in options or name.startswith(elsewhere) or is_known(getattr(diffusers, kind, object)):
-            continue
-        held = checkpoint(os.path.join(folder, name), STEMS.get(library, ""), options.get("variant")) or {}
-        size += sum(entry.shape.numel() for entry in held.values()) * dtype_of(name).itemsize
-    return size
-
-
-def _check_memory(engine_config: EngineConfig, size: int, memory: int) -> None:
+def _check_memory(model: str, size: int, memory: int) -> None:
     """Refuse on all ranks what is too much for one."""
-    model = engine_config.model_config.model
     worst = max(get_world_group().all_gather_object(size))
     if worst > memory:
-        raise ValueError(
-            f"the weights of {model!r} that a rank keeps are {worst / 1e9:.2f} GB, and memory={memory / 1e9:.2f} GB:"
-            f" `xdit plan --model {model} --world_size {get_world_group().world_size}` lists what the degrees and"
-            " --text_encoder do to this"
-        )
+        sizes = f"the weights of {model!r} that a rank keeps are {worst / 1e9:.2f} GB, memory={memory / 1e9:.2f} GB"
+        plan = f"xdit plan --model {model} --world_size {get_world_group().world_size}"
+        raise ValueError(f"{sizes}: `{plan}` lists what the degrees and --text_encoder change")
 
 
 def _fetched(model: str, pipeline_class: Any, options: dict[str, Any]) -> str:
@@ -149,11 +123,11 @@ def _image_to_image(pipe: Any) -> Any:
         raise ValueError(f"img_file_path: {type(pipe).__name__} has no image-to-image variant") from None
 
 
-def _vae(pipe: Any, ability: str) -> Any:
+def _enable(pipe: Any, ability: str) -> None:
     vae = getattr(pipe, "vae", None)
     if not hasattr(vae, ability):
         raise ValueError(f"{ability}: the VAE of {type(pipe).__name__} ({type(vae).__name__}) cannot do this")
-    return vae
+    getattr(vae, ability)()
 
 
 def _store_t5_in_fp8(pipe: Any, dtype: torch.dtype) -> None:
@@ -162,34 +136,24 @@ def _store_t5_in_fp8(pipe: Any, dtype: torch.dtype) -> None:
     encoders = [part for part in pipe.components.values() if type(part).__name__ == "T5EncoderModel"]
     if not encoders:
         raise ValueError(f"use_fp8_t5_encoder: {type(pipe).__name__} has no T5 text encoder")
+    # T5 reads the dtype of "wo" itself; norms and embeddings are small and sensitive.
+    precise = [r"\bwo$", "norm", "shared", "embed", "relative_attention_bias"]
     for encoder in encoders:
-        # T5 reads the dtype of "wo" itself; norms and embeddings are small and sensitive.
         apply_layerwise_casting(
-            encoder,
-            storage_dtype=torch.float8_e4m3fn,
-            compute_dtype=dtype,
-            skip_modules_pattern=[r"\bwo$", "norm", "shared", "embed", "relative_attention_bias"],
+            encoder, storage_dtype=torch.float8_e4m3fn, compute_dtype=dtype, skip_modules_pattern=precise
         )
 
 
-def _offloads(engine_config: EngineConfig) -> bool:
-    runtime = engine_config.runtime_config
-    return runtime.enable_model_cpu_offload or runtime.enable_sequential_cpu_offload
-
-
-def _placed(pipe: Any, engine_config: EngineConfig) -> Any:
-    runtime, local_rank = engine_config.runtime_config, get_world_group().local_rank
-    device = devices.device(local_rank)
-    if runtime.text_encoder in ("shard", "offload"):  # the wrap puts them where they belong, bit by bit
+def _place(pipe: Any, engine_config: EngineConfig) -> None:
+    runtime, device = engine_config.runtime_config, devices.device(get_world_group().local_rank)
+    if runtime.text_encoder in ("shard", "offload"):  # the wrap puts these where they belong, one after the other
         for name in pipe.components.keys() - text_encoders(pipe).keys():
             part = getattr(pipe, name)
             if isinstance(part, torch.nn.Module):
                 part.to(device)
-        return pipe
-    if not _offloads(engine_config):
-        return pipe.to(device)
-    if runtime.enable_sequential_cpu_offload:
+    elif runtime.enable_sequential_cpu_offload:
         pipe.enable_sequential_cpu_offload(device=device)
-    else:
+    elif runtime.enable_model_cpu_offload:
         pipe.enable_model_cpu_offload(device=device)
-    return pipe
+    else:
+        pipe.to(device)

@@ -1,4 +1,4 @@
-"""Where the weights of a pipeline are while it is wrapped: what PipeFusion, tensor parallelism and shards divide."""
+"""Where the weights of a pipeline are while it is wrapped: divided by PipeFusion, tensor parallelism or shards."""
 
 from contextlib import ExitStack
 from typing import Any
@@ -6,18 +6,7 @@ from typing import Any
 from torch import nn
 
 from xfuser.config import EngineConfig, ParallelConfig
-from xfuser.core.distributed import (
-    destroy_model_parallel,
-    get_pp_group,
-    get_replica_group,
-    get_tp_group,
-    get_world_group,
-    init_distributed_environment,
-    initialize_model_parallel,
-    launched_world_size,
-    model_parallel_degrees,
-    model_parallel_is_initialized,
-)
+from xfuser.core import distributed as groups
 from xfuser.core.hooks import replaced
 from xfuser.methods.pipefusion.blocks import divided, stage_layers
 from xfuser.methods.pipefusion.pipefusion import PipeFusion
@@ -25,95 +14,78 @@ from xfuser.methods.refusals import refusal, refuse_changed, refuse_offloaded, r
 from xfuser.methods.tensor import TensorParallel, division_of, refuse_divided
 from xfuser.models.plan import ModelPlan, attentions_of
 from xfuser.models.registry import check_methods, planned_models
-from xfuser.weights.fsdp import Shares, shared_out, shares_of
+from xfuser.weights.fsdp import Shards, shard, shards_of
 from xfuser.weights.text_encoders import TextEncoders, text_encoders
+
+USE_OTHERS = "Use Ulysses, ring, CFG or data parallelism"
 
 
 class Placement:
     """The weights of a pipeline, divided as the configuration says until :meth:`restore`.
 
-    It makes the process groups of the configuration, or uses those that are there if they are the same.
-
-    Attributes:
-        pipefusion: the stages, or None.
-
-    Raises:
-        ValueError: the configuration does not fit the pipeline, or the number of ranks. No group is made then.
+    It makes the process groups of the configuration, or uses those that are there if they are the same. Where the
+    configuration does not fit the pipeline or the number of ranks, it raises a ValueError before it makes any.
     """
 
     def __init__(self, pipe: Any, engine_config: EngineConfig) -> None:
         self._pipe, self._engine = pipe, engine_config
         parallel, runtime = engine_config.parallel_config, engine_config.runtime_config
         refuse_quantised(self._rearranged())
-        refuse_offloaded(
-            self._rearranged(),
-            "wrap the pipeline first, then call enable_sequential_cpu_offload() or what else holds them",
-        )
+        advice = "wrap the pipeline first, then call enable_sequential_cpu_offload() or what else holds them"
+        refuse_offloaded(self._rearranged(), advice)
         stages = pipeline_split(planned_models(pipe), type(pipe).__name__, parallel)
         _check_tensor(pipe, parallel)
         join_groups(engine_config)
-        self._encoders = TextEncoders(pipe, runtime.text_encoder, get_world_group())
-        self._shares = _shares(pipe, parallel.fully_shard_degree)
-        self.pipefusion: PipeFusion | None = None
-        if stages:
-            (layers,) = stages.values()
-            self.pipefusion = PipeFusion(pipe, get_pp_group(), layers)
+        self._world = groups.get_world_group()
+        self._encoders = TextEncoders(pipe, runtime.text_encoder, self._world)
+        self._shards = _shards(pipe, parallel.fully_shard_degree)
+        self.pipefusion = PipeFusion(pipe, groups.get_pp_group(), *stages.values()) if stages else None  # one model
         self._tensor: TensorParallel | None = None
         if parallel.tp_degree > 1:  # behind PipeFusion, which leaves the blocks of other stages out
-            self._tensor = TensorParallel(_tensor_models(pipe, parallel), get_tp_group(), parallel.tensor_scheme, pipe)
+            models, group = _tensor_models(pipe, parallel), groups.get_tp_group()
+            self._tensor = TensorParallel(models, group, parallel.tensor_scheme, pipe)
         if self.pipefusion:
             self.pipefusion.remember()
-        self._world = get_world_group()
         self._guards = ExitStack()
         for module in filter(lambda one: hasattr(one, "save_pretrained"), self._rearranged()):
-            message = (
-                f"this rank has a part of the weights of {type(module).__name__}: call save_pretrained() of the"
-                " wrapped pipeline, on all ranks, or unwrap() first"
-            )
-            self._guards.enter_context(replaced(module, "save_pretrained", refusal(message)))
+            problem = f"this rank has a part of the weights of {type(module).__name__}"
+            advice = "call save_pretrained() of the wrapped pipeline, on all ranks, or unwrap() first"
+            self._guards.enter_context(replaced(module, "save_pretrained", refusal(f"{problem}: {advice}")))
 
     def restore(self) -> None:
         """Give each rank all weights again; all ranks must call it, and have the memory.
 
-        Raises:
-            ValueError: on all ranks, with nothing done: blocks were changed, and cannot be given to other ranks.
+        All raise a ValueError, with nothing done, if blocks were changed and cannot be given to other ranks.
         """
         refuse_offloaded(self._rearranged(), "call remove_all_hooks() before unwrap()")
-        if self.pipefusion:
-            self._refuse_changed()
-        divided = [*([self._tensor] if self._tensor else []), *self._shares.values()]
+        if self.pipefusion and (problems := list(filter(None, self._world.all_gather_object(self.pipefusion.check())))):
+            problem = f"blocks were changed since the wrap, and other PipeFusion stages cannot get them ({problems[0]})"
+            raise ValueError(f"{problem}: undo the change first, or make it before the wrap")
+        divided = [*([self._tensor] if self._tensor else []), *self._shards.values()]
         divided += [self._encoders] if self._engine.runtime_config.text_encoder == "shard" else []
         if divided:
-            refuse_changed([change for one in divided for change in one.changes()], get_world_group())
+            refuse_changed([change for one in divided for change in one.changes()], self._world)
         if self._tensor:
             self._tensor.restore()
         if self.pipefusion:
             self.pipefusion.restore()
-        for name, shares in self._shares.items():
-            vars(self._pipe)[name] = shares.restore()
+        for name, shards in self._shards.items():
+            vars(self._pipe)[name] = shards.restore()
         self._encoders.restore()
         self._guards.close()
 
-    def _refuse_changed(self) -> None:
-        problem = next(filter(None, self._world.all_gather_object(self.pipefusion.check())), None)
-        if problem:
-            raise ValueError(
-                "the transformer's blocks were changed since the wrap, in a way that other PipeFusion stages cannot"
-                f" take over ({problem}): undo the change first, or make it before the wrap"
-            )
-
     @property
     def divided(self) -> bool:
-        """Whether this rank may have a part of the weights alone."""
+        """Whether this rank may lack some of the weights."""
         return bool(self._rearranged())
 
     @property
     def keeps_elsewhere(self) -> bool:
         """Whether it moves weights to and from the device itself."""
-        return bool(self._shares) or self._engine.runtime_config.text_encoder != "replicate"
+        return bool(self._shards) or self._engine.runtime_config.text_encoder != "replicate"
 
     def _rearranged(self) -> list[nn.Module]:
-        """The components whose weights get other places."""
+        """The components whose weights are moved or divided."""
         parallel = self._engine.parallel_config
         transformers = [model for model, _ in planned_models(self._pipe).values()] if parallel.divides else []
         moves = self._engine.runtime_config.text_encoder != "replicate" or parallel.tensor_parallel_text_encoder
@@ -123,13 +95,13 @@ class Placement:
 def join_groups(engine_config: EngineConfig) -> None:
     """Make the groups that the configuration asks for, or use those that are there if they are the same."""
     parallel = engine_config.parallel_config
-    parallel.check(launched_world_size())
-    init_distributed_environment()
-    if model_parallel_is_initialized():
-        if model_parallel_degrees() == parallel.group_degrees:
+    parallel.check(groups.launched_world_size())
+    groups.init_distributed_environment()
+    if groups.model_parallel_is_initialized():
+        if groups.model_parallel_degrees() == parallel.group_degrees:
             return
-        destroy_model_parallel()
-    initialize_model_parallel(**parallel.group_degrees)
+        groups.destroy_model_parallel()
+    groups.initialize_model_parallel(**parallel.group_degrees)
 
 
 def pipeline_split(
@@ -137,76 +109,66 @@ def pipeline_split(
 ) -> dict[str, list[int]]:
     """Number of blocks of each stage, for each of a pipeline's transformers; empty without PipeFusion.
 
-    Raises:
-        ValueError: PipeFusion does not serve them, or their blocks are divided in another way already.
+    A ValueError says that a method does not support them, or that their blocks are divided in another way already.
     """
     stubs = {name: divided(model, plan) for name, (model, plan) in models.items()}
     if any(stub.held for ones in stubs.values() for stub in ones):
-        raise ValueError(
-            f"an earlier wrap divided the blocks of this {pipeline} over stages: call unwrap() on it first"
-        )
+        raise ValueError(f"an earlier wrap divided the blocks of this {pipeline} over stages: call its unwrap() first")
     for model, plan in models.values():
-        if parallel.patched and plan.context:
-            raise ValueError(
-                f"DistriFusion and naive patches do not serve {type(model).__name__}: {plan.unpiped}. Use Ulysses,"
-                " ring, CFG or data parallelism"
-            )
-        check_methods(type(model).__name__, plan, parallel.sequenced, parallel.pipelined)
-        if parallel.sequenced or parallel.pipelined or parallel.patched:
-            attentions_of(model, plan)  # refuses blocks of another layout
+        _check_methods(model, plan, parallel)
     loaded_for = {name: ones[0].stage_layers for name, ones in stubs.items() if ones}
+    stages, asked = parallel.pp_degree, parallel.attn_layer_num_for_pp
     for layers in loaded_for.values():
-        if len(layers) != parallel.pp_degree or list(parallel.attn_layer_num_for_pp or layers) != layers:
-            raise ValueError(
-                f"this {pipeline} was loaded for stages of {layers} blocks: wrap it with the degrees that it was loaded"
-                " with, or load it again"
-            )
+        if len(layers) != stages or list(asked or layers) != layers:
+            problem = f"this {pipeline} was loaded for stages of {layers} blocks"
+            raise ValueError(f"{problem}: wrap it with the degrees that it was loaded with, or load it again")
     if not parallel.pipelined:
         return {}
     if len(models) > 1:
-        raise ValueError(
-            f"PipeFusion does not serve {pipeline}: {' and '.join(models)} divide the steps, and the later"
-            " one would begin without keys and values. Use Ulysses, ring, CFG or data parallelism"
-        )
-    stages, asked = parallel.pp_degree, parallel.attn_layer_num_for_pp
+        problem = f"{' and '.join(models)} divide the steps, and the later one would begin without keys and values"
+        raise ValueError(f"PipeFusion does not serve {pipeline}: {problem}. {USE_OTHERS}")
     return loaded_for or {name: stage_layers(model, plan, stages, asked) for name, (model, plan) in models.items()}
 
 
+def _check_methods(model: nn.Module, plan: ModelPlan, parallel: ParallelConfig) -> None:
+    kind = type(model).__name__
+    if parallel.patched and plan.context:
+        raise ValueError(f"DistriFusion and naive patches do not serve {kind}: {plan.unpiped}. {USE_OTHERS}")
+    check_methods(kind, plan, parallel.sequenced, parallel.pipelined)
+    if parallel.sequenced or parallel.pipelined or parallel.patched:
+        attentions_of(model, plan)  # refuses blocks of another layout
+
+
 def _tensor_models(pipe: Any, parallel: ParallelConfig) -> list[tuple[nn.Module, ModelPlan | None]]:
-    """What tensor parallelism divides: the transformers, and the text encoders where that is asked for."""
+    """What tensor parallelism divides: the transformers, and the text encoders if they are to be."""
     if parallel.tp_degree == 1:
         return []
-    models = list(planned_models(pipe).values())
-    if parallel.tensor_parallel_text_encoder:
-        encoders = text_encoders(pipe).values()
-        if not encoders:
-            raise ValueError(f"tensor_parallel_text_encoder: {type(pipe).__name__} has no text encoder; remove it")
-        models += [(encoder, None) for encoder in encoders]
-    return models
+    encoders = text_encoders(pipe).values() if parallel.tensor_parallel_text_encoder else ()
+    if parallel.tensor_parallel_text_encoder and not encoders:
+        raise ValueError(f"tensor_parallel_text_encoder: {type(pipe).__name__} has no text encoder; remove it")
+    return [*planned_models(pipe).values(), *((encoder, None) for encoder in encoders)]
 
 
 def _check_tensor(pipe: Any, parallel: ParallelConfig) -> None:
     """Refuse what tensor parallelism cannot divide, before a process group is made."""
-    asked = {id(model): plan for model, plan in _tensor_models(pipe, parallel)}
+    plans = {id(model): plan for model, plan in _tensor_models(pipe, parallel)}
     for part in pipe.components.values():
-        if not isinstance(part, nn.Module):
-            continue
-        if id(part) not in asked:
-            refuse_divided(part)
-        elif not refuse_divided(part, parallel.tp_degree, parallel.tensor_scheme):
-            division_of(part, asked[id(part)], parallel.tp_degree, parallel.tensor_scheme)
+        if isinstance(part, nn.Module):
+            if id(part) not in plans:
+                refuse_divided(part)
+            elif not refuse_divided(part, parallel.tp_degree, parallel.tensor_scheme):
+                division_of(part, plans[id(part)], parallel.tp_degree, parallel.tensor_scheme)
 
 
-def _shares(pipe: Any, degree: int) -> dict[str, Shares]:
+def _shards(pipe: Any, degree: int) -> dict[str, Shards]:
     """Shards the pipeline's transformers, unless they were loaded so."""
-    found: dict[str, Shares] = {}
+    found: dict[str, Shards] = {}
     for name, (model, plan) in planned_models(pipe).items():
-        loaded = shares_of(model)
+        loaded = shards_of(model)
         if loaded and loaded.degree != degree:
-            raise ValueError(
-                f"this {type(pipe).__name__} was loaded for fully_shard_degree={loaded.degree}: wrap it with that"
-            )
+            kind = type(pipe).__name__
+            raise ValueError(f"this {kind} was loaded for fully_shard_degree={loaded.degree}: wrap it with that")
         if degree > 1:
-            found[name] = loaded or shared_out(model, plan, get_replica_group())
+            found[name] = loaded or shard(model, plan, groups.get_replica_group())
             vars(pipe)[name] = found[name].copy  # registers nothing
     return found

@@ -1,6 +1,5 @@
 """Where the text encoders' weights are: on every rank, sharded over them, on one rank, or off the device."""
 
-from collections.abc import Callable
 from contextlib import ExitStack
 from functools import wraps
 from typing import Any
@@ -11,7 +10,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from xfuser.core.distributed import GroupCoordinator
 from xfuser.core.hooks import replaced
-from xfuser.weights.fsdp import Shares, free_weights, is_freed, outermost_lists, shapes_of
+from xfuser.weights.fsdp import Shards, free_weights, is_freed, shapes_of
 
 PREFIX = "text_encoder"  # of the names that components have in Diffusers' pipelines
 
@@ -26,8 +25,8 @@ class TextEncoders:
     """A pipeline's text encoders, placed as ``mode`` says until :meth:`restore`; embeddings are the same in all modes.
 
     Args:
-        mode: ``replicate``, every rank has them; ``shard``, each has a share of their blocks; ``rank0``, the first rank
-            has them, and tells the others what they return; ``offload``, they are on the device while they encode.
+        mode: ``replicate``, every rank has them; ``shard``, each has a shard of their blocks; ``rank0``, the first rank
+            has them, and sends the others what they return; ``offload``, they are on the device while they encode.
         group: the ranks of the run, which encode the same prompts. In the modes shard and rank0, ranks other than the
             first may have encoders that are freed already.
 
@@ -38,15 +37,13 @@ class TextEncoders:
     def __init__(self, pipe: Any, mode: str, group: GroupCoordinator) -> None:
         self._pipe, self._group = pipe, group
         self._stack = ExitStack()
-        self._shares: list[Shares] = []
+        self._shards: list[Shards] = []
         encoders = text_encoders(pipe)
         if mode != "replicate" and not encoders:
             raise ValueError(f"text_encoder={mode!r}: {type(pipe).__name__} has no text encoder; remove it")
         if mode in ("replicate", "offload") and (freed := [name for name, one in encoders.items() if is_freed(one)]):
-            raise ValueError(
-                f"text_encoder={mode!r}: this {type(pipe).__name__} was loaded with {freed[0]} on the first rank alone;"
-                " wrap it with the configuration that it was loaded with"
-            )
+            problem = f"{type(pipe).__name__} was loaded with {freed[0]} on the first rank alone"
+            raise ValueError(f"text_encoder={mode!r}: {problem}; wrap it with the text_encoder that it was loaded with")
         if mode == "replicate" or (mode != "offload" and group.world_size == 1):
             return
         place = {"shard": self._shard, "rank0": self._leave_to_first, "offload": self._offload}[mode]
@@ -54,59 +51,48 @@ class TextEncoders:
             place(name, encoder)
 
     def changes(self) -> list[str]:
-        """In what encoders that are in shares are not those that they were made of."""
-        return [change for shares in self._shares for change in shares.changes()]
+        """How sharded encoders differ from those that they were made of."""
+        return [change for shards in self._shards for change in shards.changes()]
 
     def restore(self) -> None:
         """Give every rank all weights again; all ranks must call it, and have the memory."""
         self._stack.close()
 
     def _shard(self, name: str, encoder: nn.Module) -> None:
-        shares = Shares(encoder, outermost_lists, self._group.broadcast_object(shapes_of(encoder)), self._group)
-        self._shares.append(shares)
-        given = list(encoder.parameters()) if self._group.is_first_rank else []
-        rows, shapes = shares.rows(), list(shares.copy.named_parameters())
-        for index, (key, weight) in enumerate(shapes):
-            x = self._from_first(given[index].detach() if given else None, (weight.shape, weight.dtype))
-            kept = rows[key]
-            shares.fill(key, x if kept is None else x[kept.start : kept.stop].clone())
-        free_weights(encoder, self._group.device)
-        vars(self._pipe)[name] = shares.copy  # registers nothing
-
-        def restore() -> None:
-            vars(self._pipe)[name] = shares.restore()
-
-        self._stack.callback(restore)
+        shards = Shards(encoder, self._group, None, self._group.broadcast_object(shapes_of(encoder)))
+        self._shards.append(shards)
+        blank = list(shards.copy.parameters())
+        given = [weight.detach() for weight in encoder.parameters()] if self._group.is_first_rank else blank
+        shards.take(self._from_first(x, like.shape, like.dtype) for x, like in zip(given, blank, strict=True))
+        vars(self._pipe)[name] = shards.copy  # registers nothing
+        self._stack.callback(lambda: vars(self._pipe).update({name: shards.restore()}))
 
     def _leave_to_first(self, _: str, encoder: nn.Module) -> None:
-        forward = encoder.forward
-        if not self._group.is_first_rank:
-            free_weights(encoder, self._group.device)
-        self._stack.callback(self._refill, encoder)
-        self._stack.enter_context(replaced(encoder, "forward", self._told(forward)))
-
-    def _told(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """The forward of an encoder whose outputs are those of the first rank."""
+        """The first rank's encoder has weights; what it returns is what all others return."""
+        forward, group = encoder.forward, self._group
 
         @wraps(forward)
         def call(*args: Any, **kwargs: Any) -> Any:
-            if not self._group.is_first_rank:
-                told = self._group.broadcast_tensor_dict()
-                return tree_unflatten([told[str(index)] for index in range(len(told) - 1)], told["tree"])
+            if not group.is_first_rank:
+                received = group.broadcast_tensor_dict()
+                return tree_unflatten([received[str(index)] for index in range(len(received) - 1)], received["tree"])
             leaves, tree = tree_flatten(forward(*args, **kwargs))
             plain = [x if isinstance(x, torch.Tensor | bool | int | float | str) else None for x in leaves]
-            self._group.broadcast_tensor_dict({str(index): x for index, x in enumerate(plain)} | {"tree": tree})
+            group.broadcast_tensor_dict({str(index): x for index, x in enumerate(plain)} | {"tree": tree})
             return tree_unflatten(leaves, tree)
 
-        return call
+        if not group.is_first_rank:
+            free_weights(encoder, group.device)
+        self._stack.callback(self._refill, encoder)
+        self._stack.enter_context(replaced(encoder, "forward", call))
 
     def _refill(self, encoder: nn.Module) -> None:
         for weight, shape in zip(encoder.parameters(), self._group.broadcast_object(shapes_of(encoder)), strict=True):
-            weight.data = self._from_first(weight.detach(), shape)
+            weight.data = self._from_first(weight.detach(), *shape)
 
-    def _from_first(self, x: torch.Tensor | None, shape: tuple[torch.Size, torch.dtype]) -> torch.Tensor:
+    def _from_first(self, x: torch.Tensor, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
         if not self._group.is_first_rank:
-            x = torch.empty(*shape[:1], dtype=shape[1], device=self._group.device)
+            x = torch.empty(shape, dtype=dtype, device=self._group.device)
         return self._group.broadcast(x.to(self._group.device))
 
     def _offload(self, _: str, encoder: nn.Module) -> None:
