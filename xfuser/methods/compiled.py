@@ -98,10 +98,8 @@ def _region(name: str) -> Callable[..., Any]:
 
 
 def _dense(x: Any) -> Any:
-    """A tensor of the strides that its shape has by itself, and no view: both would make graphs of their own."""
-    if not isinstance(x, Tensor):
-        return x
-    return x.contiguous().data if x.numel() else x.new_empty(x.shape)  # empty ones are contiguous with any strides
+    """A tensor of the strides that its shape has by itself, and no view: others would make graphs of their own."""
+    return x.contiguous().view(-1).view(x.shape).data if isinstance(x, Tensor) else x
 
 
 def _dense_values(arguments: dict[str, Any]) -> dict[str, Any]:
