@@ -3,7 +3,6 @@
 import copy
 import functools
 import pickle
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -23,19 +22,16 @@ def stage_layers(model: nn.Module, plan: ModelPlan, stages: int, asked: tuple[in
         ValueError: there are fewer blocks than stages, or the numbers asked for do not add up.
     """
     blocks = blocks_of(model, plan)
-    if stages > len(blocks):
-        raise ValueError(
-            f"pipefusion_parallel_degree={stages} is more than the {len(blocks)} blocks of {type(model).__name__}: use"
-            f" at most {len(blocks)}"
-        )
+    count, those = len(blocks), f"the {len(blocks)} blocks of {type(model).__name__}"
+    if stages > count:
+        raise ValueError(f"pipefusion_parallel_degree={stages} is more than {those}: use at most {count}")
     if asked is None:
         costs = [block_cost(block.module, plan) for block in blocks]
         costs[-1] += _linear_cost(model.get_submodule(plan.head), NOMINAL_TOKENS["image"]) if plan.head else 0
-        return _balanced(costs, stages)
-    if sum(asked) != len(blocks) or len(asked) != stages or min(asked) < 1:
+        return list(_balanced(tuple(costs), stages)[1])
+    if sum(asked) != count or len(asked) != stages or min(asked) < 1:
         raise ValueError(
-            f"attn_layer_num_for_pp={list(asked)} must be {stages} numbers of 1 or more that add up to the"
-            f" {len(blocks)} blocks of {type(model).__name__}"
+            f"attn_layer_num_for_pp={list(asked)} must be {stages} numbers of 1 or more that add up to {those}"
         )
     return list(asked)
 
@@ -43,7 +39,8 @@ def stage_layers(model: nn.Module, plan: ModelPlan, stages: int, asked: tuple[in
 def block_cost(block: nn.Module, plan: ModelPlan) -> float:
     """Multiplications of a block's forward on a 1024-pixel image, about: its linears, and its attention."""
     linears = {name: one for name, one in block.named_modules() if isinstance(one, nn.Linear)}
-    text = {name for name in linears if any(f"{name}.".startswith(f"{prefix}.") for prefix in plan.text_modules)}
+    prefixes = tuple(f"{name}." for name in plan.text_modules)
+    text = {name for name in linears if f"{name}.".startswith(prefixes)}
     image_tokens = NOMINAL_TOKENS["image"] + (NOMINAL_TOKENS["text"] if plan.text and not text else 0)
     cost = 0.0
     for name, linear in linears.items():
@@ -61,21 +58,13 @@ def _linear_cost(module: nn.Module, tokens: int) -> float:
     return sum(weight.numel() for weight in module.parameters()) * tokens
 
 
-def _balanced(costs: list[float], parts: int) -> list[int]:
-    """Sizes of consecutive parts, none empty, whose largest sum is the smallest possible."""
-    sums = [0.0, *accumulate(costs)]
-
-    @functools.cache
-    def best(start: int, parts: int) -> tuple[float, tuple[int, ...]]:
-        if parts == 1:
-            return sums[-1] - sums[start], (len(costs) - start,)
-        options = []
-        for stop in range(start + 1, len(costs) - parts + 2):
-            rest, sizes = best(stop, parts - 1)
-            options.append((max(sums[stop] - sums[start], rest), (stop - start, *sizes)))
-        return min(options)
-
-    return list(best(0, parts)[1])
+@functools.cache
+def _balanced(costs: tuple[float, ...], parts: int) -> tuple[float, list[int]]:
+    """The smallest possible largest sum of consecutive parts, none empty, and their sizes."""
+    if parts == 1:
+        return sum(costs), [len(costs)]
+    rests = [(size, *_balanced(costs[size:], parts - 1)) for size in range(1, len(costs) - parts + 2)]
+    return min((max(sum(costs[:size]), rest), [size, *sizes]) for size, rest, sizes in rests)
 
 
 class Stub(nn.Module):
@@ -90,7 +79,7 @@ class Stub(nn.Module):
 
     def __init__(self, block: nn.Module, plan: ModelPlan, place: tuple[str, int], layers: list[int]) -> None:
         super().__init__()
-        list_name, prefix = place[0], f"{place[0]}.{place[1]}."
+        prefix = f"{place[0]}.{place[1]}."
         lent = [name.removeprefix(prefix) for name in plan.lent if name.startswith(prefix)]
         self.lent = nn.ModuleList(block.get_submodule(name) for name in lent)
         self.__dict__["block"] = block  # unregistered: its weights are gone
@@ -99,8 +88,8 @@ class Stub(nn.Module):
         for weight, owner, key in tensors_of(block):
             if weight not in kept:
                 set_tensor(owner, key, weight, weight.to("meta"))
-        names = {streams: name for name, streams in plan.carriers(list_name).items()}
-        returned = [names[streams] for streams in plan.outputs(list_name)]
+        names = {streams: name for name, streams in plan.carriers(place[0]).items()}
+        returned = [names[streams] for streams in plan.outputs(place[0])]
         bind = Binder(block.forward)
 
         @functools.wraps(block.forward)
@@ -152,7 +141,7 @@ class StageBlocks:
             stub.held = True
 
     def remember(self) -> None:
-        """Take this stage's blocks, as they are now, for those that the other stages can restore."""
+        """Take this stage's blocks, as the wrap has left them, for those that the other stages can restore."""
         self._remembered = {(name, i): _described(block) for block, name, i in self._own()}
         self._changed: set[tuple[str, int]] = set()
 

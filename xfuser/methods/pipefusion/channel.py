@@ -71,14 +71,11 @@ class Channel:
     def end_substep(self) -> None:
         """Release the buffers of the sub-step that is ``depth`` sub-steps old."""
         self._substep += 1
-        self._wait_for(self._substep - self._depth)
+        self.drain(self._depth)
 
-    def drain(self) -> None:
-        """Wait until all that was sent has been received."""
-        self._wait_for(self._substep)
-
-    def _wait_for(self, substep: int) -> None:
-        while self._sent and self._sent[0][0] <= substep:
+    def drain(self, age: int = 0) -> None:
+        """Wait until all that was sent has been received, but for what is less than ``age`` sub-steps old."""
+        while self._sent and self._sent[0][0] <= self._substep - age:
             self._sent.popleft()[2].wait()
 
     def close(self) -> None:
@@ -86,28 +83,22 @@ class Channel:
         end_group(self._group)
 
 
-def open_channels(pipelines: list[list[int]], routes: list[Route], depth: int) -> dict[Route, Channel]:
-    """This rank's channels among all ``routes`` between the stages of its pipeline.
+def open_channels(pipelines: list[list[int]], plan: ModelPlan, owners: list[int], depth: int) -> dict[Route, Channel]:
+    """This rank's channels to other stages of its pipeline, by the stage of each block.
 
     Every rank of the world must call it: ``pipelines`` are the global ranks of the stages of each pipeline.
     """
-    channels, rank = {}, dist.get_rank()
-    for kind, sender, receiver in routes:
+    last, channels, rank = owners[-1], {}, dist.get_rank()
+    routes = {("tokens", stage, stage + 1) for stage in range(last)} | {route for _, route in skips(plan, owners)}
+    routes |= {("latents", last, 0)} if last else set()
+    for kind, sender, receiver in sorted(routes):
         for ranks in pipelines:
             ends = [ranks[sender], ranks[receiver]]
             group = new_group(sorted(ends))
             if rank in ends:
-                peer = ends[1] if rank == ends[0] else ends[0]
+                (peer,) = {*ends} - {rank}
                 channels[kind, sender, receiver] = Channel(group, peer, depth)
     return channels
-
-
-def routes(plan: ModelPlan, owners: list[int]) -> list[Route]:
-    """The channels that the stages of a transformer with these block owners need."""
-    last = owners[-1]
-    hops = {("tokens", stage, stage + 1) for stage in range(last)}
-    latents = {("latents", last, 0)} if last else set()
-    return sorted(hops | latents | {route for _, route in skips(plan, owners)})
 
 
 def skips(plan: ModelPlan, owners: list[int]) -> list[tuple[int, Route]]:

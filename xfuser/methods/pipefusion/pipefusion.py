@@ -11,7 +11,7 @@ from xfuser.call import CallState
 from xfuser.core.distributed import GroupCoordinator
 from xfuser.core.hooks import Arguments, replaced
 from xfuser.methods.pipefusion.blocks import StageBlocks
-from xfuser.methods.pipefusion.channel import Channel, Route, open_channels, routes
+from xfuser.methods.pipefusion.channel import Channel, Route, open_channels
 from xfuser.methods.pipefusion.loop import plain_steps, stepwise_callbacks, stepwise_progress
 from xfuser.methods.pipefusion.refusals import refuse
 from xfuser.methods.pipefusion.scheduler import patchwise
@@ -39,6 +39,7 @@ class PipeFusion:
         group = GroupCoordinator(group.group_ranks, group.local_rank, dist.get_backend())
         (planned,) = planned_models(pipe).values()
         self._pipe, self._group, self._blocks = pipe, group, StageBlocks(*planned, group, layers)
+        self.remember, self.check = self._blocks.remember, self._blocks.check
         self._channels: dict[Route, Channel] = {}
         self._failed = False  # the last call, with the channels in use
         self.stage: Stage | None = None
@@ -76,7 +77,7 @@ class PipeFusion:
             self._close_channels()
         ((model, plan),) = planned_models(self._pipe).values()
         if not self._channels:
-            self._channels = open_channels(self._group.group_ranks, routes(plan, self._blocks.owners), call.patches)
+            self._channels = open_channels(self._group.group_ranks, plan, self._blocks.owners, call.patches)
         self.stage = Stage(model, plan, self._blocks, self._channels, call)
         with self.stage.active(), self._stepping(call, self.stage):
             try:
@@ -96,22 +97,14 @@ class PipeFusion:
         if not call.whole and (self._group.world_size > 1 or call.patch):
             raise ValueError(
                 f"the loop ended in step {call.step} of {call.steps}, at patch {call.patch}, where no stage has all"
-                " latents: with PipeFusion it must go through the timesteps of the pipeline's scheduler to the end of a"
-                " step, and fetch them after the call or active() began"
+                " latents: loop over the scheduler's timesteps to the end of a step, and fetch them after the call or"
+                " active() began"
             )
 
     def _close_channels(self) -> None:
         for channel in self._channels.values():
             channel.close()
         self._channels, self._failed = {}, False
-
-    def remember(self) -> None:
-        """Note what this stage's blocks are like, when the wrap has done to them all that it does."""
-        self._blocks.remember()
-
-    def check(self) -> str | None:
-        """Ahead of :meth:`restore`: why other stages could not take this one's blocks as they are; None if they can."""
-        return self._blocks.check()
 
     def restore(self) -> None:
         """Give all stages all blocks again; every stage must call it."""

@@ -1,6 +1,6 @@
 """One stage of one transformer's pipeline, during a call: which tokens a forward computes, and who gets them next."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial, wraps
 from typing import Any
@@ -17,12 +17,9 @@ from xfuser.methods.pipefusion.channel import Channel, Route, skips
 from xfuser.methods.pipefusion.patches import Patches
 from xfuser.methods.pipefusion.refusals import refuse
 from xfuser.methods.tokens import TokenShares, Window
-from xfuser.models.plan import ModelPlan, Streams, blocks_of
+from xfuser.models.plan import ModelPlan, blocks_of
 
-SAME_CALLS = (
-    "PipeFusion requires the same calls in every step. Remove what changes guidance during the call, or use other"
-    " methods"
-)
+SAME_CALLS = "Remove what changes guidance during the call, or use Ulysses, ring, CFG or data parallelism"
 
 
 class Stage:
@@ -32,13 +29,7 @@ class Stage:
     it into the full output.
 
     Args:
-        blocks: of the transformer, by stage.
         channels: this rank's ends of the channels between stages.
-        call: where the wrapped call is.
-
-    Attributes:
-        number: of this stage.
-        patches: the division of the latents.
     """
 
     def __init__(
@@ -46,7 +37,7 @@ class Stage:
     ) -> None:
         self._model, self._plan, self._owners, self._group = model, plan, blocks.owners, blocks.group
         self._channels, self._call = channels, call
-        self.number = self._group.rank_in_group
+        self._name, self.number = type(model).__name__, self._group.rank_in_group
         self.patches = Patches(call.patches, getattr(model, "config", model), plan.frames)
         self._forget()
 
@@ -56,8 +47,8 @@ class Stage:
         self._outputs: list[tuple[list[torch.Tensor], Any]] = []  # full output of each call: tensors, tree
         self._autocast = False  # whether the dtypes of activations depend on their operators
         self._buffers: dict[tuple[str, int], KVBuffer] = {}
-        # Of each message with tokens in this sub-step: elements per token, shares of the forward, streams; and of those
-        # in the last asynchronous sub-step.
+        # Elements per token, shares and streams of each message with tokens in this sub-step, and in the last
+        # asynchronous one.
         self._received: list[tuple[int, TokenShares, list[str]]] = []
         self._received_before: list[tuple[int, TokenShares, list[str]]] | None = None
 
@@ -157,19 +148,12 @@ class Stage:
         return None if following is None or self._call.ends_whole(following[0] - 1) else following
 
     def _check_substep(self, latents: torch.Tensor) -> None:
-        name = type(self._model).__name__
-        if self._call.index + 1 != len(self._latents):
-            raise ValueError(
-                f"{name} was called {self._call.index + 1} times in a step, and {len(self._latents)} times in the first"
-                f" one: {SAME_CALLS}"
-            )
-        dim = self.patches.dim(latents)
+        name, calls, before, dim = self._name, self._call.index + 1, len(self._latents), self.patches.dim(latents)
+        if calls != before:
+            refuse(f"{calls} calls of {name} in step {self._call.step}", f"the first had {before}", SAME_CALLS)
         if any(latents.shape[dim] != x.shape[dim] or latents.dim() != x.dim() for x in self._latents):
-            raise ValueError(
-                f"the scheduler steps latents of shape {tuple(latents.shape)}, and {name} was given"
-                f" {tuple(self._latents[0].shape)}: PipeFusion's patches must be rows of both. Use other methods for"
-                " pipelines that put images beside the latents, or step parts of them"
-            )
+            what = f"a scheduler step of {tuple(latents.shape)} where {name} was given {tuple(self._latents[0].shape)}"
+            refuse(what, "patches must be rows of both, so the latents can have no image beside them")
 
     def _layer(self, forward: Forward, arguments: Arguments) -> Any:
         """The outermost layer: puts the computed part of the output into the full one."""
@@ -193,7 +177,7 @@ class Stage:
 
     def _enter(self, arguments: Arguments) -> int:
         """Check a call of the transformer against those before; returns its index."""
-        call, latents, name = self._call, arguments[self._plan.latents], type(self._model).__name__
+        call, latents = self._call, arguments[self._plan.latents]
         if (call.step, call.patch, call.index) == (0, 0, 0):
             self._forget()
             self._autocast = torch.is_autocast_enabled(latents.device.type)
@@ -201,15 +185,13 @@ class Stage:
                 channel.tagged = self._autocast and kind != "latents"
         for argument in (*self._plan.residuals, *self._plan.counts_steps):
             if arguments.get(argument) is not None:
-                refuse(f"{argument!r} of {name}", "it depends on the full latents or on the number of the step")
+                refuse(f"{argument!r} of {self._name}", "it depends on the full latents or the number of the step")
         if (call.step, call.patch) == (0, 0):
             self._latents.append(latents)
-        before = self._latents[call.index].shape if call.index < len(self._latents) else None
-        if before != latents.shape:
-            raise ValueError(
-                f"call {call.index} of {name} in step {call.step} has latents of shape {tuple(latents.shape)}, and had"
-                f" {before and tuple(before)} in the first step: {SAME_CALLS}"
-            )
+        before = [tuple(x.shape) for x in self._latents]
+        if call.index >= len(before) or before[call.index] != latents.shape:
+            what = f"latents of shape {tuple(latents.shape)} in call {call.index} of {self._name} in step {call.step}"
+            refuse(what, f"those of the first step had {before}", SAME_CALLS)
         return call.index
 
     def _blank(self, parts: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -241,12 +223,12 @@ class Stage:
         """Ahead of this stage's first block: replace the stubs' tokens with those of the previous stage."""
         image, carriers = arguments[self._plan.image], self._plan.carriers(blocks)
         batch, _, width = image.shape
-        counts = self._counts(carriers.values())
-        self._received.append((batch * width, self._call.tokens, list(counts)))
+        counts = _own_tokens(self._call.tokens)
+        names = [stream for stream in counts if any(stream in streams for streams in carriers.values())]
+        self._received.append((batch * width, self._call.tokens, names))
         channel = self._channels["tokens", self.number - 1, self.number]
-        sizes = [batch * width * count for count in counts.values()]
-        received = channel.receive(sizes, image, self._next_sizes())
-        parts = {name: part.view(batch, -1, width) for name, part in zip(counts, received, strict=True)}
+        received = channel.receive([batch * width * counts[name] for name in names], image, self._next_sizes())
+        parts = {name: part.view(batch, -1, width) for name, part in zip(names, received, strict=True)}
         for name, streams in carriers.items():
             own = [parts[stream] for stream in streams]
             arguments[name] = own[0] if len(own) == 1 else torch.cat(own, dim=1)
@@ -265,23 +247,17 @@ class Stage:
                 return None
             number, patch = 0, following[1]
         per_token, shares, streams = self._received_before[number]
-        sizes = _own_sizes(shares.at(self._window(shares.totals["image"], patch)))
-        return [per_token * sizes[stream] for stream in streams]
+        counts = _own_tokens(shares.at(self._window(shares.totals["image"], patch)))
+        return [per_token * counts[stream] for stream in streams]
 
     def _send(self, blocks: str, block: nn.Module, args: tuple, output: Any) -> None:
         """Behind this stage's last block: image tokens first, whatever the order in the blocks."""
-        outputs, sizes = self._plan.outputs(blocks), _own_sizes(self._call.tokens)
+        counts, parts = _own_tokens(self._call.tokens), {}
         tensors = [output] if isinstance(output, torch.Tensor) else output
-        parts = {}
-        for x, streams in zip(tensors, outputs, strict=True):
-            parts |= dict(zip(streams, x.split([sizes[stream] for stream in streams], dim=1), strict=True))
+        for x, streams in zip(tensors, self._plan.outputs(blocks), strict=True):
+            parts |= dict(zip(streams, x.split([counts[stream] for stream in streams], dim=1), strict=True))
         channel = self._channels["tokens", self.number, self.number + 1]
-        channel.send([parts[stream] for stream in self._counts(outputs)])
-
-    def _counts(self, carried: Iterable[Streams]) -> dict[str, int]:
-        """Tokens of this rank in each of the streams that are carried, in the order in which they are sent."""
-        names = {stream for streams in carried for stream in streams}
-        return {name: size for name, size in _own_sizes(self._call.tokens).items() if name in names}
+        channel.send([parts[stream] for stream in counts if stream in parts])
 
     def _skip(self, consumer: nn.Module, route: Route) -> AbstractContextManager[None]:
         """A long skip from a block of one stage to a block of another.
@@ -314,8 +290,8 @@ class Stage:
         return replaced(module, "forward", forward)
 
 
-def _own_sizes(shares: TokenShares) -> dict[str, int]:
-    """This rank's tokens of each stream."""
+def _own_tokens(shares: TokenShares) -> dict[str, int]:
+    """How many tokens this rank has of each stream, image first."""
     return {stream: sizes[shares.rank] for stream, sizes in shares.sizes.items()}
 
 
