@@ -1,4 +1,4 @@
-"""Naive patches: each rank computes its part of the picture as if it were all. The baseline that shows its seams."""
+"""Naive patches: each rank computes its part of the image as if it were all. The baseline that shows its seams."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from xfuser.methods.tokens import Rows
 
 
 class NaivePatches:
-    """What attention of a rank's part of the tokens sees: that part, and all of the text.
+    """What a rank's part of the tokens attends to: that part, and all of the text.
 
     Args:
         scheme: ``"row"``: parts are consecutive rows of tokens; ``"col"``: columns; ``"alternate"``: rows and columns
@@ -25,7 +25,7 @@ class NaivePatches:
 
     @contextmanager
     def enter(self, call: CallState) -> Iterator[None]:
-        """Within the context, the parts of the call's forwards are those of its steps."""
+        """Within the context, the call's step says whether parts are rows or columns."""
         self._call = call
         yield
 
@@ -41,10 +41,7 @@ class NaivePatches:
             ValueError: the tokens come without rows and columns.
         """
         if self.across and columns == 1:
-            raise ValueError(
-                f"split_scheme={self._scheme!r} needs latents with rows and columns, and here they are packed, or in"
-                " one column: use 'row'"
-            )
+            raise ValueError(f"split_scheme={self._scheme!r} requires latents with columns: use 'row' for packed ones")
         return rows if self.across else 1
 
     def keys(self, keys: Rows, rank: int) -> list[tuple[int, int]]:
