@@ -66,9 +66,9 @@ class Staleness:
         """
         key = self._key(name)
         self._seen[name], rows = key[2], self._kept.get(key)
-        fresh = rows is None or not rows.fit(own, sizes)
         if rows:
             rows.settle()
+        fresh = rows is None or rows.kind != (sizes, own.shape[1:], own.dtype)
         if fresh:
             rows = self._kept[key] = _Rows(own, sizes, self.group)
         rows.own.copy_(own.detach())
@@ -103,13 +103,10 @@ class _Rows:
 
     def __init__(self, own: torch.Tensor, sizes: list[int], group: dist.ProcessGroup) -> None:
         self.full = own.new_empty(sum(sizes), *own.shape[1:])
-        self._sizes, self._group, self._works = sizes, group, []
-        self._parts, self._rank = self.full.split(sizes), dist.get_rank(group)
+        self.kind = (sizes, own.shape[1:], own.dtype)  # the same on every rank
+        self._group, self._rank, self._works = group, dist.get_rank(group), []
+        self._parts = self.full.split(sizes)
         self.own = self._parts[self._rank]
-
-    def fit(self, own: torch.Tensor, sizes: list[int]) -> bool:
-        """Whether these are rows like those from before, on every rank."""
-        return sizes == self._sizes and own.shape[1:] == self.full.shape[1:] and own.dtype == self.full.dtype
 
     def start(self) -> None:
         """Send the own rows to all others, and receive theirs."""

@@ -19,7 +19,6 @@ from xfuser.methods.pipefusion.stage import Stage
 from xfuser.models.registry import planned_models
 
 FULL_PREDICTION = "it needs the full prediction, and each sub-step makes only a patch of it"
-OTHERS = "or use Ulysses, ring, CFG or data parallelism"
 
 
 class PipeFusion:
@@ -52,21 +51,20 @@ class PipeFusion:
         """
         name, rescale = type(self._pipe).__name__, arguments.get("guidance_rescale")
         if arguments.get("skip_guidance_layers") is not None:
-            why = "it compares the number of the sub-step with the number of steps"
-            refuse(f"skip_guidance_layers of {name}", why, f"Remove it, {OTHERS}")
+            refuse(f"skip_guidance_layers of {name}", "it takes the number of the sub-step for the step's", "Remove it")
         layers, scale = getattr(self._pipe, "pag_applied_layers", None), arguments.get("pag_scale", 1.0)
         if layers and scale > 0 and self._group.world_size > 1:
             why = "it searches its layers in blocks that other stages hold"
-            refuse(f"perturbed-attention guidance (PAG) of {name}", why, "Set pag_scale=0, or use Ulysses or ring")
+            refuse(f"perturbed-attention guidance (PAG) of {name}", why, "Set pag_scale=0", "Ulysses or ring")
         if rescale:
-            refuse(f"guidance_rescale={rescale} of {name}", FULL_PREDICTION, f"Remove it, {OTHERS}")
+            refuse(f"guidance_rescale={rescale} of {name}", FULL_PREDICTION, "Remove it")
         for guider in self._pipe.components.values():
             if getattr(guider, "_enabled", False) and hasattr(guider, "prepare_inputs"):
                 from diffusers.guiders import ClassifierFreeGuidance  # not in all releases, but in those with guiders
 
                 if type(guider) is not ClassifierFreeGuidance or guider.config.guidance_rescale:
-                    advice = f"Use ClassifierFreeGuidance() without guidance_rescale, {OTHERS}"
-                    refuse(f"{type(guider).__name__} of {name}", f"{FULL_PREDICTION}, or it counts steps", advice)
+                    change = "Use ClassifierFreeGuidance() without guidance_rescale"
+                    refuse(f"{type(guider).__name__} of {name}", f"{FULL_PREDICTION}, or it counts steps", change)
         return stepwise_callbacks(arguments, call)
 
     @contextmanager

@@ -3,6 +3,7 @@
 from typing import NoReturn
 
 
-def refuse(what: str, why: str, instead: str = "Use Ulysses, ring, CFG or data parallelism") -> NoReturn:
-    """Raise the ValueError that says what is not supported, why, and what to do instead."""
-    raise ValueError(f"PipeFusion does not support {what}: {why}. {instead}")
+def refuse(what: str, why: str, change: str = "", others: str = "Ulysses, ring, CFG or data parallelism") -> NoReturn:
+    """Raise the ValueError that says what is not supported, why, what to change, and which methods support it."""
+    advice = f"{change}, or use {others}" if change else f"Use {others}"
+    raise ValueError(f"PipeFusion does not support {what}: {why}. {advice}")

@@ -15,6 +15,8 @@ from xfuser.core.hooks import Binder
 from xfuser.methods.pipefusion.patches import Patches
 from xfuser.methods.pipefusion.refusals import refuse
 
+EndSubstep = Callable[[list[torch.Tensor]], None]  # takes the tensors of a sub-step's result, to complete them in place
+
 
 class PatchwiseScheduler:
     """Steps the patches of the latents one after the other, each with a copy of the real scheduler.
@@ -26,9 +28,7 @@ class PatchwiseScheduler:
     Every stage steps, so that random numbers are drawn alike everywhere; only the last stage's latents count.
     """
 
-    def __init__(
-        self, scheduler: Any, call: CallState, patches: Patches, end_substep: Callable[[list[torch.Tensor]], None]
-    ) -> None:
+    def __init__(self, scheduler: Any, call: CallState, patches: Patches, end_substep: EndSubstep) -> None:
         own = vars(self)
         own.update(_copies=[scheduler], _first={}, _results=[], _begun=False, _end_substep=end_substep)
         own.update(_call=call, _patches=patches, _bind=Binder(scheduler.step), _noise=_FullNoise(patches))
@@ -146,21 +146,18 @@ class PatchwiseScheduler:
 _OWN = frozenset(name for name in vars(PatchwiseScheduler) if not name.startswith("__"))
 
 
-def patchwise(
-    scheduler: Any, call: CallState, patches: Patches, end_substep: Callable[[list[torch.Tensor]], None]
-) -> Any:
-    """A stand-in for ``scheduler``; ``end_substep`` is given the tensors of each sub-step's result, to be completed.
+def patchwise(scheduler: Any, call: CallState, patches: Patches, end_substep: EndSubstep) -> Any:
+    """A stand-in for ``scheduler``, of its class, too.
 
     Raises:
         ValueError: the scheduler's steps need the full latents.
     """
     kind = type(scheduler)
     if hasattr(scheduler, "noise_sampler"):
-        advice = "Use another scheduler, such as DPMSolverMultistepScheduler with algorithm_type='sde-dpmsolver++'"
-        refuse(kind.__name__, "its noise is one Brownian path of the full latents", advice)
+        other = "Use another scheduler, such as DPMSolverMultistepScheduler with algorithm_type='sde-dpmsolver++'"
+        refuse(kind.__name__, "its noise is one Brownian path of the full latents", other)
     if scheduler.config.get("thresholding"):
-        why = "it is a quantile of the full latents"
-        refuse(f"thresholding=True of {kind.__name__}", why, "Switch it off, or use another method")
+        refuse(f"thresholding=True of {kind.__name__}", "it is a quantile of the full latents", "Remove it")
     return type(kind.__name__, (PatchwiseScheduler, kind), {})(scheduler, call, patches, end_substep)
 
 

@@ -19,7 +19,7 @@ from xfuser.methods.pipefusion.refusals import refuse
 from xfuser.methods.tokens import TokenShares, Window
 from xfuser.models.plan import ModelPlan, blocks_of
 
-SAME_CALLS = "Remove what changes guidance during the call, or use Ulysses, ring, CFG or data parallelism"
+SAME_CALLS = "Remove what changes guidance during the call"
 
 
 class Stage:

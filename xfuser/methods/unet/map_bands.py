@@ -1,7 +1,7 @@
 """DistriFusion (arXiv 2402.19481) of a U-Net: what its functions see of the others' bands of rows, and when."""
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from itertools import chain
 from typing import Any, NoReturn
@@ -41,10 +41,10 @@ class MapBands(Bands):
 
     def now(self, sizes: list[int], x: torch.Tensor) -> None:
         before, rows = sum(self._sizes), sum(sizes)
+        if rows not in (before, -(-before // 2)):
+            advice = "Use an image whose rows of latents can be halved more often"
+            self.refuse(f"{before} rows have become {rows}, which is not half of them, rounded up. {advice}")
         if rows != before:
-            if rows != -(-before // 2):
-                advice = "Use an image whose rows of latents can be halved more often"
-                self.refuse(f"{before} rows have become {rows}, which is not half of them, rounded up. {advice}")
             self._finer.append(self._sizes)
         super().now(sizes, x)
 
@@ -86,16 +86,15 @@ class MapBands(Bands):
             stale = join_moments(torch.cat([full[: self.rank], before, full[self.rank + 1 :]]))
         return _corrected(stale, before[0], moments, eps)
 
-    @contextmanager
-    def reach(self, key: torch.Tensor, value: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def reach(
+        self, key: torch.Tensor, value: torch.Tensor
+    ) -> AbstractContextManager[tuple[torch.Tensor, torch.Tensor]]:
         """Within the context, keys and values of all bands (``[B, H, S, D]``), from this one's."""
         (height, width), tokens = self.area, key.shape[2]
         if tokens != height * width:
-            pixels = f"{tokens} tokens of {height * width} pixels"
-            self.refuse(f"self-attention over {pixels}, as with GLIGEN, is not supported")
+            self.refuse(f"attention over {tokens} tokens of {height * width} pixels, as with GLIGEN, is not supported")
         sizes = [size * width for size in self.sizes(height, "attention")]
-        with self._staleness.keys_and_values("keys and values", key, value, sizes) as both:
-            yield both
+        return self._staleness.keys_and_values("keys and values", key, value, sizes)
 
 
 def _corrected(stale: torch.Tensor, before: torch.Tensor, own: torch.Tensor, eps: float) -> torch.Tensor:
