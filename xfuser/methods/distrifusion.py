@@ -3,16 +3,13 @@
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
-import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from xfuser.call import CallState
 from xfuser.methods.staleness import Staleness
 from xfuser.methods.tokens import Rows
 from xfuser.methods.unet.map_bands import MapBands, OnMaps
-
-KeysValues = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 
 
 class DistriFusion:
@@ -53,8 +50,8 @@ class DistriFusion:
 
     @contextmanager
     def reach(
-        self, name: str, keys: Rows, rank: int, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
-    ) -> Iterator[KeysValues]:
+        self, name: str, keys: Rows, rank: int, key: Tensor, value: Tensor, mask: Tensor | None
+    ) -> Iterator[tuple]:
         """Keys, values and key mask to attend to within the context, of this rank's (``[B, H, S_local, D]``)."""
         sizes, given = keys.key_lengths, (keys.given(key, 2, rank), keys.given(value, 2, rank))
         with ExitStack() as stack:

@@ -3,10 +3,9 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
+from torch import Tensor
 
 from xfuser.call import CallState
-from xfuser.methods.distrifusion import KeysValues
 from xfuser.methods.tokens import Rows
 
 
@@ -49,6 +48,6 @@ class NaivePatches:
 
     @contextmanager
     def reach(
-        self, name: str, keys: Rows, rank: int, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
-    ) -> Iterator[KeysValues]:
+        self, name: str, keys: Rows, rank: int, key: Tensor, value: Tensor, mask: Tensor | None
+    ) -> Iterator[tuple]:
         yield key, value, mask

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from xfuser.call import CallState, Forward
@@ -44,7 +45,7 @@ class Staleness:
     def layer(self, forward: Forward, arguments: Arguments) -> Any:
         """The outer layer of the transformer's forward: sees full arguments, also where another rank computes it."""
         self._seen: dict[str, int] = {}
-        shapes = [x.shape for x in tree_leaves(arguments) if isinstance(x, torch.Tensor)]
+        shapes = [x.shape for x in tree_leaves(arguments) if isinstance(x, Tensor)]
         self._changed = self._shapes.get(self._call.index) != shapes
         self._shapes[self._call.index] = shapes
         return forward(arguments)
@@ -55,7 +56,7 @@ class Staleness:
         return self.mode == "full_sync" or self._call.synchronous or self._changed
 
     @contextmanager
-    def exchange(self, name: str, own: torch.Tensor, sizes: list[int], wait: bool = False) -> Iterator[torch.Tensor]:
+    def exchange(self, name: str, own: Tensor, sizes: list[int], wait: bool = False) -> Iterator[Tensor]:
         """Within the context, the rows of all ranks, in rank order: its own fresh, others' as the mode says.
 
         Args:
@@ -81,15 +82,13 @@ class Staleness:
             rows.start()  # behind their use: what arrives overwrites them
 
     @contextmanager
-    def keys_and_values(
-        self, name: str, key: torch.Tensor, value: torch.Tensor, sizes: list[int]
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def keys_and_values(self, name: str, key: Tensor, value: Tensor, sizes: list[int]) -> Iterator[tuple[Tensor, ...]]:
         """As :meth:`exchange`, for this rank's keys and values of an attention, ``[B, H, S_local, D]``: one message."""
         own = torch.cat([key, value], dim=-1).permute(2, 0, 1, 3)
         with self.exchange(name, own, sizes) as full:
             yield full.permute(1, 2, 0, 3).split([key.shape[-1], value.shape[-1]], dim=-1)
 
-    def last(self, name: str) -> torch.Tensor | None:
+    def last(self, name: str) -> Tensor | None:
         """A copy of this rank's rows of one step ago in the next exchange of that name; None if there were none."""
         rows = self._kept.get(self._key(name))
         return None if rows is None else rows.own.clone()
@@ -101,7 +100,7 @@ class Staleness:
 class _Rows:
     """Rows of all ranks in one tensor; those of others are received in place."""
 
-    def __init__(self, own: torch.Tensor, sizes: list[int], group: dist.ProcessGroup) -> None:
+    def __init__(self, own: Tensor, sizes: list[int], group: dist.ProcessGroup) -> None:
         self.full = own.new_empty(sum(sizes), *own.shape[1:])
         self.kind = (sizes, own.shape[1:], own.dtype)  # the same on every rank
         self._group, self._rank, self._works = group, dist.get_rank(group), []

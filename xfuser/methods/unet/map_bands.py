@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from xfuser.config.config import ASYNCHRONOUS
 from xfuser.core.distributed.utils import share
@@ -39,7 +40,7 @@ class MapBands(Bands):
     def refuse(self, problem: str) -> NoReturn:
         raise ValueError(f"{self.owner}: {problem}. {self.advice}")
 
-    def now(self, sizes: list[int], x: torch.Tensor) -> None:
+    def now(self, sizes: list[int], x: Tensor) -> None:
         before, rows = sum(self._sizes), sum(sizes)
         if rows not in (before, -(-before // 2)):
             advice = "Use an image whose rows of latents can be halved more often"
@@ -48,7 +49,7 @@ class MapBands(Bands):
             self._finer.append(self._sizes)
         super().now(sizes, x)
 
-    def doubled(self, x: torch.Tensor) -> None:
+    def doubled(self, x: Tensor) -> None:
         """Note the heights behind the doubling that ``x`` has come from."""
         sizes, rows = self._finer.pop() if self._finer else [], x.shape[self.dim]
         if not sizes or rows != sizes[self.rank]:
@@ -56,8 +57,8 @@ class MapBands(Bands):
         super().now(sizes, x)
 
     def borrow(
-        self, own_rows: Callable[[range], torch.Tensor], like: torch.Tensor, sizes: list[int], needs: list[range]
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        self, own_rows: Callable[[range], Tensor], like: Tensor, sizes: list[int], needs: list[range]
+    ) -> tuple[Tensor | None, Tensor | None]:
         """As in :class:`Bands`; every rank gets the rows that any other one needs."""
         held = [share(sizes, rank) for rank in range(self.ranks)]
         lent = [
@@ -74,7 +75,7 @@ class MapBands(Bands):
         with self._staleness.exchange("rows", own, [len(one) for one in lent]) as full:
             return tuple(full[side].movedim(0, self.dim) if side else None for side in (above, below))
 
-    def joined(self, moments: torch.Tensor, eps: float) -> torch.Tensor:
+    def joined(self, moments: Tensor, eps: float) -> Tensor:
         """As in :class:`Bands`, by the mode's definition; ``eps`` is a part of the variances."""
         mode, late = self._staleness.mode, not self._staleness.synchronous
         if late and mode in ("separate_gn", "no_sync"):
@@ -86,9 +87,7 @@ class MapBands(Bands):
             stale = join_moments(torch.cat([full[: self.rank], before, full[self.rank + 1 :]]))
         return _corrected(stale, before[0], moments, eps)
 
-    def reach(
-        self, key: torch.Tensor, value: torch.Tensor
-    ) -> AbstractContextManager[tuple[torch.Tensor, torch.Tensor]]:
+    def reach(self, key: Tensor, value: Tensor) -> AbstractContextManager[tuple[Tensor, Tensor]]:
         """Within the context, keys and values of all bands (``[B, H, S, D]``), from this one's."""
         (height, width), tokens = self.area, key.shape[2]
         if tokens != height * width:
@@ -97,7 +96,7 @@ class MapBands(Bands):
         return self._staleness.keys_and_values("keys and values", key, value, sizes)
 
 
-def _corrected(stale: torch.Tensor, before: torch.Tensor, own: torch.Tensor, eps: float) -> torch.Tensor:
+def _corrected(stale: Tensor, before: Tensor, own: Tensor, eps: float) -> Tensor:
     """Moments of the full map one step ago, moved by as much as this band's have since.
 
     Where that leaves a variance below zero, it is this band's.
@@ -108,7 +107,7 @@ def _corrected(stale: torch.Tensor, before: torch.Tensor, own: torch.Tensor, eps
     return torch.cat([stale[:1], mean, torch.where(variance < eps, own_variance, variance)])
 
 
-def _mean_and_square(moments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _mean_and_square(moments: Tensor) -> tuple[Tensor, Tensor]:
     mean, variance = moments[1:].chunk(2)
     return mean, variance + mean.square()
 
@@ -120,7 +119,7 @@ class OnMaps(OnBands):
         super().__init__(bands, None)
         self.bands = bands
         self._attending = False
-        for function in (torch.matmul, torch.Tensor.matmul, SDPA):
+        for function in (torch.matmul, Tensor.matmul, SDPA):
             self._handlers[function] = partial(self._refuse, function)
         self._handlers[F.interpolate] = self._interpolate
 
@@ -136,7 +135,7 @@ class OnMaps(OnBands):
     def _refuse(self, function: Any, *args: Any, **kwargs: Any) -> NoReturn:
         self.bands.refuse(f"{function.__name__} outside of attention modules is not supported")
 
-    def _interpolate(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def _interpolate(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         result = F.interpolate(x, *args, **kwargs)
         self.bands.doubled(result)
         return result
