@@ -460,7 +460,7 @@ def test_refusals_name_the_reason_and_leave_the_pipeline_working(pool, folder_of
         assert "num_pipeline_patch=6 is more than the 5 rows" in messages["rows"]
         assert "warmup_steps=5 is more than the 4 steps" in messages["warmup"]
         assert "skip_guidance_layers" in messages["skip"]
-        assert "quantile of the whole latents" in messages["thresholding"]
+        assert "quantile of the full latents" in messages["thresholding"]
         assert running.error(after, expected) <= running.TOLERANCE
 
 
@@ -541,7 +541,7 @@ def rescaled(path):
 
 def test_rescaled_guidance_is_refused(pool, folder_of):
     for message in pool.run(2, rescaled, folder_of("hunyuan_dit")):
-        assert "guidance_rescale=0.5 of HunyuanDiTPipeline looks at the whole prediction" in message
+        assert "guidance_rescale=0.5 of HunyuanDiTPipeline: it needs the full prediction" in message
 
 
 def test_branches_of_different_text_length(pool, folder_of):

@@ -332,15 +332,15 @@ def not_of_a_patch():
         guider=AdaptiveProjectedMixGuidance(),
         **parts,
     )
-    with pytest.raises(ValueError, match="does not serve AdaptiveProjectedMixGuidance of HunyuanImagePipeline"):
+    with pytest.raises(ValueError, match="does not support AdaptiveProjectedMixGuidance of HunyuanImagePipeline"):
         called(pipe, patches, {"prompt": "a"})
     copying = WithSound(FAMILIES["cogvideox"].build(), diffusers.FlowMatchEulerDiscreteScheduler())
-    with pytest.raises(ValueError, match="PipeFusion does not serve pipelines that copy their scheduler"):
+    with pytest.raises(ValueError, match="PipeFusion does not support pipelines that copy their scheduler"):
         called(copying, patches, {"family": FAMILIES["ltx2"]})
     next_time = with_conditions(
         "hunyuan_image", lambda rows, draw: {"timestep_r": torch.full((rows,), 100.0)}, use_meanflow=True
     )
-    with pytest.raises(ValueError, match="PipeFusion does not serve 'timestep_r'"):
+    with pytest.raises(ValueError, match="PipeFusion does not support 'timestep_r'"):
         matrix.draw_family(next_time, patches, {})
 
 

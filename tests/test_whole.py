@@ -29,8 +29,8 @@ REFUSED = {  # by PipeFusion, where the transformer's class is not refused
     "flux_kontext": "patches must be rows of both",
     "flux2": "patches must be rows of both",
     "skyreels_v2_forcing": "copy their scheduler",
-    "hunyuan_image_guided": "does not serve AdaptiveProjectedMixGuidance of HunyuanImagePipeline",
-    "cosmos": "turns its scheduler back",
+    "hunyuan_image_guided": "does not support AdaptiveProjectedMixGuidance of HunyuanImagePipeline",
+    "cosmos": "turn their scheduler back",
     "cosmos2": "more than the 1 frames",
 }
 

@@ -1,17 +1,16 @@
-"""Naive patches: each rank computes its part of the picture as if it were all. The baseline that shows its seams."""
+"""Naive patches: each rank computes its part of the image as if it were all. The baseline that shows its seams."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
+from torch import Tensor
 
 from xfuser.call import CallState
-from xfuser.methods.distrifusion import KeysValues
 from xfuser.methods.tokens import Rows
 
 
 class NaivePatches:
-    """What attention of a rank's part of the tokens sees: that part, and all of the text.
+    """What a rank's part of the tokens attends to: that part, and all of the text.
 
     Args:
         scheme: ``"row"``: parts are consecutive rows of tokens; ``"col"``: columns; ``"alternate"``: rows and columns
@@ -25,7 +24,7 @@ class NaivePatches:
 
     @contextmanager
     def enter(self, call: CallState) -> Iterator[None]:
-        """Within the context, the parts of the call's forwards are those of its steps."""
+        """Within the context, the call's step says whether parts are rows or columns."""
         self._call = call
         yield
 
@@ -41,10 +40,7 @@ class NaivePatches:
             ValueError: the tokens come without rows and columns.
         """
         if self.across and columns == 1:
-            raise ValueError(
-                f"split_scheme={self._scheme!r} needs latents with rows and columns, and here they are packed, or in"
-                " one column: use 'row'"
-            )
+            raise ValueError(f"split_scheme={self._scheme!r} requires latents with columns: use 'row' for packed ones")
         return rows if self.across else 1
 
     def keys(self, keys: Rows, rank: int) -> list[tuple[int, int]]:
@@ -52,6 +48,6 @@ class NaivePatches:
 
     @contextmanager
     def reach(
-        self, name: str, keys: Rows, rank: int, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
-    ) -> Iterator[KeysValues]:
+        self, name: str, keys: Rows, rank: int, key: Tensor, value: Tensor, mask: Tensor | None
+    ) -> Iterator[tuple]:
         yield key, value, mask

@@ -1,16 +1,16 @@
 """Displaced patches (DistriFusion, arXiv 2402.19481): a rank computes its rows from the others' of one step ago.
 
 Activations of two steps that follow one another are much alike. So what a rank needs of the others' rows, it takes from
-the last step, while this step's rows are on their way behind the compute.
+the last step, while this step's rows are sent during the compute.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import accumulate
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from xfuser.call import CallState, Forward
@@ -22,10 +22,10 @@ class Staleness:
 
     An exchange is known by the index of the transformer's call within the step, its name, and how often that name came
     in this call. In the first call of an index, and whenever its arguments' shapes change, all exchanges wait: a batch
-    that has lost its unconditional half would else meet rows of other pictures.
+    that has lost its unconditional half would else meet rows of other images.
 
     Args:
-        group: the ranks that exchange rows; nothing else may travel on it meanwhile.
+        group: the ranks that exchange rows, and nothing else meanwhile.
         mode: one of ``MODES``.
         call: the wrapped call; the exchanges of its synchronous steps wait.
     """
@@ -36,15 +36,16 @@ class Staleness:
         self._shapes: dict[int, list[torch.Size]] = {}  # of the arguments of each forward of the last step
 
     def restart(self) -> None:
-        """Forget all: what comes next is another image's first step."""
-        self.settle()
+        """Forget all, as the first step of another image comes next."""
+        for rows in self._kept.values():
+            rows.settle()
         self._kept.clear()
         self._shapes.clear()
 
     def layer(self, forward: Forward, arguments: Arguments) -> Any:
-        """The outer layer of the transformer's forward: sees whole arguments, also where another rank computes it."""
+        """The outer layer of the transformer's forward: sees full arguments, also where another rank computes it."""
         self._seen: dict[str, int] = {}
-        shapes = [x.shape for x in tree_leaves(arguments) if isinstance(x, torch.Tensor)]
+        shapes = [x.shape for x in tree_leaves(arguments) if isinstance(x, Tensor)]
         self._changed = self._shapes.get(self._call.index) != shapes
         self._shapes[self._call.index] = shapes
         return forward(arguments)
@@ -55,7 +56,7 @@ class Staleness:
         return self.mode == "full_sync" or self._call.synchronous or self._changed
 
     @contextmanager
-    def exchange(self, name: str, own: torch.Tensor, sizes: list[int], wait: bool = False) -> Iterator[torch.Tensor]:
+    def exchange(self, name: str, own: Tensor, sizes: list[int], wait: bool = False) -> Iterator[Tensor]:
         """Within the context, the rows of all ranks, in rank order: its own fresh, others' as the mode says.
 
         Args:
@@ -64,76 +65,58 @@ class Staleness:
             sizes: rows of every rank.
             wait: whether others' rows are to be those of this step in any case.
         """
-        nth = self._seen[name] = self._seen.get(name, -1) + 1
-        key = (self._call.index, name, nth)
-        rows = self._kept.get(key)
-        fresh = rows is None or not rows.fit(own, sizes)
+        key = self._key(name)
+        self._seen[name], rows = key[2], self._kept.get(key)
+        if rows:
+            rows.settle()
+        fresh = rows is None or rows.kind != (sizes, own.shape[1:], own.dtype)
         if fresh:
-            if rows:
-                rows.settle()
             rows = self._kept[key] = _Rows(own, sizes, self.group)
-        rows.renew(own)
-        if fresh or wait or self.synchronous:
+        rows.own.copy_(own.detach())
+        waits = fresh or wait or self.synchronous
+        if waits:
             rows.start()
             rows.settle()
-            yield rows.whole
-        else:
-            yield rows.whole
-            if self.mode != "no_sync":
-                rows.start()  # behind their use: what arrives overwrites them
+        yield rows.full
+        if not waits and self.mode != "no_sync":
+            rows.start()  # behind their use: what arrives overwrites them
 
     @contextmanager
-    def keys_and_values(
-        self, name: str, key: torch.Tensor, value: torch.Tensor, sizes: list[int]
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def keys_and_values(self, name: str, key: Tensor, value: Tensor, sizes: list[int]) -> Iterator[tuple[Tensor, ...]]:
         """As :meth:`exchange`, for this rank's keys and values of an attention, ``[B, H, S_local, D]``: one message."""
         own = torch.cat([key, value], dim=-1).permute(2, 0, 1, 3)
-        with self.exchange(name, own, sizes) as whole:
-            yield whole.permute(1, 2, 0, 3).split([key.shape[-1], value.shape[-1]], dim=-1)
+        with self.exchange(name, own, sizes) as full:
+            yield full.permute(1, 2, 0, 3).split([key.shape[-1], value.shape[-1]], dim=-1)
 
-    def last(self, name: str) -> torch.Tensor | None:
-        """This rank's rows in the exchange of that name that comes next, as they were one step ago; None if there were
-        none."""
-        rows = self._kept.get((self._call.index, name, self._seen.get(name, -1) + 1))
+    def last(self, name: str) -> Tensor | None:
+        """A copy of this rank's rows of one step ago in the next exchange of that name; None if there were none."""
+        rows = self._kept.get(self._key(name))
         return None if rows is None else rows.own.clone()
 
-    def settle(self) -> None:
-        """Wait for all that is under way."""
-        for rows in self._kept.values():
-            rows.settle()
+    def _key(self, name: str) -> tuple[int, str, int]:
+        return self._call.index, name, self._seen.get(name, -1) + 1
 
 
 class _Rows:
-    """Rows of all ranks in one tensor; those of others arrive right where they belong."""
+    """Rows of all ranks in one tensor; those of others are received in place."""
 
-    def __init__(self, own: torch.Tensor, sizes: list[int], group: dist.ProcessGroup) -> None:
-        self.whole = own.new_empty(sum(sizes), *own.shape[1:])
-        self._sizes, self._group, self._works = sizes, group, []
-        starts = [0, *accumulate(sizes)]
-        self._parts = [self.whole[start : start + size] for start, size in zip(starts, sizes, strict=False)]
-        self.own = self._parts[dist.get_rank(group)]
-
-    def fit(self, own: torch.Tensor, sizes: list[int]) -> bool:
-        """Whether these are rows like those from before, on every rank."""
-        return sizes == self._sizes and own.shape[1:] == self.whole.shape[1:] and own.dtype == self.whole.dtype
-
-    def renew(self, own: torch.Tensor) -> None:
-        self.settle()
-        self.own.copy_(own.detach())
+    def __init__(self, own: Tensor, sizes: list[int], group: dist.ProcessGroup) -> None:
+        self.full = own.new_empty(sum(sizes), *own.shape[1:])
+        self.kind = (sizes, own.shape[1:], own.dtype)  # the same on every rank
+        self._group, self._rank, self._works = group, dist.get_rank(group), []
+        self._parts = self.full.split(sizes)
+        self.own = self._parts[self._rank]
 
     def start(self) -> None:
         """Send the own rows to all others, and receive theirs."""
-        peers = [rank for rank in range(len(self._parts)) if rank != dist.get_rank(self._group)]
-        messages: list[tuple[Callable, torch.Tensor, int]] = [(dist.irecv, self._parts[peer], peer) for peer in peers]
-        messages += [(dist.isend, self.own, peer) for peer in peers]
-        operations = [
-            dist.P2POp(send_or_receive, x, group=self._group, group_peer=peer)
-            for send_or_receive, x, peer in messages
-            if x.numel()
-        ]
+        others = [(rank, part) for rank, part in enumerate(self._parts) if rank != self._rank]
+        messages = [(dist.irecv, part, rank) for rank, part in others if part.numel()]
+        messages += [(dist.isend, self.own, rank) for rank, _ in others if self.own.numel()]
+        operations = [dist.P2POp(op, x, group=self._group, group_peer=rank) for op, x, rank in messages]
         self._works = dist.batch_isend_irecv(operations) if operations else []
 
     def settle(self) -> None:
+        """Wait for what is in flight."""
         works, self._works = self._works, []
         for work in works:
             work.wait()

@@ -9,7 +9,7 @@ in this step, and those after it in the previous step:
 and those of text tokens, which run with patch 0, from step t. So the result depends on the number of patches and of
 synchronous first steps alone; never on the number of stages or on timing.
 
-A pipeline's loop over N timesteps is led through N x M sub-steps, one for each patch, by a stand-in for its scheduler
-(``scheduler.py``). Each sub-step runs the transformer's forward on one patch: ``stage.py`` leaves the blocks of other
-stages out, and hands the tokens on (``channel.py``).
+A stand-in for the scheduler makes the pipeline loop over N x M sub-steps, one for each timestep and patch
+(``scheduler.py``). Each sub-step runs the transformer's forward on one patch: ``stage.py`` skips the blocks of other
+stages (``blocks.py``), and sends the tokens to the next one (``channel.py``).
 """

@@ -1,9 +1,8 @@
-"""Which stage owns which blocks, and what stands in for the blocks of others."""
+"""Which stage owns which blocks, and the stubs in place of the blocks of other stages."""
 
 import copy
 import functools
 import pickle
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import nn
 
 from xfuser.core.distributed import GroupCoordinator
 from xfuser.core.hooks import Binder
-from xfuser.models.plan import ModelPlan, blocks_of
+from xfuser.models.plan import Block, ModelPlan, blocks_of
 
 NOMINAL_TOKENS = {"image": 4096, "text": 512}  # of a 1024-pixel image; only their ratio matters
 
@@ -23,19 +22,16 @@ def stage_layers(model: nn.Module, plan: ModelPlan, stages: int, asked: tuple[in
         ValueError: there are fewer blocks than stages, or the numbers asked for do not add up.
     """
     blocks = blocks_of(model, plan)
-    if stages > len(blocks):
-        raise ValueError(
-            f"pipefusion_parallel_degree={stages} is more than the {len(blocks)} blocks of {type(model).__name__}: use"
-            f" at most {len(blocks)}"
-        )
+    count, those = len(blocks), f"the {len(blocks)} blocks of {type(model).__name__}"
+    if stages > count:
+        raise ValueError(f"pipefusion_parallel_degree={stages} is more than {those}: use at most {count}")
     if asked is None:
         costs = [block_cost(block.module, plan) for block in blocks]
         costs[-1] += _linear_cost(model.get_submodule(plan.head), NOMINAL_TOKENS["image"]) if plan.head else 0
-        return _balanced(costs, stages)
-    if sum(asked) != len(blocks) or len(asked) != stages or min(asked) < 1:
+        return list(_balanced(tuple(costs), stages)[1])
+    if sum(asked) != count or len(asked) != stages or min(asked) < 1:
         raise ValueError(
-            f"attn_layer_num_for_pp={list(asked)} must be {stages} numbers of 1 or more that add up to the"
-            f" {len(blocks)} blocks of {type(model).__name__}"
+            f"attn_layer_num_for_pp={list(asked)} must be {stages} numbers of 1 or more that add up to {those}"
         )
     return list(asked)
 
@@ -43,11 +39,12 @@ def stage_layers(model: nn.Module, plan: ModelPlan, stages: int, asked: tuple[in
 def block_cost(block: nn.Module, plan: ModelPlan) -> float:
     """Multiplications of a block's forward on a 1024-pixel image, about: its linears, and its attention."""
     linears = {name: one for name, one in block.named_modules() if isinstance(one, nn.Linear)}
-    text = {name for name in linears if any(f"{name}.".startswith(f"{prefix}.") for prefix in plan.text_modules)}
+    prefixes = tuple(f"{name}." for name in plan.text_modules)
+    text = {name for name in linears if f"{name}.".startswith(prefixes)}
     image_tokens = NOMINAL_TOKENS["image"] + (NOMINAL_TOKENS["text"] if plan.text and not text else 0)
     cost = 0.0
     for name, linear in linears.items():
-        if not name.startswith("norm"):  # those work on one row
+        if not name.startswith("norm"):  # those work on one token
             cost += _linear_cost(linear, NOMINAL_TOKENS["text"] if name in text else image_tokens)
     for name, streams in plan.attentions().items():
         attention = getattr(block, name, None)
@@ -61,25 +58,17 @@ def _linear_cost(module: nn.Module, tokens: int) -> float:
     return sum(weight.numel() for weight in module.parameters()) * tokens
 
 
-def _balanced(costs: list[float], parts: int) -> list[int]:
-    """Sizes of consecutive parts, none empty, whose largest sum is the smallest possible."""
-    sums = [0.0, *accumulate(costs)]
-
-    @functools.cache
-    def best(start: int, parts: int) -> tuple[float, tuple[int, ...]]:
-        if parts == 1:
-            return sums[-1] - sums[start], (len(costs) - start,)
-        options = []
-        for stop in range(start + 1, len(costs) - parts + 2):
-            rest, sizes = best(stop, parts - 1)
-            options.append((max(sums[stop] - sums[start], rest), (stop - start, *sizes)))
-        return min(options)
-
-    return list(best(0, parts)[1])
+@functools.cache
+def _balanced(costs: tuple[float, ...], parts: int) -> tuple[float, list[int]]:
+    """The smallest possible largest sum of consecutive parts, none empty, and their sizes."""
+    if parts == 1:
+        return sum(costs), [len(costs)]
+    rests = [(size, *_balanced(costs[size:], parts - 1)) for size in range(1, len(costs) - parts + 2)]
+    return min((max(sum(costs[:size]), rest), [size, *sizes]) for size, rest, sizes in rests)
 
 
 class Stub(nn.Module):
-    """Stands in for a block of another stage: passes the streams on, and has the block's attributes.
+    """Replaces a block of another stage: passes the streams on, and has the block's attributes.
 
     The block's weights are freed. Of its submodules only those lent to the forward keep theirs, and stay registered.
 
@@ -90,15 +79,17 @@ class Stub(nn.Module):
 
     def __init__(self, block: nn.Module, plan: ModelPlan, place: tuple[str, int], layers: list[int]) -> None:
         super().__init__()
-        list_name, prefix = place[0], f"{place[0]}.{place[1]}."
+        prefix = f"{place[0]}.{place[1]}."
         lent = [name.removeprefix(prefix) for name in plan.lent if name.startswith(prefix)]
         self.lent = nn.ModuleList(block.get_submodule(name) for name in lent)
         self.__dict__["block"] = block  # unregistered: its weights are gone
         self.stage_layers, self.held = layers, False
-        for weight, owner, key in tensors_of(block, set(self.lent.parameters())):
-            set_tensor(owner, key, weight, weight.to("meta"))
-        names = {streams: name for name, streams in plan.carriers(list_name).items()}
-        returned = [names[streams] for streams in plan.outputs(list_name)]
+        kept = set(self.lent.parameters())
+        for weight, owner, key in tensors_of(block):
+            if weight not in kept:
+                set_tensor(owner, key, weight, weight.to("meta"))
+        names = {streams: name for name, streams in plan.carriers(place[0]).items()}
+        returned = [names[streams] for streams in plan.outputs(place[0])]
         bind = Binder(block.forward)
 
         @functools.wraps(block.forward)
@@ -118,8 +109,7 @@ class Stub(nn.Module):
 
 def divide(model: nn.Module, plan: ModelPlan, layers: list[int], stage: int) -> None:
     """Leave the blocks of this stage in the model, and put a :class:`Stub` in the place of each of the others."""
-    owners = [owner for owner, count in enumerate(layers) for _ in range(count)]
-    for (block, name, i), owner in zip(blocks_of(model, plan), owners, strict=True):
+    for (block, name, i), owner in zip(blocks_of(model, plan), _owners(layers), strict=True):
         if owner != stage:
             model.get_submodule(name)[i] = Stub(block, plan, (name, i), layers)
 
@@ -130,73 +120,74 @@ def divided(model: nn.Module, plan: ModelPlan) -> list[Stub]:
 
 
 class StageBlocks:
-    """The blocks of a transformer that this stage holds. The weights of all others are freed until :meth:`restore`."""
+    """The blocks of a transformer that this stage holds. The weights of all others are freed until :meth:`restore`.
+
+    Attributes:
+        owners: the stage of each block.
+        group: the stages.
+    """
 
     def __init__(self, model: nn.Module, plan: ModelPlan, group: GroupCoordinator, layers: list[int]) -> None:
-        self._group = group
-        self.owners = [stage for stage, count in enumerate(layers) for _ in range(count)]
-        self._places = [(block.list_name, block.index) for block in blocks_of(model, plan)]
-        self._model = model
+        self._model, self._plan, self.group = model, plan, group
+        self.owners = _owners(layers)
         if not divided(model, plan):  # it is where the pipeline was loaded for these stages
             divide(model, plan, layers, group.rank_in_group)
-        modules = [block.module for block in blocks_of(model, plan)]
-        self._stubs = {index: block for index, block in enumerate(modules) if isinstance(block, Stub)}
-        if set(self._stubs) != {index for index, owner in enumerate(self.owners) if owner != group.rank_in_group}:
+        stubs = [isinstance(block.module, Stub) for block in blocks_of(model, plan)]
+        if stubs != [owner != group.rank_in_group for owner in self.owners]:
             raise ValueError(
                 f"this {type(model).__name__} was loaded for other degrees: wrap it with those, or load it again"
             )
-        for stub in self._stubs.values():
+        for stub in divided(model, plan):
             stub.held = True
-        self.remember()
 
     def remember(self) -> None:
-        """Take this stage's blocks, as they are now, for those that the other stages have a place for."""
-        self._remembered = {place: _described(block) for place, block in self._own().items()}
+        """Take this stage's blocks, as the wrap has left them, for those that the other stages can restore."""
+        self._remembered = {(name, i): _described(block) for block, name, i in self._own()}
         self._changed: set[tuple[str, int]] = set()
 
     def check(self) -> str | None:
         """Ahead of :meth:`restore`: why others could not take this stage's blocks as they are now; None if they can.
 
-        Blocks whose weights are not those that were remembered, as after LoRA layers were loaded, travel as modules.
+        Blocks whose weights are not those that were remembered, as after LoRA layers were loaded, are sent as modules.
         """
-        own = self._own() if self._stubs else {}
-        changed = {place: block for place, block in own.items() if _described(block) != self._remembered[place]}
-        for place, block in changed.items():
+        own = self._own() if divided(self._model, self._plan) else []
+        changed = [one for one in own if _described(one.module) != self._remembered[one.list_name, one.index]]
+        for block, name, i in changed:
             kinds = {type(x) for x, *_ in tensors_of(block)} - {torch.Tensor, nn.Parameter}
             if kinds:
                 return f"weights of the type {kinds.pop().__name__}"
             try:
                 pickle.dumps(_without_weights(block))
             except (pickle.PicklingError, AttributeError, TypeError, RuntimeError) as error:
-                return f"{'.'.join(map(str, place))} cannot be pickled: {error}"
-        self._changed = set(changed)
+                return f"{name}.{i} cannot be pickled: {error}"
+        self._changed = {(name, i) for _, name, i in changed}
         return None
 
-    def _own(self) -> dict[tuple[str, int], nn.Module]:
-        places = [place for index, place in enumerate(self._places) if index not in self._stubs]
-        return {(name, i): self._model.get_submodule(name)[i] for name, i in places}
+    def _own(self) -> list[Block]:
+        return [block for block in blocks_of(self._model, self._plan) if not isinstance(block.module, Stub)]
 
     def restore(self) -> None:
         """Give every stage all blocks again, with the weights of the stage that holds them; all stages must call it."""
-        for index, (name, i) in enumerate(self._places):
-            stub = self._stubs.get(index)
-            block = stub.block if stub else self._model.get_submodule(name)[i]
+        for (module, name, i), owner in zip(blocks_of(self._model, self._plan), self.owners, strict=True):
+            block = module.block if isinstance(module, Stub) else module
             # The wrapped pipeline may have been moved to another dtype, which stubs do not notice.
             dtypes = [weight.dtype for weight, *_ in tensors_of(block)]
             changed = _without_weights(block) if (name, i) in self._changed else None
-            changed, dtypes = self._group.broadcast_object((changed, dtypes), src=self.owners[index])
-            if stub and changed:
-                block = changed
-            for (weight, owner, key), dtype in zip(tensors_of(block), dtypes, strict=True):
+            changed, dtypes = self.group.broadcast_object((changed, dtypes), src=owner)
+            if isinstance(module, Stub):
+                block = self._model.get_submodule(name)[i] = block if changed is None else changed
+            for (weight, holder, key), dtype in zip(tensors_of(block), dtypes, strict=True):
                 x = weight.detach()
                 if weight.is_meta:
-                    x = torch.empty_like(weight, dtype=dtype, device=self._group.device)
-                x = self._group.broadcast(x, src=self.owners[index])
+                    x = torch.empty_like(weight, dtype=dtype, device=self.group.device)
+                x = self.group.broadcast(x, src=owner)
                 if weight.is_meta:
-                    set_tensor(owner, key, weight, x)
-            if stub:
-                self._model.get_submodule(name)[i] = block
-        self._stubs = {}
+                    set_tensor(holder, key, weight, x)
+
+
+def _owners(layers: list[int]) -> list[int]:
+    """The stage of each block."""
+    return [stage for stage, count in enumerate(layers) for _ in range(count)]
 
 
 def _described(block: nn.Module) -> list[tuple[str, torch.Size, type]]:
@@ -213,15 +204,13 @@ def _without_weights(block: nn.Module) -> nn.Module:
     return copy.deepcopy(block, memo)
 
 
-def tensors_of(
-    module: nn.Module, without: set[nn.Parameter] = frozenset()
-) -> list[tuple[torch.Tensor, nn.Module, str]]:
+def tensors_of(module: nn.Module) -> list[tuple[torch.Tensor, nn.Module, str]]:
     """All parameters and buffers of a module tree: the tensor, the module that has it, its name there."""
     return [
         (x, owner, key)
         for owner in module.modules()
         for key, x in (*owner._parameters.items(), *owner._buffers.items())
-        if x is not None and x not in without
+        if x is not None
     ]
 
 

@@ -1,4 +1,4 @@
-"""What a pipeline's loop shows of its steps, where each is led through several sub-steps: N steps, as ever."""
+"""What a pipeline's loop shows of its steps, each of which has several sub-steps: N steps, as without PipeFusion."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -8,37 +8,32 @@ from xfuser.core.hooks import Arguments
 
 
 def has_callback(arguments: Arguments) -> bool:
-    """Whether a pipeline's call asks for the latents on the way."""
+    """Whether a pipeline's call asks for the latents of its steps."""
     return arguments.get("callback_on_step_end") is not None or arguments.get("callback") is not None
 
 
 def stepwise_callbacks(arguments: Arguments, call: CallState) -> Arguments:
     """A pipeline's arguments with callbacks that are called once a step, with the number of the step.
 
-    When they are called, their sub-step has just ended.
+    The pipeline calls them when a sub-step has just ended.
     """
     arguments = dict(arguments)
     on_step_end, older = arguments.get("callback_on_step_end"), arguments.get("callback")
+    every = arguments.get("callback_steps", 1)
+
+    def after_substep(pipe: Any, index: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        return {} if call.patch else on_step_end(pipe, call.step - 1, timestep, values)
+
+    def after_step(index: int, timestep: Any, latents: Any) -> None:
+        if (call.step - 1) % every == 0:
+            older(index, timestep, latents)
+
     if on_step_end is not None:
         if hasattr(on_step_end, "tensor_inputs"):  # Diffusers' own callback objects say what they need
             arguments["callback_on_step_end_tensor_inputs"] = on_step_end.tensor_inputs
-
-        def after_substep(pipe: Any, index: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
-            if call.patch:
-                return {}
-            if getattr(pipe, "_num_timesteps", 0) > call.steps:
-                pipe._num_timesteps = call.steps
-            return on_step_end(pipe, call.step - 1, timestep, values)
-
         arguments["callback_on_step_end"] = after_substep
-    every = arguments.get("callback_steps", 1)
     if older is not None and isinstance(every, int) and every > 0:  # else the pipeline refuses it
-
-        def at_step(index: int, timestep: Any, latents: Any) -> None:
-            if (call.step - 1) % every == 0:
-                older(index, timestep, latents)
-
-        arguments |= {"callback": at_step, "callback_steps": 1}
+        arguments |= {"callback": after_step, "callback_steps": 1}
     return arguments
 
 
@@ -48,9 +43,9 @@ def stepwise_progress(progress_bar: Callable[..., Any], call: CallState) -> Call
     def bar(iterable: Any = None, total: int | None = None) -> Any:
         if iterable is None:
             return progress_bar(total=_steps(total, call))
-        return _ticking(iterable, progress_bar(total=len(iterable) // call.patches))
+        return ticking(iterable, progress_bar(total=len(iterable) // call.patches))
 
-    def _ticking(items: Any, shown: Any) -> Iterator[Any]:
+    def ticking(items: Any, shown: Any) -> Iterator[Any]:
         with shown:
             for item in items:
                 yield item
@@ -61,7 +56,7 @@ def stepwise_progress(progress_bar: Callable[..., Any], call: CallState) -> Call
 
 
 def plain_steps(get_timesteps: Callable[..., Any], call: CallState) -> Callable[..., Any]:
-    """A pipeline's ``get_timesteps`` that is given inference steps, where the pipeline counted timesteps."""
+    """A pipeline's ``get_timesteps`` that takes inference steps, where the pipeline counted timesteps."""
 
     def steps(num_inference_steps: int, *args: Any, **kwargs: Any) -> Any:
         return get_timesteps(_steps(num_inference_steps, call), *args, **kwargs)

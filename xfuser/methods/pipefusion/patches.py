@@ -1,4 +1,4 @@
-"""The patches of a picture or video: bands of whole token rows, or of whole frames."""
+"""The patches of an image or video: bands of rows of tokens, or of frames."""
 
 from typing import Any
 
@@ -8,10 +8,10 @@ from xfuser.core.distributed.utils import share, split_sizes
 
 
 class Patches:
-    """The division of latents into ``count`` consecutive parts whose token rows, or frames, differ by one at most.
+    """The division of latents into ``count`` consecutive parts whose rows of tokens differ by one at most.
 
-    Latents are ``[B, C, H, W]``, divided by rows; those of videos have one dimension more, and are divided by frames;
-    or they are packed, ``[B, tokens, C]``, and divided by tokens. What is called rows here is each time that.
+    Image latents, ``[B, C, H, W]``, are divided by rows, packed ones, ``[B, tokens, C]``, by tokens, and those of
+    videos, which have five dimensions, by frames. All of these are called rows here.
 
     Args:
         config: of the transformer; tells how many rows of latents make a row of tokens.
@@ -33,7 +33,7 @@ class Patches:
         """Rows of tokens."""
         return latents.shape[self.dim(latents)] // self._unit(latents)
 
-    def token_rows(self, latents: torch.Tensor, patch: int) -> range:
+    def rows(self, latents: torch.Tensor, patch: int) -> range:
         """Rows of tokens in a patch."""
         count = self.row_count(latents)
         if self.count > count:
@@ -44,27 +44,22 @@ class Patches:
             )
         return share(split_sizes(count, self.count), patch)
 
-    def latent_rows(self, latents: torch.Tensor, rows: range) -> range:
-        """Rows of latents, along :meth:`dim`, behind these rows of tokens."""
-        unit = self._unit(latents)
-        return range(rows.start * unit, rows.stop * unit)
-
-    def rows(self, latents: torch.Tensor, patch: int) -> range:
-        """Rows of latents in a patch, along :meth:`dim`."""
-        return self.latent_rows(latents, self.token_rows(latents, patch))
-
     def tokens(self, latents: torch.Tensor, tokens: int, patch: int) -> range:
         """Tokens of a patch, of an image with that many tokens."""
-        width = tokens // self.row_count(latents)
-        rows = self.token_rows(latents, patch)
+        rows, width = self.rows(latents, patch), tokens // self.row_count(latents)
         return range(rows.start * width, rows.stop * width)
 
-    def rows_of(self, x: torch.Tensor, rows: range) -> torch.Tensor:
-        """These rows of latents, as a view."""
-        return x.narrow(self.dim(x), rows.start, len(rows))
+    def view(self, latents: torch.Tensor, rows: range) -> torch.Tensor:
+        """The latents of these rows of tokens, as a view."""
+        unit = self._unit(latents)
+        return latents.narrow(self.dim(latents), rows.start * unit, len(rows) * unit)
+
+    def of(self, latents: torch.Tensor, patch: int) -> torch.Tensor:
+        """The latents of a patch, as a view."""
+        return self.view(latents, self.rows(latents, patch))
 
     def image_tokens(self, latents: torch.Tensor) -> int:
-        """Tokens of the whole image, where latents are packed, or have as many columns as rows in a token."""
+        """Tokens of the image, where latents are packed, or have as many columns as rows in a token."""
         columns = 1 if latents.dim() == 3 else latents.shape[-1] // self._units[4]
         return self.row_count(latents) * columns
 

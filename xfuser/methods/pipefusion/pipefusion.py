@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from xfuser.call import CallState
 from xfuser.core.distributed import GroupCoordinator
@@ -14,15 +13,16 @@ from xfuser.core.hooks import Arguments, replaced
 from xfuser.methods.pipefusion.blocks import StageBlocks
 from xfuser.methods.pipefusion.channel import Channel, Route, open_channels
 from xfuser.methods.pipefusion.loop import plain_steps, stepwise_callbacks, stepwise_progress
-from xfuser.methods.pipefusion.patches import Patches
-from xfuser.methods.pipefusion.scheduler import Latents, patchwise
-from xfuser.methods.pipefusion.stage import Stage, routes
-from xfuser.models.plan import ModelPlan
+from xfuser.methods.pipefusion.refusals import refuse
+from xfuser.methods.pipefusion.scheduler import patchwise
+from xfuser.methods.pipefusion.stage import Stage
 from xfuser.models.registry import planned_models
+
+FULL_PREDICTION = "it needs the full prediction, and each sub-step makes only a patch of it"
 
 
 class PipeFusion:
-    """The pipeline's stages: their blocks for as long as the pipeline is wrapped, all else during a call.
+    """The stages of a pipeline: their blocks while the pipeline is wrapped, all else during a call.
 
     Args:
         pipe: a pipeline with one transformer.
@@ -35,91 +35,74 @@ class PipeFusion:
 
     def __init__(self, pipe: Any, group: GroupCoordinator, layers: list[int]) -> None:
         # A group of its own outlives others that are made after this wrap: blocks can always be given back.
-        self._group = GroupCoordinator(group.group_ranks, group.local_rank, dist.get_backend())
-        self._pipe = pipe
-        self._blocks = StageBlocks(*self._planned(), self._group, layers)
+        group = GroupCoordinator(group.group_ranks, group.local_rank, dist.get_backend())
+        (planned,) = planned_models(pipe).values()
+        self._pipe, self._group, self._blocks = pipe, group, StageBlocks(*planned, group, layers)
+        self.remember, self.check = self._blocks.remember, self._blocks.check
         self._channels: dict[Route, Channel] = {}
         self._failed = False  # the last call, with the channels in use
         self.stage: Stage | None = None
 
-    def _planned(self) -> tuple[nn.Module, ModelPlan]:
-        (planned,) = planned_models(self._pipe).values()
-        return planned
-
     def arguments(self, arguments: Arguments, call: CallState) -> Arguments:
-        """The arguments of a pipeline's call, for a loop that is led through patches.
+        """The arguments of a pipeline's call, for a loop over patches.
 
         Raises:
-            ValueError: they ask for what has no patches.
+            ValueError: they, or the pipeline's guiders, are not supported.
         """
-        pipe = self._pipe
+        name, rescale = type(self._pipe).__name__, arguments.get("guidance_rescale")
         if arguments.get("skip_guidance_layers") is not None:
-            raise ValueError(
-                f"skip_guidance_layers of {type(pipe).__name__} compares the number of the sub-step with that of steps:"
-                " remove it under PipeFusion, or use other methods"
-            )
-        layers, scale = getattr(pipe, "pag_applied_layers", None), arguments.get("pag_scale", 1.0)
+            refuse(f"skip_guidance_layers of {name}", "it takes the number of the sub-step for the step's", "Remove it")
+        layers, scale = getattr(self._pipe, "pag_applied_layers", None), arguments.get("pag_scale", 1.0)
         if layers and scale > 0 and self._group.world_size > 1:
-            raise ValueError(
-                f"perturbed-attention guidance (PAG) of {type(pipe).__name__} looks for its layers in blocks that other"
-                " stages hold: set pag_scale=0, or use Ulysses or ring"
-            )
-        if arguments.get("guidance_rescale"):
-            raise ValueError(
-                f"guidance_rescale={arguments['guidance_rescale']} of {type(pipe).__name__} looks at the whole"
-                " prediction, of which PipeFusion has a patch at a time: remove it, or use other methods"
-            )
-        _check_guiders(pipe)
+            why = "it searches its layers in blocks that other stages hold"
+            refuse(f"perturbed-attention guidance (PAG) of {name}", why, "Set pag_scale=0", "Ulysses or ring")
+        if rescale:
+            refuse(f"guidance_rescale={rescale} of {name}", FULL_PREDICTION, "Remove it")
+        for guider in self._pipe.components.values():
+            if getattr(guider, "_enabled", False) and hasattr(guider, "prepare_inputs"):
+                from diffusers.guiders import ClassifierFreeGuidance  # not in all releases, but in those with guiders
+
+                if type(guider) is not ClassifierFreeGuidance or guider.config.guidance_rescale:
+                    change = "Use ClassifierFreeGuidance() without guidance_rescale"
+                    refuse(f"{type(guider).__name__} of {name}", f"{FULL_PREDICTION}, or it counts steps", change)
         return stepwise_callbacks(arguments, call)
 
     @contextmanager
     def enter(self, call: CallState) -> Iterator[None]:
-        """Within the context, the pipeline's loop goes through patches, and this rank computes its stage."""
+        """Within the context, the pipeline loops over patches, and this rank computes its stage."""
         if self._failed:
             self._group.barrier()  # stages come to the same failure one after the other
             self._close_channels()
-        model, plan = self._planned()
-        owners = self._blocks.owners
+        ((model, plan),) = planned_models(self._pipe).values()
         if not self._channels:
-            self._channels = open_channels(self._group.group_ranks, routes(plan, owners), call.patches)
-        patches = Patches(call.patches, getattr(model, "config", model), plan.frames)
-        self.stage = Stage(model, plan, owners, self._group, self._channels, call, patches)
-        with self.stage.active(), self._stepping(call, patches):
+            self._channels = open_channels(self._group.group_ranks, plan, self._blocks.owners, call.patches)
+        self.stage = Stage(model, plan, self._blocks, self._channels, call)
+        with self.stage.active(), self._stepping(call, self.stage):
             try:
                 yield
-                self._check_whole(call)
+                self._check_finished(call)
             except BaseException:
-                # Messages may be under way that nobody will take. Closing waits for the next call: here it would make
-                # other ranks fail, and speak, before this one has told its error.
+                # Messages may be in flight that no rank will receive. Closing waits for the next call: here it would
+                # make other ranks fail, and print their error, before this one has raised its own.
                 self._failed = self.stage.started
                 raise
             finally:
                 self.stage = None
             for channel in self._channels.values():
                 channel.drain()
-            if getattr(self._pipe, "_num_timesteps", 0) > call.steps:
-                self._pipe._num_timesteps = call.steps
 
-    def _check_whole(self, call: CallState) -> None:
+    def _check_finished(self, call: CallState) -> None:
         if not call.whole and (self._group.world_size > 1 or call.patch):
             raise ValueError(
                 f"the loop ended in step {call.step} of {call.steps}, at patch {call.patch}, where no stage has all"
-                " latents: with PipeFusion it must go through the timesteps of the pipeline's scheduler to the end of a"
-                " step, and fetch them after the call or active() began"
+                " latents: loop over the scheduler's timesteps to the end of a step, and fetch them after the call or"
+                " active() began"
             )
 
     def _close_channels(self) -> None:
         for channel in self._channels.values():
             channel.close()
         self._channels, self._failed = {}, False
-
-    def remember(self) -> None:
-        """Note what this stage's blocks are like, when the wrap has done to them all that it does."""
-        self._blocks.remember()
-
-    def check(self) -> str | None:
-        """Ahead of :meth:`restore`: why other stages could not take this one's blocks as they are; None if they can."""
-        return self._blocks.check()
 
     def restore(self) -> None:
         """Give all stages all blocks again; every stage must call it."""
@@ -128,39 +111,20 @@ class PipeFusion:
         self._group.destroy()
 
     @contextmanager
-    def _stepping(self, call: CallState, patches: Patches) -> Iterator[None]:
-        """Within the context, the pipeline's scheduler, progress bar and timesteps are led through patches."""
-        channel = next((one for route, one in self._channels.items() if route[0] == "latents"), None)
-        latents, pipe = Latents(self._group, channel, call, patches), self._pipe
+    def _stepping(self, call: CallState, stage: Stage) -> Iterator[None]:
+        """Within the context, the pipeline's scheduler steps patches; its progress bar and timesteps count steps."""
+        pipe = self._pipe
 
         def end_substep(results: list[torch.Tensor]) -> None:
-            self.stage.end_substep(results[0])
-            latents.pass_on(results)
+            stage.end_substep(results)
+            if getattr(pipe, "_num_timesteps", 0) > call.steps:
+                pipe._num_timesteps = call.steps  # of which the pipeline has counted those of all patches
 
-        own = vars(pipe)
-        scheduler = own["scheduler"]
-        own["scheduler"] = patchwise(scheduler, call, patches, end_substep)  # registers nothing
-        try:
-            with ExitStack() as stack:
-                if hasattr(pipe, "progress_bar"):
-                    stack.enter_context(replaced(pipe, "progress_bar", stepwise_progress(pipe.progress_bar, call)))
-                if hasattr(pipe, "get_timesteps"):
-                    stack.enter_context(replaced(pipe, "get_timesteps", plain_steps(pipe.get_timesteps, call)))
-                yield
-        finally:
-            own["scheduler"] = scheduler
-
-
-def _check_guiders(pipe: Any) -> None:
-    """Refuse guiders that look at the whole prediction, or remember those of steps before."""
-    for guider in pipe.components.values():
-        if not getattr(guider, "_enabled", False) or not hasattr(guider, "prepare_inputs"):
-            continue
-        from diffusers.guiders import ClassifierFreeGuidance  # not in all releases, and only here is one sure to be
-
-        if type(guider) is not ClassifierFreeGuidance or guider.config.guidance_rescale:
-            raise ValueError(
-                f"PipeFusion does not serve {type(guider).__name__} of {type(pipe).__name__}, which looks at the whole"
-                " prediction or counts steps: make the guider a ClassifierFreeGuidance() without guidance_rescale, or"
-                " use other methods"
-            )
+        with ExitStack() as stack:
+            # Not by setattr(), which would register it as a component.
+            stack.callback(vars(pipe).__setitem__, "scheduler", pipe.scheduler)
+            vars(pipe)["scheduler"] = patchwise(pipe.scheduler, call, stage.patches, end_substep)
+            for name, stepwise in (("progress_bar", stepwise_progress), ("get_timesteps", plain_steps)):
+                if hasattr(pipe, name):
+                    stack.enter_context(replaced(pipe, name, stepwise(getattr(pipe, name), call)))
+            yield

@@ -1,4 +1,4 @@
-"""A stand-in for a pipeline's scheduler that leads the pipeline's loop through the patches of every step."""
+"""A stand-in for a pipeline's scheduler that makes the pipeline loop over the patches of every step."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -11,21 +11,30 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from xfuser.call import CallState
-from xfuser.core.distributed import GroupCoordinator
 from xfuser.core.hooks import Binder
-from xfuser.methods.pipefusion.channel import Channel
 from xfuser.methods.pipefusion.patches import Patches
+from xfuser.methods.pipefusion.refusals import refuse
+
+EndSubstep = Callable[[list[torch.Tensor]], None]  # takes the tensors of a sub-step's result, to complete them in place
 
 
 class PatchwiseScheduler:
     """Steps the patches of the latents one after the other, each with a copy of the real scheduler.
 
-    ``timesteps`` names each timestep once for every patch, and ``order`` is as many times higher: what pipelines make
+    ``timesteps`` has each timestep once for every patch, and ``order`` is as many times higher: what pipelines make
     of schedulers that evaluate the model several times a step. All else is the real scheduler's: of the copy whose
     patch comes next. Made by :func:`patchwise`, as an instance of the real scheduler's class, too.
 
     Every stage steps, so that random numbers are drawn alike everywhere; only the last stage's latents count.
     """
+
+    def __init__(self, scheduler: Any, call: CallState, patches: Patches, end_substep: EndSubstep) -> None:
+        own = vars(self)
+        own.update(_copies=[scheduler], _first={}, _results=[], _begun=False, _end_substep=end_substep)
+        own.update(_call=call, _patches=patches, _bind=Binder(scheduler.step), _noise=_FullNoise(patches))
+        # Pipelines look at the signatures of these.
+        own["step"] = wraps(scheduler.step)(partial(self._step))
+        own["set_timesteps"] = wraps(scheduler.set_timesteps)(partial(self._set_timesteps))
 
     def __getattribute__(self, name: str) -> Any:
         if name.startswith("__") or name in _OWN or name in object.__getattribute__(self, "__dict__"):
@@ -38,16 +47,16 @@ class PatchwiseScheduler:
         else:
             setattr(self._copies[self._call.patch], name, value)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        refuse("pipelines that copy their scheduler", "the copy, as for other latents or for frames, knows no patches")
+
     @property
     def timesteps(self) -> torch.Tensor:
         return self._copies[0].timesteps.repeat_interleave(self._call.patches)
 
     @property
     def _step_index(self) -> int:
-        raise ValueError(
-            "PipeFusion does not serve a pipeline that turns its scheduler back to step twice: use Ulysses, ring, CFG"
-            " or data parallelism"
-        )
+        refuse("pipelines that turn their scheduler back to step twice", "each patch has a scheduler of its own")
 
     @property
     def order(self) -> int:
@@ -55,7 +64,7 @@ class PatchwiseScheduler:
 
     @property
     def sigmas(self) -> torch.Tensor:
-        """As the timesteps, from the first sub-step's end on: pipelines look them up by the number of the sub-step."""
+        """As the timesteps, from the first sub-step on: pipelines look them up by the number of the sub-step."""
         real = self._copies[self._call.patch].sigmas
         return real.repeat_interleave(self._call.patches) if self._begun else real
 
@@ -71,17 +80,9 @@ class PatchwiseScheduler:
         """Scales what the next sub-step computes, and once: some pipelines keep the result as their latents."""
         self._begin(timestep)
         patch = self._call.patch
-        if self._call.synchronous and patch == 0:
-            return self._copies[0].scale_model_input(sample, timestep)
-        rows = self._patches.rows(sample, patch)
-        scaled = self._copies[patch].scale_model_input(self._patches.rows_of(sample, rows), timestep)
-        return sample if self._call.synchronous else self._placed(scaled, rows, sample)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        raise ValueError(
-            "PipeFusion does not serve pipelines that copy their scheduler, as for further latents or single frames:"
-            " use other methods"
-        )
+        if self._call.synchronous:
+            return sample if patch else self._copies[0].scale_model_input(sample, timestep)
+        return self._placed(self._copies[patch].scale_model_input(self._patches.of(sample, patch), timestep), sample)
 
     def _set_timesteps(self, *args: Any, **kwargs: Any) -> None:
         real = self._copies[0]
@@ -90,7 +91,7 @@ class PatchwiseScheduler:
         self._call.announce(len(real.timesteps), real.order)
 
     def _begin(self, timestep: Any) -> None:
-        """Ahead of the first sub-step: all that the pipeline sets has been set."""
+        """Ahead of the first sub-step, when the pipeline has set all that it sets: make a copy for each patch."""
         if self._begun:
             return
         real = self._copies[0]
@@ -105,96 +106,63 @@ class PatchwiseScheduler:
 
     def _step(self, *args: Any, **kwargs: Any) -> Any:
         arguments = self._bind(args, kwargs)
-        sample = arguments["sample"]
+        sample, patch = arguments["sample"], self._call.patch
         self._begin(arguments["timestep"])
-        patch = self._call.patch
-        rows = self._patches.rows(sample, patch)
         dim = self._patches.dim(sample)
 
         def has_rows(x: Any) -> bool:
             """Also of times for each token."""
-            return (
-                isinstance(x, torch.Tensor)
-                and x.dim() > 1
-                and self._patches.dim(x) == dim
-                and x.shape[dim] == sample.shape[dim]
-            )
+            divided = isinstance(x, torch.Tensor) and x.dim() > 1 and self._patches.dim(x) == dim
+            return divided and x.shape[dim] == sample.shape[dim]
 
         if patch == 0:
             self._first = arguments
         elif sample.dtype != self._first["sample"].dtype:  # of the results: rows that have not stepped were cast
             arguments["sample"] = self._first["sample"]
-        # What pipelines say of the step before is of the sub-step before: with the first patch, that is the same.
-        arguments = {
-            name: x if has_rows(self._first.get(name)) else self._first.get(name) for name, x in arguments.items()
-        }
-        arguments = {name: self._patches.rows_of(x, rows) if has_rows(x) else x for name, x in arguments.items()}
-        with self._noise.of_patch(patch, rows, sample):
+        # Arguments without rows are those of the first patch: what pipelines say of the step before, as that of the
+        # sub-step before, is the same there.
+        first = self._first
+        arguments = {name: x if has_rows(first.get(name)) else first.get(name) for name, x in arguments.items()}
+        arguments = {name: self._patches.of(x, patch) if has_rows(x) else x for name, x in arguments.items()}
+        with self._noise.of_patch(patch, sample):
             parts, tree = tree_flatten(self._copies[patch].step(**arguments))
-        self._results = [self._whole(index, part, rows, sample) for index, part in enumerate(parts)]
+        self._results = [self._full(index, part, sample) for index, part in enumerate(parts)]
         self._end_substep([x for x in self._results if isinstance(x, torch.Tensor)])
         return tree_unflatten(self._results, tree)
 
-    def _whole(self, index: int, part: Any, rows: range, sample: torch.Tensor) -> Any:
+    def _full(self, index: int, part: Any, sample: torch.Tensor) -> Any:
         """A part of the step's result, for all rows: the next sample; others as the patches last left them."""
         if not isinstance(part, torch.Tensor) or part.dim() != sample.dim():
             return part
-        return self._placed(part, rows, self._results[index] if index and self._results else sample)
+        return self._placed(part, self._results[index] if index and self._results else sample)
 
-    def _placed(self, part: torch.Tensor, rows: range, whole: torch.Tensor) -> torch.Tensor:
-        """A copy of ``whole``, in the dtype of ``part``, with these rows replaced."""
-        result = whole.to(part.dtype, copy=True)
-        self._patches.rows_of(result, rows).copy_(part)
+    def _placed(self, part: torch.Tensor, full: torch.Tensor) -> torch.Tensor:
+        """A copy of ``full``, in the dtype of ``part``, with this patch replaced."""
+        result = full.to(part.dtype, copy=True)
+        self._patches.of(result, self._call.patch).copy_(part)
         return result
 
 
 _OWN = frozenset(name for name in vars(PatchwiseScheduler) if not name.startswith("__"))
 
 
-def patchwise(
-    scheduler: Any, call: CallState, patches: Patches, end_substep: Callable[[list[torch.Tensor]], None]
-) -> Any:
-    """A stand-in for ``scheduler``; ``end_substep`` is given the tensors of each sub-step's result, to be completed.
+def patchwise(scheduler: Any, call: CallState, patches: Patches, end_substep: EndSubstep) -> Any:
+    """A stand-in for ``scheduler``, of its class, too.
 
     Raises:
-        ValueError: the scheduler's steps need the whole latents.
+        ValueError: the scheduler's steps need the full latents.
     """
-    _check(scheduler)
     kind = type(scheduler)
-    stand_in = object.__new__(type(kind.__name__, (PatchwiseScheduler, kind), {}))
-    vars(stand_in).update(
-        _copies=[scheduler],
-        _first={},
-        _results=[],
-        _begun=False,
-        _call=call,
-        _patches=patches,
-        _end_substep=end_substep,
-        _bind=Binder(scheduler.step),
-        _noise=_WholeNoise(patches),
-    )
-    # Pipelines look at the signatures of these.
-    vars(stand_in)["step"] = wraps(scheduler.step)(partial(stand_in._step))
-    vars(stand_in)["set_timesteps"] = wraps(scheduler.set_timesteps)(partial(stand_in._set_timesteps))
-    return stand_in
-
-
-def _check(scheduler: Any) -> None:
-    name = type(scheduler).__name__
     if hasattr(scheduler, "noise_sampler"):
-        raise ValueError(
-            f"PipeFusion does not serve {name}, whose noise is one Brownian path of the whole latents: use another"
-            " scheduler, such as DPMSolverMultistepScheduler with algorithm_type='sde-dpmsolver++'"
-        )
+        other = "Use another scheduler, such as DPMSolverMultistepScheduler with algorithm_type='sde-dpmsolver++'"
+        refuse(kind.__name__, "its noise is one Brownian path of the full latents", other)
     if scheduler.config.get("thresholding"):
-        raise ValueError(
-            f"PipeFusion does not serve thresholding=True of {name}, a quantile of the whole latents: switch it off, or"
-            " use another method"
-        )
+        refuse(f"thresholding=True of {kind.__name__}", "it is a quantile of the full latents", "Remove it")
+    return type(kind.__name__, (PatchwiseScheduler, kind), {})(scheduler, call, patches, end_substep)
 
 
-class _WholeNoise(TorchFunctionMode):
-    """Noise within a step is drawn for the whole latents, with the first patch, and each patch gets its rows."""
+class _FullNoise(TorchFunctionMode):
+    """Noise within a step is drawn for the full latents, with the first patch, and each patch gets its rows."""
 
     def __init__(self, patches: Patches) -> None:
         super().__init__()
@@ -202,13 +170,12 @@ class _WholeNoise(TorchFunctionMode):
         self._drawn: list[torch.Tensor] = []
 
     @contextmanager
-    def of_patch(self, patch: int, rows: range, sample: torch.Tensor) -> Iterator[None]:
-        """Within the context, ``torch.randn`` and its like give the rows of a patch of latents like ``sample``."""
+    def of_patch(self, patch: int, sample: torch.Tensor) -> Iterator[None]:
+        """Within the context, ``torch.randn`` and the like give the rows of a patch of latents like ``sample``."""
         if patch == 0:
             self._drawn = []
-        self._index, self._patch, self._rows = 0, patch, rows
-        self._dim = self._patches.dim(sample)
-        self._length = sample.shape[self._dim]
+        self._index, self._patch, self._shape = 0, patch, list(sample.shape)
+        self._dim, self._rows = self._patches.dim(sample), self._patches.of(sample, patch).shape
         with self:
             yield
 
@@ -216,63 +183,19 @@ class _WholeNoise(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in (torch.randn, torch.rand):
             size = kwargs.pop("size", None) or (args if isinstance(args[0], int) else args[0])
-            return self._draw(lambda whole: func(whole, **kwargs), size)
+            return self._draw(partial(func, **kwargs), size)
         if func in (torch.randn_like, torch.rand_like):
             x = kwargs.pop("input", None) if not args else args[0]
-            return self._draw(lambda whole: func(x.new_empty(whole), **kwargs), x.shape)
+            return self._draw(lambda size: func(x.new_empty(size), **kwargs), x.shape)
         return func(*args, **kwargs)
 
     def _draw(self, draw: Callable[[list[int]], torch.Tensor], size: Any) -> torch.Tensor:
-        size = list(size)
-        of_patch = len(size) > self._dim + 1 and size[self._dim] == len(self._rows)
+        size, dim = list(size), self._dim
+        of_patch = len(size) == len(self._shape) and size[dim] == self._rows[dim]
         if of_patch:
-            size[self._dim] = self._length
+            size[dim] = self._shape[dim]
         if self._patch == 0:
             self._drawn.append(draw(size))
         noise = self._drawn[self._index]
         self._index += 1
-        return self._patches.rows_of(noise, self._rows) if of_patch else noise
-
-
-class Latents:
-    """The way of the latents from the last stage, which steps them, back to the first one, which embeds them."""
-
-    def __init__(self, group: GroupCoordinator, channel: Channel | None, call: CallState, patches: Patches) -> None:
-        self._group, self._channel, self._call, self._patches = group, channel, call, patches
-
-    def pass_on(self, results: list[torch.Tensor]) -> None:
-        """At the end of a sub-step: send what it renewed, and receive what the next one needs.
-
-        ``results`` are the step's tensors, whole, the next latents first; they are completed in place.
-        """
-        call = self._call
-        ends_whole = call.ends_whole(call.step)
-        if ends_whole and call.ends_step:
-            for x in results:
-                x.copy_(self._group.broadcast(x, src=self._group.world_size - 1))
-        if self._channel is None:
-            return
-        latents = results[0]
-        if self._group.is_last_rank and not ends_whole:
-            self._channel.send([self._rows(latents, call.patch)])
-        if self._group.is_first_rank:
-            self._receive(latents)
-
-    def _receive(self, latents: torch.Tensor) -> None:
-        """On the first stage: the next sub-step's rows, if they come singly."""
-        coming = self._call.after(self._call.step, self._call.patch)
-        if coming is None or not self._single(coming):
-            return
-        rows = self._rows(latents, coming[1])
-        (received,) = self._channel.receive([rows.numel()], latents)
-        rows.copy_(received.view(rows.shape))
-        following = self._call.after(*coming)
-        if following and self._single(following):
-            self._channel.expect([self._rows(latents, following[1]).numel()], latents)
-
-    def _single(self, substep: tuple[int, int]) -> bool:
-        """Whether a sub-step's latents, which are of the step before, travel patch by patch."""
-        return not self._call.ends_whole(substep[0] - 1)
-
-    def _rows(self, latents: torch.Tensor, patch: int) -> torch.Tensor:
-        return self._patches.rows_of(latents, self._patches.rows(latents, patch))
+        return self._patches.of(noise, self._patch) if of_patch else noise

@@ -4,8 +4,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from xfuser.call import CallState, Forward
@@ -19,23 +18,15 @@ from xfuser.methods.naive_patch import NaivePatches
 from xfuser.methods.unet.map_bands import OnMaps
 from xfuser.models.plan import ModelPlan
 
+Parts = DistriFusion | NaivePatches | None  # what a part sees of the others; None where there is one rank
 TEXT = "encoder_hidden_states"
 
 
 class MapParallel:
-    """One U-Net over one group, whose ranks have a part each; what :class:`SequenceParallel` is for transformers.
-
-    Args:
-        parts: what a part sees of the others; None where there is one rank.
-    """
+    """One U-Net over one group, whose ranks have a part each; what :class:`SequenceParallel` is for transformers."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        plan: ModelPlan,
-        group: SequenceParallelGroupCoordinator,
-        backend: str = "auto",
-        parts: DistriFusion | NaivePatches | None = None,
+        self, model: nn.Module, plan: ModelPlan, group: SequenceParallelGroupCoordinator, backend: str, parts: Parts
     ) -> None:
         self._model, self._plan, self._group, self._backend, self._parts = model, plan, group, backend, parts
         self._running = ExitStack()  # what lasts from the first maps to the last ones
@@ -46,10 +37,10 @@ class MapParallel:
     def enter(self, call: CallState) -> Iterator[None]:
         """Within the context, the U-Net's maps are parts."""
         model, plan = self._model, self._plan
-        call.around(model, self._layer)
         attentions = {name: module for name, module in model.named_modules() if hasattr(module, "processor")}
         with ExitStack() as stack:
             if self._parts:
+                call.around(model, self._layer)
                 stack.callback(model.get_submodule(plan.embed).register_forward_hook(self._begin).remove)
                 stack.callback(model.get_submodule(plan.head).register_forward_hook(self._end).remove)
             for name, module in attentions.items():
@@ -59,14 +50,11 @@ class MapParallel:
 
     def _layer(self, forward: Forward, arguments: Arguments) -> object:
         """The layer of the U-Net's forward that opens and closes one forward's state."""
-        if not self._parts:
-            return forward(arguments)
         self._dim = -1 if self._parts.across else -2
         self._set_levels(arguments[self._plan.latents].shape[self._dim])
-        names = [*self._plan.residuals, *([self._plan.latents] if self._parts.alone else [])]
-        for name in names:
+        for name in (*self._plan.residuals, *([self._plan.latents] if self._parts.alone else [])):
             if arguments.get(name) is not None:
-                arguments[name] = tree_map_only(torch.Tensor, self._cut, arguments[name])
+                arguments[name] = tree_map_only(Tensor, self._cut, arguments[name])
         try:
             return forward(arguments)
         finally:
@@ -77,69 +65,57 @@ class MapParallel:
         self._mode = None
 
     def _set_levels(self, rows: int) -> None:
-        """The rows of each rank's parts, by the rows of whole maps: any two levels' parts begin at the same place."""
+        """The rows of each rank's parts, by the rows of full maps: any two levels' parts begin at the same place."""
         halvings, ranks = getattr(self._model, self._plan.halvings), self._group.world_size
         unit = 2**halvings
         units = -(-rows // unit)
         if units < ranks:
             raise ValueError(
                 f"{ranks} ranks cannot divide latents of {rows} {'columns' if self._dim == -1 else 'rows'}, which come"
-                f" to {units} in the middle of this {type(self._model).__name__}: use a degree of at most {units}, or"
-                " draw a larger picture"
+                f" to {units} in the middle of this {type(self._model).__name__}: use a degree of at most {units}, or a"
+                " larger image"
             )
         sizes = [size * unit for size in split_sizes(units, ranks)]
         sizes[-1] -= units * unit - rows
         levels = [[-(-size // 2**level) for size in sizes] for level in range(halvings + 1)]
-        self._sizes = levels[0]
+        self._sizes = sizes
         self._levels = {sum(level): level for level in levels}
 
-    def _cut(self, x: torch.Tensor) -> torch.Tensor:
-        sizes = self._levels.get(x.shape[self._dim])
-        if sizes is None:
-            raise ValueError(
-                f"a map of {x.shape[self._dim]} rows is at no level of this {type(self._model).__name__}, whose maps"
-                f" have {', '.join(map(str, self._levels))}"
-            )
-        own = share(sizes, self._group.rank_in_group)
+    def _cut(self, x: Tensor) -> Tensor:
+        rows = x.shape[self._dim]
+        if rows not in self._levels:
+            known = ", ".join(map(str, self._levels))
+            raise ValueError(f"a map of {rows} rows: those of this {type(self._model).__name__} have {known} rows")
+        own = share(self._levels[rows], self._group.rank_in_group)
         return x.narrow(self._dim, own.start, len(own))
 
-    def _begin(self, embed: nn.Module, args: tuple, maps: torch.Tensor) -> torch.Tensor:
-        """Behind the module that makes maps of latents, which every rank has whole."""
+    def _begin(self, embed: nn.Module, args: tuple, maps: Tensor) -> Tensor:
+        """Behind the module that makes maps of latents, which every rank has in full."""
         if self._parts.alone:
             return maps
         self._mode = self._running.enter_context(self._parts.on_maps(self._sizes, maps.shape[-1]))
         return self._cut(maps)
 
-    def _end(self, head: nn.Module, args: tuple, maps: torch.Tensor) -> torch.Tensor:
-        """Behind the last module: the whole map."""
+    def _end(self, head: nn.Module, args: tuple, maps: Tensor) -> Tensor:
+        """Behind the last module: the full map."""
         self._leave()
         return self._group.all_gather(maps, dim=maps.dim() + self._dim, sizes=self._sizes)
 
     def _enter_attention(self, name: str, arguments: Arguments) -> None:
         text = arguments.get(TEXT)
-        text = text[0] if isinstance(text, tuple) else text  # behind it come an IP-adapter's pictures
+        text = text[0] if isinstance(text, tuple) else text  # behind it come an IP-adapter's images
         self._text[name] = 0 if text is None else text.shape[1]
 
     def _attend(
-        self,
-        name: str,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attn_mask: torch.Tensor | None,
-        scale: float | None,
-    ) -> torch.Tensor:
-        """Stands in for ``scaled_dot_product_attention`` (``[B, H, S_local, D]``)."""
-        if self._mode is None:
-            return attention(query, key, value, attn_mask, scale, self._backend)
-        text, pixels = self._text[name], query.shape[2]
-        with self._mode.attending():
-            if text and key.shape[2] != text + pixels:
-                return attention(query, key, value, attn_mask, scale, self._backend)
-            if text or attn_mask is not None:
-                raise ValueError(
-                    f"DistriFusion: {name} masks its attention to pixels, or attends to them and to text at once:"
-                    " which is not supported. Use CFG or data parallelism for this model"
-                )
-            with self._mode.bands.reach(key, value) as (keys, values):
-                return attention(query, keys, values, None, scale, self._backend)
+        self, name: str, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None
+    ) -> Tensor:
+        """Replaces ``scaled_dot_product_attention`` (``[B, H, S_local, D]``)."""
+        text, mode = self._text[name], self._mode
+        with ExitStack() as stack:
+            if mode:
+                stack.enter_context(mode.attending())
+            if mode and (not text or key.shape[2] == text + query.shape[2]):  # not to text alone
+                if text or mask is not None:
+                    mode.bands.refuse(f"{name} attends to pixels by a mask, or beside text, which is not supported")
+                key, value = stack.enter_context(mode.bands.reach(key, value))
+            return attention(query, key, value, mask, scale, self._backend)
