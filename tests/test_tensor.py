@@ -355,7 +355,7 @@ def test_norms_over_all_heads_are_told_from_others(family, kind, changes):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"split_scheme": "alternate"}, "'alternate' is unknown; tensor_parallel_degree knows row, col"),
+        ({"split_scheme": "alternate"}, "'alternate' is unknown; known are row, col"),
         ({"use_fp8_t5_encoder": True, "tensor_parallel_text_encoder": True}, "exclude each other"),
         ({"enable_sequential_cpu_offload": True}, "use enable_model_cpu_offload with it"),
     ],

@@ -4,12 +4,5 @@ from xfuser.config.args import xFuserArgs
 from xfuser.config.config import EngineConfig, InputConfig, ModelConfig, ParallelConfig, RuntimeConfig
 from xfuser.config.parser import FlexibleArgumentParser
 
-__all__ = [
-    "EngineConfig",
-    "FlexibleArgumentParser",
-    "InputConfig",
-    "ModelConfig",
-    "ParallelConfig",
-    "RuntimeConfig",
-    "xFuserArgs",
-]
+__all__ = ["EngineConfig", "FlexibleArgumentParser", "InputConfig", "ModelConfig", "ParallelConfig", "RuntimeConfig"]
+__all__ += ["xFuserArgs"]

@@ -5,14 +5,10 @@ from dataclasses import dataclass, replace
 
 from xfuser.config import xFuserArgs
 from xfuser.config.args import shipped_folder
-from xfuser.config.config import in_words, legal_degrees
+from xfuser.config.config import DEGREES, in_words, legal_degrees
 from xfuser.planner.rehearsal import Memory, alone_of, configs_of, rehearse
 from xfuser.weights.text_encoders import PREFIX
 
-FLAGS = {  # of what legal_degrees() names
-    "dp": "data_parallel_degree", "pipefusion": "pipefusion_parallel_degree", "ulysses": "ulysses_degree",
-    "ring": "ring_degree", "tensor": "tensor_parallel_degree",
-}  # fmt: skip
 COLUMNS = ("transformer", "text encoders", "other weights", "kept", "encode", "denoise", "VAE", "peak")
 GATHERED = 2  # units at a time: the one that computes, and the one that is fetched meanwhile
 
@@ -57,7 +53,7 @@ def plan(args: xFuserArgs, world_size: int) -> list[Row]:
 
 def _row(args: xFuserArgs, degrees: dict[str, int]) -> Row:
     name = in_words(degrees)
-    asked = {flag: degrees[method] for method, flag in FLAGS.items()} | {"use_cfg_parallel": degrees["cfg"] == 2}
+    asked = {DEGREES[method].flag: n for method, n in degrees.items()} | {"use_cfg_parallel": degrees["cfg"] == 2}
     # Where weights are is computed from sizes; what the call does with them does not depend on it.
     plain = {"text_encoder": "replicate", "fully_shard_degree": 1}
     warmup = args.warmup_steps if degrees["pipefusion"] > 1 else 0
