@@ -672,11 +672,11 @@ def divided(toy, ranks, stacked=None):
     [
         (1, {}, None),
         (2, {}, None),
-        (2, {"by_head": False}, None),
+        (2, {"by_head": False}, {"wqkv": "by_projection"}),
         (2, {"heads": 3}, "by_head"),
         (2, {"needs": True}, None),
-        (2, {"needs": True, "by_head": False}, "by_projection"),
-        (4, {"by_head": False, "heads": 5}, None),
+        (2, {"needs": True, "by_head": False}, {"wqkv": "by_projection"}),
+        (4, {"by_head": False, "heads": 5}, {"wqkv": "by_projection", "wkv": "by_head"}),
     ],
 )
 def test_divided_weights_give_the_same(pool, ranks, toy, stacked):
@@ -716,7 +716,7 @@ def test_what_cannot_be_divided_is_refused(pool):
         "is divided over ranks already",
         "SelfAttention has none of n_heads",
         "1 heads cannot be divided over 2 ranks",
-        "must be told of which order wqkv are: give stacked='by_head' or 'by_projection'",
+        "cannot confirm the order of wqkv: give stacked='by_head' or 'by_projection'",
         "there is nothing to divide",
         "tp_size=4",
         "stacked='somehow' is unknown",
