@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from xfuser.config import xFuserArgs
-from xfuser.config.config import ASYNCHRONOUS
+from xfuser.config.config import ASYNCHRONOUS, check_known
 from xfuser.core.distributed import get_world_group, launched_world_size
 from xfuser.pipelines import LoadedPipeline, pipeline_class
 
@@ -44,7 +44,7 @@ SCHEDULERS = {
 class DistriConfig:
     """What the ranks of a run do; every rank makes one, and joins the others by it.
 
-    Half of the ranks compute each branch of classifier-free guidance, if it is split; those of a branch share its work.
+    Half of the ranks compute each branch of classifier-free guidance, if it is split; those of a branch divide its work.
 
     Args:
         height, width: of the picture, in pixels, where a call does not say.
@@ -60,8 +60,7 @@ class DistriConfig:
         use_resolution_binning: whether sizes are those that the model was trained with.
         scheduler: ``"ddim"``, ``"dpm-solver"`` or ``"euler"``; that of the pipeline if not given.
         verbose: whether the first rank logs the degrees.
-        comm_checkpoint, use_cuda_graph: taken from scripts that give them, and without effect: every message leaves as
-            soon as it is there, and kernels are launched one by one.
+        comm_checkpoint, use_cuda_graph: without effect, for scripts that give them.
 
     Raises:
         ValueError: something is unknown, or does not fit the number of ranks.
@@ -86,10 +85,9 @@ class DistriConfig:
         scheduler: str | None = None,
         ulysses_degree: int | None = None,
     ) -> None:
-        if parallelism not in PARALLELISM:
-            raise ValueError(f"parallelism={parallelism!r} is unknown; known are {', '.join(PARALLELISM)}")
-        if scheduler not in (None, *SCHEDULERS):
-            raise ValueError(f"scheduler={scheduler!r} is unknown; known are {', '.join(SCHEDULERS)}")
+        check_known("parallelism", parallelism, PARALLELISM)
+        if scheduler is not None:
+            check_known("scheduler", scheduler, SCHEDULERS)
         self.height, self.width, self.scheduler = height, width, scheduler
         self.do_classifier_free_guidance = do_classifier_free_guidance
         self.use_resolution_binning = use_resolution_binning
@@ -100,11 +98,8 @@ class DistriConfig:
         degrees = {
             "patch": {"distrifusion_degree": ranks, "distrifusion_mode": mode},
             "naive_patch": {"naive_patch_degree": ranks, "split_scheme": split_scheme if ranks > 1 else None},
-            "pipefusion": {
-                "pipefusion_parallel_degree": ranks,
-                "num_pipeline_patch": pp_num_patch,
-                "attn_layer_num_for_pp": attn_num,
-            },
+            "pipefusion": {"pipefusion_parallel_degree": ranks, "num_pipeline_patch": pp_num_patch}
+            | {"attn_layer_num_for_pp": attn_num},
             "tensor": {"tensor_parallel_degree": ranks},
             "sequence": {"ulysses_degree": ulysses, "ring_degree": ranks // ulysses},
         }[parallelism]

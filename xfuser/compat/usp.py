@@ -1,11 +1,10 @@
-"""Attention over shares as a function of ``[B, H, S, D]`` tensors, and the all-to-alls of Ulysses."""
+"""Sharded attention as a function of ``[B, H, S, D]`` tensors, and the all-to-alls of Ulysses."""
 
 from typing import Any
 
 import torch
 
-from xfuser.compat.long_ctx_attention.asked import check_options
-from xfuser.compat.long_ctx_attention.shares import attention_of_shares
+from xfuser.compat.long_ctx_attention.sharded import check_options, sharded_attention
 from xfuser.core.attention.ulysses import gather_heads, scatter_heads
 from xfuser.core.distributed import get_pp_group, get_sp_group
 from xfuser.core.distributed.group_coordinator import gather_numbers
@@ -31,7 +30,7 @@ def USP(
     Args:
         query, key, value: this rank's tokens, ``[B, H, S_local, D]``; key and value may have fewer heads.
         dropout_p: must be 0.
-        is_causal: a token attends to itself and to those before it; tokens must be shared out in their order.
+        is_causal: a token attends to itself and to those before it; shards must be consecutive tokens, in rank order.
         joint_query, joint_key, joint_value: tokens that every rank holds, ``[B, H, T, D]``.
         joint_strategy: "front" or "rear" of the sequence, where there are joint tokens.
         attn_layer: names a cache of keys; without effect where there is no PipeFusion, and refused where there is.
@@ -47,7 +46,7 @@ def USP(
     if attn_layer is not None and get_pp_group().world_size > 1:
         raise ValueError("attn_layer: under PipeFusion, xDiTParallel keeps keys and values; remove it")
     joint = (joint_query, joint_key, joint_value)
-    return attention_of_shares(query, key, value, joint, joint_strategy, 1, causal=is_causal)
+    return sharded_attention((query, key, value), joint, joint_strategy, 1, causal=is_causal)
 
 
 def _ft_c_input_all_to_all(x: torch.Tensor) -> torch.Tensor:

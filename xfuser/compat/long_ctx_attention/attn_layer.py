@@ -6,16 +6,16 @@ import torch
 from torch import nn
 from yunchang.kernels import AttnType
 
-from xfuser.compat.long_ctx_attention.asked import backend_for, check_options
-from xfuser.compat.long_ctx_attention.shares import attention_of_shares
+from xfuser.compat.long_ctx_attention.sharded import backend_for, check_options, sharded_attention
+from xfuser.config.config import check_known
 from xfuser.core.distributed import get_pp_group, get_sp_group
 
 RANK_ORDERED = ("basic", "basic_pytorch", "basic_flashinfer", "basic_npu")
-REORDERED = ("zigzag", "strip")  # the caller has dealt out its tokens in another order than the sequence's
+REORDERED = ("zigzag", "strip")  # the caller's shards are not consecutive tokens
 
 
 class xFuserLongContextAttention(nn.Module):
-    """Attention over tokens that the ranks of the sequence group share (USP, arXiv 2405.07719).
+    """Attention over tokens of which each rank of the sequence group holds a shard (USP, arXiv 2405.07719).
 
     It needs the groups of ``initialize_model_parallel``, whose Ulysses and ring degrees it follows, and has no weights
     and no state: it may be made once, for each block, or for each call.
@@ -31,7 +31,7 @@ class xFuserLongContextAttention(nn.Module):
 
     Raises:
         RuntimeError: the groups are not initialised.
-        ValueError: for arguments that it cannot serve.
+        ValueError: for arguments that are not supported.
     """
 
     def __init__(
@@ -51,9 +51,7 @@ class xFuserLongContextAttention(nn.Module):
             raise ValueError(
                 f"scatter_idx={scatter_idx}, gather_idx={gather_idx} must be 2 and 1: tensors are [B, S/sp, H, D]"
             )
-        if ring_impl_type not in RANK_ORDERED + REORDERED:
-            known = ", ".join(RANK_ORDERED + REORDERED)
-            raise ValueError(f"ring_impl_type={ring_impl_type!r} is unknown; known are {known}")
+        check_known("ring_impl_type", ring_impl_type, RANK_ORDERED + REORDERED)
         if use_kv_cache and get_pp_group().world_size > 1:
             raise ValueError("use_kv_cache=True: under PipeFusion, xDiTParallel keeps keys and values; remove it")
         self.ring_impl_type = ring_impl_type
@@ -88,7 +86,7 @@ class xFuserLongContextAttention(nn.Module):
             joint_tensor_query, joint_tensor_key, joint_tensor_value: tokens that every rank holds, ``[B, T, H, D]``.
             joint_strategy: "front" or "rear" of the sequence, where there are joint tokens.
             softmax_scale: ``D ** -0.5`` by default.
-            causal: a token attends to itself and to those before it; tokens must be shared out in their order.
+            causal: a token attends to itself and to those before it; shards must be consecutive tokens, in rank order.
             deterministic: without effect; it is about gradients.
             dropout_p, window_size, alibi_slopes, return_attn_probs: must have their defaults.
 
@@ -108,7 +106,6 @@ class xFuserLongContextAttention(nn.Module):
                 " consecutive tokens"
             )
         joint = (joint_tensor_query, joint_tensor_key, joint_tensor_value)
-        out = attention_of_shares(
-            query, key, value, joint, joint_strategy, 2, scale=softmax_scale, causal=causal, backend=self._backend
-        )
+        options = {"scale": softmax_scale, "backend": self._backend}
+        out = sharded_attention((query, key, value), joint, joint_strategy, 2, causal, **options)
         return out.contiguous()  # callers view heads and their dimension as one

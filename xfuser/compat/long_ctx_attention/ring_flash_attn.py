@@ -6,12 +6,7 @@ import torch
 import torch.distributed as dist
 from yunchang.kernels import AttnType
 
-from xfuser.compat.long_ctx_attention.asked import (
-    backend_for,
-    check_joint,
-    check_options,
-    check_tensors,
-)
+from xfuser.compat.long_ctx_attention.sharded import JOINT, backend_for, check_options, check_tensors
 from xfuser.core.attention.kernels import autocast
 from xfuser.core.attention.ring import ring_attention
 from xfuser.core.distributed import get_sp_group
@@ -63,11 +58,9 @@ def xdit_ring_flash_attn_func(
     """
     check_options(dropout_p, window_size, alibi_slopes)
     q, k, v, joint_tensor_key, joint_tensor_value = autocast(q, k, v, joint_tensor_key, joint_tensor_value)
-    check_tensors(q, k, v, 2)
-    joint = {"joint_tensor_key": joint_tensor_key, "joint_tensor_value": joint_tensor_value}
-    beside = None
-    if check_joint(joint, joint_strategy, {"k": k, "v": v}, 2):
-        beside = joint_tensor_key.transpose(1, 2), joint_tensor_value.transpose(1, 2)
+    joint = dict(zip(JOINT[1:], (joint_tensor_key, joint_tensor_value), strict=True))
+    has_joint = check_tensors({"q": q, "k": k, "v": v}, joint, joint_strategy, 2)
+    beside = tuple(x.transpose(1, 2) for x in joint.values()) if has_joint else None
     if causal and (beside or q.shape[1] != k.shape[1]):
         raise ValueError(
             f"causal=True with q {tuple(q.shape)}, k {tuple(k.shape)}: needs one query per key, and no joint keys"
@@ -76,9 +69,7 @@ def xdit_ring_flash_attn_func(
     backend = backend_for(attn_type, attn_processor)
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
         lengths = [length for (length,) in gather_numbers([k.shape[1]], group, k.device)]
-        heads_first = (x.transpose(1, 2) for x in (q, k, v))
-        out, lse = ring_attention(
-            *heads_first, lengths, group, scale=softmax_scale, backend=backend, causal=causal, joint=beside
-        )
+        options = {"scale": softmax_scale, "backend": backend, "causal": causal, "joint": beside}
+        out, lse = ring_attention(*(x.transpose(1, 2) for x in (q, k, v)), lengths, group, **options)
     out = forward_only(out.transpose(1, 2).contiguous(), q, k, v, joint_tensor_key, joint_tensor_value)
     return (out, lse, None) if return_attn_probs else out
