@@ -44,7 +44,7 @@ SCHEDULERS = {
 class DistriConfig:
     """What the ranks of a run do; every rank makes one, and joins the others by it.
 
-    Half of the ranks compute each branch of classifier-free guidance, if it is split; those of a branch divide its work.
+    Half of the ranks compute each branch of classifier-free guidance, if it is split, and divide its work.
 
     Args:
         height, width: of the picture, in pixels, where a call does not say.
