@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from xfuser import xFuserArgs
-from xfuser.compat.long_ctx_attention import sharded
+from xfuser.compat import sharded
 from xfuser.core import distributed
 from xfuser.core.distributed import (
     get_cfg_group,
