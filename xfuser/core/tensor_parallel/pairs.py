@@ -6,23 +6,14 @@ from xfuser.core.tensor_parallel.attention import children, layers_of
 from xfuser.core.tensor_parallel.division import Division
 from xfuser.core.tensor_parallel.shards import evenly, joined
 
-# Linears of a feed-forward module: those in front of its activation, and the one behind. Where there is one in front
+# Linears of a feed-forward module: one or two before its activation, and the last one. Where there is one before it
 # that has twice the outputs, one half is the gate of the other.
-FEED_FORWARDS = (
-    (("net.0.proj",), "net.2"),
-    (("w1", "w3"), "w2"),
-    (("w1",), "w2"),
-    (("linear_1", "linear_2"), "out_projection"),
-    (("linear_1", "linear_3"), "linear_2"),
-    (("gate", "up"), "down"),
-    (("gate_proj", "up_proj"), "down_proj"),
-    (("gate_up_proj",), "down_proj"),
-    (("in_layer",), "out_layer"),
-    (("linear_in",), "linear_out"),
-    (("wi_0", "wi_1"), "wo"),
-    (("wi",), "wo"),
-    (("fc1",), "fc2"),
-)
+FEED_FORWARDS = [
+    ("net.0.proj", "net.2"), ("w1", "w3", "w2"), ("w1", "w2"), ("linear_1", "linear_2", "out_projection"),
+    ("linear_1", "linear_3", "linear_2"), ("gate", "up", "down"), ("gate_proj", "up_proj", "down_proj"),
+    ("gate_up_proj", "down_proj"), ("in_layer", "out_layer"), ("linear_in", "linear_out"), ("wi_0", "wi_1", "wo"),
+    ("wi", "wo"), ("fc1", "fc2"),
+]  # fmt: skip
 ELEMENTWISE = (nn.GELU, nn.SiLU, nn.ReLU)
 
 
@@ -32,9 +23,9 @@ def feed_forward_division(name: str, module: nn.Module, ranks: int) -> Division 
     if isinstance(module, nn.Sequential):
         kinds = [type(one) for one in module]
         in_a_row = len(kinds) == 3 and kinds[0] is kinds[2] is nn.Linear and kinds[1] in ELEMENTWISE
-        tables = ((("0",), "2"),) if in_a_row else ()
+        tables = [("0", "2")] if in_a_row else []
     layers = layers_of(module) if tables else {}
-    for columns, row in tables:
+    for *columns, row in tables:
         if layers.keys() == {*columns, row} and all(type(one) is nn.Linear for one in layers.values()):
             hidden = layers[row].in_features
             times = {layers[one].out_features / hidden for one in columns}
@@ -61,8 +52,7 @@ def residual_division(name: str, module: nn.Module, ranks: int) -> Division | No
         return None
     of_groups = evenly(groups, ranks)
     channels = of_groups.times(width // groups)
-    numbers = {"norm2.num_groups": of_groups.sizes, "norm2.num_channels": channels.sizes}
-    division = Division(numbers=numbers)
+    division = Division(numbers={"norm2.num_groups": of_groups.sizes, "norm2.num_channels": channels.sizes})
     if time is not None:
         times, rest = divmod(time.out_features, width)
         if rest or times not in (1, 2):

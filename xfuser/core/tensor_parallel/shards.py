@@ -1,6 +1,5 @@
 """Which entries of a dimension each rank keeps."""
 
-from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -54,9 +53,9 @@ def evenly(total: int, ranks: int) -> Shards:
 
 def joined(*sections: Shards) -> Shards:
     """A dimension that consists of ``sections``, of each of which a rank keeps its part."""
-    starts = [0, *accumulate(section.total for section in sections)]
-    moved = [
-        [tuple(range(start + one.start, start + one.stop) for one in ranges) for ranges in section.kept]
-        for start, section in zip(starts, sections, strict=False)
-    ]
-    return Shards(tuple(sum(of_rank, ()) for of_rank in zip(*moved, strict=True)), starts[-1])
+    kept, start = [()] * len(sections[0].kept), 0
+    for section in sections:
+        for rank, ranges in enumerate(section.kept):
+            kept[rank] += tuple(range(start + one.start, start + one.stop) for one in ranges)
+        start += section.total
+    return Shards(tuple(kept), start)
