@@ -1,4 +1,4 @@
-"""``xdit``: a picture from a prompt, on as many ranks as the degrees ask for; ``xdit COMMAND`` does the rest."""
+"""``xdit``: a picture from a prompt, on as many ranks as the degrees multiply to; ``xdit COMMAND`` for the rest."""
 
 import importlib
 import os
@@ -91,17 +91,17 @@ def prepare(args: xFuserArgs) -> tuple[Any, dict[str, Any]]:
 
 
 def draw(pipe: Any, call: dict[str, Any], directory: str) -> None:
-    """One rank's part: call and save; rank 0 tells what came out."""
+    """One rank's part: call and save; rank 0 prints paths, time and memory."""
     devices.synchronize()
     start = time.perf_counter()
     pipe(**call)
     devices.synchronize()
     seconds = time.perf_counter() - start
     world = get_world_group()
-    told = world.all_gather_object((pipe.save(directory, "xdit"), devices.peak_memory()))
+    saved = world.all_gather_object((pipe.save(directory, "xdit"), devices.peak_memory()))
     if world.is_first_rank:
-        print("\n".join(path for paths, _ in told for path in paths))
-        peak = max(memory for _, memory in told) / 2**20
+        print("\n".join(path for paths, _ in saved for path in paths))
+        peak = max(memory for _, memory in saved) / 2**20
         print(
             f"{seconds:.2f} s for {call['num_inference_steps']} steps on {world.world_size}"
             f" rank{'s' * (world.world_size > 1)} ({devices.device_type()}), peak memory {peak:.0f} MiB a rank"

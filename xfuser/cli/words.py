@@ -9,7 +9,7 @@ from xfuser.config.args import SHIPPED_PIPELINE, shipped_folder
 
 
 def known_words(folder: str = SHIPPED_PIPELINE) -> list[str]:
-    """The whole words in the vocabulary of a pipeline's tokenizer, sorted."""
+    """The complete words in the vocabulary of a pipeline's tokenizer, sorted."""
     with open(os.path.join(folder, "tokenizer", "tokenizer.json"), encoding="utf-8") as file:
         vocabulary = json.load(file)["model"]["vocab"]
     return sorted(word for word in vocabulary if not word.startswith("<"))

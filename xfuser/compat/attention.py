@@ -213,8 +213,7 @@ def _ft_c_input_all_to_all(x: torch.Tensor) -> torch.Tensor:
     if ranks == 1:
         return x
     _check_divides(x, 1, "heads", ranks)
-    told = gather_numbers([x.shape[2]], sp.cpu_group)[sp.ring_rank * ranks :][:ranks]
-    lengths = [length for (length,) in told]
+    lengths = [length for (length,) in gather_numbers([x.shape[2]], sp.cpu_group)][sp.ring_rank * ranks :][:ranks]
     if len(set(lengths)) > 1:
         raise ValueError(
             f"{tuple(x.shape)}: ranks hold {lengths} tokens (dimension 2), and must hold as many each; use USP"

@@ -72,20 +72,19 @@ def sharded_attention(
 def _lengths(group: GroupCoordinator, query: torch.Tensor, key: torch.Tensor, joint: Joint | None) -> list[int]:
     """Tokens of every rank of the group.
 
-    The ranks tell each other at every call: that its own length is as before tells a rank nothing of the others', so
-    it cannot know whether they will tell.
+    The ranks send them at every call: a rank whose length is as before does not know whether the others' are.
     """
     if group.world_size == 1:
         return [query.shape[2]]
     same = [query.shape[0], query.shape[1], key.shape[1], query.shape[3]]
     same += [joint.q.shape[2], joint.k.shape[2]] if joint else [-1, -1]
-    told = gather_numbers([query.shape[2], *same], group.cpu_group)
-    if any(others != same for _, *others in told):
+    found = gather_numbers([query.shape[2], *same], group.cpu_group)
+    if any(others != same for _, *others in found):
         raise ValueError(
             "ranks of the sequence group must differ in the number of their own tokens alone, but (batch, heads, key"
-            f" heads, head dimension, joint queries, joint keys; -1 is none) are {[tuple(other) for _, *other in told]}"
+            f" heads, head dimension, joint queries, joint keys; -1 is none) are {[tuple(other) for _, *other in found]}"
         )
-    return [length for length, *_ in told]
+    return [length for length, *_ in found]
 
 
 def backend_for(attn_type: AttnType | str | None, attn_processor: Any = None) -> str:

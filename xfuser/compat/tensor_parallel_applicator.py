@@ -1,4 +1,4 @@
-"""Tensor parallelism for models of the caller's own: each rank keeps some heads and some hidden units.
+"""Tensor parallelism for any model with common names: each rank keeps some heads and some hidden units.
 
 Megatron-LM, arXiv 1909.08053: of two linears one after the other, the first is divided by its outputs and the second by
 its inputs, and one sum over the ranks completes each pair.
@@ -118,9 +118,9 @@ class _Attention:
         def verify(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             handle.remove()
             if not self._reads_first_head(args, kwargs):
-                told = " and ".join(f"{name} {order}" for name, order in self.orders.items())
+                orders = " and ".join(f"{name} {order}" for name, order in self.orders.items())
                 raise ValueError(
-                    f"{self.name}: {type(module).__name__} does not read {told}; give the other of {BY_HEAD!r} and"
+                    f"{self.name}: {type(module).__name__} does not read {orders}; give the other of {BY_HEAD!r} and"
                     f" {BY_PROJECTION!r} to TensorParallelApplicator as stacked=, or leave this module out"
                 )
 

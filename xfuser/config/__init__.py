@@ -1,4 +1,4 @@
-"""What a run is asked to do: flags, and the checked configuration made from them."""
+"""The flags of a run, and the checked configuration made from them."""
 
 from xfuser.config.args import xFuserArgs
 from xfuser.config.config import EngineConfig, InputConfig, ModelConfig, ParallelConfig, RuntimeConfig

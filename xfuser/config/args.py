@@ -1,4 +1,4 @@
-"""The flags: every field of one dataclass is a flag, and its help, group and type stand beside it."""
+"""The flags: every field of one dataclass is a flag, with its help, group and type."""
 
 import argparse
 import math
@@ -84,7 +84,7 @@ class xFuserArgs:
     )
     enable_model_cpu_offload: bool = _runtime(False, "Keep models on the CPU while they are not in use.")
     enable_sequential_cpu_offload: bool = _runtime(False, "Keep layers on the CPU while they are not in use.")
-    enable_tiling: bool = _runtime(False, "Decode in tiles: less memory, close to the whole picture.")
+    enable_tiling: bool = _runtime(False, "Decode in tiles: less memory, close to the untiled picture.")
     enable_slicing: bool = _runtime(False, "Decode one image at a time: less memory.")
     text_encoder: str = _runtime("replicate", f"Where text encoders are: {', '.join(TEXT_ENCODER_MODES)}.")
     memory: str | None = _runtime(None, "Memory that a rank may use, such as 24GB; its accelerator's if not given.")

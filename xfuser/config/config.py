@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-ASYNCHRONOUS = "corrected_async_gn"  # what DistriFusion does if nothing else is asked for
+ASYNCHRONOUS = "corrected_async_gn"  # DistriFusion's default
 MODES = {
     ASYNCHRONOUS: "others' rows are stale, of the last step; group norms correct its moments by this rank's change",
     "stale_gn": "others' rows are stale; group norms take others' stale moments and this rank's current ones",
@@ -78,7 +78,7 @@ class RuntimeConfig:
     vae_split: str = "auto"
     vae_chunk_rows: int | str | None = None
     text_encoder: str = "replicate"
-    memory: int | None = None  # None: what the rank's accelerator has, which is asked once the rank has chosen it
+    memory: int | None = None  # None: all of the accelerator's, which is known once the rank has chosen one
     use_fp8_t5_encoder: bool = False
     enable_model_cpu_offload: bool = False
     enable_sequential_cpu_offload: bool = False

@@ -27,7 +27,7 @@ class Row:
     def fits(self, memory: int) -> bool:
         return self.peak <= memory
 
-    def told(self, memory: int | None) -> str:
+    def text(self, memory: int | None) -> str:
         """The row in words and numbers of GB."""
         if self.refusal:
             return f"no: {self.refusal}"

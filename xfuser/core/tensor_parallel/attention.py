@@ -1,4 +1,4 @@
-"""Attention modules that can be divided by heads, told by the names of their layers and their sizes.
+"""Attention modules that can be divided by heads, found by the names and sizes of their layers.
 
 Layers are those of torch itself: weights of other classes, as of quantised ones, are not cut.
 """
@@ -75,7 +75,7 @@ def _by_heads(name: str, module: nn.Module, ranks: int, has_output: bool) -> Div
 
 
 def _head_sizes(module: nn.Module, layers: dict[str, nn.Module]) -> tuple[int, int, int] | None:
-    """Heads of queries, heads of keys and values, and channels of one; None where they cannot be told."""
+    """Heads of queries, heads of keys and values, and channels of one; None where they are not known."""
     heads = next((one for key in HEADS if isinstance(one := getattr(module, key, None), int)), 0)
     if not heads:
         return None

@@ -1,7 +1,7 @@
 """How to divide a model: in pairs where its modules are known, elsewhere each layer by its outputs.
 
 A pair is a first layer divided by its outputs and a second one divided by its inputs, with one sum over the ranks
-behind (arXiv 1909.08053). What lies in between must work on each head or channel alone. A module is taken for one that
+after it (arXiv 1909.08053). What is in between must work on each head or channel alone. A module is taken for one that
 does so only if it has the layers of a table (``attention.py``, ``pairs.py``) and no other parameters. What is in no
 table is divided by its outputs, which are gathered: that sends more, and is exact for any module.
 """
