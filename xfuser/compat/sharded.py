@@ -17,14 +17,9 @@ from xfuser.core.distributed.group_coordinator import gather_numbers
 from xfuser.core.gradients import forward_only
 from xfuser.core.logger import logger
 
-KERNEL_OF = {  # by yunchang's name
-    "fa": "flash_attn",
-    "fa3": "flash_attn_3",
-    "torch_cudnn": "cudnn",
-    "torch_efficient": "efficient",
-    "torch_flash": "flash",
-    "torch_math": "math",
-}
+# By yunchang's name.
+KERNEL_OF = {"fa": "flash_attn", "fa3": "flash_attn_3", "torch_cudnn": "cudnn", "torch_efficient": "efficient"}
+KERNEL_OF |= {"torch_flash": "flash", "torch_math": "math"}
 JOINT = ("joint_tensor_query", "joint_tensor_key", "joint_tensor_value")
 
 Tensors = dict[str, torch.Tensor | None]
@@ -81,8 +76,8 @@ def _lengths(group: GroupCoordinator, query: torch.Tensor, key: torch.Tensor, jo
     found = gather_numbers([query.shape[2], *same], group.cpu_group)
     if any(others != same for _, *others in found):
         raise ValueError(
-            "ranks of the sequence group must differ in the number of their own tokens alone, but (batch, heads, key"
-            f" heads, head dimension, joint queries, joint keys; -1 is none) are {[tuple(other) for _, *other in found]}"
+            "ranks of the sequence group may differ in the number of their tokens alone, but (batch, heads, key heads,"
+            f" head dimension, joint queries, joint keys; -1 is none) are {[tuple(other) for _, *other in found]}"
         )
     return [length for length, *_ in found]
 

@@ -233,8 +233,8 @@ def in_words(degrees: dict[str, int]) -> str:
 
 
 def legal_choices(world_size: int, limit: int = 16) -> str:
-    """The products of degrees for this world size, in words."""
-    choices = sorted((in_words(degrees) for degrees in legal_degrees(world_size)), key=len)
+    """The products of degrees for this world size, in words, the shortest first."""
+    choices = sorted(map(in_words, legal_degrees(world_size)), key=len)
     more = f", and {len(choices) - limit} more" if len(choices) > limit else ""
     return "; ".join(choices[:limit]) + more
 

@@ -12,13 +12,9 @@ from xfuser.core.distributed import GroupCoordinator
 from xfuser.core.tensor_parallel.layers import Divided, SpanningNorm, SpanningRMSNorm, Summed, complete
 from xfuser.core.tensor_parallel.shards import Shards
 
-COUNTS = {  # the layers whose weights are divided, and the attributes that count their inputs and outputs
-    nn.Linear: ("in_features", "out_features"),
-    nn.Embedding: ("num_embeddings", "embedding_dim"),
-    nn.Conv1d: ("in_channels", "out_channels"),
-    nn.Conv2d: ("in_channels", "out_channels"),
-    nn.Conv3d: ("in_channels", "out_channels"),
-}
+# The layers whose weights are divided, and the attributes that count their inputs and outputs.
+COUNTS = {nn.Linear: ("in_features", "out_features"), nn.Embedding: ("num_embeddings", "embedding_dim")}
+COUNTS |= dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), ("in_channels", "out_channels"))
 
 
 @dataclass
