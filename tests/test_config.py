@@ -58,7 +58,7 @@ def test_config_objects_carry_what_users_read():
     ("fields", "message"),
     [
         ({"ulysses_degree": 2}, r"multiply to 2, but 1 ranks? run.*choose: all degrees 1"),
-        ({"ring_degree": 0}, "ring_degree=0: a degree is a whole number of 1 or more"),
+        ({"ring_degree": 0}, "ring_degree=0 must be a whole number of 1 or more"),
         ({"data_parallel_degree": -2}, "data_parallel_degree=-2"),
         ({"pipefusion_parallel_degree": 2}, "pipefusion_parallel_degree=2 multiply to 2, but 1 ranks? run"),
         (
@@ -88,8 +88,8 @@ def test_config_objects_carry_what_users_read():
         ({"prompt": ["a", "b", "c"], "negative_prompt": ["x", "y"]}, "2 negative prompts for 3 prompts"),
         ({"use_cfg_parallel": True, "do_classifier_free_guidance": False}, "needs classifier-free guidance"),
         ({"enable_model_cpu_offload": True, "enable_sequential_cpu_offload": True}, "exclude each other"),
-        ({"ulysses_degree": "2"}, "ulysses_degree='2': a degree is a whole number"),
-        ({"num_pipeline_patch": 0}, "num_pipeline_patch=0: a number of patches is a whole number of 1 or more"),
+        ({"ulysses_degree": "2"}, "ulysses_degree='2' must be a whole number"),
+        ({"num_pipeline_patch": 0}, "num_pipeline_patch=0 must be a whole number of 1 or more"),
         ({"height": 1.5}, "height=1.5 must be a whole number"),
         ({"seed": 2**70}, "must fit into 64 bits"),
         ({"prompt": None}, "prompt=None must be a text or a list of texts"),

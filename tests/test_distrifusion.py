@@ -113,7 +113,7 @@ def bad(path, asked):
         ({"distrifusion_degree": 2, "ulysses_degree": 2}, "exclude each other: choose one"),
         ({"distrifusion_degree": 2, "naive_patch_degree": 2}, "exclude each other: choose one"),
         ({"distrifusion_degree": 4, "distrifusion_mode": "async"}, "known are corrected_async_gn"),
-        ({"naive_patch_degree": 4, "split_scheme": "diagonal"}, "naive_patch_degree knows row, col, alternate"),
+        ({"naive_patch_degree": 4, "split_scheme": "diagonal"}, "known are row, col, alternate"),
         ({"distrifusion_degree": 4, "warmup_steps": 21}, "warmup_steps=21 must be from 0"),
     ],
 )

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from xfuser import xFuserArgs
-from xfuser.compat.long_ctx_attention import asked
+from xfuser.compat import sharded
 from xfuser.core import distributed
 from xfuser.core.distributed import (
     get_cfg_group,
@@ -208,14 +208,14 @@ def test_signatures():
 
 
 def test_absent_kernels_are_replaced_and_told_once(caplog):
-    asked._tell.cache_clear()
+    sharded._warn_once.cache_clear()
     with caplog.at_level("WARNING", logger="xfuser"):
         for kind in (AttnType.FA, AttnType.FA, "fa", AttnType.SAGE_FP8, AttnType.TORCH_FLASH, None):
-            assert asked.backend_for(kind) in ("auto", "flash", "flash_attn")
+            assert sharded.backend_for(kind) in ("auto", "flash", "flash_attn")
     told = [record.message for record in caplog.records]
     assert len(told) == len(set(told)) and any("attn_type='sage_fp8'" in one for one in told)
     with pytest.raises(ValueError, match=r"attn_type='fast' is unknown; known are .*AttnType\.FA"):
-        asked.backend_for("fast")
+        sharded.backend_for("fast")
 
 
 def ring_function(degrees):
@@ -315,7 +315,7 @@ def test_what_cannot_be_served_is_refused_with_shapes(pool):
         "joint_tensor_query (1, 3, 4, 8), joint_tensor_key (1, 3, 4, 8), joint_tensor_value (1, 3, 4, 8) came with"
         " joint_strategy='none'",
         "joint_tensor_query (1, 3, 4, 8) came without joint_tensor_key, joint_tensor_value",
-        "joint_strategy='middle' is unknown; known are 'none', 'front', 'rear'",
+        "joint_strategy='middle' is unknown; known are none, front, rear",
         "query (4, 4, 8), key (4, 4, 8), value (4, 4, 8): all must have four dimensions, [B, S, H, D]",
         "key (1, 4, 3, 8), value (1, 4, 3, 8)",
         "query (1, 4, 4, 8), key (1, 2, 4, 8): a rank must hold as many queries as keys",
@@ -672,11 +672,11 @@ def divided(toy, ranks, stacked=None):
     [
         (1, {}, None),
         (2, {}, None),
-        (2, {"by_head": False}, None),
+        (2, {"by_head": False}, {"wqkv": "by_projection"}),
         (2, {"heads": 3}, "by_head"),
         (2, {"needs": True}, None),
-        (2, {"needs": True, "by_head": False}, "by_projection"),
-        (4, {"by_head": False, "heads": 5}, None),
+        (2, {"needs": True, "by_head": False}, {"wqkv": "by_projection"}),
+        (4, {"by_head": False, "heads": 5}, {"wqkv": "by_projection", "wkv": "by_head"}),
     ],
 )
 def test_divided_weights_give_the_same(pool, ranks, toy, stacked):
@@ -716,7 +716,7 @@ def test_what_cannot_be_divided_is_refused(pool):
         "is divided over ranks already",
         "SelfAttention has none of n_heads",
         "1 heads cannot be divided over 2 ranks",
-        "must be told of which order wqkv are: give stacked='by_head' or 'by_projection'",
+        "cannot confirm the order of wqkv: give stacked='by_head' or 'by_projection'",
         "there is nothing to divide",
         "tp_size=4",
         "stacked='somehow' is unknown",

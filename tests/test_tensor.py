@@ -13,7 +13,7 @@ from torch import nn
 
 from xfuser import xDiTParallel, xFuserArgs
 from xfuser.core.distributed import get_tp_group, init_distributed_environment, initialize_model_parallel
-from xfuser.core.tensor_parallel import structure
+from xfuser.core.tensor_parallel import division, structure
 from xfuser.core.tensor_parallel.layers import Divided, Gathered, SpanningNorm, SpanningRMSNorm, Summed
 from xfuser.methods.tensor import TensorParallel, divide, division_of
 from xfuser.models.registry import PLANS, plan_of
@@ -138,7 +138,7 @@ FOUR = {"num_attention_heads": 4, "cross_attention_dim": 32}  # divides evenly, 
 
 def headless():
     """A broken engine: attention modules are not told how many heads they have left."""
-    with mock.patch.object(structure.Describing, "_number", lambda *args: None):
+    with mock.patch.object(division, "_set", lambda *args: None):
         return drawn("pixart", {"tensor_parallel_degree": 2}, FOUR)[0]
 
 
@@ -355,7 +355,7 @@ def test_norms_over_all_heads_are_told_from_others(family, kind, changes):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"split_scheme": "alternate"}, "'alternate' is unknown; tensor_parallel_degree knows row, col"),
+        ({"split_scheme": "alternate"}, "'alternate' is unknown; known are row, col"),
         ({"use_fp8_t5_encoder": True, "tensor_parallel_text_encoder": True}, "exclude each other"),
         ({"enable_sequential_cpu_offload": True}, "use enable_model_cpu_offload with it"),
     ],

@@ -1,4 +1,4 @@
-"""``xdit``: a picture from a prompt, on as many ranks as the degrees ask for; ``xdit COMMAND`` does the rest."""
+"""``xdit``: a picture from a prompt, on as many ranks as the degrees multiply to; ``xdit COMMAND`` for the rest."""
 
 import importlib
 import os
@@ -17,7 +17,7 @@ COMMANDS = {
     "bench": "xfuser.bench.command:main",
     "plan": "xfuser.cli.plan:main",
     "quality": "xfuser.bench.quality_command:main",
-}  # functions that take the arguments behind, and return the exit code
+}  # functions that take the rest of the arguments, and return the exit code
 
 
 def main() -> int:
@@ -32,7 +32,7 @@ def main() -> int:
         if not any(args.prompt):
             raise ValueError('there is nothing to draw: give --prompt "..."')
         engine_config, _ = args.checked()
-        check_words(engine_config.model_config.model, [*_texts(args.prompt), *_texts(args.negative_prompt)])
+        check_words(engine_config.model_config.model, args.prompt, args.negative_prompt)
         check_writable(options.output_dir)
         ranks = engine_config.world_size
         if ranks > 1 and not is_rank:
@@ -45,10 +45,6 @@ def main() -> int:
         return 1
     draw(pipe, call, options.output_dir)
     return 0
-
-
-def _texts(given: str | list[str]) -> list[str]:
-    return [given] if isinstance(given, str) else given
 
 
 def parser() -> FlexibleArgumentParser:
@@ -73,17 +69,10 @@ def launch(ranks: int, arguments: list[str]) -> int:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks tell their own errors
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=ranks,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-        monitor_interval=0.1,
-    )
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks print their own errors
+    nodes = {"min_nodes": 1, "max_nodes": 1, "nproc_per_node": ranks, "run_id": uuid.uuid4().hex}
+    rendezvous = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
+    config = LaunchConfig(**nodes, **rendezvous, max_restarts=0, monitor_interval=0.1)
     try:
         elastic_launch(config, entrypoint=sys.executable)("-m", "xfuser.cli", *arguments)
     except ChildFailedError:
@@ -102,17 +91,17 @@ def prepare(args: xFuserArgs) -> tuple[Any, dict[str, Any]]:
 
 
 def draw(pipe: Any, call: dict[str, Any], directory: str) -> None:
-    """One rank's part: call and save; rank 0 tells what came out."""
+    """One rank's part: call and save; rank 0 prints paths, time and memory."""
     devices.synchronize()
     start = time.perf_counter()
     pipe(**call)
     devices.synchronize()
     seconds = time.perf_counter() - start
     world = get_world_group()
-    told = world.all_gather_object((pipe.save(directory, "xdit"), devices.peak_memory()))
+    saved = world.all_gather_object((pipe.save(directory, "xdit"), devices.peak_memory()))
     if world.is_first_rank:
-        print("\n".join(path for paths, _ in told for path in paths))
-        peak = max(memory for _, memory in told) / 2**20
+        print("\n".join(path for paths, _ in saved for path in paths))
+        peak = max(memory for _, memory in saved) / 2**20
         print(
             f"{seconds:.2f} s for {call['num_inference_steps']} steps on {world.world_size}"
             f" rank{'s' * (world.world_size > 1)} ({devices.device_type()}), peak memory {peak:.0f} MiB a rank"

@@ -21,7 +21,7 @@ def main(arguments: list[str]) -> int:
     print(f"GB of a rank, {args.dtype}, {options.world_size} ranks")
     print(f"{'':{width}}  " + "  ".join(COLUMNS))
     for row in sorted(rows, key=lambda row: row.peak):
-        print(f"{row.name:{width}}  {row.told(memory)}")
+        print(f"{row.name:{width}}  {row.text(memory)}")
     return 0 if memory is None or any(row.fits(memory) for row in rows) else 1
 
 
@@ -31,7 +31,7 @@ def parser() -> FlexibleArgumentParser:
         prog="xdit plan",
         description="List the legal combinations of degrees of parallelism with the memory that a rank needs, by the"
         " pipeline's configuration alone. The other flags are those that the run is to have; degrees are not given,"
-        " and --fully_shard_degree above 1 stands for all ranks of a replica.",
+        " and --fully_shard_degree above 1 means all ranks of a replica.",
         epilog="Example: xdit plan --model black-forest-labs/FLUX.1-dev --world_size 4 --memory 24GB --dtype bf16",
     )
     flags.add_argument("--world_size", type=int, required=True, metavar="N", help="Number of ranks.")

@@ -9,6 +9,7 @@ It is a thin layer over :class:`xfuser.xFuserArgs` and :class:`xfuser.xDiTParall
 
 import inspect
 import logging
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from xfuser.config import xFuserArgs
-from xfuser.config.config import ASYNCHRONOUS
+from xfuser.config.config import ASYNCHRONOUS, check_known
 from xfuser.core.distributed import get_world_group, launched_world_size
 from xfuser.pipelines import LoadedPipeline, pipeline_class
 
@@ -41,17 +42,18 @@ SCHEDULERS = {
 }
 
 
+@dataclass(eq=False)
 class DistriConfig:
     """What the ranks of a run do; every rank makes one, and joins the others by it.
 
-    Half of the ranks compute each branch of classifier-free guidance, if it is split; those of a branch share its work.
+    Half of the ranks compute each branch of classifier-free guidance, if it is split, and divide its work.
 
     Args:
         height, width: of the picture, in pixels, where a call does not say.
         do_classifier_free_guidance: whether calls are guided; if not, ``guidance_scale`` is 1 where calls do not say.
         split_batch: whether the two branches of guidance go to different ranks. One rank, or an odd number, has both.
         warmup_steps: synchronous first steps of ``"patch"`` and ``"pipefusion"``.
-        mode: of ``"patch"``: one of ``xfuser.methods.staleness.MODES``.
+        mode: of ``"patch"``: one of ``xfuser.config.config.MODES``.
         parallelism: ``"patch"`` (DistriFusion), ``"naive_patch"``, ``"pipefusion"``, ``"tensor"`` or ``"sequence"``.
         split_scheme: how ``"naive_patch"`` cuts the picture: ``"row"``, ``"col"`` or ``"alternate"``.
         pp_num_patch: patches of ``"pipefusion"``.
@@ -60,61 +62,51 @@ class DistriConfig:
         use_resolution_binning: whether sizes are those that the model was trained with.
         scheduler: ``"ddim"``, ``"dpm-solver"`` or ``"euler"``; that of the pipeline if not given.
         verbose: whether the first rank logs the degrees.
-        comm_checkpoint, use_cuda_graph: taken from scripts that give them, and without effect: every message leaves as
-            soon as it is there, and kernels are launched one by one.
+        comm_checkpoint, use_cuda_graph: without effect, for scripts that give them.
 
     Raises:
         ValueError: something is unknown, or does not fit the number of ranks.
     """
 
-    def __init__(
-        self,
-        height: int = 1024,
-        width: int = 1024,
-        do_classifier_free_guidance: bool = True,
-        split_batch: bool = True,
-        warmup_steps: int = 4,
-        comm_checkpoint: int = 60,
-        mode: str = ASYNCHRONOUS,
-        use_cuda_graph: bool = False,
-        parallelism: str = "patch",
-        split_scheme: str = "row",
-        pp_num_patch: int = 2,
-        verbose: bool = False,
-        use_resolution_binning: bool = True,
-        attn_num: list[int] | None = None,
-        scheduler: str | None = None,
-        ulysses_degree: int | None = None,
-    ) -> None:
-        if parallelism not in PARALLELISM:
-            raise ValueError(f"parallelism={parallelism!r} is unknown; known are {', '.join(PARALLELISM)}")
-        if scheduler not in (None, *SCHEDULERS):
-            raise ValueError(f"scheduler={scheduler!r} is unknown; known are {', '.join(SCHEDULERS)}")
-        self.height, self.width, self.scheduler = height, width, scheduler
-        self.do_classifier_free_guidance = do_classifier_free_guidance
-        self.use_resolution_binning = use_resolution_binning
+    height: int = 1024
+    width: int = 1024
+    do_classifier_free_guidance: bool = True
+    split_batch: bool = True
+    warmup_steps: int = 4
+    comm_checkpoint: int = 60
+    mode: str = ASYNCHRONOUS
+    use_cuda_graph: bool = False
+    parallelism: str = "patch"
+    split_scheme: str = "row"
+    pp_num_patch: int = 2
+    verbose: bool = False
+    use_resolution_binning: bool = True
+    attn_num: list[int] | None = None
+    scheduler: str | None = None
+    ulysses_degree: int | None = None
+
+    def __post_init__(self) -> None:
+        check_known("parallelism", self.parallelism, PARALLELISM)
+        if self.scheduler is not None:
+            check_known("scheduler", self.scheduler, SCHEDULERS)
         self.world_size = launched_world_size()
-        self.split_batch = do_classifier_free_guidance and split_batch and self.world_size % 2 == 0
+        self.split_batch = self.do_classifier_free_guidance and self.split_batch and self.world_size % 2 == 0
         self.n_device_per_batch = ranks = self.world_size // (1 + self.split_batch)
-        ulysses = ulysses_degree or ranks
+        ulysses = self.ulysses_degree or ranks
+        pipefusion = {"num_pipeline_patch": self.pp_num_patch, "attn_layer_num_for_pp": self.attn_num}
         degrees = {
-            "patch": {"distrifusion_degree": ranks, "distrifusion_mode": mode},
-            "naive_patch": {"naive_patch_degree": ranks, "split_scheme": split_scheme if ranks > 1 else None},
-            "pipefusion": {
-                "pipefusion_parallel_degree": ranks,
-                "num_pipeline_patch": pp_num_patch,
-                "attn_layer_num_for_pp": attn_num,
-            },
+            "patch": {"distrifusion_degree": ranks, "distrifusion_mode": self.mode},
+            "naive_patch": {"naive_patch_degree": ranks, "split_scheme": self.split_scheme if ranks > 1 else None},
+            "pipefusion": {"pipefusion_parallel_degree": ranks, **pipefusion},
             "tensor": {"tensor_parallel_degree": ranks},
             "sequence": {"ulysses_degree": ulysses, "ring_degree": ranks // ulysses},
-        }[parallelism]
-        args = xFuserArgs(
-            use_cfg_parallel=self.split_batch, warmup_steps=warmup_steps, height=height, width=width, **degrees
-        )
-        args.num_inference_steps = max(args.num_inference_steps, warmup_steps)  # calls say how many there are
+        }[self.parallelism]
+        args = xFuserArgs(use_cfg_parallel=self.split_batch, warmup_steps=self.warmup_steps, **degrees)
+        args.height, args.width = self.height, self.width
+        args.num_inference_steps = max(args.num_inference_steps, self.warmup_steps)  # calls say how many there are
         self.engine_config, _ = args.create_config()
         self.rank, self.device = get_world_group().rank, get_world_group().device
-        if verbose and self.rank == 0:
+        if self.verbose and self.rank == 0:
             logger.warning("%s", self.engine_config.parallel_config)
 
 

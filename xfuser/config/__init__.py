@@ -1,15 +1,8 @@
-"""What a run is asked to do: flags, and the checked configuration made from them."""
+"""The flags of a run, and the checked configuration made from them."""
 
 from xfuser.config.args import xFuserArgs
 from xfuser.config.config import EngineConfig, InputConfig, ModelConfig, ParallelConfig, RuntimeConfig
 from xfuser.config.parser import FlexibleArgumentParser
 
-__all__ = [
-    "EngineConfig",
-    "FlexibleArgumentParser",
-    "InputConfig",
-    "ModelConfig",
-    "ParallelConfig",
-    "RuntimeConfig",
-    "xFuserArgs",
-]
+__all__ = ["EngineConfig", "FlexibleArgumentParser", "InputConfig", "ModelConfig", "ParallelConfig", "RuntimeConfig"]
+__all__ += ["xFuserArgs"]

@@ -1,21 +1,58 @@
 """The checked configuration of a run."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import product
+from typing import Any, NamedTuple
 
 import torch
 
-ASYNCHRONOUS = "corrected_async_gn"  # what DistriFusion does if nothing else is asked for
+ASYNCHRONOUS = "corrected_async_gn"  # DistriFusion's default
 MODES = {
-    ASYNCHRONOUS: "others' rows are those of the last step; group norms correct the last step's moments by their own",
-    "stale_gn": "as that, with group norms of the others' last moments and the own fresh ones",
-    "sync_gn": "others' rows are those of the last step; group norms wait for the moments of this one",
-    "separate_gn": "others' rows are those of the last step; group norms see the own rows alone",
+    ASYNCHRONOUS: "others' rows are stale, of the last step; group norms correct its moments by this rank's change",
+    "stale_gn": "others' rows are stale; group norms take others' stale moments and this rank's current ones",
+    "sync_gn": "others' rows are stale; group norms wait for current moments",
+    "separate_gn": "others' rows are stale; group norms see this rank's rows alone",
     "no_sync": "others' rows stay those of the last synchronous step",
     "full_sync": "every step waits for the others' rows: equal to one rank",
 }
 OUTPUT_TYPES = ("pil", "pt", "np", "latent")
+
+
+class Degree(NamedTuple):
+    """The names of one degree of parallelism."""
+
+    field: str  # of ParallelConfig
+    flag: str
+    group: str  # argument of initialize_model_parallel
+
+
+DEGREES = {
+    "cfg": Degree("cfg_degree", "use_cfg_parallel", "classifier_free_guidance_degree"),
+    "dp": Degree("dp_degree", "data_parallel_degree", "data_parallel_degree"),
+    "pipefusion": Degree("pp_degree", "pipefusion_parallel_degree", "pipeline_parallel_degree"),
+    "ulysses": Degree("ulysses_degree", "ulysses_degree", "ulysses_degree"),
+    "ring": Degree("ring_degree", "ring_degree", "ring_degree"),
+    "tensor": Degree("tp_degree", "tensor_parallel_degree", "tensor_parallel_degree"),
+    "distrifusion": Degree("distrifusion_degree", "distrifusion_degree", "ring_degree"),
+    "naive": Degree("naive_patch_degree", "naive_patch_degree", "ring_degree"),
+}
+PATCH_METHODS = ("distrifusion", "naive")  # each rank computes a part of the picture
+BESIDE_PATCHES = [DEGREES[method].flag for method in ("dp", "cfg", "tensor")]
+SPLIT_SCHEMES = {"tensor_parallel_degree": ("row", "col"), "naive_patch_degree": ("row", "col", "alternate")}
+
+
+def check_count(name: str, value: Any) -> None:
+    """Raise a ValueError unless a value counts something."""
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}={value!r} must be a whole number of 1 or more")
+
+
+def check_known(name: str, value: Any, known: Iterable[Any]) -> None:
+    """Raise a ValueError unless a value is one of those that are known."""
+    known = list(known)
+    if value not in known:
+        raise ValueError(f"{name}={value!r} is unknown; known are {', '.join(map(str, known))}")
 
 
 @dataclass(frozen=True)
@@ -42,18 +79,12 @@ class RuntimeConfig:
     vae_split: str = "auto"
     vae_chunk_rows: int | str | None = None
     text_encoder: str = "replicate"
-    memory: int | None = None  # None: what the rank's accelerator has, which is asked once the rank has chosen it
+    memory: int | None = None  # None: all of the accelerator's, which is known once the rank has chosen one
     use_fp8_t5_encoder: bool = False
     enable_model_cpu_offload: bool = False
     enable_sequential_cpu_offload: bool = False
     enable_tiling: bool = False
     enable_slicing: bool = False
-
-
-# Methods whose ranks compute a part of the picture each, and what they may be cut by.
-PATCH_METHODS = ("distrifusion_degree", "naive_patch_degree")
-DIVIDING = ("ulysses_degree", "ring_degree", "pipefusion_parallel_degree", "num_pipeline_patch", *PATCH_METHODS)
-SPLIT_SCHEMES = {"tensor_parallel_degree": ("row", "col"), "naive_patch_degree": ("row", "col", "alternate")}
 
 
 @dataclass(frozen=True)
@@ -77,7 +108,7 @@ class ParallelConfig:
 
     @property
     def sp_degree(self) -> int:
-        """Ranks that share a picture's rows, by whatever method."""
+        """Ranks that each have a part of a picture's rows, by whatever method."""
         return self.ulysses_degree * self.ring_degree * self.distrifusion_degree * self.naive_patch_degree
 
     @property
@@ -88,22 +119,18 @@ class ParallelConfig:
     @property
     def group_degrees(self) -> dict[str, int]:
         """The arguments of ``initialize_model_parallel``."""
-        return {
-            "data_parallel_degree": self.dp_degree,
-            "classifier_free_guidance_degree": self.cfg_degree,
-            "ulysses_degree": self.ulysses_degree,
-            "ring_degree": self.sp_degree // self.ulysses_degree,
-            "tensor_parallel_degree": self.tp_degree,
-            "pipeline_parallel_degree": self.pp_degree,
-        }
+        groups = dict.fromkeys((names.group for names in DEGREES.values()), 1)
+        for names in DEGREES.values():
+            groups[names.group] *= getattr(self, names.field)
+        return groups
 
     @property
     def world_size(self) -> int:
-        return self.dp_degree * self.cfg_degree * self.sp_degree * self.pp_degree * self.tp_degree
+        return math.prod(self.degrees().values())
 
     @property
     def sequenced(self) -> bool:
-        """Whether ranks share a sequence of tokens."""
+        """Whether ranks have shards of a sequence of tokens."""
         return self.ulysses_degree * self.ring_degree > 1
 
     @property
@@ -118,84 +145,65 @@ class ParallelConfig:
 
     @property
     def patched(self) -> bool:
-        """Whether ranks compute a part of the picture each, which sees of the others what was, or nothing."""
+        """Whether each rank computes a part of the picture, from stale activations of the others, or none."""
         return self.distrifusion_degree > 1 or self.naive_patch_degree > 1
 
+    def degrees(self) -> dict[str, int]:
+        """The degrees by flag."""
+        return {names.flag: getattr(self, names.field) for names in DEGREES.values()}
+
     def check(self, world_size: int) -> None:
-        """Raise a ValueError unless the degrees multiply to ``world_size``."""
+        """Raise a ValueError unless the degrees multiply to ``world_size``, and go together."""
         for flag, degree in self.degrees().items():
-            if not isinstance(degree, int) or degree < 1:
-                raise ValueError(f"{flag}={degree!r}: a degree is a whole number of 1 or more")
+            check_count(flag, degree)
+        check_count("num_pipeline_patch", self.num_pipeline_patch)
         if self.world_size != world_size:
             given = " * ".join(f"{flag}={degree}" for flag, degree in self.degrees().items() if degree > 1)
             raise ValueError(
                 f"the degrees {given or '(all 1)'} multiply to {self.world_size}, but {world_size} ranks run."
                 f" With {world_size} rank{'s' * (world_size > 1)} you can choose: {legal_choices(world_size)}"
             )
-        self._check_pipeline()
+        layers, stages = self.attn_layer_num_for_pp, self.pp_degree
+        if layers and (len(layers) != stages or not all(isinstance(count, int) and count > 0 for count in layers)):
+            raise ValueError(
+                f"attn_layer_num_for_pp={list(layers)} must name the blocks of each of the {stages} stages of"
+                f" pipefusion_parallel_degree={stages}: as many numbers, each 1 or more"
+            )
         self._check_patches()
+        self._check_weights()
+
+    def _check_weights(self) -> None:
+        """The ranks of a replica compute the same blocks at the same time, unless they are stages of a pipeline."""
         if self.tensor_parallel_text_encoder and self.tp_degree == 1:
             raise ValueError("tensor_parallel_text_encoder requires tensor_parallel_degree above 1")
-        self._check_shards()
-
-    def _check_shards(self) -> None:
-        """The ranks of a replica compute the same blocks at the same time, unless they are stages of a pipeline."""
         degree, replica = self.fully_shard_degree, self.world_size // self.dp_degree
         if degree not in (1, replica):
             raise ValueError(
                 f"fully_shard_degree={degree!r} must be 1, or {replica}: all ranks of a data-parallel replica"
             )
-        for name in ("pipefusion_parallel_degree", "tensor_parallel_degree"):
-            if degree > 1 and self.degrees()[name] > 1:
-                raise ValueError(f"fully_shard_degree={degree} and {name} both divide the weights: choose one")
+        for method in ("pipefusion", "tensor"):
+            if degree > 1 and getattr(self, DEGREES[method].field) > 1:
+                flag = DEGREES[method].flag
+                raise ValueError(f"fully_shard_degree={degree} and {flag} both divide the weights: choose one")
 
     def _check_patches(self) -> None:
         """DistriFusion and naive patches divide the rows as sequence parallelism does: they exclude each other."""
-        if self.distrifusion_mode not in MODES:
-            raise ValueError(f"distrifusion_mode={self.distrifusion_mode!r} is unknown; known are {', '.join(MODES)}")
+        check_known("distrifusion_mode", self.distrifusion_mode, MODES)
         degrees = self.degrees() | {"num_pipeline_patch": self.num_pipeline_patch}
-        dividing = [name for name in DIVIDING if degrees[name] > 1]
-        if len(dividing) > 1 and set(dividing) & set(PATCH_METHODS):
+        dividing = [f"{flag}={n}" for flag, n in degrees.items() if n > 1 and flag not in BESIDE_PATCHES]
+        if self.patched and len(dividing) > 1:
             raise ValueError(
-                f"{' and '.join(f'{name}={degrees[name]}' for name in dividing)} divide the picture in ways that"
-                f" exclude each other: choose one. {' and '.join(PATCH_METHODS)} go with data_parallel_degree,"
-                " use_cfg_parallel and tensor_parallel_degree"
+                f"{' and '.join(dividing)} divide the picture in ways that exclude each other: choose one."
+                f" {' and '.join(DEGREES[method].flag for method in PATCH_METHODS)} go with {', '.join(BESIDE_PATCHES)}"
             )
-        naive = self.naive_patch_degree > 1
-        if self.split_scheme and not naive and self.tp_degree == 1:
+        if self.split_scheme is None:
+            return
+        method = "naive_patch_degree" if self.naive_patch_degree > 1 else "tensor_parallel_degree"
+        if degrees[method] == 1:
             raise ValueError(
                 f"split_scheme={self.split_scheme!r} requires tensor_parallel_degree or naive_patch_degree"
             )
-        method = "naive_patch_degree" if naive else "tensor_parallel_degree"
-        if self.split_scheme not in (None, *SPLIT_SCHEMES[method]):
-            raise ValueError(
-                f"split_scheme={self.split_scheme!r} is unknown; {method} knows {', '.join(SPLIT_SCHEMES[method])}"
-            )
-
-    def _check_pipeline(self) -> None:
-        patches, layers = self.num_pipeline_patch, self.attn_layer_num_for_pp
-        if not isinstance(patches, int) or patches < 1:
-            raise ValueError(f"num_pipeline_patch={patches!r}: a number of patches is a whole number of 1 or more")
-        if layers is None:
-            return
-        if len(layers) != self.pp_degree or not all(isinstance(count, int) and count > 0 for count in layers):
-            raise ValueError(
-                f"attn_layer_num_for_pp={list(layers)} must name the blocks of each of the {self.pp_degree} stages of"
-                f" pipefusion_parallel_degree={self.pp_degree}: as many numbers, each 1 or more"
-            )
-
-    def degrees(self) -> dict[str, int]:
-        """The degrees by flag."""
-        return {
-            "data_parallel_degree": self.dp_degree,
-            "use_cfg_parallel": self.cfg_degree,
-            "ulysses_degree": self.ulysses_degree,
-            "ring_degree": self.ring_degree,
-            "pipefusion_parallel_degree": self.pp_degree,
-            "tensor_parallel_degree": self.tp_degree,
-            "distrifusion_degree": self.distrifusion_degree,
-            "naive_patch_degree": self.naive_patch_degree,
-        }
+        check_known(f"{method}: split_scheme", self.split_scheme, SPLIT_SCHEMES[method])
 
     def __str__(self) -> str:
         patched = {"distrifusion": self.distrifusion_degree, "naive": self.naive_patch_degree}
@@ -209,13 +217,15 @@ class ParallelConfig:
 def legal_degrees(world_size: int) -> list[dict[str, int]]:
     """The products of degrees that are this world size, by the names of the methods."""
     divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
-    cfg_degrees = [n for n in (1, 2) if world_size % n == 0]
-    found = []
-    for cfg, dp, pp, ring, tp in product(cfg_degrees, divisors, divisors, divisors, divisors):
-        ulysses, rest = divmod(world_size, cfg * dp * pp * ring * tp)
-        if ulysses and not rest:
-            found.append({"cfg": cfg, "dp": dp, "pipefusion": pp, "ulysses": ulysses, "ring": ring, "tensor": tp})
-    return found
+    found: list[dict[str, int]] = [{}]
+    for method in (method for method in DEGREES if method not in PATCH_METHODS):
+        found = [
+            degrees | {method: n}
+            for degrees in found
+            for n in divisors
+            if world_size % (math.prod(degrees.values()) * n) == 0 and (n <= 2 or method != "cfg")
+        ]
+    return [degrees for degrees in found if math.prod(degrees.values()) == world_size]
 
 
 def in_words(degrees: dict[str, int]) -> str:
@@ -224,8 +234,8 @@ def in_words(degrees: dict[str, int]) -> str:
 
 
 def legal_choices(world_size: int, limit: int = 16) -> str:
-    """The products of degrees for this world size, in words."""
-    choices = sorted((in_words(degrees) for degrees in legal_degrees(world_size)), key=len)
+    """The products of degrees for this world size, in words, the shortest first."""
+    choices = sorted(map(in_words, legal_degrees(world_size)), key=len)
     more = f", and {len(choices) - limit} more" if len(choices) > limit else ""
     return "; ".join(choices[:limit]) + more
 
@@ -270,26 +280,19 @@ class InputConfig:
     def check(self) -> None:
         """Raise a ValueError for values that no pipeline takes."""
         for name in ("height", "width", "num_frames", "num_inference_steps", "max_sequence_length"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name}={value!r} must be a whole number of 1 or more")
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name))
         if not -(2**63) <= self.seed < 2**64:
             raise ValueError(f"seed={self.seed} must fit into 64 bits")
         if not math.isfinite(self.guidance_scale):
             raise ValueError(f"guidance_scale={self.guidance_scale} must be a finite number")
-        if self.output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type={self.output_type!r} is unknown; known are {', '.join(OUTPUT_TYPES)}")
-        self._check_prompts()
-
-    def _check_prompts(self) -> None:
+        check_known("output_type", self.output_type, OUTPUT_TYPES)
         for name in ("prompt", "negative_prompt"):
             value = getattr(self, name)
             texts = [value] if isinstance(value, str) else value
             if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
                 raise ValueError(f"{name}={value!r} must be a text or a list of texts")
-        if isinstance(self.negative_prompt, str):
-            return
-        count = len(self.negative_prompt)
+        count = 1 if isinstance(self.negative_prompt, str) else len(self.negative_prompt)
         if count not in (0, 1, self.batch_size):
             raise ValueError(
                 f"{count} negative prompts for {self.batch_size} prompts: give one for all, or one for each"

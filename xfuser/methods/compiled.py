@@ -99,7 +99,9 @@ def _region(name: str) -> Callable[..., Any]:
 
 def _dense(x: Any) -> Any:
     """A tensor of the strides that its shape has by itself, and no view: others would make graphs of their own."""
-    return x.contiguous().view(-1).view(x.shape).data if isinstance(x, Tensor) else x
+    if not isinstance(x, Tensor):
+        return x
+    return x.contiguous().view(-1).view(x.shape).data if x.numel() else x.new_empty(x.shape)
 
 
 def _dense_values(arguments: dict[str, Any]) -> dict[str, Any]:

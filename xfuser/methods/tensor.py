@@ -1,5 +1,6 @@
 """Tensor parallelism of a pipeline's models: each layer's weights are divided over the ranks (arXiv 1909.08053)."""
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from typing import Any, NamedTuple
@@ -10,15 +11,16 @@ from torch.utils._pytree import tree_map_only
 
 from xfuser.core.distributed import GroupCoordinator
 from xfuser.core.hooks import Arguments, edited_arguments, replaced
-from xfuser.core.tensor_parallel.division import Division, Section, cut
+from xfuser.core.tensor_parallel.division import Division
 from xfuser.core.tensor_parallel.layers import Divided
+from xfuser.core.tensor_parallel.shards import Shards
 from xfuser.core.tensor_parallel.structure import describe
 from xfuser.methods.refusals import refusal
 from xfuser.models.plan import ModelPlan
 
 
 def division_of(model: nn.Module, plan: ModelPlan | None, ranks: int, scheme: str | None = None) -> Division:
-    """How a whole model with this plan is divided over ``ranks``; its weights may be on the meta device.
+    """How a model with this plan is divided over ``ranks``; its weights may be on the meta device.
 
     Raises:
         ValueError: it has fewer heads than ranks, or layers whose forward is not that of their class.
@@ -30,12 +32,11 @@ def divide(model: nn.Module, plan: ModelPlan | None, group: GroupCoordinator, sc
     """Divide a model in place, and return how; a :class:`TensorParallel` of the same scheme then takes it as it is.
 
     This is for loaders: a model on the meta device becomes one of the sizes that this rank keeps, and ``Division.kept``
-    says of which ranges of the whole.
+    says which ranges these are.
     """
     division = division_of(model, plan, group.world_size, scheme)
-    modules = dict(model.named_modules(remove_duplicate=False))
-    model.__dict__[_APPLIED] = _Applied(division, modules, division.numbers_of(model), scheme)
-    division.apply(model, group)
+    restore = division.apply(model, group)
+    model.__dict__[_APPLIED] = _Applied(division, group.world_size, scheme, set(model.modules()), restore)
     return division
 
 
@@ -46,7 +47,7 @@ def refuse_divided(model: nn.Module, ranks: int = 1, scheme: str | None = None) 
         ValueError: it is divided in another way, or for a wrap that is still there.
     """
     applied = vars(model).get(_APPLIED)
-    if applied and (applied.division.ranks, applied.scheme) == (ranks, scheme):
+    if applied and (applied.ranks, applied.scheme) == (ranks, scheme):
         return True
     if applied or any(isinstance(module, Divided) for module in model.modules()):
         raise ValueError(
@@ -57,18 +58,19 @@ def refuse_divided(model: nn.Module, ranks: int = 1, scheme: str | None = None) 
 
 
 class _Applied(NamedTuple):
-    """What it takes to make a divided model whole."""
+    """How a model was divided, the modules that it had then, and what undoes it."""
 
     division: Division
-    modules: dict[str, nn.Module]
-    numbers: dict[str, dict[str, Any]]
+    ranks: int
     scheme: str | None
+    modules: set[nn.Module]
+    restore: Callable[[], None]
 
 
 _APPLIED = "_xfuser_division"
 
 # Methods of Diffusers' pipelines and models, and of Transformers' models, that put adapters on layers, or add them to
-# weights, as if those were whole. Adapters that are there before are divided as all layers are.
+# weights, as if those were complete. Adapters that are there before are divided as all layers are.
 ADAPTING = ("load_lora_weights", "load_lora_adapter", "load_adapter", "add_adapter", "fuse_lora", "unfuse_lora")
 
 
@@ -87,55 +89,50 @@ class TensorParallel:
         scheme: str | None = None,
         pipe: Any = None,
     ) -> None:
-        self._group = group
+        self._rank = group.rank_in_group
         self._hooks = ExitStack()
-        self._divided: list[tuple[nn.Module, _Applied]] = []
+        self._applied: dict[nn.Module, _Applied] = {}
         for model, plan in models:
             if not refuse_divided(model, group.world_size, scheme):
                 divide(model, plan, group, scheme)
-            applied = model.__dict__.pop(_APPLIED)
-            self._divided.append((model, applied))
-            self._hook_tables(model, plan, applied.division)
-        for owner in (pipe, *(model for model, _ in models)):
-            for name in ADAPTING:
-                if hasattr(owner, name):
-                    message = (
-                        f"{name}: {type(owner).__name__} is divided by tensor parallelism, and adapters (LoRA) cannot"
-                        " be loaded or fused then: call load_lora_weights() and fuse_lora() before the wrap, or call"
-                        " unwrap(), do it, and wrap the pipeline again"
-                    )
-                    self._hooks.enter_context(replaced(owner, name, refusal(message)))
+            self._applied[model] = applied = model.__dict__.pop(_APPLIED)
+            for name, heads in applied.division.heads.items() if plan and plan.per_head else ():
+                edit = partial(self._cut_tables, plan.per_head, heads)
+                self._hooks.enter_context(edited_arguments(model.get_submodule(name), edit))
+        for owner in (pipe, *self._applied):
+            for name in filter(partial(hasattr, owner), ADAPTING):
+                message = (
+                    f"{name}: {type(owner).__name__} is divided by tensor parallelism, and adapters (LoRA) cannot"
+                    " be loaded or fused then: call load_lora_weights() and fuse_lora() before the wrap, or call"
+                    " unwrap(), do it, and wrap the pipeline again"
+                )
+                self._hooks.enter_context(replaced(owner, name, refusal(message)))
 
     def changes(self) -> list[str]:
-        """What modules with weights have come since, of which it is not known how to make them whole."""
-        known = {module for _, applied in self._divided for module in applied.modules.values()}
+        """What modules with weights were added since, of which other ranks have no part."""
+        known = set().union(*(applied.modules for applied in self._applied.values()))
         return [
             f"{type(model).__name__} has got {name!r}"
-            for model, _ in self._divided
+            for model in self._applied
             for name, module in model.named_modules()
             if module not in known and list(module.parameters(recurse=False))
         ]
 
     def restore(self) -> None:
-        """Give every rank the whole weights again; all ranks of the group must call it, and have the memory."""
+        """Give every rank all weights again; all ranks of the group must call it, and have the memory."""
         self._hooks.close()
-        for _, applied in self._divided:
-            applied.division.restore(applied.modules, self._group, applied.numbers)
-        self._divided = []
+        for applied in self._applied.values():
+            applied.restore()
+        self._applied = {}
 
-    def _hook_tables(self, model: nn.Module, plan: ModelPlan | None, division: Division) -> None:
-        for name, heads in division.heads.items() if plan and plan.per_head else ():
-            edit = partial(self._cut_tables, plan.per_head, heads)
-            self._hooks.enter_context(edited_arguments(model.get_submodule(name), edit))
-
-    def _cut_tables(self, tables: dict[str, dict[int, int]], heads: Section, arguments: Arguments) -> None:
-        """Leave the entries of this rank's heads of what has some for each head or channel."""
+    def _cut_tables(self, tables: dict[str, dict[int, int]], heads: Shards, arguments: Arguments) -> None:
+        """Of tables with entries for each head or channel, leave those of this rank's heads."""
 
         def own(dims: dict[int, int], x: torch.Tensor) -> torch.Tensor:
             dim = dims.get(x.dim())
             if dim is None or x.shape[dim] == 1:
                 return x
-            return cut(dim, heads.times(x.shape[dim] // heads.total)).part(x, self._group.rank_in_group)
+            return heads.times(x.shape[dim] // heads.total).part(x, dim, self._rank)
 
         for name, dims in tables.items():
             if arguments.get(name) is not None:

@@ -1,4 +1,4 @@
-"""What every rank passes to a pipeline's call is what rank 0 passes: random states, and tensors such as latents."""
+"""Every rank calls a pipeline with rank 0's random states, and tensors such as latents."""
 
 import hashlib
 from typing import Any
@@ -11,24 +11,25 @@ from xfuser.core.distributed import get_world_group
 
 
 def shared_arguments(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """Give every rank what rank 0 draws from: the states of torch's default generators and of those among the
-    arguments, and the values of the tensors among them.
+    """Give every rank rank 0's states of torch's default generators and of the generators in the arguments, and its
+    values of the tensors in them. Only tensors that differ are sent.
 
-    Only tensors that differ are sent. Returns the arguments, with new tensors in the place of these.
+    Returns the arguments, with new tensors in the place of those that differed.
 
     Raises:
         ValueError: on all ranks, if they were given different generators or tensors of different shapes.
     """
     world = get_world_group()
     leaves, spec = tree_flatten_with_path((args, dict(sorted(kwargs.items()))))
-    drawn = {keystr(path): x for path, x in leaves if isinstance(x, torch.Tensor | torch.Generator)}
-    digests = {name: _digest(x) for name, x in drawn.items() if isinstance(x, torch.Tensor)}
-    given = world.all_gather_object(({name: _described(x) for name, x in drawn.items()}, digests))
-    _refuse_differences([described for described, _ in given])
-    generators = [x for x in drawn.values() if isinstance(x, torch.Generator)]
-    defaults, states = world.broadcast_object((devices.rng_states(), [one.get_state() for one in generators]))
+    generators = {keystr(path): x for path, x in leaves if isinstance(x, torch.Generator)}
+    tensors = {keystr(path): x for path, x in leaves if isinstance(x, torch.Tensor)}
+    kinds = dict.fromkeys(generators, "a generator")
+    kinds |= {name: f"{x.dtype} of shape {tuple(x.shape)}" for name, x in tensors.items()}
+    given = world.all_gather_object((kinds, {name: _digest(x) for name, x in tensors.items()}))
+    _refuse_differences([kinds for kinds, _ in given])
+    defaults, states = world.broadcast_object((devices.rng_states(), [one.get_state() for one in generators.values()]))
     devices.set_rng_states(defaults)
-    for generator, state in zip(generators, states, strict=True):
+    for generator, state in zip(generators.values(), states, strict=True):
         generator.set_state(state)
     differ = {name for _, theirs in given for name in theirs if theirs[name] != given[0][1][name]}
     values = [
@@ -48,10 +49,6 @@ def _refuse_differences(given: list[dict[str, str]]) -> None:
                 f"the ranks call the pipeline with different tensors or generators ({'; '.join(told)}): give all ranks"
                 " arguments of the same shapes and types"
             )
-
-
-def _described(x: torch.Tensor | torch.Generator) -> str:
-    return f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, torch.Tensor) else "a generator"
 
 
 def _digest(x: torch.Tensor) -> bytes:

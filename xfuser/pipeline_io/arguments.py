@@ -9,18 +9,25 @@ from diffusers.utils import is_bs4_available, is_ftfy_available, load_image
 
 from xfuser.config import InputConfig
 
+PLAIN = ("height", "width", "num_frames", "num_inference_steps", "max_sequence_length", "output_type")
+PLAIN += ("use_resolution_binning",)
+
 
 def pipeline_arguments(pipe: Any, inputs: InputConfig) -> dict[str, Any]:
     """Keyword arguments for ``pipe(...)``.
 
     Raises:
-        ValueError: something was asked for that this pipeline does not take, or a prompt is missing.
+        ValueError: something is given that this pipeline does not take, or a prompt is missing.
     """
     takes = inspect.signature(type(pipe).__call__).parameters
-    asked = _plain(inputs, takes) | _subject(pipe, inputs, takes) | _guidance(inputs, takes)
-    arguments = {name: value for name, value in asked.items() if name in takes and value is not None}
+    given = {name: getattr(inputs, name) for name in PLAIN}
+    if "video_length" in takes:
+        given["video_length"] = given.pop("num_frames")
+    given["image"] = load_image(inputs.img_file_path) if inputs.img_file_path else None
+    given |= _subject(pipe, inputs, takes) | _guidance(inputs, takes)
+    arguments = {name: value for name, value in given.items() if name in takes and value is not None}
     defaults = {spec.name: spec.default for spec in fields(InputConfig)}
-    for name, value in asked.items():
+    for name, value in given.items():
         if name not in takes and value is not None and value != defaults.get(name):
             raise ValueError(f"{type(pipe).__name__} takes no {name} (given: {value!r}); remove it")
     if "clean_caption" in takes:  # as the pipeline itself decides, without the warning
@@ -29,30 +36,16 @@ def pipeline_arguments(pipe: Any, inputs: InputConfig) -> dict[str, Any]:
     return arguments
 
 
-def _plain(inputs: InputConfig, takes: Any) -> dict[str, Any]:
-    names = ("height", "width", "num_frames", "num_inference_steps", "max_sequence_length", "output_type")
-    asked = {name: getattr(inputs, name) for name in names}
-    if "video_length" in takes:
-        asked["video_length"] = asked.pop("num_frames")
-    asked["use_resolution_binning"] = inputs.use_resolution_binning
-    asked["image"] = load_image(inputs.img_file_path) if inputs.img_file_path else None
-    return asked
-
-
 def _subject(pipe: Any, inputs: InputConfig, takes: Any) -> dict[str, Any]:
-    """Prompts, or the class labels that stand for them in class-conditional pipelines."""
-    prompts = [inputs.prompt] if isinstance(inputs.prompt, str) else list(inputs.prompt)
+    """Prompts, or, in class-conditional pipelines, class labels."""
+    prompts, negative = (
+        [text] if isinstance(text, str) else list(text) for text in (inputs.prompt, inputs.negative_prompt)
+    )
     if not any(prompts):
         raise ValueError('there is nothing to draw: give a prompt (--prompt "...")')
-    if "class_labels" in takes and "prompt" not in takes:
-        return {"class_labels": _class_labels(pipe, prompts)}
-    negative = inputs.negative_prompt
-    negative = [negative] if isinstance(negative, str) else list(negative)
-    negative = negative * len(prompts) if len(negative) == 1 else negative
-    return {"prompt": prompts, "negative_prompt": negative if any(negative) else None}
-
-
-def _class_labels(pipe: Any, prompts: list[str]) -> list[int]:
+    if "class_labels" not in takes or "prompt" in takes:
+        negative = negative * len(prompts) if len(negative) == 1 else negative
+        return {"prompt": prompts, "negative_prompt": negative if any(negative) else None}
     known = getattr(pipe, "labels", {})
     labels = [int(prompt) if prompt.isdigit() else known.get(prompt) for prompt in prompts]
     if None in labels:
@@ -61,7 +54,7 @@ def _class_labels(pipe: Any, prompts: list[str]) -> list[int]:
         raise ValueError(
             f"{type(pipe).__name__} draws classes, and knows none called {unknown!r}: give a class number{names}"
         )
-    return labels
+    return {"class_labels": labels}
 
 
 def _guidance(inputs: InputConfig, takes: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Pictures, videos and latents to files."""
+"""Images, videos and latents to files."""
 
 import os
 import re
@@ -26,7 +26,7 @@ def media_of(output: Any) -> list[Any]:
 
 
 def check_writable(directory: str) -> None:
-    """Raise a ValueError, and make nothing, where files cannot be written into a folder, there already or not."""
+    """Raise a ValueError where files cannot be written into a folder, which need not exist; nothing is made."""
     nearest = os.path.abspath(directory)
     while not os.path.lexists(nearest):
         nearest = os.path.dirname(nearest)
@@ -40,11 +40,11 @@ def check_writable(directory: str) -> None:
 def write_media(item: Any, directory: str, name: str) -> str:
     """Write one image, video or latent into ``directory``, made if needed; returns the path.
 
-    Characters of ``name`` that are not safe in file names become ``_``. A file is there whole, or not at all.
+    Characters of ``name`` that are not safe in file names become ``_``. No incomplete file is left.
     """
     os.makedirs(directory, exist_ok=True)
     path = os.path.join(directory, re.sub(r"[^\w.-]+", "_", name).lstrip("."))
-    if isinstance(item, torch.Tensor) and not _looks_like_pictures(item):
+    if isinstance(item, torch.Tensor) and not _looks_like_images(item):
         latents = {"latents": item.detach().cpu().contiguous()}
         return write_whole(f"{path}.safetensors", lambda unfinished: save_file(latents, unfinished))
     frames = _frames(item)
@@ -54,7 +54,7 @@ def write_media(item: Any, directory: str, name: str) -> str:
 
 
 def write_whole(path: str, write: Callable[[str], Any]) -> str:
-    """Let ``write`` make a file of another name, and give it its own when it is done; returns the path."""
+    """Let ``write`` make a file of another name, which gets its own once it is complete; returns the path."""
     folder, name = os.path.split(path)
     unfinished = os.path.join(folder, f".{os.getpid()}_{name}")
     try:
@@ -66,7 +66,7 @@ def write_whole(path: str, write: Callable[[str], Any]) -> str:
     return path
 
 
-def _looks_like_pictures(x: torch.Tensor) -> bool:
+def _looks_like_images(x: torch.Tensor) -> bool:
     """Whether a tensor is ``[C, H, W]`` or ``[F, C, H, W]`` in [0, 1] with 1 or 3 channels, as ``pt`` output is."""
     return x.dim() in (3, 4) and x.shape[-3] in (1, 3) and float(x.min()) >= 0 and float(x.max()) <= 1
 
@@ -78,10 +78,10 @@ def _frames(item: Any) -> list[Image.Image]:
         item = item.detach().float().cpu().movedim(-3, -1).numpy()
     if isinstance(item, np.ndarray):
         item = list(item[None] if item.ndim == 3 else item)
-    return [frame if isinstance(frame, Image.Image) else _picture(frame) for frame in item]
+    return [frame if isinstance(frame, Image.Image) else _image(frame) for frame in item]
 
 
-def _picture(array: np.ndarray) -> Image.Image:
+def _image(array: np.ndarray) -> Image.Image:
     pixels = (array * 255).round().clip(0, 255).astype(np.uint8) if array.dtype != np.uint8 else array
     return Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
 

@@ -1,8 +1,7 @@
 """A pipeline's call without its weights and without other ranks, to see what memory it takes.
 
-The pipeline, its scheduler and tokenizers are real, and so is all that the engine does. Its modules have weights of
-the right shapes with nothing in them, and run on such tensors (``FakeTensorMode``); the other ranks are the ``fake``
-backend of torch.distributed, which exchanges nothing.
+The pipeline, its scheduler, its tokenizers and the engine are real. Weights and activations have shapes and no values
+(``FakeTensorMode``); the other ranks are the ``fake`` backend of torch.distributed, which sends nothing.
 """
 
 import inspect
@@ -44,18 +43,18 @@ CODER = ("encode", "decode")  # the methods by which pipelines call their VAE
 
 @dataclass
 class Memory:
-    """Bytes that a rank needs, the one that needs most of its weights.
+    """Bytes on the rank that has most weights.
 
     Attributes:
         weights: of each component of the pipeline.
-        transformers: names of those components that parallelism is about.
-        units: of what shares of weights are gathered by, of each component.
-        live: of tensors that are alive at the worst moment while a component computes; what it keeps for later, such as
-            the keys and values of PipeFusion, and what others keep, is in it.
-        kept: of those that are alive between the transformers' forwards.
+        transformers: names of the components that parallelism divides.
+        units: of each component, of the modules whose shards are gathered at a time.
+        live: of tensors other than weights, at the peak while a component computes; with what any component keeps for
+            later, such as the keys and values of PipeFusion.
+        kept: of those between the transformers' forwards.
     """
 
-    weights: dict[str, int]
+    weights: dict[str, int] = field(default_factory=dict)
     transformers: set[str] = field(default_factory=set)
     units: dict[str, list[int]] = field(default_factory=dict)
     live: dict[str, int] = field(default_factory=dict)
@@ -64,7 +63,7 @@ class Memory:
 
 @contextmanager
 def alone_of(world_size: int) -> Iterator[None]:
-    """Within the context, this process is the first of so many ranks, on the CPU, and the others are not there."""
+    """Within the context, this process is rank 0 of ``world_size``, on the CPU, and the others do not exist."""
     dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
     try:
         with devices.on_cpu():
@@ -75,7 +74,7 @@ def alone_of(world_size: int) -> Iterator[None]:
 
 
 def configs_of(model: str, cache: str | None = None) -> str:
-    """The folder of a pipeline; of one on the hub, only what is no weights is fetched."""
+    """The folder of a pipeline; of one on the hub, all but the weights is downloaded."""
     if os.path.isdir(model):
         return model
     return snapshot_download(model, cache_dir=cache, allow_patterns=["*.json", "*.txt", "*.model", "*.jinja"])
@@ -86,16 +85,14 @@ def rehearse(engine_config: EngineConfig, input_config: InputConfig) -> Memory:
 
     Raises:
         ValueError: the configuration does not fit the pipeline.
-        RuntimeError: a forward looks at the values in its tensors, which are not there.
+        RuntimeError: a forward reads the values of its tensors, which have none.
     """
     folder, dtype = engine_config.model_config.model, engine_config.runtime_config.dtype
-    parts = {name: hollow(folder, name, dtype) for name in components_of(folder)}
-    parts = {name: part for name, part in parts.items() if part is not None}
+    parts = {name: part for name in components_of(folder) if (part := hollow(folder, name, dtype))}
     fake, meter = FakeTensorMode(allow_non_fake_inputs=True), LiveMemory()
-    memory = Memory({})
+    memory = Memory(live=dict.fromkeys(parts, 0))
     for name, part in parts.items():
-        memory.live[name] = 0
-        _give_shapes(part, fake)
+        _fake_parameters(part, fake)
         for method in CODER if hasattr(part, CODER[1]) else ("forward",):
             setattr(part, method, _simulated(getattr(part, method), name, fake, meter, memory))
     disable_progress_bar()
@@ -106,9 +103,7 @@ def rehearse(engine_config: EngineConfig, input_config: InputConfig) -> Memory:
     memory.transformers = set(planned_models(pipe))
     memory.units = {name: units_of(part) for name, part in parts.items()}
     parallel = xDiTParallel(pipe, engine_config, input_config)
-    memory.weights = {name: weight_of(getattr(parallel, name)) for name in parts}
-    for name, factor in heaviest.items():
-        memory.weights[name] = int(memory.weights[name] * factor)
+    memory.weights = {name: int(weight_of(getattr(parallel, name)) * heaviest.get(name, 1)) for name in parts}
     with meter:
         parallel(**parallel.call_arguments())
     return memory
@@ -139,16 +134,15 @@ def units_of(module: nn.Module) -> list[int]:
     return [sum(x.nbytes for x in one.parameters()) for one in blocks or outermost_lists(module)]
 
 
-def _give_shapes(module: nn.Module, fake: FakeTensorMode) -> None:
-    """Let a skeleton's parameters be tensors of a device, with nothing in them."""
-    new: dict[int, nn.Parameter] = {}
+def _fake_parameters(module: nn.Module, fake: FakeTensorMode) -> None:
+    """Put fake parameters of a device in the place of a skeleton's."""
+    new: dict[nn.Parameter | None, nn.Parameter | None] = {None: None}
     for owner in module.modules():
         for key, old in owner._parameters.items():
-            if old is not None and id(old) not in new:
+            if old not in new:
                 with fake:
-                    new[id(old)] = nn.Parameter(torch.empty(old.shape, dtype=old.dtype), requires_grad=False)
-            if old is not None:
-                owner._parameters[key] = new[id(old)]
+                    new[old] = nn.Parameter(torch.empty(old.shape, dtype=old.dtype), requires_grad=False)
+            owner._parameters[key] = new[old]
 
 
 def _simulated(
@@ -156,14 +150,14 @@ def _simulated(
 ) -> Callable[..., Any]:
     """A method that computes shapes alone, takes and returns real tensors, and notes its memory."""
 
-    def shape_alone(x: torch.Tensor) -> torch.Tensor:
+    def as_fake(x: torch.Tensor) -> torch.Tensor:
         return x if isinstance(x, FakeTensor) else fake.from_tensor(x)
 
     @wraps(original)
     def call(*args: Any, **kwargs: Any) -> Any:
         if memory.live[name] and name in memory.transformers:  # not its first call
             memory.kept = max(memory.kept, meter.live)
-        args, kwargs = tree_map_only(torch.Tensor, shape_alone, (args, kwargs))
+        args, kwargs = tree_map_only(torch.Tensor, as_fake, (args, kwargs))
         before, meter.peak = meter.peak, meter.live
         with fake, meter:
             output = original(*args, **kwargs)
@@ -176,12 +170,10 @@ def _simulated(
 
 def _heaviest_stage(pipe: Any, engine_config: EngineConfig) -> dict[str, float]:
     """Of each transformer, how much more the heaviest PipeFusion stage weighs than the first, which is rehearsed."""
-    models, parallel = planned_models(pipe), engine_config.parallel_config
-    split = pipeline_split(models, type(pipe).__name__, parallel) if parallel.pp_degree > 1 else {}
-    factors = {}
-    for name, layers in split.items():
+    models, factors = planned_models(pipe), {}
+    for name, layers in pipeline_split(models, type(pipe).__name__, engine_config.parallel_config).items():
         weights = []
-        for stage in range(parallel.pp_degree):
+        for stage in range(len(layers)):
             model = hollow(engine_config.model_config.model, name, engine_config.runtime_config.dtype)
             divide(model, models[name][1], layers, stage)
             weights.append(sum(x.nbytes for x in model.parameters()))

@@ -1,18 +1,13 @@
 """The legal combinations of degrees for a number of ranks, and the memory that each takes."""
 
-import math
 from dataclasses import dataclass, replace
 
 from xfuser.config import xFuserArgs
 from xfuser.config.args import shipped_folder
-from xfuser.config.config import in_words, legal_degrees
+from xfuser.config.config import DEGREES, in_words, legal_degrees
 from xfuser.planner.rehearsal import Memory, alone_of, configs_of, rehearse
 from xfuser.weights.text_encoders import PREFIX
 
-FLAGS = {  # of what legal_degrees() names
-    "dp": "data_parallel_degree", "pipefusion": "pipefusion_parallel_degree", "ulysses": "ulysses_degree",
-    "ring": "ring_degree", "tensor": "tensor_parallel_degree",
-}  # fmt: skip
 COLUMNS = ("transformer", "text encoders", "other weights", "kept", "encode", "denoise", "VAE", "peak")
 GATHERED = 2  # units at a time: the one that computes, and the one that is fetched meanwhile
 
@@ -32,7 +27,7 @@ class Row:
     def fits(self, memory: int) -> bool:
         return self.peak <= memory
 
-    def told(self, memory: int | None) -> str:
+    def text(self, memory: int | None) -> str:
         """The row in words and numbers of GB."""
         if self.refusal:
             return f"no: {self.refusal}"
@@ -45,60 +40,48 @@ class Row:
 
 
 def plan(args: xFuserArgs, world_size: int) -> list[Row]:
-    """What the legal combinations of degrees for so many ranks take; ``args`` says all but the degrees.
+    """What every legal combination of degrees for so many ranks needs; ``args`` has all but the degrees.
 
     Raises:
         ValueError: there is no such pipeline.
     """
     base = args if shipped_folder(args.model) else replace(args, model=configs_of(args.model, args.download_dir))
     with alone_of(world_size):
-        return [_row(base, degrees) for degrees in legal_degrees(world_size)]
+        return [_row(base, degrees, world_size) for degrees in legal_degrees(world_size)]
 
 
-def _row(args: xFuserArgs, degrees: dict[str, int]) -> Row:
+def _row(args: xFuserArgs, degrees: dict[str, int], world_size: int) -> Row:
     name = in_words(degrees)
-    asked = {flag: degrees[method] for method, flag in FLAGS.items()} | {"use_cfg_parallel": degrees["cfg"] == 2}
+    flags = {DEGREES[method].flag: n for method, n in degrees.items()} | {"use_cfg_parallel": degrees["cfg"] == 2}
     # Where weights are is computed from sizes; what the call does with them does not depend on it.
     plain = {"text_encoder": "replicate", "fully_shard_degree": 1}
     warmup = args.warmup_steps if degrees["pipefusion"] > 1 else 0
+    shards = world_size // degrees["dp"] if args.fully_shard_degree > 1 else 1
     try:
-        shards = math.prod(degrees.values()) // degrees["dp"] if args.fully_shard_degree > 1 else 1
-        replace(args, **asked, fully_shard_degree=shards).checked()
-        configs = replace(args, **asked, **plain, num_inference_steps=warmup + 2).checked()
-        memory = rehearse(*configs)
+        replace(args, **flags, fully_shard_degree=shards).checked()
+        memory = rehearse(*replace(args, **flags, **plain, num_inference_steps=warmup + 2).checked())
     except (ValueError, RuntimeError) as error:
         return Row(name, {}, str(error).splitlines()[0])
-    return Row(name, needs_of(memory, args.text_encoder, math.prod(degrees.values()), shards))
+    return Row(name, needs_of(memory, args.text_encoder, world_size, shards))
 
 
 def needs_of(memory: Memory, mode: str, world_size: int, shards: int) -> dict[str, int]:
-    """Bytes by the names of ``COLUMNS``, with text encoders in this mode and transformers in so many shares."""
-    encoders = {name: weight for name, weight in memory.weights.items() if name.startswith(PREFIX)}
-    transformers = memory.transformers
-    resident = dict(encoders)
-    busy = dict.fromkeys(memory.weights, 0)  # on top, while a component computes
-    if mode == "offload":
-        resident, busy = dict.fromkeys(encoders, 0), busy | encoders
-    for name in (*(encoders if mode == "shard" else ()), *transformers):
-        ranks = world_size if name in encoders else shards
-        resident[name], busy[name] = shared(memory.weights[name], memory.units[name], ranks)
-    others = {name: resident.pop(name, weight) for name, weight in memory.weights.items() if name not in encoders}
-    standing = sum(resident.values()) + sum(others.values())
-    peaks = {name: standing + busy[name] + live for name, live in memory.live.items()}
-    told = {
-        "transformer": sum(others[name] for name in transformers),
-        "text encoders": sum(resident.values()),
-        "other weights": sum(weight for name, weight in others.items() if name not in transformers),
-        "kept": memory.kept,
-        "encode": max((memory.live[name] + busy[name] for name in encoders), default=0),
-        "denoise": max(memory.live[name] + busy[name] for name in transformers),
-        "VAE": max((memory.live[name] for name in others if name not in transformers), default=0),
-    }
-    return told | {"peak": max(peaks.values())}
-
-
-def shared(weight: int, units: list[int], ranks: int) -> tuple[int, int]:
-    """Bytes that a rank holds of a module whose units are in shares, and what it gathers on top."""
-    if ranks == 1 or not units:
-        return weight, 0
-    return weight - sum(units) + sum(-(-unit // ranks) for unit in units), GATHERED * max(units)
+    """Bytes by the names of ``COLUMNS``, with text encoders in this mode and transformers in so many shards."""
+    groups: dict[str, list[str]] = {"transformer": [], "text encoders": [], "other weights": []}
+    resident, active = dict(memory.weights), dict(memory.live)  # active: while a component computes
+    for name, weight in memory.weights.items():
+        is_encoder = name.startswith(PREFIX)
+        kind = "transformer" if name in memory.transformers else "text encoders" if is_encoder else "other weights"
+        groups[kind].append(name)
+        ranks = shards if kind == "transformer" else world_size if is_encoder and mode == "shard" else 1
+        units = memory.units[name] if ranks > 1 else []
+        if is_encoder and mode == "offload":
+            resident[name] = 0
+            active[name] += weight
+        elif units:
+            resident[name] = weight - sum(units) + sum(-(-unit // ranks) for unit in units)
+            active[name] += GATHERED * max(units)
+    needs = {kind: sum(resident[name] for name in names) for kind, names in groups.items()} | {"kept": memory.kept}
+    for column, kind in {"encode": "text encoders", "denoise": "transformer", "VAE": "other weights"}.items():
+        needs[column] = max((active[name] for name in groups[kind]), default=0)
+    return needs | {"peak": sum(resident.values()) + max(active.values())}

@@ -2,6 +2,6 @@
 
 from yunchang.kernels import AttnType
 
-from xfuser.compat.long_ctx_attention.attn_layer import xFuserLongContextAttention
+from xfuser.compat.attention import xFuserLongContextAttention
 
 __all__ = ["AttnType", "xFuserLongContextAttention"]

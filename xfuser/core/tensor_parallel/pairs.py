@@ -2,49 +2,43 @@
 
 from torch import nn
 
-from xfuser.core.tensor_parallel.attention import Pairs, children, layers_of
-from xfuser.core.tensor_parallel.division import Section, evenly
+from xfuser.core.tensor_parallel.attention import children, layers_of
+from xfuser.core.tensor_parallel.division import Division
+from xfuser.core.tensor_parallel.shards import evenly, joined
 
-# Linears of a feed-forward module: those in front of its activation, and the one behind. Where there is one in front
+# Linears of a feed-forward module: one or two before its activation, and the last one. Where there is one before it
 # that has twice the outputs, one half is the gate of the other.
-FEED_FORWARDS = (
-    (("net.0.proj",), "net.2"),
-    (("w1", "w3"), "w2"),
-    (("w1",), "w2"),
-    (("linear_1", "linear_2"), "out_projection"),
-    (("linear_1", "linear_3"), "linear_2"),
-    (("gate", "up"), "down"),
-    (("gate_proj", "up_proj"), "down_proj"),
-    (("gate_up_proj",), "down_proj"),
-    (("in_layer",), "out_layer"),
-    (("linear_in",), "linear_out"),
-    (("wi_0", "wi_1"), "wo"),
-    (("wi",), "wo"),
-    (("fc1",), "fc2"),
-)
+FEED_FORWARDS = [
+    ("net.0.proj", "net.2"), ("w1", "w3", "w2"), ("w1", "w2"), ("linear_1", "linear_2", "out_projection"),
+    ("linear_1", "linear_3", "linear_2"), ("gate", "up", "down"), ("gate_proj", "up_proj", "down_proj"),
+    ("gate_up_proj", "down_proj"), ("in_layer", "out_layer"), ("linear_in", "linear_out"), ("wi_0", "wi_1", "wo"),
+    ("wi", "wo"), ("fc1", "fc2"),
+]  # fmt: skip
 ELEMENTWISE = (nn.GELU, nn.SiLU, nn.ReLU)
 
 
-def feed_forward_pairs(name: str, module: nn.Module, ranks: int) -> Pairs | None:
+def feed_forward_division(name: str, module: nn.Module, ranks: int) -> Division | None:
     """How to divide a feed-forward module by its hidden channels; None for other modules."""
+    tables = FEED_FORWARDS
     if isinstance(module, nn.Sequential):
         kinds = [type(one) for one in module]
         in_a_row = len(kinds) == 3 and kinds[0] is kinds[2] is nn.Linear and kinds[1] in ELEMENTWISE
-        tables = ((("0",), "2"),) if in_a_row else ()
-    else:
-        tables = FEED_FORWARDS
+        tables = [("0", "2")] if in_a_row else []
     layers = layers_of(module) if tables else {}
-    for columns, row in tables:
+    for *columns, row in tables:
         if layers.keys() == {*columns, row} and all(type(one) is nn.Linear for one in layers.values()):
             hidden = layers[row].in_features
             times = {layers[one].out_features / hidden for one in columns}
             if hidden >= ranks and (times == {1} or (times == {2} and len(columns) == 1)):
-                halves = (evenly(hidden, ranks),) * int(times.pop())
-                return Pairs(dict.fromkeys(columns, halves), {row: halves[:1]})
+                division, shards = Division(), evenly(hidden, ranks)
+                for column in columns:
+                    division.outputs(column, layers[column], joined(*[shards] * int(max(times))))
+                division.inputs(row, layers[row], shards)
+                return division
     return None
 
 
-def residual_pairs(name: str, module: nn.Module, ranks: int) -> Pairs | None:
+def residual_division(name: str, module: nn.Module, ranks: int) -> Division | None:
     """A residual block, ``conv2(act(norm2(conv1(...) + time_emb_proj(...))))``, by the groups of the norm in it.
 
     The projection of the time may have twice the channels, for scales and shifts.
@@ -58,17 +52,19 @@ def residual_pairs(name: str, module: nn.Module, ranks: int) -> Pairs | None:
         return None
     of_groups = evenly(groups, ranks)
     channels = of_groups.times(width // groups)
-    pairs = Pairs({"conv1": (channels,), "norm2": (channels,)}, {"conv2": (channels,)})
+    division = Division(numbers={"norm2.num_groups": of_groups.sizes, "norm2.num_channels": channels.sizes})
     if time is not None:
         times, rest = divmod(time.out_features, width)
         if rest or times not in (1, 2):
             return None
-        pairs.columns["time_emb_proj"] = (channels,) * times
-    pairs.numbers = {"norm2.num_groups": _sizes(of_groups), "norm2.num_channels": _sizes(channels)}
-    return pairs
+        division.outputs("time_emb_proj", time, joined(*[channels] * times))
+    division.outputs("conv1", first, channels)
+    division.outputs("norm2", norm, channels)
+    division.inputs("conv2", last, channels)
+    return division
 
 
-def inverted_pairs(name: str, module: nn.Module, ranks: int) -> Pairs | None:
+def inverted_division(name: str, module: nn.Module, ranks: int) -> Division | None:
     """A pointwise, a depthwise and a pointwise convolution, with a gate: half of the channels in between."""
     first, depth, last = children(module, "conv_inverted", "conv_depth", "conv_point")
     if not (type(first) is type(depth) is type(last) is nn.Conv2d):
@@ -78,12 +74,10 @@ def inverted_pairs(name: str, module: nn.Module, ranks: int) -> Pairs | None:
         return None
     if not first.out_channels == depth.in_channels == depth.out_channels == depth.groups == 2 * hidden:
         return None
-    halves = (evenly(hidden, ranks),) * 2
-    pairs = Pairs({"conv_inverted": halves, "conv_depth": halves}, {"conv_point": halves[:1]})
-    own = tuple(2 * size for size in _sizes(halves[0]))
-    pairs.numbers = {"conv_depth.groups": own, "conv_depth.in_channels": own}
-    return pairs
-
-
-def _sizes(section: Section) -> tuple[int, ...]:
-    return tuple(map(len, section.parts))
+    shards = evenly(hidden, ranks)
+    both = joined(shards, shards)
+    division = Division(numbers={"conv_depth.groups": both.sizes, "conv_depth.in_channels": both.sizes})
+    division.outputs("conv_inverted", first, both)
+    division.outputs("conv_depth", depth, both)
+    division.inputs("conv_point", last, shards)
+    return division

@@ -1,5 +1,5 @@
 """The path by which research code imports USP."""
 
-from xfuser.compat.usp import USP, _ft_c_input_all_to_all, _ft_c_output_all_to_all
+from xfuser.compat.attention import USP, _ft_c_input_all_to_all, _ft_c_output_all_to_all
 
 __all__ = ["USP", "_ft_c_input_all_to_all", "_ft_c_output_all_to_all"]

@@ -1,5 +1,5 @@
 """Ulysses and ring together."""
 
-from xfuser.compat.long_ctx_attention.attn_layer import xFuserLongContextAttention
+from xfuser.compat.attention import xFuserLongContextAttention
 
 __all__ = ["xFuserLongContextAttention"]

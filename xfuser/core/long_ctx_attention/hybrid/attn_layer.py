@@ -1,5 +1,5 @@
 """A path by which research code imports the layer."""
 
-from xfuser.compat.long_ctx_attention.attn_layer import xFuserLongContextAttention
+from xfuser.compat.attention import xFuserLongContextAttention
 
 __all__ = ["xFuserLongContextAttention"]

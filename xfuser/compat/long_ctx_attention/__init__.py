@@ -1,1 +1,0 @@
-"""The attention layer that research code imports."""

@@ -1,0 +1,61 @@
+"""Which entries of a dimension each rank keeps."""
+
+from typing import NamedTuple
+
+import torch
+
+from xfuser.core.distributed.utils import share, split_sizes
+
+
+class Shards(NamedTuple):
+    """A dimension that is divided over ranks.
+
+    Attributes:
+        kept: for each rank, the ranges of entries that it keeps, in order. Ranks may keep the same entries.
+        total: entries of the full dimension.
+    """
+
+    kept: tuple[tuple[range, ...], ...]
+    total: int
+
+    @property
+    def sizes(self) -> list[int]:
+        """Entries that each rank keeps."""
+        return [sum(map(len, ranges)) for ranges in self.kept]
+
+    def times(self, size: int) -> "Shards":
+        """The same where each entry is ``size`` long, as the channels of heads are."""
+        kept = (tuple(range(one.start * size, one.stop * size) for one in ranges) for ranges in self.kept)
+        return Shards(tuple(kept), self.total * size)
+
+    def part(self, full: torch.Tensor, dim: int, rank: int) -> torch.Tensor:
+        """What ``rank`` keeps of a full tensor."""
+        pieces = [full.narrow(dim, one.start, len(one)) for one in self.kept[rank]]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
+
+    def full(self, parts: list[torch.Tensor], dim: int) -> torch.Tensor:
+        """The full tensor, from what all ranks keep."""
+        shape = list(parts[0].shape)
+        shape[dim] = self.total
+        full = parts[0].new_empty(shape)
+        for ranges, part in zip(self.kept, parts, strict=True):
+            pieces = part.split([len(one) for one in ranges], dim)
+            for one, piece in zip(ranges, pieces, strict=True):
+                full.narrow(dim, one.start, len(one)).copy_(piece)
+        return full
+
+
+def evenly(total: int, ranks: int) -> Shards:
+    """Shards whose sizes differ by one at most."""
+    sizes = split_sizes(total, ranks)
+    return Shards(tuple((share(sizes, rank),) for rank in range(ranks)), total)
+
+
+def joined(*sections: Shards) -> Shards:
+    """A dimension that consists of ``sections``, of each of which a rank keeps its part."""
+    kept, start = [()] * len(sections[0].kept), 0
+    for section in sections:
+        for rank, ranges in enumerate(section.kept):
+            kept[rank] += tuple(range(start + one.start, start + one.stop) for one in ranges)
+        start += section.total
+    return Shards(tuple(kept), start)
