@@ -10,8 +10,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from xfuser.core.attention import flash_attn, kernels
 from xfuser.core.attention.intercept import intercepted
@@ -116,11 +115,7 @@ def installed(package, function):
 
 @pytest.mark.parametrize(
     ("package", "function"),
-    [
-        ("flash_attn", flash_attn_2),
-        ("flash_attn_interface", flash_attn_3),
-        ("flash_attn_interface", flash_attn_3_beta),
-    ],
+    [("flash_attn", flash_attn_2), ("flash_attn_interface", flash_attn_3), ("flash_attn_interface", flash_attn_3_beta)],
 )
 @pytest.mark.parametrize("causal", [False, True])
 def test_flash_attn_is_called_by_its_signature(package, function, causal):

@@ -176,7 +176,6 @@ def edited(folder_of, tmp_path, changes):
     [
         (("--prompt", "x", "--output_type", "jpeg"), "'jpeg' is unknown"),
         (("--prompt", "x", "--height", "tall"), "invalid int value: 'tall'"),
-        (("--prompt", "x", "--use_torch_compile"), "not available yet"),
         (("--prompt", "x", "--vae_chunk_rows", "4"), "requires use_parallel_vae"),
         (("--prompt", "x", "--ulysses_degree", "0"), "ulysses_degree=0"),
         (("--prompt", "x", "--model", "/nowhere"), "'/nowhere' does not exist"),

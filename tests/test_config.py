@@ -77,7 +77,6 @@ def test_config_objects_carry_what_users_read():
         ({"vae_split": "frames", "use_parallel_vae": True}, "go through frames one after the other"),
         ({"vae_chunk_rows": 0, "use_parallel_vae": True}, "vae_chunk_rows=0 must be auto or a whole number"),
         ({"vae_split": "width"}, "vae_split='width' requires use_parallel_vae"),
-        ({"use_torch_compile": True}, "not available yet"),
         ({"use_onediff": True}, "no longer maintained"),
         ({"output_type": "jpeg"}, "'jpeg' is unknown; known are pil, pt, np, latent"),
         ({"attention_backend": "best"}, "attention_backend='best': unknown; here there are auto, sdpa"),

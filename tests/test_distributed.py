@@ -16,8 +16,7 @@ import torch.distributed as dist
 from xfuser import xFuserArgs
 from xfuser.bench.exits import SCRIPTS, exit_codes
 from xfuser.cli import main as cli
-from xfuser.core import device as devices
-from xfuser.core import distributed
+from xfuser.core import device as devices, distributed
 from xfuser.core.distributed import RankGenerator
 from xfuser.core.distributed.utils import split_sequence_group, split_sizes
 from xfuser.pipeline_io.agreement import shared_arguments

@@ -564,8 +564,7 @@ def test_forward_with_text_on_every_rank(pool, place, strategy, size):
 
 
 @pytest.mark.parametrize(
-    ("ranks", "degrees"),
-    [(1, {}), (2, {"use_cfg_parallel": True}), (4, {"use_cfg_parallel": True, "ring_degree": 2})],
+    ("ranks", "degrees"), [(1, {}), (2, {"use_cfg_parallel": True}), (4, {"use_cfg_parallel": True, "ring_degree": 2})]
 )
 def test_forward_with_guidance_in_its_batch(pool, ranks, degrees):
     assert max(pool.run(ranks, guided_client, degrees)) <= 1e-5

@@ -4,8 +4,7 @@ import pytest
 import running
 import tiny
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 import xfuser.legacy as legacy
 

@@ -38,12 +38,7 @@ SCHEDULERS = [
 
 
 def degrees(stages, patches, warmup, **others):
-    return {
-        "pipefusion_parallel_degree": stages,
-        "num_pipeline_patch": patches,
-        "warmup_steps": warmup,
-        **others,
-    }
+    return {"pipefusion_parallel_degree": stages, "num_pipeline_patch": patches, "warmup_steps": warmup, **others}
 
 
 def call_of(family, images=1, **changes):

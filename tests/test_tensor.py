@@ -344,8 +344,7 @@ def test_gates_are_divided_in_halves():
 
 
 @pytest.mark.parametrize(
-    ("family", "kind", "changes"),
-    [("wan", SpanningRMSNorm, {}), ("hidream", SpanningRMSNorm, {}), ("flux", None, {})],
+    ("family", "kind", "changes"), [("wan", SpanningRMSNorm, {}), ("hidream", SpanningRMSNorm, {}), ("flux", None, {})]
 )
 def test_norms_over_all_heads_are_told_from_others(family, kind, changes):
     found = {kind for kind, _ in division_of(meta(family, changes), None, 2).completions.values()}

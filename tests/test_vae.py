@@ -13,8 +13,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.upsampling import Upsample2D
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import nn
 
 from xfuser.core.distributed import get_world_group, init_distributed_environment

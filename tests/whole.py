@@ -334,11 +334,7 @@ WHOLE = {
         call=lambda: FRAMES() | LTX_CALL | {"image": picture(160, 96), "num_frames": 17},
     ),
     "qwen_image": Whole(
-        "QwenImagePipeline",
-        "qwen_image",
-        QWEN_VAE,
-        text=EMBEDS | {"prompt_embeds_mask": (WORDS,)},
-        parts=shifting,
+        "QwenImagePipeline", "qwen_image", QWEN_VAE, text=EMBEDS | {"prompt_embeds_mask": (WORDS,)}, parts=shifting
     ),
     "qwen_image_edit": Whole(
         "QwenImageEditPipeline",

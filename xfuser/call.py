@@ -13,8 +13,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import MethodType
 from typing import Any, Protocol
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from xfuser.core.hooks import Arguments, Binder, replaced
@@ -26,7 +25,7 @@ Wrapper = Callable[[Forward, Arguments], Any]  # calls the forward with the argu
 class Arriving(Protocol):
     """An output of the transformer that another rank computes and that is still on its way."""
 
-    def then(self, action: Callable[[], None], results: list[torch.Tensor]) -> None:
+    def then(self, action: Callable[[], None], results: list[Tensor]) -> None:
         """Call ``action``, which makes ``results`` of the output, once it is there."""
 
 
@@ -56,7 +55,7 @@ class CallState:
         self.tokens: Any = None
         self.arriving: Arriving | None = None
         self._synchronous, self._every_step_whole = max(1, synchronous), every_step_whole
-        self._part: Callable[[torch.Tensor], torch.Tensor] | None = None
+        self._part: Callable[[Tensor], Tensor] | None = None
         self._wrappers: dict[nn.Module, list[Wrapper]] = {}
         self._at_forwards_end: list[Callable[[], None]] = []
         self._at_schedule: list[Callable[[], None]] = []
@@ -75,7 +74,7 @@ class CallState:
         """Call ``action`` when a schedule is about to be made: what comes next is the first step of another image."""
         self._at_schedule.append(action)
 
-    def computes(self, part: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def computes(self, part: Callable[[Tensor], Tensor]) -> None:
         """Say which part of an output this rank computes in a sub-step, as a view."""
         self._part = part
 
@@ -83,9 +82,9 @@ class CallState:
 
     def part(self, output: Any) -> Any:
         """Of an output, or of each tensor in it, what this rank computes in this sub-step."""
-        return output if self._part is None else tree_map_only(torch.Tensor, self._part, output)
+        return output if self._part is None else tree_map_only(Tensor, self._part, output)
 
-    def when_there(self, action: Callable[[], None], results: list[torch.Tensor]) -> None:
+    def when_there(self, action: Callable[[], None], results: list[Tensor]) -> None:
         """Call ``action``, which makes ``results`` of the last forward's output, once that output has arrived."""
         if self.arriving is None:
             action()

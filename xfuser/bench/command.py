@@ -158,11 +158,7 @@ def _run_rank(options: argparse.Namespace, chosen: list[Configuration]) -> int:
     """One rank's part; rank 0 writes the report, or leaves what was measured for the process that started the ranks."""
     from xfuser.bench.measure import measure
     from xfuser.bench.workload import Workload, diffusers_own, ours
-    from xfuser.core.distributed import (
-        destroy_distributed_environment,
-        get_world_group,
-        init_distributed_environment,
-    )
+    from xfuser.core.distributed import destroy_distributed_environment, get_world_group, init_distributed_environment
 
     mine = of_this_world(chosen)
     init_distributed_environment()

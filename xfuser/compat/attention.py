@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from yunchang.kernels import AttnType
 
 from xfuser.compat.sharded import JOINT, backend_for, check_options, check_tensors, sharded_attention
@@ -64,22 +64,22 @@ class xFuserLongContextAttention(nn.Module):
     def forward(
         self,
         attn: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
         *,
-        joint_tensor_query: torch.Tensor | None = None,
-        joint_tensor_key: torch.Tensor | None = None,
-        joint_tensor_value: torch.Tensor | None = None,
+        joint_tensor_query: Tensor | None = None,
+        joint_tensor_key: Tensor | None = None,
+        joint_tensor_value: Tensor | None = None,
         dropout_p: float = 0.0,
         softmax_scale: float | None = None,
         causal: bool = False,
         window_size: tuple[int, int] = (-1, -1),
-        alibi_slopes: torch.Tensor | None = None,
+        alibi_slopes: Tensor | None = None,
         deterministic: bool = False,
         return_attn_probs: bool = False,
         joint_strategy: str = "none",
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """Attention of this rank's tokens, and of the joint ones, to all tokens of the group and the joint ones.
 
         Ranks may hold different numbers of tokens, and any number of heads.
@@ -116,17 +116,17 @@ class xFuserLongContextAttention(nn.Module):
 
 
 def USP(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
     dropout_p: float = 0.0,
     is_causal: bool = False,
-    joint_query: torch.Tensor | None = None,
-    joint_key: torch.Tensor | None = None,
-    joint_value: torch.Tensor | None = None,
+    joint_query: Tensor | None = None,
+    joint_key: Tensor | None = None,
+    joint_value: Tensor | None = None,
     joint_strategy: str | None = None,
     attn_layer: Any = None,
-) -> torch.Tensor:
+) -> Tensor:
     """As :meth:`xFuserLongContextAttention.forward`, with heads before tokens.
 
     Args:
@@ -149,24 +149,24 @@ def _check_cache(name: str, is_given: bool) -> None:
 
 
 def xdit_ring_flash_attn_func(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
     window_size: tuple[int, int] = (-1, -1),
-    alibi_slopes: torch.Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
     group: dist.ProcessGroup | None = None,
     attn_type: AttnType | None = None,
     attn_processor: Any = None,
     attn_layer: Any = None,
-    joint_tensor_key: torch.Tensor | None = None,
-    joint_tensor_value: torch.Tensor | None = None,
+    joint_tensor_key: Tensor | None = None,
+    joint_tensor_value: Tensor | None = None,
     joint_strategy: str = "none",
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, None]:
+) -> Tensor | tuple[Tensor, Tensor, None]:
     """Attention of this rank's queries to the keys of all ranks of a ring, and to the joint ones (arXiv 2310.01889).
 
     Ranks may hold different numbers of tokens; queries need not be as many as keys. The caller puts joint queries
@@ -202,7 +202,7 @@ def xdit_ring_flash_attn_func(
     return (out, lse, None) if return_attn_probs else out
 
 
-def _ft_c_input_all_to_all(x: torch.Tensor) -> torch.Tensor:
+def _ft_c_input_all_to_all(x: Tensor) -> Tensor:
     """``[B, H, S/U, D]`` to ``[B, H/U, S, D]``, over the U ranks of the Ulysses group.
 
     Raises:
@@ -223,7 +223,7 @@ def _ft_c_input_all_to_all(x: torch.Tensor) -> torch.Tensor:
     return forward_only(scattered, x)
 
 
-def _ft_c_output_all_to_all(x: torch.Tensor) -> torch.Tensor:
+def _ft_c_output_all_to_all(x: Tensor) -> Tensor:
     """``[B, H/U, S, D]`` back to ``[B, H, S/U, D]``, over the U ranks of the Ulysses group.
 
     Raises:
@@ -239,7 +239,7 @@ def _ft_c_output_all_to_all(x: torch.Tensor) -> torch.Tensor:
     return forward_only(gathered, x)
 
 
-def _check_divides(x: torch.Tensor, dim: int, what: str, ranks: int) -> None:
+def _check_divides(x: Tensor, dim: int, what: str, ranks: int) -> None:
     if x.dim() != 4 or x.shape[dim] % ranks:
         raise ValueError(
             f"{tuple(x.shape)} must be [B, H, S, D] with {what} (dimension {dim}) that divide by the {ranks} ranks of"

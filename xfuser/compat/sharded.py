@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch import Tensor
 from yunchang.kernels import AttnType
 
 from xfuser.config.config import check_known
@@ -22,17 +23,17 @@ KERNEL_OF = {"fa": "flash_attn", "fa3": "flash_attn_3", "torch_cudnn": "cudnn", 
 KERNEL_OF |= {"torch_flash": "flash", "torch_math": "math"}
 JOINT = ("joint_tensor_query", "joint_tensor_key", "joint_tensor_value")
 
-Tensors = dict[str, torch.Tensor | None]
+Tensors = dict[str, Tensor | None]
 
 
 def sharded_attention(
-    qkv: tuple[torch.Tensor, ...],
-    joint: tuple[torch.Tensor | None, ...],
+    qkv: tuple[Tensor, ...],
+    joint: tuple[Tensor | None, ...],
     strategy: str | None,
     heads: int,
     causal: bool = False,
     **options: Any,
-) -> torch.Tensor:
+) -> Tensor:
     """Attention over the sequence group, of this rank's tokens to all tokens.
 
     Args:
@@ -64,7 +65,7 @@ def sharded_attention(
     return forward_only(out, query, key, value, *joint).movedim(1, heads)
 
 
-def _lengths(group: GroupCoordinator, query: torch.Tensor, key: torch.Tensor, joint: Joint | None) -> list[int]:
+def _lengths(group: GroupCoordinator, query: Tensor, key: Tensor, joint: Joint | None) -> list[int]:
     """Tokens of every rank of the group.
 
     The ranks send them at every call: a rank whose length is as before does not know whether the others' are.
@@ -144,7 +145,7 @@ def check_tensors(qkv: Tensors, joint: Tensors, strategy: str | None, heads: int
     return bool(given)
 
 
-def _check_kind(given: dict[str, torch.Tensor], heads: int) -> None:
+def _check_kind(given: dict[str, Tensor], heads: int) -> None:
     layout = "[B, H, S, D]" if heads == 1 else "[B, S, H, D]"
     if any(x.dim() != 4 for x in given.values()):
         raise ValueError(f"{_shapes(given)}: all must have four dimensions, {layout}")
@@ -153,5 +154,5 @@ def _check_kind(given: dict[str, torch.Tensor], heads: int) -> None:
         raise ValueError(f"{kinds}: all must have one dtype, and be on one device")
 
 
-def _shapes(given: dict[str, torch.Tensor]) -> str:
+def _shapes(given: dict[str, Tensor]) -> str:
     return ", ".join(f"{name} {tuple(x.shape)}" for name, x in given.items())

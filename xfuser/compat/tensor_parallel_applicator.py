@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from xfuser.config.config import check_known
 from xfuser.core.distributed import get_tp_group
@@ -133,9 +133,9 @@ class _Attention:
 
         The wrong order gives a wrong result without an error, as both have the same shape.
         """
-        seen: list[torch.Tensor] = []
+        seen: list[Tensor] = []
 
-        def zero_values(linear: nn.Module, args: tuple, output: torch.Tensor, name: str) -> torch.Tensor:
+        def zero_values(linear: nn.Module, args: tuple, output: Tensor, name: str) -> Tensor:
             heads, parts = getattr(self.module, self.heads_name), self.projections[name]
             seeded = torch.Generator("cpu").manual_seed(parts)
             numbers = torch.randn(output.shape, generator=seeded, device="cpu").to(output)

@@ -3,9 +3,10 @@
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
-def forward_only(out: torch.Tensor, *inputs: torch.Tensor | None) -> torch.Tensor:
+def forward_only(out: Tensor, *inputs: Tensor | None) -> Tensor:
     """``out``, which was computed from ``inputs`` within ``torch.no_grad()``, by collectives that no gradient passes.
 
     A caller who forgot ``torch.no_grad()`` gets the result; gradients that silently lack a part are never computed.
@@ -16,9 +17,9 @@ def forward_only(out: torch.Tensor, *inputs: torch.Tensor | None) -> torch.Tenso
 
 class _ForwardOnly(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, out: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, out: Tensor, *inputs: Tensor) -> Tensor:
         return out
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> None:
+    def backward(ctx: Any, *gradients: Tensor) -> None:
         raise ValueError("what ranks compute together is for inference: no gradient passes their collectives")

@@ -13,6 +13,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed import _functional_collectives as functional
 from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.profiler import ProfilerActivity, profile
@@ -66,7 +67,7 @@ class Traffic(TorchDispatchMode):
         group = _group_of(given)
         size = group.size()
         own = next((given[name] for name in ("input_tensors", "input", "input_tensor", "tensors") if name in given), [])
-        count = sum(x.nbytes for x in tree_leaves(own) if isinstance(x, torch.Tensor))
+        count = sum(x.nbytes for x in tree_leaves(own) if isinstance(x, Tensor))
         if operation == "all_to_all_single":
             counts = given.get("input_split_sizes")
             kept = count * counts[group.rank()] // max(1, sum(counts)) if counts else count // size
@@ -158,14 +159,14 @@ class LiveMemory(TorchDispatchMode):
     def free_of_epoch(self, tensors: Any) -> None:
         """Let the tensors in a structure of them bear no epoch."""
         for x in tree_leaves(tensors):
-            if isinstance(x, torch.Tensor) and (key := x.untyped_storage()._cdata) in self._known:
+            if isinstance(x, Tensor) and (key := x.untyped_storage()._cdata) in self._known:
                 self._known[key] = self._known[key][0], None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        inputs = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        inputs = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         for x in tree_leaves(result):
-            if isinstance(x, torch.Tensor) and not x.is_meta and x.untyped_storage()._cdata not in inputs:
+            if isinstance(x, Tensor) and not x.is_meta and x.untyped_storage()._cdata not in inputs:
                 self._watch(x.untyped_storage())
         return result
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -151,7 +151,7 @@ class _Promise:
         self._actions: list[Callable[[], None]] = []
         self._guard: _ReadGuard | None = None
 
-    def then(self, action: Callable[[], None], results: list[torch.Tensor]) -> None:
+    def then(self, action: Callable[[], None], results: list[Tensor]) -> None:
         """Call ``action`` when the tensors are filled; reading what it makes waits for that, too."""
         self._actions.append(action)
         self._guard.watch(results)
@@ -185,19 +185,17 @@ class _Promise:
 class _ReadGuard(TorchDispatchMode):
     """Calls ``before_read`` ahead of every operation, views apart, on memory of the given tensors."""
 
-    def __init__(self, tensors: list[torch.Tensor], before_read: Callable[[], None]) -> None:
+    def __init__(self, tensors: list[Tensor], before_read: Callable[[], None]) -> None:
         super().__init__()
         self._memory: set[int] = set()
         self.watch(tensors)
         self._before_read = before_read
 
-    def watch(self, tensors: list[torch.Tensor]) -> None:
+    def watch(self, tensors: list[Tensor]) -> None:
         self._memory |= {x.untyped_storage().data_ptr() for x in tensors if x.numel()}
 
     def concerns(self, tree: Any) -> bool:
-        return any(
-            isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() in self._memory for x in tree_leaves(tree)
-        )
+        return any(isinstance(x, Tensor) and x.untyped_storage().data_ptr() in self._memory for x in tree_leaves(tree))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if not func.is_view and self.concerns((args, kwargs)):
@@ -207,7 +205,7 @@ class _ReadGuard(TorchDispatchMode):
 
 def _blank(output: Any) -> Any:
     """Uninitialised contiguous tensors in the shape of an output."""
-    return tree_map_only(torch.Tensor, lambda x: torch.empty(x.shape, dtype=x.dtype, device=x.device), output)
+    return tree_map_only(Tensor, lambda x: torch.empty(x.shape, dtype=x.dtype, device=x.device), output)
 
 
 def _shapes(output: Any) -> list[tuple[torch.Size, torch.dtype]]:

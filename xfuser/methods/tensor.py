@@ -5,8 +5,7 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any, NamedTuple
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from xfuser.core.distributed import GroupCoordinator
@@ -128,7 +127,7 @@ class TensorParallel:
     def _cut_tables(self, tables: dict[str, dict[int, int]], heads: Shards, arguments: Arguments) -> None:
         """Of tables with entries for each head or channel, leave those of this rank's heads."""
 
-        def own(dims: dict[int, int], x: torch.Tensor) -> torch.Tensor:
+        def own(dims: dict[int, int], x: Tensor) -> Tensor:
             dim = dims.get(x.dim())
             if dim is None or x.shape[dim] == 1:
                 return x
@@ -136,4 +135,4 @@ class TensorParallel:
 
         for name, dims in tables.items():
             if arguments.get(name) is not None:
-                arguments[name] = tree_map_only(torch.Tensor, partial(own, dims), arguments[name])
+                arguments[name] = tree_map_only(Tensor, partial(own, dims), arguments[name])

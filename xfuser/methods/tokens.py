@@ -5,6 +5,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from xfuser.core.distributed.utils import split_sizes
 from xfuser.models.plan import Streams, Tokens
@@ -71,7 +72,7 @@ class Rows:
         """Where the keys of all ranks lie, those of one rank after those of another."""
         return [place for rank in range(self._ranks) for place in self.key_places(rank)]
 
-    def in_sequence(self, x: torch.Tensor) -> torch.Tensor:
+    def in_sequence(self, x: Tensor) -> Tensor:
         """``[B, rows in this order, D]`` to ``[B, total, D]``: each row at its place; zeros where there is none."""
         places = self.order
         if x.shape[1] == self.total and places == sorted(places):
@@ -81,7 +82,7 @@ class Rows:
             whole[:, start : start + length] = part
         return whole
 
-    def given(self, x: torch.Tensor, dim: int, rank: int) -> torch.Tensor:
+    def given(self, x: Tensor, dim: int, rank: int) -> Tensor:
         """Of a rank's rows along ``dim``, those that it gives as keys."""
         if self.key_lengths[rank] == self.lengths[rank]:
             return x
@@ -172,7 +173,7 @@ class TokenShares:
         totals = [self.totals[stream] for stream in streams]
         return None if None in totals else sum(totals)
 
-    def cut(self, x: torch.Tensor, tokens: Tokens) -> torch.Tensor:
+    def cut(self, x: Tensor, tokens: Tokens) -> Tensor:
         """This rank's rows of a tensor that holds the whole streams."""
         if tokens.rows:
             rows = x.unflatten(tokens.dim, (-1, self.totals["image"]))

@@ -16,7 +16,5 @@ COGVIDEOX = ModelPlan(
 
 # Its forward normalises text and image together, and cuts by the length of the text.
 CONSISID = replace(
-    COGVIDEOX,
-    head=None,
-    unpiped="tokens attend to the face between the blocks, where no stage is in charge",
+    COGVIDEOX, head=None, unpiped="tokens attend to the face between the blocks, where no stage is in charge"
 )

@@ -8,10 +8,7 @@ HIDREAM = ModelPlan(
     head="final_layer",
     whole=True,
     carried={"single_stream_blocks": {"hidden_states": ("image", "text")}},
-    per_token={
-        "hidden_states_masks": Tokens(("image", "text")),
-        "image_rotary_emb": Tokens(("image", "text")),
-    },
+    per_token={"hidden_states_masks": Tokens(("image", "text")), "image_rotary_emb": Tokens(("image", "text"))},
     batch_dims={"encoder_hidden_states_llama3": 1},
     returns=("image", "text"),
     unpiped="every block takes text tokens of its own, so that they are no stream",

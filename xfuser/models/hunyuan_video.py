@@ -29,10 +29,7 @@ HUNYUAN_VIDEO_15 = replace(
 
 HUNYUAN_IMAGE = replace(
     HUNYUAN_VIDEO,
-    per_token={
-        "attention_mask": Tokens(("image", "text"), dim=-1),
-        "image_rotary_emb": Tokens(("image",), dim=0),
-    },
+    per_token={"attention_mask": Tokens(("image", "text"), dim=-1), "image_rotary_emb": Tokens(("image",), dim=0)},
     leading=(),
     counts_steps=("timestep_r",),
 )

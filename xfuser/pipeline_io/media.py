@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from safetensors.torch import save_file
+from torch import Tensor
 
 from xfuser.core.logger import logger
 
@@ -44,7 +44,7 @@ def write_media(item: Any, directory: str, name: str) -> str:
     """
     os.makedirs(directory, exist_ok=True)
     path = os.path.join(directory, re.sub(r"[^\w.-]+", "_", name).lstrip("."))
-    if isinstance(item, torch.Tensor) and not _looks_like_images(item):
+    if isinstance(item, Tensor) and not _looks_like_images(item):
         latents = {"latents": item.detach().cpu().contiguous()}
         return write_whole(f"{path}.safetensors", lambda unfinished: save_file(latents, unfinished))
     frames = _frames(item)
@@ -66,7 +66,7 @@ def write_whole(path: str, write: Callable[[str], Any]) -> str:
     return path
 
 
-def _looks_like_images(x: torch.Tensor) -> bool:
+def _looks_like_images(x: Tensor) -> bool:
     """Whether a tensor is ``[C, H, W]`` or ``[F, C, H, W]`` in [0, 1] with 1 or 3 channels, as ``pt`` output is."""
     return x.dim() in (3, 4) and x.shape[-3] in (1, 3) and float(x.min()) >= 0 and float(x.max()) <= 1
 
@@ -74,7 +74,7 @@ def _looks_like_images(x: torch.Tensor) -> bool:
 def _frames(item: Any) -> list[Image.Image]:
     if isinstance(item, Image.Image):
         return [item]
-    if isinstance(item, torch.Tensor):
+    if isinstance(item, Tensor):
         item = item.detach().float().cpu().movedim(-3, -1).numpy()
     if isinstance(item, np.ndarray):
         item = list(item[None] if item.ndim == 3 else item)

@@ -19,7 +19,7 @@ import transformers
 from diffusers import DiffusionPipeline
 from diffusers.utils.logging import disable_progress_bar
 from huggingface_hub import snapshot_download
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_map_only
@@ -150,14 +150,14 @@ def _simulated(
 ) -> Callable[..., Any]:
     """A method that computes shapes alone, takes and returns real tensors, and notes its memory."""
 
-    def as_fake(x: torch.Tensor) -> torch.Tensor:
+    def as_fake(x: Tensor) -> Tensor:
         return x if isinstance(x, FakeTensor) else fake.from_tensor(x)
 
     @wraps(original)
     def call(*args: Any, **kwargs: Any) -> Any:
         if memory.live[name] and name in memory.transformers:  # not its first call
             memory.kept = max(memory.kept, meter.live)
-        args, kwargs = tree_map_only(torch.Tensor, as_fake, (args, kwargs))
+        args, kwargs = tree_map_only(Tensor, as_fake, (args, kwargs))
         before, meter.peak = meter.peak, meter.live
         with fake, meter:
             output = original(*args, **kwargs)

@@ -48,11 +48,7 @@ class PlanCheck:
 
 
 def check_plan(
-    model: nn.Module,
-    inputs: dict[str, Any],
-    world: int = 2,
-    plan: ModelPlan | None = None,
-    tolerance: float = 1e-4,
+    model: nn.Module, inputs: dict[str, Any], world: int = 2, plan: ModelPlan | None = None, tolerance: float = 1e-4
 ) -> PlanCheck:
     """Run a model's forward here, and on ``world`` ranks of the CPU with Ulysses and with the ring, and compare.
 

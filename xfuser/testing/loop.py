@@ -19,12 +19,7 @@ class DenoisingLoop(DiffusionPipeline):
 
     @torch.no_grad()
     def __call__(
-        self,
-        family: Family,
-        images: int = 1,
-        guidance: str = "batched",
-        num_inference_steps: int = 3,
-        seed: int = 0,
+        self, family: Family, images: int = 1, guidance: str = "batched", num_inference_steps: int = 3, seed: int = 0
     ) -> list[torch.Tensor]:
         """The final latents, ``[images, ...]``, and what else the last forward returned.
 

@@ -5,7 +5,7 @@ from functools import wraps
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from xfuser.core.distributed import GroupCoordinator
@@ -77,7 +77,7 @@ class TextEncoders:
                 received = group.broadcast_tensor_dict()
                 return tree_unflatten([received[str(index)] for index in range(len(received) - 1)], received["tree"])
             leaves, tree = tree_flatten(forward(*args, **kwargs))
-            plain = [x if isinstance(x, torch.Tensor | bool | int | float | str) else None for x in leaves]
+            plain = [x if isinstance(x, Tensor | bool | int | float | str) else None for x in leaves]
             group.broadcast_tensor_dict({str(index): x for index, x in enumerate(plain)} | {"tree": tree})
             return tree_unflatten(leaves, tree)
 
@@ -90,7 +90,7 @@ class TextEncoders:
         for weight, shape in zip(encoder.parameters(), self._group.broadcast_object(shapes_of(encoder)), strict=True):
             weight.data = self._from_first(weight.detach(), *shape)
 
-    def _from_first(self, x: torch.Tensor, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    def _from_first(self, x: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         if not self._group.is_first_rank:
             x = torch.empty(shape, dtype=dtype, device=self._group.device)
         return self._group.broadcast(x.to(self._group.device))

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from functools import cache
 
-import torch
+from torch import Tensor
 
 from xfuser.core.logger import logger
 
@@ -41,14 +41,8 @@ def unusable(package: str) -> str | None:
 
 
 def run(
-    package: str,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor | None,
-    scale: float | None,
-    causal: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    package: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, causal: bool
+) -> tuple[Tensor, Tensor]:
     """Output and LSE, as the kernels of ``kernels.py``; the package's layout is ``[B, S, H, D]``."""
     q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
     more = {RETURNS_LSE: True} if RETURNS_LSE in _parameters(package) else {}

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from xfuser.core.attention import operator
 from xfuser.core.attention.kernels import autocast
 from xfuser.core.hooks import replaced
 
-Attend = Callable[..., torch.Tensor]
+Attend = Callable[..., Tensor]
 
 
 class _Running(threading.local):
@@ -58,7 +58,7 @@ def intercepted(
     running, traced, original = _Running(), _Traced(), F.scaled_dot_product_attention
 
     @functools.wraps(original)
-    def attention(*args: Any, **kwargs: Any) -> torch.Tensor:
+    def attention(*args: Any, **kwargs: Any) -> Tensor:
         if torch.compiler.is_compiling():
             if not traced.place:
                 return original(*args, **kwargs)
@@ -116,15 +116,15 @@ def intercepted(
 
 
 def what_matters(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None = None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, float | None]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, float | None]:
     """Query, key, value, mask and scale of a call of ``scaled_dot_product_attention`` (``[B, H, S, D]``).
 
     They are in the dtype that ``torch.autocast`` runs it in, so that ranks exchange tensors of one dtype.

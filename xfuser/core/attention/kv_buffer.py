@@ -1,6 +1,6 @@
 """Keys and values that outlive the forward which made them."""
 
-import torch
+from torch import Tensor
 
 
 class KVBuffer:
@@ -10,16 +10,11 @@ class KVBuffer:
     """
 
     def __init__(self) -> None:
-        self._whole: dict[str, torch.Tensor] = {}
+        self._whole: dict[str, Tensor] = {}
 
     def renew(
-        self,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        mask: torch.Tensor | None,
-        places: list[tuple[int, int]],
-        total: int,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        self, k: Tensor, v: Tensor, mask: Tensor | None, places: list[tuple[int, int]], total: int
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Write fresh rows to their places; returns keys, values and mask of all ``total`` rows.
 
         Args:
@@ -30,7 +25,7 @@ class KVBuffer:
         mask = None if mask is None else self._write("mask", mask, 3, places, total)
         return self._write("k", k, 2, places, total), self._write("v", v, 2, places, total), mask
 
-    def _write(self, name: str, x: torch.Tensor, dim: int, places: list[tuple[int, int]], total: int) -> torch.Tensor:
+    def _write(self, name: str, x: Tensor, dim: int, places: list[tuple[int, int]], total: int) -> Tensor:
         if name not in self._whole:
             self._whole[name] = x.new_empty([*x.shape[:dim], total, *x.shape[dim + 1 :]])
         whole = self._whole[name]

@@ -9,27 +9,27 @@ from functools import wraps
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 
 class _FirstProduct(TorchFunctionMode):
     """Hands the result of the first ``matmul`` to ``complete``."""
 
-    def __init__(self, complete: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def __init__(self, complete: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self._complete = complete
         self.done = False
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if self.done or func not in (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__):
+        if self.done or func not in (torch.matmul, Tensor.matmul, Tensor.__matmul__):
             return result
         self.done = True
         return self._complete(result)
 
 
-def summed_state(module: nn.Module, complete: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., Any]:
+def summed_state(module: nn.Module, complete: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
     """The forward of a linear attention with ``complete`` making the whole state of that of this rank's tokens.
 
     In a forward, it raises a ValueError where the module's processor multiplies no matrices by ``torch.matmul``.

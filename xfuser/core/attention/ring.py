@@ -5,23 +5,24 @@ Ring Attention, arXiv 2310.01889; partial results are merged by their log-sum-ex
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from xfuser.core.attention.kernels import attention_with_lse
 
 
 def ring_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     lengths: list[int],
     group: dist.ProcessGroup,
     *,
-    masks: list[torch.Tensor] | None = None,
+    masks: list[Tensor] | None = None,
     scale: float | None = None,
     backend: str = "auto",
     causal: bool = False,
-    joint: tuple[torch.Tensor, torch.Tensor] | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    joint: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
     """Attention of this rank's queries to the keys of the whole ring.
 
     Args:
@@ -53,16 +54,12 @@ def ring_attention(
     return out.to(q.dtype), lse
 
 
-def with_joint(
-    k: torch.Tensor, v: torch.Tensor, joint: tuple[torch.Tensor, torch.Tensor] | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def with_joint(k: Tensor, v: Tensor, joint: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
     """Keys and values ``[B, H, S, D]``, with the joint ones behind them where there are any."""
     return (torch.cat([k, joint[0]], dim=2), torch.cat([v, joint[1]], dim=2)) if joint else (k, v)
 
 
-def merge(
-    out: torch.Tensor | None, lse: torch.Tensor | None, block_out: torch.Tensor, block_lse: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def merge(out: Tensor | None, lse: Tensor | None, block_out: Tensor, block_lse: Tensor) -> tuple[Tensor, Tensor]:
     """Join two partial attentions over disjoint keys: ``out`` ``[B, H, S, D]``, ``lse`` ``[B, H, S]``."""
     if out is None:
         return block_out.float(), block_lse
@@ -74,7 +71,7 @@ def merge(
 class _Shift:
     """K and V on their way to the next rank, and those of the previous rank on their way here, as one message."""
 
-    def __init__(self, k: torch.Tensor, v: torch.Tensor, incoming_length: int, group: dist.ProcessGroup) -> None:
+    def __init__(self, k: Tensor, v: Tensor, incoming_length: int, group: dist.ProcessGroup) -> None:
         ranks, rank = dist.get_process_group_ranks(group), dist.get_rank(group)
         self._k_shape = (*k.shape[:2], incoming_length, k.shape[3])
         self._v_shape = (*v.shape[:2], incoming_length, v.shape[3])
@@ -89,7 +86,7 @@ class _Shift:
             ops.append(dist.P2POp(dist.irecv, self._received, ranks[rank - 1], group))
         self._works = dist.batch_isend_irecv(ops) if ops else []
 
-    def wait(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def wait(self) -> tuple[Tensor, Tensor]:
         for work in self._works:
             work.wait()
         k, v = self._received.split(self._counts)

@@ -7,6 +7,7 @@ from functools import cache
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from xfuser.core.distributed.utils import split_sizes
 
@@ -19,8 +20,8 @@ def share_heads(heads: int, kv_heads: int, parts: int) -> tuple[list[int], list[
 
 
 def scatter_heads(
-    tensors: list[torch.Tensor], lengths: list[int], heads: list[list[int]], group: dist.ProcessGroup
-) -> list[torch.Tensor]:
+    tensors: list[Tensor], lengths: list[int], heads: list[list[int]], group: dist.ProcessGroup
+) -> list[Tensor]:
     """Each ``[B, H, S_local, D]`` to ``[B, H_local, S, D]``, all in one message.
 
     ``lengths`` are the token counts of the group's ranks; ``heads`` gives for each tensor the head counts that they
@@ -51,7 +52,7 @@ def scatter_heads(
     return [x.permute(1, 2, 0, 3) for x in received.split([counts[rank] for counts in heads], dim=2)]
 
 
-def gather_heads(x: torch.Tensor, lengths: list[int], heads: list[int], group: dist.ProcessGroup) -> torch.Tensor:
+def gather_heads(x: Tensor, lengths: list[int], heads: list[int], group: dist.ProcessGroup) -> Tensor:
     """``[B, H_local, S, D]`` back to ``[B, H, S_local, D]``; the memory behind it is ``[B, S_local, H, D]``."""
     batch, mine, _, dim = x.shape
     tokens = lengths[group.rank()]

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from xfuser.core.attention.kernels import attention
 from xfuser.core.attention.ring import ring_attention, with_joint
@@ -23,28 +24,28 @@ class Joint:
         front: whether their place is before the sequence, or behind it.
     """
 
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
     front: bool
 
 
 def usp_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     lengths: list[int],
     group: SequenceParallelGroupCoordinator,
     *,
     query_lengths: list[int] | None = None,
-    mask: torch.Tensor | None = None,
-    pair_mask: torch.Tensor | None = None,
+    mask: Tensor | None = None,
+    pair_mask: Tensor | None = None,
     scale: float | None = None,
     backend: str = "auto",
     renew: Callable[..., tuple] | None = None,
     causal: bool = False,
     joint: Joint | None = None,
-) -> torch.Tensor:
+) -> Tensor:
     """Attention of this rank's queries to the keys of all ranks of the sequence group.
 
     Args:
@@ -96,8 +97,8 @@ def usp_attention(
 
 
 def _scatter(
-    tensors: list[torch.Tensor], lengths: list[list[int]], heads: list[list[int]], group: dist.ProcessGroup
-) -> list[torch.Tensor]:
+    tensors: list[Tensor], lengths: list[list[int]], heads: list[list[int]], group: dist.ProcessGroup
+) -> list[Tensor]:
     """As ``scatter_heads``, for tensors of different lengths and head sizes: one message for those that are alike."""
     if all(one == lengths[0] for one in lengths) and all(x.shape[-1] == tensors[0].shape[-1] for x in tensors):
         return scatter_heads(tensors, lengths[0], heads, group)
@@ -112,7 +113,7 @@ def _scatter(
     return result
 
 
-def _beside_each_share(out: torch.Tensor, lengths: list[int], joint: Joint) -> tuple[torch.Tensor, list[int]]:
+def _beside_each_share(out: Tensor, lengths: list[int], joint: Joint) -> tuple[Tensor, list[int]]:
     """The joint rows, last in ``out``, repeated beside every rank's share, so that one message takes them to all."""
     count = joint.q.shape[2]
     *shares, rows = out.split([*lengths, count], dim=2)
@@ -120,7 +121,7 @@ def _beside_each_share(out: torch.Tensor, lengths: list[int], joint: Joint) -> t
     return torch.cat([part for pair in pairs for part in pair], dim=2), [length + count for length in lengths]
 
 
-def _own_heads(mask: torch.Tensor | None, heads: list[int], rank: int) -> torch.Tensor | None:
+def _own_heads(mask: Tensor | None, heads: list[int], rank: int) -> Tensor | None:
     if mask is None or mask.shape[1] == 1:
         return mask
     return mask.split(heads, dim=1)[rank]

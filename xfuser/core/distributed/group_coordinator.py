@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from xfuser.core import device as devices
 from xfuser.core.distributed.ending import end_group, new_group
@@ -68,7 +69,7 @@ class GroupCoordinator:
         """Global rank of the member before this one, around the group."""
         return self.ranks[(self.rank_in_group - 1) % self.world_size]
 
-    def all_reduce(self, input_: torch.Tensor, op: dist.ReduceOp = dist.ReduceOp.SUM) -> torch.Tensor:
+    def all_reduce(self, input_: Tensor, op: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
         """Reduce ``input_`` over the group, in place where it is contiguous; returns the result."""
         if self.world_size == 1:
             return input_
@@ -77,8 +78,8 @@ class GroupCoordinator:
         return input_
 
     def all_gather(
-        self, input_: torch.Tensor, dim: int = 0, separate_tensors: bool = False, sizes: list[int] | None = None
-    ) -> torch.Tensor | list[torch.Tensor]:
+        self, input_: Tensor, dim: int = 0, separate_tensors: bool = False, sizes: list[int] | None = None
+    ) -> Tensor | list[Tensor]:
         """Gather ``input_`` from all members, in group order.
 
         Members may differ in their size along ``dim`` alone. ``sizes`` gives these sizes where the caller knows
@@ -91,10 +92,10 @@ class GroupCoordinator:
         parts = all_gather_parts(x, dim, sizes or self._sizes_along(x, dim), self.device_group)
         return parts if separate_tensors else torch.cat(parts, dim=dim)
 
-    def _sizes_along(self, x: torch.Tensor, dim: int) -> list[int]:
+    def _sizes_along(self, x: Tensor, dim: int) -> list[int]:
         return [size for (size,) in gather_numbers([x.shape[dim]], self.cpu_group)]
 
-    def gather(self, input_: torch.Tensor, dst: int = 0, dim: int = -1) -> torch.Tensor | None:
+    def gather(self, input_: Tensor, dst: int = 0, dim: int = -1) -> Tensor | None:
         """Member ``dst`` gets all members' ``input_``, joined along ``dim``, where sizes may differ; others None."""
         if self.world_size == 1:
             return input_
@@ -107,7 +108,7 @@ class GroupCoordinator:
             return None
         return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]).movedim(0, dim)
 
-    def broadcast(self, input_: torch.Tensor, src: int = 0) -> torch.Tensor:
+    def broadcast(self, input_: Tensor, src: int = 0) -> Tensor:
         """Member ``src``'s tensor, on every member; the others give one of the same shape, which is overwritten where
         it is contiguous."""
         if self.world_size == 1:
@@ -158,7 +159,7 @@ class GroupCoordinator:
         """Send a dict to member ``dst`` (the next one by default); values that are no tensors are pickled."""
         self.send_object(_described(tensor_dict), dst)
         for value in tensor_dict.values():
-            if isinstance(value, torch.Tensor):
+            if isinstance(value, Tensor):
                 self.send(value, dst)
 
     def recv_tensor_dict(self, src: int | None = None) -> dict[str, Any]:
@@ -169,27 +170,27 @@ class GroupCoordinator:
                 described[name] = self.recv(value.shape, value.dtype, src)
         return described
 
-    def send(self, x: torch.Tensor, dst: int | None = None) -> None:
+    def send(self, x: Tensor, dst: int | None = None) -> None:
         """Send ``x`` to member ``dst`` (the next one by default); returns when ``x`` may be reused."""
         dist.send(x.contiguous(), self._global(dst, self.next_rank), group=self.device_group)
 
-    def recv(self, size: torch.Size, dtype: torch.dtype, src: int | None = None) -> torch.Tensor:
+    def recv(self, size: torch.Size, dtype: torch.dtype, src: int | None = None) -> Tensor:
         """Receive a tensor of this shape from member ``src`` (the previous one by default)."""
         x = torch.empty(size, dtype=dtype, device=self.device)
         dist.recv(x, self._global(src, self.prev_rank), group=self.device_group)
         return x
 
-    def isend(self, x: torch.Tensor, dst: int | None = None) -> dist.Work:
+    def isend(self, x: Tensor, dst: int | None = None) -> dist.Work:
         """Start sending contiguous ``x``. Keep ``x`` and the handle until ``wait()``: gloo drops an unheld send."""
         if not x.is_contiguous():
             raise ValueError("isend needs a contiguous tensor: its buffer must outlive the call")
         return dist.isend(x, self._global(dst, self.next_rank), group=self.device_group)
 
-    def irecv(self, x: torch.Tensor, src: int | None = None) -> dist.Work:
+    def irecv(self, x: Tensor, src: int | None = None) -> dist.Work:
         """Start receiving into contiguous ``x``, which holds the data once the handle's ``wait()`` returns."""
         return dist.irecv(x, self._global(src, self.prev_rank), group=self.device_group)
 
-    def all_to_all(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    def all_to_all(self, inputs: list[Tensor]) -> list[Tensor]:
         """Send ``inputs[i]`` to member i, return what each member sent here; any shapes, one dtype and rank count.
 
         All tensors must have the same number of dimensions.
@@ -260,7 +261,7 @@ class SequenceParallelGroupCoordinator(GroupCoordinator):
         super().destroy()
 
 
-def all_gather_parts(x: torch.Tensor, dim: int, sizes: list[int], group: dist.ProcessGroup) -> list[torch.Tensor]:
+def all_gather_parts(x: Tensor, dim: int, sizes: list[int], group: dist.ProcessGroup) -> list[Tensor]:
     """Every member's ``x``, in group order; ``sizes`` are their lengths along ``dim``, where they may differ."""
     # Ragged parts travel padded to the longest: gloo's all_gather takes equal shapes only.
     x = _pad_rows(x.movedim(dim, 0), max(sizes)).contiguous()
@@ -279,8 +280,8 @@ def gather_numbers(numbers: list[int], group: dist.ProcessGroup, device: torch.d
 
 
 def gather_together(
-    k: torch.Tensor, v: torch.Tensor, dim: int, sizes: list[int], group: dist.ProcessGroup
-) -> tuple[torch.Tensor, torch.Tensor]:
+    k: Tensor, v: Tensor, dim: int, sizes: list[int], group: dist.ProcessGroup
+) -> tuple[Tensor, Tensor]:
     """Every member's ``k`` and ``v``, which differ in their last dimension alone, joined along ``dim``: one message."""
     both = torch.cat(all_gather_parts(torch.cat([k, v], dim=-1), dim, sizes, group), dim=dim)
     return both.split([k.shape[-1], v.shape[-1]], dim=-1)
@@ -301,17 +302,15 @@ def own_group(group_ranks: list[list[int]], backend: str) -> tuple[list[int], di
 class _TensorShape:
     """Stands for a tensor while a dict's description travels."""
 
-    def __init__(self, x: torch.Tensor) -> None:
+    def __init__(self, x: Tensor) -> None:
         self.shape, self.dtype = x.shape, x.dtype
 
 
 def _described(tensor_dict: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: _TensorShape(value) if isinstance(value, torch.Tensor) else value for name, value in tensor_dict.items()
-    }
+    return {name: _TensorShape(value) if isinstance(value, Tensor) else value for name, value in tensor_dict.items()}
 
 
-def _pad_rows(x: torch.Tensor, rows: int) -> torch.Tensor:
+def _pad_rows(x: Tensor, rows: int) -> Tensor:
     if x.shape[0] == rows:
         return x
     return torch.cat([x, x.new_zeros(rows - x.shape[0], *x.shape[1:])])

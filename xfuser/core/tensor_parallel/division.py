@@ -6,7 +6,7 @@ from operator import attrgetter
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from xfuser.core.distributed import GroupCoordinator
 from xfuser.core.tensor_parallel.layers import Divided, SpanningNorm, SpanningRMSNorm, Summed, complete
@@ -89,7 +89,7 @@ class Division:
             complete(modules[name], kind, shards, group)
         _set(modules, {path: values[rank] for path, values in self.numbers.items()})
 
-        def gathered(x: torch.Tensor, dim: int, shards: Shards) -> torch.Tensor:
+        def gathered(x: Tensor, dim: int, shards: Shards) -> Tensor:
             parts = group.all_gather(x.to(group.device), dim, separate_tensors=True, sizes=shards.sizes)
             return shards.full(parts, dim).to(x.device)
 
@@ -102,9 +102,7 @@ class Division:
         return restore
 
     @torch.no_grad()
-    def _replace(
-        self, modules: dict[str, nn.Module], change: Callable[[torch.Tensor, int, Shards], torch.Tensor]
-    ) -> None:
+    def _replace(self, modules: dict[str, nn.Module], change: Callable[[Tensor, int, Shards], Tensor]) -> None:
         """Replace the parameters that are cut; one that several modules share stays shared."""
         replaced: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
         for name, cut in self.cuts.items():

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from xfuser.core.distributed import GroupCoordinator
 from xfuser.core.gradients import forward_only
@@ -29,11 +29,11 @@ class Divided:
         del self.__dict__["_shards"], self.__dict__["_group"]
 
 
-def _for_inference(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+def _for_inference(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """A forward that computes no gradients; ``backward()`` through its output raises a ValueError."""
 
     @functools.wraps(forward)
-    def wrapper(self: nn.Module, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def wrapper(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         with torch.no_grad():
             out = forward(self, x, *args, **kwargs)
         return forward_only(out, x, *self.parameters(recurse=False))
@@ -45,7 +45,7 @@ class Gathered(Divided):
     """Keeps some outputs, and gathers those of all ranks. No sum is divided."""
 
     @_for_inference
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         own = super().forward(x, *args, **kwargs)
         dim = -1 if isinstance(self, nn.Linear | nn.Embedding) else 1
         return self._group.all_gather(own, dim=dim, sizes=self._shards.sizes)
@@ -55,7 +55,7 @@ class Summed(Divided):
     """Keeps the weights of some inputs, gets these alone, and sums the outputs over the ranks."""
 
     @_for_inference
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         is_linear = isinstance(self, nn.Linear)
         out = F.linear(x, self.weight) if is_linear else self._conv_forward(x, self.weight, None)
         out = self._group.all_reduce(out)
@@ -67,7 +67,7 @@ class Summed(Divided):
 class SummedOfAll(Summed):
     """As :class:`Summed`, but gets all inputs, and takes its own."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         dim = x.dim() - 1 if isinstance(self, nn.Linear) else 1
         return super().forward(self._shards.part(x, dim, self._group.rank_in_group))
 
@@ -76,7 +76,7 @@ class SpanningRMSNorm(Divided):
     """An RMS norm over the channels of all heads, of which it gets some: the mean square is of all ranks."""
 
     @_for_inference
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         squares = x.float().square().sum(-1, keepdim=True)
         own = squares / x.shape[-1]
         mean = self._group.all_reduce(squares) / self._shards.total
@@ -89,7 +89,7 @@ class SpanningNorm(Divided):
     """Another norm over the channels of all heads: they are gathered, and all normalised on each rank."""
 
     @_for_inference
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         parts = self._group.all_gather(x, dim=-1, separate_tensors=True, sizes=self._shards.sizes)
         return self._shards.part(super().forward(self._shards.full(parts, -1)), -1, self._group.rank_in_group)
 

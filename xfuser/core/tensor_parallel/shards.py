@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from xfuser.core.distributed.utils import share, split_sizes
 
@@ -28,12 +29,12 @@ class Shards(NamedTuple):
         kept = (tuple(range(one.start * size, one.stop * size) for one in ranges) for ranges in self.kept)
         return Shards(tuple(kept), self.total * size)
 
-    def part(self, full: torch.Tensor, dim: int, rank: int) -> torch.Tensor:
+    def part(self, full: Tensor, dim: int, rank: int) -> Tensor:
         """What ``rank`` keeps of a full tensor."""
         pieces = [full.narrow(dim, one.start, len(one)) for one in self.kept[rank]]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
 
-    def full(self, parts: list[torch.Tensor], dim: int) -> torch.Tensor:
+    def full(self, parts: list[Tensor], dim: int) -> Tensor:
         """The full tensor, from what all ranks keep."""
         shape = list(parts[0].shape)
         shape[dim] = self.total

@@ -6,7 +6,7 @@ import pickle
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from xfuser.core.distributed import GroupCoordinator
 from xfuser.core.hooks import Binder
@@ -153,7 +153,7 @@ class StageBlocks:
         own = self._own() if divided(self._model, self._plan) else []
         changed = [one for one in own if _described(one.module) != self._remembered[one.list_name, one.index]]
         for block, name, i in changed:
-            kinds = {type(x) for x, *_ in tensors_of(block)} - {torch.Tensor, nn.Parameter}
+            kinds = {type(x) for x, *_ in tensors_of(block)} - {Tensor, nn.Parameter}
             if kinds:
                 return f"weights of the type {kinds.pop().__name__}"
             try:
@@ -204,7 +204,7 @@ def _without_weights(block: nn.Module) -> nn.Module:
     return copy.deepcopy(block, memo)
 
 
-def tensors_of(module: nn.Module) -> list[tuple[torch.Tensor, nn.Module, str]]:
+def tensors_of(module: nn.Module) -> list[tuple[Tensor, nn.Module, str]]:
     """All parameters and buffers of a module tree: the tensor, the module that has it, its name there."""
     return [
         (x, owner, key)
@@ -214,7 +214,7 @@ def tensors_of(module: nn.Module) -> list[tuple[torch.Tensor, nn.Module, str]]:
     ]
 
 
-def set_tensor(owner: nn.Module, key: str, old: torch.Tensor, new: torch.Tensor) -> None:
+def set_tensor(owner: nn.Module, key: str, old: Tensor, new: Tensor) -> None:
     """Put a tensor in the place of a module's parameter or buffer."""
     if key in owner._parameters:
         owner._parameters[key] = nn.Parameter(new, requires_grad=old.requires_grad)

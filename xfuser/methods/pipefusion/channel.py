@@ -9,6 +9,7 @@ from collections import deque
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from xfuser.core.distributed.ending import end_group, new_group
 from xfuser.models.plan import ModelPlan
@@ -34,10 +35,10 @@ class Channel:
     def __init__(self, group: dist.ProcessGroup, peer: int, depth: int) -> None:
         self._group, self._peer, self._depth = group, peer, depth
         self._substep, self.tagged = 0, False
-        self._sent: deque[tuple[int, torch.Tensor, dist.Work]] = deque()
-        self._expected: deque[tuple[torch.Tensor, list[int], dist.Work]] = deque()
+        self._sent: deque[tuple[int, Tensor, dist.Work]] = deque()
+        self._expected: deque[tuple[Tensor, list[int], dist.Work]] = deque()
 
-    def send(self, parts: list[torch.Tensor]) -> None:
+    def send(self, parts: list[Tensor]) -> None:
         """Start sending these tensors as one message; the buffer is kept until it has been received."""
         if self.tagged:
             tags = torch.tensor([float(DTYPES.index(x.dtype)) for x in parts], device=parts[0].device)
@@ -45,13 +46,13 @@ class Channel:
         x = torch.cat([x.reshape(-1) for x in parts]) if len(parts) > 1 else parts[0].contiguous()
         self._sent.append((self._substep, x, dist.isend(x, self._peer, group=self._group)))
 
-    def expect(self, counts: list[int], like: torch.Tensor) -> None:
+    def expect(self, counts: list[int], like: Tensor) -> None:
         """Post the receive of the next message, of tensors with so many elements, so that it overlaps with compute."""
         size = sum(counts) + len(counts) * self.tagged
         x = like.new_empty(size, dtype=torch.float32 if self.tagged else like.dtype)
         self._expected.append((x, counts, dist.irecv(x, self._peer, group=self._group)))
 
-    def receive(self, counts: list[int], like: torch.Tensor, following: list[int] | None = None) -> list[torch.Tensor]:
+    def receive(self, counts: list[int], like: Tensor, following: list[int] | None = None) -> list[Tensor]:
         """The tensors of the next message, flat, in the dtype of ``like`` if the message does not say.
 
         ``following`` counts the elements of the message behind it, where they are known: its receive is posted.

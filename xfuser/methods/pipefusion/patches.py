@@ -2,7 +2,7 @@
 
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from xfuser.core.distributed.utils import share, split_sizes
 
@@ -25,15 +25,15 @@ class Patches:
         of_rows = size[-2] if isinstance(size, list | tuple) else size
         self._units = {4: of_rows, 5: getattr(config, "patch_size_t", None) or of_time}
 
-    def dim(self, latents: torch.Tensor) -> int:
+    def dim(self, latents: Tensor) -> int:
         """The dimension that is divided."""
         return {4: 2, 5: self._frames}.get(latents.dim(), 1)
 
-    def row_count(self, latents: torch.Tensor) -> int:
+    def row_count(self, latents: Tensor) -> int:
         """Rows of tokens."""
         return latents.shape[self.dim(latents)] // self._unit(latents)
 
-    def rows(self, latents: torch.Tensor, patch: int) -> range:
+    def rows(self, latents: Tensor, patch: int) -> range:
         """Rows of tokens in a patch."""
         count = self.row_count(latents)
         if self.count > count:
@@ -44,24 +44,24 @@ class Patches:
             )
         return share(split_sizes(count, self.count), patch)
 
-    def tokens(self, latents: torch.Tensor, tokens: int, patch: int) -> range:
+    def tokens(self, latents: Tensor, tokens: int, patch: int) -> range:
         """Tokens of a patch, of an image with that many tokens."""
         rows, width = self.rows(latents, patch), tokens // self.row_count(latents)
         return range(rows.start * width, rows.stop * width)
 
-    def view(self, latents: torch.Tensor, rows: range) -> torch.Tensor:
+    def view(self, latents: Tensor, rows: range) -> Tensor:
         """The latents of these rows of tokens, as a view."""
         unit = self._unit(latents)
         return latents.narrow(self.dim(latents), rows.start * unit, len(rows) * unit)
 
-    def of(self, latents: torch.Tensor, patch: int) -> torch.Tensor:
+    def of(self, latents: Tensor, patch: int) -> Tensor:
         """The latents of a patch, as a view."""
         return self.view(latents, self.rows(latents, patch))
 
-    def image_tokens(self, latents: torch.Tensor) -> int:
+    def image_tokens(self, latents: Tensor) -> int:
         """Tokens of the image, where latents are packed, or have as many columns as rows in a token."""
         columns = 1 if latents.dim() == 3 else latents.shape[-1] // self._units[4]
         return self.row_count(latents) * columns
 
-    def _unit(self, latents: torch.Tensor) -> int:
+    def _unit(self, latents: Tensor) -> int:
         return self._units.get(latents.dim(), 1)

@@ -7,6 +7,7 @@ from functools import partial, wraps
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -15,7 +16,7 @@ from xfuser.core.hooks import Binder
 from xfuser.methods.pipefusion.patches import Patches
 from xfuser.methods.pipefusion.refusals import refuse
 
-EndSubstep = Callable[[list[torch.Tensor]], None]  # takes the tensors of a sub-step's result, to complete them in place
+EndSubstep = Callable[[list[Tensor]], None]  # takes the tensors of a sub-step's result, to complete them in place
 
 
 class PatchwiseScheduler:
@@ -51,7 +52,7 @@ class PatchwiseScheduler:
         refuse("pipelines that copy their scheduler", "the copy, as for other latents or for frames, knows no patches")
 
     @property
-    def timesteps(self) -> torch.Tensor:
+    def timesteps(self) -> Tensor:
         return self._copies[0].timesteps.repeat_interleave(self._call.patches)
 
     @property
@@ -63,20 +64,20 @@ class PatchwiseScheduler:
         return self._copies[0].order * self._call.patches
 
     @property
-    def sigmas(self) -> torch.Tensor:
+    def sigmas(self) -> Tensor:
         """As the timesteps, from the first sub-step on: pipelines look them up by the number of the sub-step."""
         real = self._copies[self._call.patch].sigmas
         return real.repeat_interleave(self._call.patches) if self._begun else real
 
     @sigmas.setter
-    def sigmas(self, value: torch.Tensor) -> None:
+    def sigmas(self, value: Tensor) -> None:
         self._copies[self._call.patch].sigmas = value
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         if hasattr(self._copies[0], "set_begin_index"):
             self._copies[0].set_begin_index(begin_index // self._call.patches)
 
-    def scale_model_input(self, sample: torch.Tensor, timestep: Any = None) -> torch.Tensor:
+    def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         """Scales what the next sub-step computes, and once: some pipelines keep the result as their latents."""
         self._begin(timestep)
         patch = self._call.patch
@@ -112,7 +113,7 @@ class PatchwiseScheduler:
 
         def has_rows(x: Any) -> bool:
             """Also of times for each token."""
-            divided = isinstance(x, torch.Tensor) and x.dim() > 1 and self._patches.dim(x) == dim
+            divided = isinstance(x, Tensor) and x.dim() > 1 and self._patches.dim(x) == dim
             return divided and x.shape[dim] == sample.shape[dim]
 
         if patch == 0:
@@ -127,16 +128,16 @@ class PatchwiseScheduler:
         with self._noise.of_patch(patch, sample):
             parts, tree = tree_flatten(self._copies[patch].step(**arguments))
         self._results = [self._full(index, part, sample) for index, part in enumerate(parts)]
-        self._end_substep([x for x in self._results if isinstance(x, torch.Tensor)])
+        self._end_substep([x for x in self._results if isinstance(x, Tensor)])
         return tree_unflatten(self._results, tree)
 
-    def _full(self, index: int, part: Any, sample: torch.Tensor) -> Any:
+    def _full(self, index: int, part: Any, sample: Tensor) -> Any:
         """A part of the step's result, for all rows: the next sample; others as the patches last left them."""
-        if not isinstance(part, torch.Tensor) or part.dim() != sample.dim():
+        if not isinstance(part, Tensor) or part.dim() != sample.dim():
             return part
         return self._placed(part, self._results[index] if index and self._results else sample)
 
-    def _placed(self, part: torch.Tensor, full: torch.Tensor) -> torch.Tensor:
+    def _placed(self, part: Tensor, full: Tensor) -> Tensor:
         """A copy of ``full``, in the dtype of ``part``, with this patch replaced."""
         result = full.to(part.dtype, copy=True)
         self._patches.of(result, self._call.patch).copy_(part)
@@ -167,10 +168,10 @@ class _FullNoise(TorchFunctionMode):
     def __init__(self, patches: Patches) -> None:
         super().__init__()
         self._patches = patches
-        self._drawn: list[torch.Tensor] = []
+        self._drawn: list[Tensor] = []
 
     @contextmanager
-    def of_patch(self, patch: int, sample: torch.Tensor) -> Iterator[None]:
+    def of_patch(self, patch: int, sample: Tensor) -> Iterator[None]:
         """Within the context, ``torch.randn`` and the like give the rows of a patch of latents like ``sample``."""
         if patch == 0:
             self._drawn = []
@@ -189,7 +190,7 @@ class _FullNoise(TorchFunctionMode):
             return self._draw(lambda size: func(x.new_empty(size), **kwargs), x.shape)
         return func(*args, **kwargs)
 
-    def _draw(self, draw: Callable[[list[int]], torch.Tensor], size: Any) -> torch.Tensor:
+    def _draw(self, draw: Callable[[list[int]], Tensor], size: Any) -> Tensor:
         size, dim = list(size), self._dim
         of_patch = len(size) == len(self._shape) and size[dim] == self._rows[dim]
         if of_patch:

@@ -6,7 +6,7 @@ from functools import partial, wraps
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from xfuser.call import CallState, Forward
@@ -43,8 +43,8 @@ class Stage:
 
     def _forget(self) -> None:
         """Drop the state of the last denoising loop."""
-        self._latents: list[torch.Tensor] = []  # input of each call of the first sub-step
-        self._outputs: list[tuple[list[torch.Tensor], Any]] = []  # full output of each call: tensors, tree
+        self._latents: list[Tensor] = []  # input of each call of the first sub-step
+        self._outputs: list[tuple[list[Tensor], Any]] = []  # full output of each call: tensors, tree
         self._autocast = False  # whether the dtypes of activations depend on their operators
         self._buffers: dict[tuple[str, int], KVBuffer] = {}
         # Elements per token, shares and streams of each message with tokens in this sub-step, and in the last
@@ -61,7 +61,7 @@ class Stage:
         """Whether the transformer has been called."""
         return bool(self._latents)
 
-    def part(self, output: torch.Tensor) -> torch.Tensor:
+    def part(self, output: Tensor) -> Tensor:
         """View of what this rank computes of an output in this sub-step: no row of it before the last stage."""
         if not self.is_last:
             return self.patches.view(output, range(0))
@@ -79,8 +79,8 @@ class Stage:
         return len(self.patches.tokens(self._latents[0], tokens, self._call.patches - 1))
 
     def renew(
-        self, name: str, places: list[tuple], total: int, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        self, name: str, places: list[tuple], total: int, k: Tensor, v: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Fresh keys, values and key mask of one attention module in, those of the full sequence out.
 
         ``places``, (first row, number of rows), and ``total`` say where the fresh rows are, and in how many.
@@ -114,7 +114,7 @@ class Stage:
                         stack.enter_context(self._once_a_step(block.module.get_submodule(name)))
             yield
 
-    def end_substep(self, results: list[torch.Tensor]) -> None:
+    def end_substep(self, results: list[Tensor]) -> None:
         """To be called when the scheduler has stepped; ``results`` are the tensors of the step, the next latents first.
 
         The last stage's latents go to the first one. Where a step ends with full latents on all ranks, ``results`` are
@@ -147,7 +147,7 @@ class Stage:
         following = self._call.after(*substep)
         return None if following is None or self._call.ends_whole(following[0] - 1) else following
 
-    def _check_substep(self, latents: torch.Tensor) -> None:
+    def _check_substep(self, latents: Tensor) -> None:
         name, calls, before, dim = self._name, self._call.index + 1, len(self._latents), self.patches.dim(latents)
         if calls != before:
             refuse(f"{calls} calls of {name} in step {self._call.step}", f"the first had {before}", SAME_CALLS)
@@ -194,7 +194,7 @@ class Stage:
             refuse(what, f"those of the first step had {before}", SAME_CALLS)
         return call.index
 
-    def _blank(self, parts: list[torch.Tensor]) -> list[torch.Tensor]:
+    def _blank(self, parts: list[Tensor]) -> list[Tensor]:
         """Zeros in the shapes of the full outputs, of which ``parts`` are computed here."""
         dtypes = [x.dtype for x in parts]
         if self._autocast:  # only the last stage has the output's own
@@ -203,10 +203,10 @@ class Stage:
         lengths = [self._latents[0].shape[dim] for dim in dims]
         return [_zeros(*one) for one in zip(parts, dims, lengths, dtypes, strict=True)]
 
-    def _embedding(self, embed: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    def _embedding(self, embed: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         """Computes the tokens of this sub-step on the first stage; elsewhere zeros, of which the shape matters."""
 
-        def forward(latents: torch.Tensor) -> torch.Tensor:
+        def forward(latents: Tensor) -> Tensor:
             if self.number == 0 and self._call.synchronous:
                 return embed(latents)
             rows = self.patches.rows(latents, self._call.patch) if self.number == 0 else range(1)
@@ -253,7 +253,7 @@ class Stage:
     def _send(self, blocks: str, block: nn.Module, args: tuple, output: Any) -> None:
         """Behind this stage's last block: image tokens first, whatever the order in the blocks."""
         counts, parts = _own_tokens(self._call.tokens), {}
-        tensors = [output] if isinstance(output, torch.Tensor) else output
+        tensors = [output] if isinstance(output, Tensor) else output
         for x, streams in zip(tensors, self._plan.outputs(blocks), strict=True):
             parts |= dict(zip(streams, x.split([counts[stream] for stream in streams], dim=1), strict=True))
         channel = self._channels["tokens", self.number, self.number + 1]
@@ -278,11 +278,11 @@ class Stage:
 
     def _once_a_step(self, module: nn.Module) -> AbstractContextManager[None]:
         """Within the context, a module that works on text alone computes with patch 0, and other patches reuse it."""
-        outputs: dict[int, torch.Tensor] = {}
+        outputs: dict[int, Tensor] = {}
         original = module.forward
 
         @wraps(original)
-        def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
+        def forward(*args: Any, **kwargs: Any) -> Tensor:
             if self._call.patch == 0:
                 outputs[self._call.index] = original(*args, **kwargs)
             return outputs[self._call.index]
@@ -295,7 +295,7 @@ def _own_tokens(shares: TokenShares) -> dict[str, int]:
     return {stream: sizes[shares.rank] for stream, sizes in shares.sizes.items()}
 
 
-def _zeros(like: torch.Tensor, dim: int, size: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+def _zeros(like: Tensor, dim: int, size: int, dtype: torch.dtype | None = None) -> Tensor:
     """Zeros in a tensor's shape, with another size along ``dim``."""
     shape = list(like.shape)
     shape[dim] = size
