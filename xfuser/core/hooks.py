@@ -55,7 +55,7 @@ class Binder:
         arguments = dict(zip(self.names, args, strict=False))
         if len(args) > len(self.names) and self.rest:
             arguments[self.rest] = args[len(self.names) :]
-        elif len(args) > len(self.names) or not arguments.keys().isdisjoint(kwargs):
+        elif len(args) > len(self.names) or any(name in arguments for name in kwargs):
             self._signature.bind(*args, **kwargs)  # says what is wrong
         return arguments | kwargs
 
