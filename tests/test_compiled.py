@@ -1,13 +1,19 @@
-"""Pipelines whose transformer was compiled: the picture is right under every method, and unwrap() gives it compiled."""
+"""Compiled blocks: the picture is right under every method, graphs are counted, and unwrap() gives back what was."""
+
+from dataclasses import replace
 
 import pytest
 import running
 import tiny
 import torch
+import torch._inductor.config
 from diffusers import DiffusionPipeline
+from torch._dynamo.utils import counters
 
-from xfuser import parallelize, xFuserArgs
+from xfuser import parallelize, xDiTParallel, xFuserArgs
 from xfuser.models.registry import plan_of
+from xfuser.testing import matrix
+from xfuser.testing.loop import loop_of
 from xfuser.testing.zoo import FAMILIES
 
 PIPED = {"pipefusion_parallel_degree": 2, "warmup_steps": 3}  # exact in warm-up steps
@@ -132,3 +138,104 @@ def bare_loop(family):
 def test_a_compiled_transformer_in_a_loop(pool):
     for difference in pool.run(2, bare_loop, "pixart"):
         assert difference <= running.TOLERANCE
+
+
+# Graphs: what is counted is the same with any backend, and this one compiles no C++.
+
+COUNTED = ("flux", "pixart", "sd3", "wan", "qwen_image", "hunyuan_video", "ltx", "flux2", "z_image", "cogvideox")
+CELLS = [(family, method) for family in COUNTED for method in matrix.METHODS if not matrix.refusal(family, method)]
+CALL = {"num_inference_steps": 4, "images": 2}
+
+
+def varied(name, changes):
+    """A family of the zoo, with other configuration or latents."""
+    family = FAMILIES[name]
+    return replace(
+        family, config=family.config | changes.get("config", {}), latents=changes.get("latents", family.latents)
+    )
+
+
+def compiled_loop(family, degrees, backend="aot_eager"):
+    """A wrapped loop whose transformer was compiled before the wrap."""
+    torch._dynamo.reset()
+    counters.clear()
+    loop = loop_of(family)
+    loop.transformer = torch.compile(loop.transformer, backend=backend)
+    return xDiTParallel(loop, xFuserArgs(**degrees).create_config()[0])
+
+
+def graphs_of(name, degrees, changes=({}, {}), backend="aot_eager"):
+    """Latents of a call for each of the changes, by the transformer of the first; graphs and breaks behind each."""
+    families = [varied(name, one) for one in changes]
+    pipe = compiled_loop(families[0], degrees, backend)
+    called = [(pipe(family, **CALL), counters["stats"]["unique_graphs"]) for family in families]
+    return [(latents, graphs, sum(counters["graph_break"].values())) for latents, graphs in called]
+
+
+@pytest.mark.parametrize(("family", "method"), CELLS)
+def test_a_block_is_one_graph_that_all_of_its_class_have(pool, family, method):
+    ranks, degrees = matrix.METHODS[method]
+    _, alone, breaks = pool.run(1, graphs_of, family, {})[0][1]
+    assert not breaks
+    expected = matrix.reference(family, degrees, CALL)
+    for (first, graphs, _), (second, later, breaks) in pool.run(ranks, graphs_of, family, degrees):
+        assert graphs <= alone * (3 if "pipefusion" in method else 1) and not breaks
+        assert later == graphs  # a second call compiles nothing
+        for latents in (first, second):
+            assert matrix.error(latents, expected) <= matrix.TOLERANCES.get(family, matrix.TOLERANCE)
+
+
+def test_graphs_do_not_depend_on_the_depth(pool):
+    deep = {"config": {"num_layers": 4, "num_single_layers": 9}}
+    for ((_, graphs, breaks),) in pool.run(2, graphs_of, "flux", {"ulysses_degree": 2}, (deep,)):
+        assert graphs == 2 and not breaks
+
+
+@pytest.mark.parametrize("family", ["pixart", "wan"])
+def test_one_more_graph_serves_all_further_resolutions(pool, family):
+    sized = [{"latents": (*FAMILIES[family].latents[:-2], rows, 6)} for rows in (10, 14, 8, 22)]
+    for results in pool.run(2, graphs_of, family, {"ulysses_degree": 2}, sized):
+        assert [graphs for _, graphs, _ in results] == [1, 2, 2, 2]
+
+
+def test_inductor_draws_what_is_drawn_without_it(pool):
+    expected = matrix.reference("pixart", {}, CALL)
+    for ((latents, graphs, breaks),) in pool.run(2, graphs_of, "pixart", {"ulysses_degree": 2}, ({},), "inductor"):
+        assert matrix.error(latents, expected) <= matrix.TOLERANCE and (graphs, breaks) == (1, 0)
+
+
+def unlike(name):
+    """How far a compiled transformer that is not wrapped is off while a wrapped one is active."""
+    family = FAMILIES[name]
+    wrapped, bare = compiled_loop(family, {"ulysses_degree": 2}), loop_of(family)
+    before = bare(family, **CALL)
+    bare.transformer.compile(backend="aot_eager")
+    with wrapped.active():
+        within = bare(family, **CALL)
+    return matrix.error(within, before)
+
+
+def test_models_that_are_not_wrapped_are_left_alone(pool):
+    assert max(pool.run(2, unlike, "pixart")) <= matrix.TOLERANCE
+
+
+def broken(name):
+    """A call whose blocks a compiler fails on."""
+
+    def fails(graph, inputs):
+        raise RuntimeError("no code today")
+
+    family = FAMILIES[name]
+    return compiled_loop(family, {"ulysses_degree": 2}, fails)(family, **CALL)
+
+
+def test_blocks_that_cannot_be_compiled_run_eagerly(pool):
+    expected = matrix.reference("pixart", {}, CALL)
+    for latents in pool.run(2, broken, "pixart"):
+        assert matrix.error(latents, expected) <= matrix.TOLERANCE
+
+
+def test_a_missing_compiler_is_told_ahead_of_all(monkeypatch):
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("/nowhere/g++",))
+    with pytest.raises(ValueError, match="use_torch_compile: no C\\+\\+ compiler is found: install g"):
+        xFuserArgs(use_torch_compile=True, model="shapes-256").checked(1)

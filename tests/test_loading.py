@@ -234,7 +234,8 @@ def test_a_rank_needs_memory_for_its_share_and_one_file(tmp_path, folder_of):
     sizes = [os.path.getsize(file) for file in Path(path, "transformer").glob("*.safetensors")]
     for method, world in (("pipefusion", 2), ("pipefusion", 4), ("tensor", 4)):
         for peak, share, _ in costs(world, tmp_path, paths, {f"{method}_parallel_degree": world}):
-            assert share < 1.2 * sum(sizes) / world and share <= peak <= share + max(sizes)
+            assert share < 1.2 * sum(sizes) / world
+            assert 0.99 * share <= peak <= share + max(sizes)  # pages that were free already are not seen
     read = sum(read for _, _, read in costs(2, tmp_path, paths, {"ulysses_degree": 2}))
     assert read <= 1.1 * sum(sizes)
 
