@@ -144,6 +144,14 @@ def test_a_compiled_transformer_in_a_loop(pool):
 
 COUNTED = ("flux", "pixart", "sd3", "wan", "qwen_image", "hunyuan_video", "ltx", "flux2", "z_image", "cogvideox")
 CELLS = [(family, method) for family in COUNTED for method in matrix.METHODS if not matrix.refusal(family, method)]
+CELLS.remove(("z_image", "distrifusion2"))  # lists of latents have no oracle
+COVERING = [("flux", "ulysses2 x ring2"), ("sd3", "cfg2"), ("wan", "pipefusion2 M=3"), ("ltx", "tensor2")]
+GRAPHS = {
+    "flux": 2,
+    "flux2": 2,
+    "hunyuan_video": 2,
+    "sd3": 3,
+}  # classes; of SD3, blocks with and without attn2, and the last
 CALL = {"num_inference_steps": 4, "images": 2}
 
 
@@ -172,14 +180,15 @@ def graphs_of(name, degrees, changes=({}, {}), backend="aot_eager"):
     return [(latents, graphs, sum(counters["graph_break"].values())) for latents, graphs in called]
 
 
-@pytest.mark.parametrize(("family", "method"), CELLS)
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [pytest.param(*cell, marks=pytest.mark.covering if cell in COVERING else pytest.mark.matrix) for cell in CELLS],
+)
 def test_a_block_is_one_graph_that_all_of_its_class_have(pool, family, method):
     ranks, degrees = matrix.METHODS[method]
-    _, alone, breaks = pool.run(1, graphs_of, family, {})[0][1]
-    assert not breaks
     expected = matrix.reference(family, degrees, CALL)
     for (first, graphs, _), (second, later, breaks) in pool.run(ranks, graphs_of, family, degrees):
-        assert graphs <= alone * (3 if "pipefusion" in method else 1) and not breaks
+        assert graphs <= GRAPHS.get(family, 1) * (3 if "pipefusion" in method else 1) and not breaks
         assert later == graphs  # a second call compiles nothing
         for latents in (first, second):
             assert matrix.error(latents, expected) <= matrix.TOLERANCES.get(family, matrix.TOLERANCE)

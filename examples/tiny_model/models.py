@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DPMSolverMultistepScheduler,
-    FluxTransformer2DModel,
-    PixArtTransformer2DModel,
-)
+from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, FluxTransformer2DModel, PixArtTransformer2DModel
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors

@@ -113,7 +113,9 @@ def pipeline_split(
     """
     stubs = {name: divided(model, plan) for name, (model, plan) in models.items()}
     if any(stub.held for ones in stubs.values() for stub in ones):
-        raise ValueError(f"an earlier wrap divided the blocks of this {pipeline} over stages: call unwrap() on it first")
+        raise ValueError(
+            f"an earlier wrap divided the blocks of this {pipeline} over stages: call unwrap() on it first"
+        )
     for model, plan in models.values():
         _check_methods(model, plan, parallel)
     loaded_for = {name: ones[0].stage_layers for name, ones in stubs.items() if ones}
