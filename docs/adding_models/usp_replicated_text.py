@@ -1,4 +1,4 @@
-"""Attention layer and process groups alone, in a forward of one's own; text stays whole on every rank.
+"""Attention layer and process groups alone, in a forward written by hand; every rank has all of the text.
 
 torchrun --nproc_per_node 4 usp_replicated_text.py
 """

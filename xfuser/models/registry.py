@@ -133,7 +133,7 @@ def planned_models(pipe) -> dict[str, tuple[nn.Module, ModelPlan]]:
     """The pipeline's denoisers by component name, with their plans; of compiled ones, the original.
 
     Raises:
-        ValueError: the pipeline has none that is known.
+        ValueError: the pipeline has no transformer with a plan.
     """
     if not hasattr(pipe, "components"):
         raise ValueError(f"{type(pipe).__name__} is not a Diffusers pipeline")

@@ -43,7 +43,7 @@ def plan(args: xFuserArgs, world_size: int) -> list[Row]:
     """What every legal combination of degrees for so many ranks needs; ``args`` has all but the degrees.
 
     Raises:
-        ValueError: there is no such pipeline.
+        ValueError: the pipeline is not found.
     """
     base = args if shipped_folder(args.model) else replace(args, model=configs_of(args.model, args.download_dir))
     with alone_of(world_size):
