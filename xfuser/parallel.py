@@ -87,8 +87,8 @@ class xDiTParallel:
 
     def _place(self) -> None:
         """Put the weights where the configuration asks for them."""
-        self.__dict__["_placement"] = Placement(self._pipe, self.engine_config)
-        self.__dict__["_pipefusion"] = self._placement.pipefusion
+        self.__dict__["_placement"] = placement = Placement(self._pipe, self.engine_config)
+        self.__dict__["_pipefusion"] = placement.pipefusion
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the pipeline on all ranks; every rank returns the full result."""
@@ -115,8 +115,7 @@ class xDiTParallel:
     def _new_call(self, every_step_whole: bool) -> CallState:
         order = getattr(getattr(self._pipe, "scheduler", None), "order", 1)
         warmup = self.engine_config.runtime_config.warmup_steps * order
-        parallel = self.engine_config.parallel_config
-        patches = parallel.num_pipeline_patch if self._pipefusion else 1
+        patches = self.engine_config.parallel_config.num_pipeline_patch if self._pipefusion else 1
         return CallState(patches, warmup, every_step_whole, self._compiler is not None)
 
     @contextmanager
@@ -136,24 +135,22 @@ class xDiTParallel:
 
     def _take_out_compiled(self, stack: ExitStack) -> None:
         """Until the stack closes, the components are what was compiled; from now on their blocks are compiled."""
-        compiler = stack.enter_context(uncompiled(self._pipe, self._taking_part()))
-        self.__dict__["_compiler"] = self._compiler or compiler
+        self.__dict__["_compiler"] = stack.enter_context(uncompiled(self._pipe, self._taking_part())) or self._compiler
 
     def _methods(self) -> list[Method]:
         """What divides this call's forwards, in the order of the wrappers around them: the outermost first."""
         models, parallel = planned_models(self._pipe), self.engine_config.parallel_config
-        methods: list[Method] = []
         parts = {name: self._part_of(model) for name, (model, _) in models.items()} if parallel.patched else {}
-        methods += [self._pipefusion] if self._pipefusion else parts.values()
+        methods: list[Method] = [self._pipefusion] if self._pipefusion else list(parts.values())
         if parallel.cfg_degree > 1:
-            entries_stay = parallel.patched or self._pipefusion is not None
+            entries_stay = parallel.patched or bool(self._pipefusion)
             methods.append(GuidanceParallel(get_cfg_group(), models.values(), entries_stay))
         if parallel.dp_degree > 1:
             methods.append(DataParallel(get_dp_group(), models.values()))
-        splits_batch = parallel.cfg_degree * parallel.dp_degree > 1
         if self._pipefusion or self._sp.world_size > 1 or self._backend not in ("auto", "sdpa"):
             methods += [self._sequence(model, plan, parts.get(name)) for name, (model, plan) in models.items()]
         if methods:
+            splits_batch = parallel.cfg_degree * parallel.dp_degree > 1
             methods.insert(0, Refusals(self._pipe, [model for model, _ in models.values()], splits_batch))
         if self._compiler:
             methods = [*self._compiled_blocks(models), *methods]  # blocks' own code, inside of all hooks
@@ -161,10 +158,8 @@ class xDiTParallel:
 
     def _compiled_blocks(self, models: dict[str, tuple[nn.Module, ModelPlan]]) -> list[Method]:
         """The compiled code of the blocks, which lasts as long as the wrap."""
-        shows = not getattr(self._pipe, "_progress_bar_config", {}).get("disable", False)
-        for name, (model, plan) in models.items():
-            if name not in self._blocks:
-                self._blocks[name] = CompiledBlocks(model, plan, self._compiler, shows)
+        for name in [name for name in models if name not in self._blocks]:
+            self._blocks[name] = CompiledBlocks(*models[name], self._compiler, self._pipe)
         return list(self._blocks.values())
 
     def _sequence(self, model: nn.Module, plan: ModelPlan, part: DistriFusion | NaivePatches | None) -> Method:
@@ -192,7 +187,8 @@ class xDiTParallel:
             raise RuntimeError("there is nothing to save: call the pipeline first")
         media = media_of(self._output)
         sizes = split_sizes(len(media), get_dp_group().world_size)
-        mine = share(sizes, get_dp_group().rank_in_group) if _leads_replica() else ()
+        leads = all(group().is_first_rank for group in (get_tp_group, get_sp_group, get_pp_group, get_cfg_group))
+        mine = share(sizes, get_dp_group().rank_in_group) if leads else ()
         name = f"{prefix}_result_{self.engine_config.parallel_config}"
         return [write_media(media[index], directory, f"{name}_{index}") for index in mine]
 
@@ -278,12 +274,8 @@ class xDiTParallel:
         moves = runtime.text_encoder != "replicate" or parallel.tensor_parallel_text_encoder
         encoders = list(text_encoders(self._pipe)) if moves else []
         models = list(planned_models(self._pipe))
-        engaged = (
-            self.engine_config.world_size > 1
-            or parallel.pipelined
-            or self._backend not in ("auto", "sdpa")
-            or self._compiler is not None
-        )
+        named = self._backend not in ("auto", "sdpa")
+        engaged = self.engine_config.world_size > 1 or parallel.pipelined or named or self._compiler is not None
         return models + encoders if engaged else encoders
 
     def _check_usable(self) -> None:
@@ -328,11 +320,6 @@ def parallelize(
             "PipeFusion, DistriFusion and naive patches go by the scheduler's steps: give parallelize() the scheduler"
         )
     return xDiTParallel(Loop(transformer, scheduler), engine_config)
-
-
-def _leads_replica() -> bool:
-    groups = (get_tp_group, get_sp_group, get_pp_group, get_cfg_group)
-    return all(group().is_first_rank for group in groups)
 
 
 def _quiet_progress(pipe: Any) -> AbstractContextManager[None]:

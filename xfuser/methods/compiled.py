@@ -29,11 +29,11 @@ class CompiledBlocks:
 
     Args:
         compiler: ``torch.compile``, or what it was called with for this model.
-        shows_progress: whether rank 0 shows how many classes have been compiled.
+        pipe: the pipeline, whose progress bar says whether rank 0 shows how many classes have been compiled.
     """
 
-    def __init__(self, model: nn.Module, plan: ModelPlan, compiler: Compiler, shows_progress: bool = True) -> None:
-        self._model, self._plan, self._compiler, self._shows_progress = model, plan, compiler, shows_progress
+    def __init__(self, model: nn.Module, plan: ModelPlan, compiler: Compiler, pipe: Any) -> None:
+        self._model, self._plan, self._compiler, self._pipe = model, plan, compiler, pipe
         self._code: dict[type, Callable[..., Any]] = {}
         self._new: set[type] = set()  # classes that have not run yet
         self._failed: set[type] = set()
@@ -82,9 +82,9 @@ class CompiledBlocks:
     def _showing(self, classes: int) -> Iterator[None]:
         from tqdm.auto import tqdm  # comes with Diffusers
 
-        shown = self._shows_progress and is_rank_zero()
+        hidden = getattr(self._pipe, "_progress_bar_config", {}).get("disable", False) or not is_rank_zero()
         description = f"Compiling blocks of {type(self._model).__name__}"
-        with tqdm(total=classes, desc=description, unit="class", disable=not shown) as self._progress:
+        with tqdm(total=classes, desc=description, unit="class", disable=hidden) as self._progress:
             yield
 
 
