@@ -68,7 +68,9 @@ class Shards:
         kind = type(module).__name__
         registries = (getattr(part, "_diffusers_hook", None) for part in module.modules())
         if any(registry is not None and registry.hooks for registry in registries):  # a call leaves empty ones behind
-            raise ValueError(f"{kind} has hooks of Diffusers, which cannot be copied: wrap the pipeline, then add them")
+            raise ValueError(
+                f"{kind} has hooks of Diffusers, which cannot be copied: wrap the pipeline first, then add them"
+            )
         self.module, self._group = module, group
         blank = [nn.Parameter(torch.empty(*shape, dtype=dtype, device="meta"), False) for shape, dtype in shapes]
         self.copy = copy.deepcopy(module, dict(zip(map(id, module.parameters()), blank, strict=True)))
