@@ -4,7 +4,6 @@ The pipeline, its scheduler, its tokenizers and the engine are real. Weights and
 (``FakeTensorMode``); the other ranks are the ``fake`` backend of torch.distributed, which sends nothing.
 """
 
-import inspect
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,10 +11,8 @@ from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any
 
-import diffusers
 import torch
 import torch.distributed as dist
-import transformers
 from diffusers import DiffusionPipeline
 from diffusers.utils.logging import disable_progress_bar
 from huggingface_hub import snapshot_download
@@ -35,9 +32,8 @@ from xfuser.models.registry import plan_of, planned_models
 from xfuser.parallel import xDiTParallel
 from xfuser.weights.fsdp import outermost_lists
 from xfuser.weights.placement import pipeline_split
-from xfuser.weights.skeleton import components_of, skeleton
+from xfuser.weights.skeleton import component, components_of
 
-LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
 CODER = ("encode", "decode")  # the methods by which pipelines call their VAE
 
 
@@ -88,7 +84,7 @@ def rehearse(engine_config: EngineConfig, input_config: InputConfig) -> Memory:
         RuntimeError: a forward reads the values of its tensors, which have none.
     """
     folder, dtype = engine_config.model_config.model, engine_config.runtime_config.dtype
-    parts = {name: part for name in components_of(folder) if (part := hollow(folder, name, dtype))}
+    parts = {name: part for name in components_of(folder) if (part := component(folder, name, dtype))}
     fake, meter = FakeTensorMode(allow_non_fake_inputs=True), LiveMemory()
     memory = Memory(live=dict.fromkeys(parts, 0))
     for name, part in parts.items():
@@ -107,19 +103,6 @@ def rehearse(engine_config: EngineConfig, input_config: InputConfig) -> Memory:
     with meter:
         parallel(**parallel.call_arguments())
     return memory
-
-
-def hollow(folder: str, name: str, dtype: torch.dtype) -> nn.Module | None:
-    """A component of a pipeline's folder without weights; None for one that has none."""
-    library, kind = components_of(folder)[name]
-    cls, part = getattr(LIBRARIES.get(library), kind, None), os.path.join(folder, name)
-    if not (inspect.isclass(cls) and issubclass(cls, nn.Module)):
-        return None
-    if library == "diffusers":
-        return skeleton(lambda: cls.from_config(cls.load_config(part)), dtype)
-    module = skeleton(lambda: cls(cls.config_class.from_pretrained(part)), dtype)
-    module.tie_weights()
-    return module
 
 
 def weight_of(module: nn.Module) -> int:
@@ -174,7 +157,7 @@ def _heaviest_stage(pipe: Any, engine_config: EngineConfig) -> dict[str, float]:
     for name, layers in pipeline_split(models, type(pipe).__name__, engine_config.parallel_config).items():
         weights = []
         for stage in range(len(layers)):
-            model = hollow(engine_config.model_config.model, name, engine_config.runtime_config.dtype)
+            model = component(engine_config.model_config.model, name, engine_config.runtime_config.dtype)
             divide(model, models[name][1], layers, stage)
             weights.append(sum(x.nbytes for x in model.parameters()))
         factors[name] = max(weights) / weights[0]

@@ -40,8 +40,8 @@ def load_pipeline(
     ``input_config.img_file_path``, a text-to-image pipeline becomes its image-to-image variant.
 
     Raises:
-        ValueError: there is no pipeline, or no supported one, its files are damaged, or it lacks what the configuration
-            requires. Ranks do not wait for each other then.
+        ValueError: the pipeline is not found or not supported, its files are damaged, or it lacks what the
+            configuration requires. Ranks do not wait for each other then.
     """
     model, runtime = engine_config.model_config, engine_config.runtime_config
     join_groups(engine_config)

@@ -27,6 +27,7 @@ from xfuser.weights.text_encoders import PREFIX
 
 Place = tuple[nn.Module, str]  # a module, and the name of one of its tensors
 
+LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
 STEMS = {"diffusers": SAFETENSORS_WEIGHTS_NAME.removesuffix(".safetensors"), "transformers": "model"}  # of weight files
 
 
@@ -46,6 +47,19 @@ def components_of(folder: str) -> dict[str, tuple[str, str]]:
     with open(os.path.join(folder, "model_index.json"), encoding="utf-8") as file:
         index = json.load(file)
     return {name: tuple(part) for name, part in index.items() if isinstance(part, list) and len(part) == 2 and part[0]}
+
+
+def component(folder: str, name: str, dtype: torch.dtype) -> nn.Module | None:
+    """A component of a pipeline's folder, without weights; None for one that has none."""
+    library, kind = components_of(folder)[name]
+    cls, part = getattr(LIBRARIES.get(library), kind, None), os.path.join(folder, name)
+    if not (inspect.isclass(cls) and issubclass(cls, nn.Module)):
+        return None
+    if library == "diffusers":
+        return skeleton(lambda: cls.from_config(cls.load_config(part)), dtype)
+    module = skeleton(lambda: cls(cls.config_class.from_pretrained(part)), dtype)
+    module.tie_weights()  # a skeleton's parameters are all its own
+    return module
 
 
 class Folder(NamedTuple):
@@ -119,12 +133,9 @@ def read(loads: dict[str, "Load"], device: torch.device) -> dict[str, nn.Module]
 def freed_encoders(folder: Folder, device: torch.device) -> dict[str, nn.Module]:
     """The text encoders of a pipeline's folder without weights, for ranks that leave them to another."""
     found: dict[str, nn.Module] = {}
-    for name, (library, kind) in folder.to_load().items():
+    for name, (library, _) in folder.to_load().items():
         if name.startswith(PREFIX) and library == "transformers":
-            cls = getattr(transformers, kind)
-            config = cls.config_class.from_pretrained(folder.of(name))
-            found[name] = skeleton(partial(cls, config), folder.dtype(name))
-            found[name].tie_weights()  # a skeleton's parameters are all its own
+            found[name] = component(folder.path, name, folder.dtype(name))
             free_weights(found[name], device)
     return found
 
