@@ -65,8 +65,9 @@ class CompiledBlocks:
             if kind in self._failed:
                 return original(*args, **kwargs)
             try:
+                named = {name: _dense(x) for name, x in kwargs.items()}
                 with operator.running(block):
-                    output = self._code[kind](kind.forward, block, *map(_dense, args), **_dense_values(kwargs))
+                    output = self._code[kind](kind.forward, block, *map(_dense, args), **named)
             except TorchDynamoException as error:
                 self._failed.add(kind)
                 logger.warning("%s cannot be compiled and runs eagerly: %s", kind.__name__, error)
@@ -102,10 +103,6 @@ def _dense(x: Any) -> Any:
     if not isinstance(x, Tensor):
         return x
     return x.contiguous().view(-1).view(x.shape).data if x.numel() else x.new_empty(x.shape)
-
-
-def _dense_values(arguments: dict[str, Any]) -> dict[str, Any]:
-    return {name: _dense(x) for name, x in arguments.items()}
 
 
 @contextmanager

@@ -71,7 +71,7 @@ class ContextParallel(ShardedModel):
                 yield edited_output(module, partial(self._split_output, spec))
         for name, dim in self._gathered.items():
             yield edited_output(self._model.get_submodule(name), partial(self._gather, dim))
-        for name in self._attention_names():
+        for name in self._attention_places():
             yield edited_arguments(self._model.get_submodule(name), partial(self._enter_attention, name))
 
     def _wrapper(self, forward: Forward, arguments: Arguments) -> Any:

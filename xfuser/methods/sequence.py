@@ -1,6 +1,6 @@
 """Sequence parallelism: each rank holds a share of the tokens of every stream; attention sees them all."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from functools import partial, wraps
 from typing import Any
@@ -68,11 +68,11 @@ class SequenceParallel(ShardedModel):
         if plan.head:
             yield edited_output(self._model.get_submodule(plan.head), self._leave_head)
 
-    def _attention_names(self) -> Iterable[str]:
+    def _attention_places(self) -> dict[str, str]:
         self._attentions = attentions_of(self._model, self._plan)
-        names = [f"{block.list_name}.{block.index}." for block in blocks_of(self._model, self._plan)]
-        self._places = {f"{name}{place}": place for name in names for place in self._plan.attention}
-        return self._attentions
+        blocks = [f"{block.list_name}.{block.index}." for block in blocks_of(self._model, self._plan)]
+        places = {f"{block}{place}": place for block in blocks for place in self._plan.attention}
+        return {name: places[name] for name in self._attentions}
 
     def _wrapper(self, forward: Forward, arguments: Arguments) -> Any:
         given = [name for name in self._plan.by_number if arguments.get(name) is not None]

@@ -1,5 +1,6 @@
 """What is common to models whose tokens, or rows of maps, are sharded, whatever describes them."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
@@ -15,11 +16,10 @@ from xfuser.core.hooks import Arguments
 from xfuser.models.plan import ModelPlan
 
 
-class ShardedModel:
+class ShardedModel(ABC):
     """One model whose forward is sharded over one group, during one call."""
 
     many, idle = True, ()  # as :func:`intercepted` takes them
-    _places: dict[str, str] | None = None
 
     def __init__(
         self, model: nn.Module, plan: ModelPlan, group: SequenceParallelGroupCoordinator, backend: str = "auto"
@@ -34,25 +34,27 @@ class ShardedModel:
         with ExitStack() as stack:
             for context in self._hooks():
                 stack.enter_context(context)
-            attentions = {name: self._model.get_submodule(name) for name in self._attention_names()}
+            places = self._attention_places()
+            attentions = {name: self._model.get_submodule(name) for name in places}
             attend = partial(partial, self._attend)  # by the module's name
-            stack.enter_context(intercepted(attentions, attend, self.many, self.idle, self._places))
+            stack.enter_context(intercepted(attentions, attend, self.many, self.idle, places))
             yield
 
+    @abstractmethod
     def _wrapper(self, forward: Forward, arguments: Arguments) -> Any:
         """Around the model's forward: opens and closes the state of one forward."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _hooks(self) -> Iterable[AbstractContextManager[None]]:
         """The hooks into the model's modules, the outermost first."""
-        raise NotImplementedError
 
-    def _attention_names(self) -> Iterable[str]:
-        return [name for name, module in self._model.named_modules() if hasattr(module, "processor")]
+    def _attention_places(self) -> dict[str, str]:
+        """Names of the attention modules, and what they are called within their blocks where these are known."""
+        return {name: name for name, module in self._model.named_modules() if hasattr(module, "processor")}
 
+    @abstractmethod
     def _attend(self, name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
         """In the place of ``scaled_dot_product_attention`` (``[B, H, S_local, D]``) of the module of this name."""
-        raise NotImplementedError
 
     def _local(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
         """Attention whose keys are all on this rank."""

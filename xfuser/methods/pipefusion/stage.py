@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from xfuser.call import CallState, Forward
 from xfuser.core.attention.kv_buffer import KVBuffer
-from xfuser.core.hooks import Arguments, edited_arguments, replaced
+from xfuser.core.hooks import Arguments, edited_arguments, edited_output, replaced
 from xfuser.methods.pipefusion.blocks import StageBlocks
 from xfuser.methods.pipefusion.channel import Channel, Route, skips
 from xfuser.methods.pipefusion.patches import Patches
@@ -100,7 +100,7 @@ class Stage:
                 stack.enter_context(replaced(embed, "forward", self._embedding(embed.forward)))
             if not self.is_last:
                 send = partial(self._send, own[-1].list_name)
-                stack.callback(own[-1].module.register_forward_hook(send).remove)
+                stack.enter_context(edited_output(own[-1].module, send))
                 if isinstance(head, nn.Linear):
                     stack.enter_context(replaced(head, "forward", partial(_zeros, dim=-1, size=head.out_features)))
             for consumer, route in skips(self._plan, self._owners):

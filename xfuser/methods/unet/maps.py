@@ -1,20 +1,19 @@
 """Parts of a U-Net's maps on different ranks: each has a band of rows, or of columns, at every level."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from xfuser.call import CallState, Forward
-from xfuser.core.attention.intercept import intercepted
-from xfuser.core.attention.kernels import attention
+from xfuser.call import Forward
 from xfuser.core.distributed import SequenceParallelGroupCoordinator
 from xfuser.core.distributed.utils import share, split_sizes
-from xfuser.core.hooks import Arguments, edited_arguments
+from xfuser.core.hooks import Arguments, edited_arguments, edited_output
 from xfuser.methods.distrifusion import DistriFusion
 from xfuser.methods.naive_patch import NaivePatches
+from xfuser.methods.sharded import ShardedModel
 from xfuser.methods.unet.map_bands import OnMaps
 from xfuser.models.plan import ModelPlan
 
@@ -22,34 +21,28 @@ Parts = DistriFusion | NaivePatches | None  # what a part sees of the others; No
 TEXT = "encoder_hidden_states"
 
 
-class MapParallel:
+class MapParallel(ShardedModel):
     """One U-Net over one group, whose ranks have a part each; what :class:`SequenceParallel` is for transformers."""
 
     def __init__(
         self, model: nn.Module, plan: ModelPlan, group: SequenceParallelGroupCoordinator, backend: str, parts: Parts
     ) -> None:
-        self._model, self._plan, self._group, self._backend, self._parts = model, plan, group, backend, parts
+        super().__init__(model, plan, group, backend)
+        self._parts = parts
         self._running = ExitStack()  # what lasts from the first maps to the last ones
         self._mode: OnMaps | None = None
         self._text: dict[str, int] = {}  # number of text tokens that an attention module has been called with
 
-    @contextmanager
-    def enter(self, call: CallState) -> Iterator[None]:
-        """Within the context, the U-Net's maps are parts."""
-        model, plan = self._model, self._plan
-        attentions = {name: module for name, module in model.named_modules() if hasattr(module, "processor")}
-        with ExitStack() as stack:
-            if self._parts:
-                call.around(model, self._layer)
-                stack.callback(model.get_submodule(plan.embed).register_forward_hook(self._begin).remove)
-                stack.callback(model.get_submodule(plan.head).register_forward_hook(self._end).remove)
-            for name, module in attentions.items():
-                stack.enter_context(edited_arguments(module, partial(self._enter_attention, name)))
-            stack.enter_context(intercepted(attentions, lambda name: partial(self._attend, name), many=True))
-            yield
+    def _hooks(self) -> Iterator[AbstractContextManager[None]]:
+        if self._parts:
+            yield edited_output(self._model.get_submodule(self._plan.embed), self._begin)
+            yield edited_output(self._model.get_submodule(self._plan.head), self._end)
+        for name in self._attention_places():
+            yield edited_arguments(self._model.get_submodule(name), partial(self._enter_attention, name))
 
-    def _layer(self, forward: Forward, arguments: Arguments) -> object:
-        """The layer of the U-Net's forward that opens and closes one forward's state."""
+    def _wrapper(self, forward: Forward, arguments: Arguments) -> object:
+        if not self._parts:
+            return forward(arguments)
         self._dim = -1 if self._parts.across else -2
         self._set_levels(arguments[self._plan.latents].shape[self._dim])
         for name in (*self._plan.residuals, *([self._plan.latents] if self._parts.alone else [])):
@@ -106,16 +99,13 @@ class MapParallel:
         text = text[0] if isinstance(text, tuple) else text  # behind it come an IP-adapter's images
         self._text[name] = 0 if text is None else text.shape[1]
 
-    def _attend(
-        self, name: str, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None
-    ) -> Tensor:
-        """Replaces ``scaled_dot_product_attention`` (``[B, H, S_local, D]``)."""
+    def _attend(self, name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
         text, mode = self._text[name], self._mode
         with ExitStack() as stack:
             if mode:
                 stack.enter_context(mode.attending())
-            if mode and (not text or key.shape[2] == text + query.shape[2]):  # not to text alone
+            if mode and (not text or k.shape[2] == text + q.shape[2]):  # not to text alone
                 if text or mask is not None:
                     mode.bands.refuse(f"{name} attends to pixels by a mask, or beside text, which is not supported")
-                key, value = stack.enter_context(mode.bands.reach(key, value))
-            return attention(query, key, value, mask, scale, self._backend)
+                k, v = stack.enter_context(mode.bands.reach(k, v))
+            return self._local(q, k, v, mask, scale)
