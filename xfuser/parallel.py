@@ -9,7 +9,7 @@ from torch import nn
 
 from xfuser.call import CallState
 from xfuser.config import EngineConfig, InputConfig
-from xfuser.core.attention.kernels import check_backend
+from xfuser.core.attention.kernels import TORCHS_CHOICE, check_backend
 from xfuser.core.distributed import (
     get_cfg_group,
     get_dp_group,
@@ -147,7 +147,7 @@ class xDiTParallel:
             methods.append(GuidanceParallel(get_cfg_group(), models.values(), entries_stay))
         if parallel.dp_degree > 1:
             methods.append(DataParallel(get_dp_group(), models.values()))
-        if self._pipefusion or self._sp.world_size > 1 or self._backend not in ("auto", "sdpa"):
+        if self._pipefusion or self._sp.world_size > 1 or self._backend not in TORCHS_CHOICE:
             methods += [self._sequence(model, plan, parts.get(name)) for name, (model, plan) in models.items()]
         if methods:
             splits_batch = parallel.cfg_degree * parallel.dp_degree > 1
@@ -274,7 +274,7 @@ class xDiTParallel:
         moves = runtime.text_encoder != "replicate" or parallel.tensor_parallel_text_encoder
         encoders = list(text_encoders(self._pipe)) if moves else []
         models = list(planned_models(self._pipe))
-        named = self._backend not in ("auto", "sdpa")
+        named = self._backend not in TORCHS_CHOICE
         engaged = self.engine_config.world_size > 1 or parallel.pipelined or named or self._compiler is not None
         return models + encoders if engaged else encoders
 

@@ -80,7 +80,9 @@ class xFuserArgs:
     seed: int = _runtime(42, "Seed of the noise.")
     output_type: str = _runtime("pil", "What the pipeline returns: pil, pt, np or latent.")
     attention_backend: str = _runtime(
-        "auto", "Attention kernel: auto, sdpa, flash, efficient, cudnn, math, flash_attn or flash_attn_3."
+        "auto",
+        "Attention kernel: auto, sdpa, flash, efficient, cudnn, math, flash_attn, flash_attn_3, or the name of an"
+        " attention backend of Diffusers, such as flex or sage.",
     )
     enable_model_cpu_offload: bool = _runtime(False, "Keep models on the CPU while they are not in use.")
     enable_sequential_cpu_offload: bool = _runtime(False, "Keep layers on the CPU while they are not in use.")

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from xfuser.call import CallState, Forward
+from xfuser.core.attention.dispatch import asked
 from xfuser.core.attention.intercept import intercepted
 from xfuser.core.attention.kernels import attention
 from xfuser.core.distributed import SequenceParallelGroupCoordinator
@@ -24,7 +25,12 @@ class ShardedModel(ABC):
     def __init__(
         self, model: nn.Module, plan: ModelPlan, group: SequenceParallelGroupCoordinator, backend: str = "auto"
     ) -> None:
-        self._model, self._plan, self._group, self._backend = model, plan, group, backend
+        self._model, self._plan, self._group, self._configured = model, plan, group, backend
+
+    @property
+    def _backend(self) -> str:
+        """The kernel of attention: the configured one, or the one that the model asks for."""
+        return asked.backend if self._configured == "auto" else self._configured
 
     @contextmanager
     def enter(self, call: CallState) -> Iterator[None]:

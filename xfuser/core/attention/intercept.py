@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xfuser.core.attention import operator
+from xfuser.core.attention import dispatch, operator
 from xfuser.core.attention.kernels import autocast
 from xfuser.core.hooks import replaced
 
@@ -48,7 +48,8 @@ def intercepted(
     """Within the context, each of ``modules`` computes its attention by ``attend(name)``.
 
     ``torch.nn.functional`` has another function in the place of ``scaled_dot_product_attention`` as long as the context
-    lasts. Outside of these modules, and in other threads, it calls the real one.
+    lasts, and Diffusers in the place of its attention backends. Outside of these modules, and in other threads, they
+    call the real ones.
 
     The replacement takes query, key, value, mask and scale of ``scaled_dot_product_attention``. A module whose
     processor does not call that function exactly once per forward, or at least once with ``many``, raises a ValueError:
@@ -57,22 +58,31 @@ def intercepted(
     """
     running, traced, original = _Running(), _Traced(), F.scaled_dot_product_attention
 
-    @functools.wraps(original)
-    def attention(*args: Any, **kwargs: Any) -> Tensor:
+    def computed(backend: str, operands: Callable[[], tuple[Any, ...]]) -> Tensor | None:
+        """The attention of the module that runs, asked for by this backend; None where none of ``modules`` runs."""
         if torch.compiler.is_compiling():
             if not traced.place:
-                return original(*args, **kwargs)
+                return None
             traced.count += 1
-            return operator.attend(*what_matters(*args, **kwargs), traced.place)
+            return operator.attend(*operands(), traced.place, backend)
         module = running.module
         if module is None:
-            return original(*args, **kwargs)
+            return None
         module.count += 1
-        running.module = None  # what computes the attention may call this function
+        running.module = None  # what computes the attention may come here
+        dispatch.asked.backend = backend
         try:
-            return module.attend(*what_matters(*args, **kwargs))
+            return module.attend(*operands())
         finally:
-            running.module = module
+            running.module, dispatch.asked.backend = module, "auto"
+
+    @functools.wraps(original)
+    def attention(*args: Any, **kwargs: Any) -> Tensor:
+        out = computed("auto", lambda: what_matters(*args, **kwargs))
+        return original(*args, **kwargs) if out is None else out
+
+    def by_backend(backend: str, arguments: Callable[[], dict[str, Any]]) -> Tensor | None:
+        return computed(backend, lambda: what_matters(**arguments()))
 
     def counted(name: str, module: nn.Module, attend: Attend, place: str) -> Callable[..., Any]:
         """The forward of an attention module, which says that it runs, and checks how it computed attention."""
@@ -84,8 +94,8 @@ def intercepted(
             processor = type(getattr(module, "processor", module)).__name__
             raise ValueError(
                 f"{name}: {processor} called scaled_dot_product_attention {count} times in one forward, and must"
-                " call it once. Use the processors that the model came with, the attention backend 'native' where"
-                " another was set, and no IP-adapter"
+                " call it, or an attention backend of Diffusers, once. Use the processors that the model came with, and"
+                " no IP-adapter"
             )
 
         @functools.wraps(forward_of_module)
@@ -112,6 +122,7 @@ def intercepted(
             place = (places or {}).get(name, name)
             stack.enter_context(replaced(module, "forward", counted(name, module, attend(name), place)))
         stack.enter_context(replaced(F, "scaled_dot_product_attention", attention))
+        stack.enter_context(dispatch.taken(by_backend))
         yield
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from xfuser.core import device as devices
-from xfuser.core.attention import flash_attn
+from xfuser.core.attention import dispatch, flash_attn
 from xfuser.core.logger import logger
 
 aten = torch.ops.aten
@@ -146,19 +146,22 @@ KERNELS: dict[str, Kernel] = {
     "math": Kernel(_never_missing, lambda q, k, v, mask: True, attention_math),
 }
 AUTO = ("flash_attn_3", "flash_attn", "flash", "efficient", "math")
+TORCHS_CHOICE = ("auto", "sdpa", dispatch.NATIVE)
 
 
 def available_backends() -> list[str]:
-    """Names that ``--attention_backend`` takes on this machine."""
+    """Names that ``--attention_backend`` takes on this machine, beside those of Diffusers."""
     return ["auto", "sdpa", *(name for name, kernel in KERNELS.items() if kernel.missing() is None)]
 
 
 def check_backend(name: str) -> None:
     """Raise a ValueError where the backend is unknown or cannot be had here."""
-    if name in available_backends():
+    if name in (dispatch.NATIVE, *available_backends()):
         return
-    why = KERNELS[name].missing() if name in KERNELS else "unknown"
-    raise ValueError(f"attention_backend={name!r}: {why}; here there are {', '.join(available_backends())}")
+    why = KERNELS[name].missing() if name in KERNELS else dispatch.missing(name)
+    if why:
+        here = ", ".join(available_backends())
+        raise ValueError(f"attention_backend={name!r}: {why}; here there are {here}, and backends of Diffusers")
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -190,8 +193,10 @@ def attention(
     k, v = _for_query_heads(q, k, v)
     if 0 in (*q.shape, k.shape[2]):
         return q.new_zeros(*q.shape[:3], v.shape[-1])
-    if backend in ("auto", "sdpa"):
+    if backend in TORCHS_CHOICE:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
+    if backend not in KERNELS:
+        return dispatch.run(backend, q, k, v, mask, scale)
     return attention_with_lse(q, k, v, mask, scale, backend, causal)[0]
 
 
@@ -211,6 +216,10 @@ def attention_with_lse(
     k, v = _for_query_heads(q, k, v)
     if mask is not None:
         mask = additive(mask[(None,) * (4 - mask.dim())], q.dtype)
+    if backend not in KERNELS and backend not in TORCHS_CHOICE:
+        if 0 not in (*q.shape, *k.shape) and (found := dispatch.run_with_lse(backend, q, k, v, mask, scale)):
+            return found
+        backend = dispatch.WITH_LSE.get(backend, "auto")
     run = KERNELS[_kernel_for(q, k, v, mask, backend)].run
     if not torch.is_autocast_enabled(q.device.type):
         return run(q, k, v, mask, scale, causal)
@@ -220,7 +229,7 @@ def attention_with_lse(
 
 
 def _kernel_for(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, backend: str) -> str:
-    wanted = AUTO if backend in ("auto", "sdpa") else (backend,)
+    wanted = AUTO if backend in TORCHS_CHOICE else (backend,)
     for name in wanted:
         if KERNELS[name].missing() is None and KERNELS[name].takes(q, k, v, mask):
             return name

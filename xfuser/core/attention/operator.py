@@ -13,6 +13,8 @@ from operator import attrgetter
 import torch
 from torch import Tensor, nn
 
+from xfuser.core.attention.dispatch import asked
+
 
 class _Running(threading.local):
     """The compiled block whose forward this thread is in."""
@@ -33,18 +35,26 @@ def running(block: nn.Module) -> Iterator[None]:
         _running.block = before
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, place: str) -> Tensor:
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, place: str, backend: str
+) -> Tensor:
     """What ``intercepted()`` has put into the forward of the running block's module at ``place``."""
-    out = attrgetter(place)(_running.block).forward.attend(q, k, v, mask, scale)
+    asked.backend, asked.compiled = backend, True
+    try:
+        out = attrgetter(place)(_running.block).forward.attend(q, k, v, mask, scale)
+    finally:
+        asked.backend, asked.compiled = "auto", False
     return out.transpose(1, 2).contiguous().transpose(1, 2)  # the strides that the compiler was told
 
 
-def _fake(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, place: str) -> Tensor:
+def _fake(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, place: str, backend: str
+) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
 
 
 _library = torch.library.Library("xfuser", "DEF")
-_library.define("attend(Tensor q, Tensor k, Tensor v, Tensor? mask, float? scale, str place) -> Tensor")
+_library.define("attend(Tensor q, Tensor k, Tensor v, Tensor? mask, float? scale, str place, str backend) -> Tensor")
 _library.impl("attend", _attend, "CompositeExplicitAutograd")
 torch.library.register_fake("xfuser::attend", _fake, lib=_library)
 

@@ -1,0 +1,180 @@
+"""Attention backends of Diffusers: each runs what is local to a rank, under every method."""
+
+import math
+from contextlib import contextmanager
+
+import pytest
+import running
+import tiny
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.models import attention_dispatch
+
+from xfuser import xFuserArgs
+from xfuser.core.attention.intercept import intercepted
+from xfuser.core.hooks import replaced
+from xfuser.testing import matrix
+from xfuser.testing.zoo import FAMILIES
+
+METHODS = {
+    "ulysses": {"ulysses_degree": 2},
+    "ring": {"ring_degree": 2},
+    "cfg": {"use_cfg_parallel": True},
+    "dp": {"data_parallel_degree": 2},
+    "tensor": {"tensor_parallel_degree": 2},
+    "pipefusion": {"pipefusion_parallel_degree": 2, "num_pipeline_patch": 3, "warmup_steps": 1},
+}
+ON_ONE = {"pipefusion": {"pipefusion_parallel_degree": 1, "num_pipeline_patch": 3, "warmup_steps": 1}}
+counts = {"calls": 0, "lse": 0}
+
+
+def scores(query, key, attn_mask, scale):
+    q, k = query.transpose(1, 2), key.transpose(1, 2)
+    found = q @ k.mT * (scale or 1 / math.sqrt(q.shape[-1]))
+    return found if attn_mask is None else found.masked_fill(~attn_mask, -torch.inf)
+
+
+def twice(query, key, value, attn_mask=None, scale=None, return_lse=False, _parallel_config=None):
+    """A kernel that nobody takes for another: its outputs are twice as large."""
+    counts["calls"] += 1
+    counts["lse"] += return_lse
+    found = scores(query, key, attn_mask, scale)
+    out = (found.softmax(-1) @ value.transpose(1, 2)).transpose(1, 2) * 2
+    return (out, found.logsumexp(-1)) if return_lse else out
+
+
+def without_lse(query, key, value, scale=None):
+    counts["calls"] += 1
+    return (scores(query, key, None, scale).softmax(-1) @ value.transpose(1, 2)).transpose(1, 2)
+
+
+def lengths_only(query, key, value, attn_mask=None, scale=None, return_lse=False):
+    """As kernels that take lengths: of each batch entry, the first keys, as many as the mask shows."""
+    shown = attn_mask if attn_mask.ndim == 2 else attn_mask[:, 0, 0]
+    places = torch.arange(key.shape[1]) < shown.sum(-1, keepdim=True)
+    return twice(query, key, value, places[:, None, None], scale)
+
+
+@contextmanager
+def registered(name, function):
+    registry = attention_dispatch._AttentionBackendRegistry
+    before = dict(registry._backends), dict(registry._supported_arg_names)
+    registry.register(attention_dispatch.AttentionBackendName(name))(function)
+    try:
+        yield
+    finally:
+        registry._backends, registry._supported_arg_names = before
+
+
+OWN = {"sage": twice, "xformers": without_lse, "sage_varlen": lengths_only}
+
+
+def drawn(path, degrees, call, backend, compile_blocks=False):
+    """A picture, and how often the registered backend was called, for an LSE too."""
+    torch._dynamo.reset()
+    counts.update(calls=0, lse=0)
+    pipe = DiffusionPipeline.from_pretrained(path)
+    pipe.set_progress_bar_config(disable=True)
+    function = OWN.get(backend, attention_dispatch._AttentionBackendRegistry._backends[backend])
+    with registered(backend, function):
+        for module in pipe.transformer.modules():
+            if hasattr(processor := getattr(module, "processor", None), "_attention_backend"):
+                processor._attention_backend = attention_dispatch.AttentionBackendName(backend)
+        wrapped = running.wrap(pipe, degrees and degrees | {"use_torch_compile": compile_blocks})
+        picture = running.array(wrapped(**call, generator=running.seeded()))
+        running.unwrap(wrapped)
+    return picture, dict(counts)
+
+
+def serial(path, method, call, backend):
+    return drawn(path, ON_ONE.get(method), call, backend)[0]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("backend", ["native", "_native_math", "flex", "sage", "xformers"])
+def test_the_chosen_backend_runs(pool, folder_of, backend, method):
+    path, call = folder_of("flux"), tiny.call_of("flux", 3)
+    expected = pool.run(1, serial, path, method, call, backend)[0]
+    for picture, seen in pool.run(2, drawn, path, METHODS[method], call, backend):
+        assert running.error(picture, expected) <= running.TOLERANCE
+        if backend == "sage":
+            assert seen["calls"] and (seen["lse"] > 0) == (method == "ring")
+        if backend == "xformers":
+            assert (seen["calls"] > 0) == (method != "ring")  # which needs an LSE
+
+
+def errors_of_all_classes(backend, degrees):
+    """Of all classes that run, with whatever masks they have, beside ``native`` on one rank."""
+    call, found = {"num_inference_steps": 1}, {}
+    for family in FAMILIES:
+        if not matrix.refusal(family, "ulysses2"):
+            expected = matrix.draw(family, None, call)
+            with attention_dispatch.attention_backend(backend):
+                found[family] = matrix.error(matrix.draw(family, degrees, call), expected)
+    return found
+
+
+@pytest.mark.parametrize("method", ["ulysses", "ring"])
+def test_all_classes_under_flex(pool, method):
+    for errors in pool.run(2, errors_of_all_classes, "flex", METHODS[method]):
+        assert not {name: e for name, e in errors.items() if e > matrix.TOLERANCES.get(name, matrix.TOLERANCE)}
+
+
+def by_flag(degrees, name):
+    call = {"num_inference_steps": 1}
+    return matrix.draw("qwen_image", degrees | {"attention_backend": name}, call)
+
+
+@pytest.mark.parametrize("degrees", [{}, {"ulysses_degree": 2}, {"ring_degree": 2}, {"use_cfg_parallel": True}])
+def test_the_flag_takes_names_of_diffusers(pool, degrees):
+    expected = matrix.draw("qwen_image", None, {"num_inference_steps": 1})
+    for latents in pool.run(2 if degrees else 1, by_flag, degrees, "flex"):
+        assert matrix.error(latents, expected) <= matrix.TOLERANCE
+
+
+def test_unknown_and_missing_backends_are_refused():
+    with pytest.raises(ValueError, match="attention_backend='fast': unknown; here there are auto, sdpa, flash"):
+        xFuserArgs(attention_backend="fast").checked(1)
+    with pytest.raises(ValueError, match=r"attention_backend='sage': .*sageattention"):
+        xFuserArgs(attention_backend="sage").checked(1)
+
+
+def by_backend(name, degrees):
+    with registered(name, OWN[name]), running_backend(name):
+        return matrix.draw("qwen_image", degrees, {"num_inference_steps": 1})
+
+
+def running_backend(name):
+    """As Diffusers' context manager, for a backend whose package is absent."""
+    registry = attention_dispatch._AttentionBackendRegistry
+    return replaced(registry, "_active_backend", attention_dispatch.AttentionBackendName(name))
+
+
+def test_kernels_that_take_lengths(pool):
+    """Shards of padded text are not at the end of what a rank attends to."""
+    expected = pool.run(1, by_backend, "sage", None)[0]
+    for latents in pool.run(2, by_backend, "sage_varlen", {"ulysses_degree": 2}):
+        assert matrix.error(latents, expected) <= matrix.TOLERANCE
+
+
+def test_flex_in_compiled_blocks_is_compiled(pool, folder_of):
+    path, call = folder_of("flux"), tiny.call_of("flux", 1)
+    expected = pool.run(1, serial, path, "ulysses", call, "flex")[0]
+    for picture, _ in pool.run(2, drawn, path, METHODS["ulysses"], call, "flex", True):
+        assert running.error(picture, expected) <= running.TOLERANCE
+
+
+def given_windows():
+    """A backend's argument that says what attention over several ranks would lose."""
+    q = torch.zeros(1, 4, 2, 8)
+    module = torch.nn.Identity()
+    module.forward = lambda x: attention_dispatch.dispatch_attention_fn(
+        x, x, x, attention_kwargs={"window_size": (2, 2)}, backend="flash"
+    )
+    with intercepted({"attn": module}, lambda name: lambda q, k, v, mask, scale: q):
+        return module(q)
+
+
+def test_arguments_that_cannot_be_sharded_are_refused():
+    with pytest.raises(ValueError, match="'flash' was given window_size, which cannot be split over ranks"):
+        given_windows()
