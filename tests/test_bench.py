@@ -65,6 +65,19 @@ def test_bench_reports_what_configurations_cost(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["results", "time.png"]
 
 
+@pytest.mark.matrix
+def test_bench_tells_what_compiled_blocks_bring(tmp_path):
+    flags = ("--compile", "--case", "tiny", "--configs", "ulysses_degree=2", "naive_patch_degree=2 split_scheme=col")
+    done = xdit(tmp_path, "bench", *flags, "--rounds", "1")
+    assert done.returncode == 0, done.stderr
+    told = json.loads((tmp_path / "results/bench/compiled.json").read_text())
+    ((ulysses, naive),) = [run["rows"] for run in told["runs"]]
+    assert (ulysses["graphs"], ulysses["breaks"], ulysses["later"]) == (1, 0, 0) and ulysses["error"] <= 1e-5
+    assert naive["error"] > 1e-5 and min(ulysses["cold"], naive["cold"]) > max(ulysses["calls"]["compiled"])
+    text = (tmp_path / "results/bench/compiled.md").read_text()
+    assert text.strip() in done.stdout and text.count("| `") == 2
+
+
 def quality_on_a_rank(folder, flags):
     """``xdit quality`` as torchrun starts it, on one rank."""
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1"}

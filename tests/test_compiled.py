@@ -195,9 +195,33 @@ def test_a_block_is_one_graph_that_all_of_its_class_have(pool, family, method):
 
 
 def test_graphs_do_not_depend_on_the_depth(pool):
-    deep = {"config": {"num_layers": 4, "num_single_layers": 9}}
+    deep = {"config": {"num_layers": 10, "num_single_layers": 30}}
     for ((_, graphs, breaks),) in pool.run(2, graphs_of, "flux", {"ulysses_degree": 2}, (deep,)):
         assert graphs == 2 and not breaks
+
+
+def graphs_by_text(path, degrees, calls):
+    """A picture for each length of the text, and the graphs and breaks behind it."""
+    pipe = fresh(path)
+    counters.clear()
+    pipe.transformer = torch.compile(pipe.transformer, backend="aot_eager")
+    parallel, found = running.wrap(pipe, degrees), []
+    for call in calls:
+        picture = running.array(parallel(**call, generator=running.seeded()))
+        found.append((picture, counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())))
+    parallel.unwrap()
+    return found
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_more_graph_serves_all_further_lengths_of_the_text(pool, folder_of, method):
+    path, calls = folder_of("flux"), [tiny.call_of("flux", 2, max_sequence_length=length) for length in (7, 5, 4, 6)]
+    for found in pool.run(2, graphs_by_text, path, METHODS[method], calls):
+        graphs = [counted for _, counted, _ in found]
+        most = 3 if method == "pipefusion" else 2
+        assert graphs[1] <= most * graphs[0] and graphs[1:] == [graphs[1]] * 3 and not found[-1][2], graphs
+        for (picture, _, _), call in zip(found, calls, strict=True):
+            assert running.error(picture, running.bare(path, call)) <= running.TOLERANCE
 
 
 @pytest.mark.parametrize("family", ["pixart", "wan"])

@@ -17,10 +17,11 @@ from xfuser import xFuserArgs
 from xfuser.bench.exits import SCRIPTS, exit_codes
 from xfuser.cli import main as cli
 from xfuser.core import device as devices, distributed
-from xfuser.core.distributed import RankGenerator
+from xfuser.core.distributed import RankGenerator, ending
 from xfuser.core.distributed.utils import split_sequence_group, split_sizes
 from xfuser.pipeline_io.agreement import shared_arguments
 from xfuser.weights.loading import _fetched
+from xfuser.weights.placement import join_groups
 
 
 def test_rank_order_is_tensor_sequence_pipeline_guidance_data():
@@ -49,6 +50,21 @@ def test_wrong_order_is_refused():
 def test_shares_are_even_to_one(total, parts):
     sizes = split_sizes(total, parts)
     assert sum(sizes) == total and len(sizes) == parts and max(sizes) - min(sizes) <= 1
+
+
+def limits_of_groups():
+    """Time limits of the groups of a configuration, for collectives on the CPU."""
+    before, ending.TIME_LIMIT = ending.TIME_LIMIT, timedelta(minutes=33)
+    try:
+        join_groups(xFuserArgs(ulysses_degree=2).create_config()[0])
+        group = distributed.get_sp_group().device_group
+        return group._get_backend(torch.device("cpu")).options._timeout
+    finally:
+        ending.TIME_LIMIT = before
+
+
+def test_groups_wait_for_ranks_that_compile(pool):
+    assert pool.run(2, limits_of_groups) == [timedelta(minutes=33)] * 2
 
 
 def test_getters_raise_where_nothing_is_initialised():

@@ -66,6 +66,7 @@ def parser() -> FlexibleArgumentParser:
     flags.add_argument("--delay", metavar="TIME", help="Of --slow_links, such as 1ms; needs netem in the kernel.")
     flags.add_argument("--vae_memory", action="store_true", help="The largest picture that the parallel VAE decodes.")
     flags.add_argument("--host_overhead", action="store_true", help="What a wrapped block costs the host, without GPU.")
+    flags.add_argument("--compile", action="store_true", help="Also with compiled blocks: what both bring, and cost.")
     flags.add_argument("--against", choices=["diffusers"], help="Also run Diffusers' own context parallelism.")
     flags.add_argument("--rounds", type=int, default=5, help="Interleaved rounds; medians are shown (default: 5).")
     flags.add_argument("--warm_up", type=int, default=1, help="Short calls ahead of each timed one (default: 1).")
@@ -123,6 +124,9 @@ def run_ranks(command: str, arguments: list[str], chosen: list[Configuration]) -
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // worlds[-1])))  # the same for all
     told = []
     with tempfile.TemporaryDirectory() as folder:
+        os.environ.setdefault(
+            "TORCHINDUCTOR_CACHE_DIR", os.path.join(folder, "inductor")
+        )  # so that a first call is one
         for ranks in worlds:
             part = os.path.join(folder, f"{ranks}.json")
             if launch(ranks, [command, *arguments, "--part", part]):
@@ -156,9 +160,10 @@ def check_outputs(options: argparse.Namespace) -> None:
 
 def _run_rank(options: argparse.Namespace, chosen: list[Configuration]) -> int:
     """One rank's part; rank 0 writes the report, or leaves what was measured for the process that started the ranks."""
+    from xfuser.bench import compiled
     from xfuser.bench.measure import measure
     from xfuser.bench.workload import Workload, diffusers_own, ours
-    from xfuser.core.distributed import destroy_distributed_environment, get_world_group, init_distributed_environment
+    from xfuser.core.distributed import get_world_group, init_distributed_environment
 
     mine = of_this_world(chosen)
     init_distributed_environment()
@@ -166,10 +171,18 @@ def _run_rank(options: argparse.Namespace, chosen: list[Configuration]) -> int:
         check_outputs(options)
     sizes = {name: value for name in SIZES if (value := getattr(options, name)) is not None}
     workload = Workload(base_arguments(options), options.case, sizes)
+    if options.compile:
+        return _finish(options, compiled.measure(workload, mine, options.rounds))
     contenders = [ours(workload, configuration) for configuration in mine]
     if options.against:
         contenders.append(diffusers_own(workload, mine[0].ranks))
-    told = measure(workload, contenders, options.rounds, options.warm_up)
+    return _finish(options, measure(workload, contenders, options.rounds, options.warm_up))
+
+
+def _finish(options: argparse.Namespace, told: dict[str, Any]) -> int:
+    """The end of a rank."""
+    from xfuser.core.distributed import destroy_distributed_environment, get_world_group
+
     if get_world_group().is_first_rank and options.part:
         write_json(options.part, told)
     elif get_world_group().is_first_rank:
@@ -179,9 +192,11 @@ def _run_rank(options: argparse.Namespace, chosen: list[Configuration]) -> int:
 
 
 def _report(options: argparse.Namespace, told: list[dict[str, Any]]) -> None:
+    from xfuser.bench import compiled
     from xfuser.bench.report import write_report
 
-    print(write_report(options.output_dir, title_of(options), vars(options), told))
+    write = compiled.write_report if options.compile else write_report
+    print(write(options.output_dir, title_of(options), vars(options), told))
 
 
 def title_of(options: argparse.Namespace) -> str:

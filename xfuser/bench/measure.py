@@ -26,17 +26,17 @@ def measure(workload: Workload, contenders: list[Contender], rounds: int, warm_u
     """All that is measured on these ranks, the same on each of them: what ``xfuser.bench.report`` reads."""
     with _shape(workload.pipe()) as shape:
         serial, expected = _count(workload, workload.pipe(), None)
-    told = {"ranks": dist.get_world_size(), "shape": shape, "serial": _of_all_ranks(serial), "rows": []}
+    told = {"ranks": dist.get_world_size(), "shape": shape, "serial": of_all_ranks(serial), "rows": []}
     running = []
     for contender in contenders:
-        _say(f"counting {contender.name}")
+        say(f"counting {contender.name}")
         row = {"name": contender.name} | _counted(workload, contender, expected)
         told["rows"].append(row)
         if "refused" not in row:
             running.append((contender, row))
     beside, alone = [], []
     for turn in range(rounds):
-        _say(f"round {turn + 1} of {rounds}")
+        say(f"round {turn + 1} of {rounds}")
         beside.append(_seconds(lambda: workload.run(workload.pipe())))
         alone.append(_seconds(lambda: workload.run(workload.pipe()) if get_world_group().is_first_rank else None))
         for contender, row in running:
@@ -45,7 +45,8 @@ def measure(workload: Workload, contenders: list[Contender], rounds: int, warm_u
     return told
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """Tell the user how far the measurement is."""
     if get_world_group().is_first_rank:
         print(f"{dist.get_world_size()} ranks: {text}", file=sys.stderr, flush=True)
 
@@ -64,7 +65,7 @@ def _counted(workload: Workload, contender: Contender, expected: torch.Tensor) -
         return {"refused": str(error)}
     with opened:
         counted, _ = _count(workload, pipe, expected)
-    return _of_all_ranks(counted) | {"seconds": [], "waiting": []}
+    return of_all_ranks(counted) | {"seconds": [], "waiting": []}
 
 
 def _time(workload: Workload, contender: Contender, row: dict[str, Any], warm_up: int) -> None:
@@ -73,7 +74,7 @@ def _time(workload: Workload, contender: Contender, row: dict[str, Any], warm_up
             workload.run(pipe, **_short(workload.call()))
         with waiting() as waits, timeline(waits) as spans:
             start, end = timed(lambda: workload.run(pipe))
-    told = _of_all_ranks({"share": waits.between(start, end) / (end - start), "spans": spans})
+    told = of_all_ranks({"share": waits.between(start, end) / (end - start), "spans": spans})
     row["seconds"].append(end - start)
     row["waiting"].append(told["share"])
     row["spans"] = [span for one in told["spans"] for span in one]  # of the last round
@@ -98,7 +99,7 @@ def _count(workload: Workload, pipe: Any, expected: torch.Tensor | None) -> tupl
         "live": watch.memory.peak,
         "buffers": watch.buffers,
     }
-    return counted | (_errors(output, expected) if expected is not None else {}), output
+    return counted | (errors(output, expected) if expected is not None else {}), output
 
 
 def _bytes(weight: torch.Tensor) -> int:
@@ -106,7 +107,7 @@ def _bytes(weight: torch.Tensor) -> int:
     return 0 if local.is_meta else local.nbytes
 
 
-def _errors(output: torch.Tensor, expected: torch.Tensor) -> dict[str, float]:
+def errors(output: torch.Tensor, expected: torch.Tensor) -> dict[str, float]:
     """Against serial; the peak that PSNR is about is 1 for pictures, and the range of values for latents."""
     far = (output.float() - expected.float()).abs().max().item()
     low, high = expected.min().item(), expected.max().item()
@@ -174,7 +175,7 @@ def _shape(pipe: Any) -> Iterator[dict[str, int]]:
         handle.remove()
 
 
-def _of_all_ranks(values: dict[str, Any]) -> dict[str, list[Any]]:
+def of_all_ranks(values: dict[str, Any]) -> dict[str, list[Any]]:
     """Each value as a list, by rank."""
     told: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(told, values)

@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -98,12 +97,13 @@ class Contender:
 
 
 def ours(workload: Workload, configuration: Configuration) -> Contender:
-    return Contender(configuration.name, partial(_wrapped, workload, configuration))
+    return Contender(configuration.name, lambda: wrapped(workload.pipe(configuration.engine), configuration.engine))
 
 
 @contextmanager
-def _wrapped(workload: Workload, configuration: Configuration) -> Iterator[Any]:
-    pipe = xDiTParallel(workload.pipe(configuration.engine), configuration.engine, InputConfig())
+def wrapped(bare: Any, engine: EngineConfig) -> Iterator[Any]:
+    """The pipeline as it is wrapped within the context."""
+    pipe = xDiTParallel(bare, engine, InputConfig())
     yield pipe
     pipe.unwrap()  # not after an error: the others would have to take part
 

@@ -12,10 +12,12 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from datetime import timedelta
 
 import torch.distributed as dist
 
 PATIENCE = 10.0  # seconds for works that are still under way at the end, and wait for ranks that do not come
+TIME_LIMIT = timedelta(minutes=30)  # of a collective; NCCL's own is 10, and other ranks may compile for longer
 GRACE = 0.2  # seconds for threads of groups that live on to release what they hold
 
 _made: weakref.WeakKeyDictionary[dist.ProcessGroup, None] = weakref.WeakKeyDictionary()  # in the order of their making
@@ -24,7 +26,7 @@ _process: int | None = None  # whose end is waited for
 
 def new_group(ranks: list[int], backend: str | None = None) -> dist.ProcessGroup:
     """``dist.new_group``, of a group that ends with the interpreter."""
-    return made_here(dist.new_group(ranks, backend=backend))
+    return made_here(dist.new_group(ranks, backend=backend, timeout=TIME_LIMIT))
 
 
 def made_here(group: dist.ProcessGroup) -> dist.ProcessGroup:

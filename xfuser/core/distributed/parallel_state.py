@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch.distributed as dist
 
 from xfuser.core import device as devices
-from xfuser.core.distributed.ending import end_at_exit, end_group, is_made_here, made_here
+from xfuser.core.distributed.ending import TIME_LIMIT, end_at_exit, end_group, is_made_here, made_here
 from xfuser.core.distributed.failure import fail_together
 from xfuser.core.distributed.group_coordinator import GroupCoordinator, SequenceParallelGroupCoordinator
 from xfuser.core.distributed.utils import DEFAULT_ORDER, RankGenerator, split_sequence_group
@@ -64,7 +64,7 @@ def init_distributed_environment(
         place = {"init_method": distributed_init_method, "world_size": world_size, "rank": rank}
         if world_size == rank == -1 and distributed_init_method == "env://" and "RANK" not in os.environ:
             place = {"store": dist.HashStore(), "world_size": 1, "rank": 0}
-        dist.init_process_group(kind, **place, **devices.group_options(local_rank, kind))
+        dist.init_process_group(kind, **place, timeout=TIME_LIMIT, **devices.group_options(local_rank, kind))
         made_here(dist.group.WORLD)
     ranks = list(range(dist.get_world_size()))
     _groups["world"] = GroupCoordinator([ranks], local_rank, backend or dist.get_backend())
