@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from torch._dynamo.utils import counters
 
 from xfuser import parallelize, xDiTParallel, xFuserArgs
-from xfuser.models.registry import plan_of
+from xfuser.models.registry import PLANS, plan_of
 from xfuser.testing import matrix
 from xfuser.testing.loop import loop_of
 from xfuser.testing.zoo import FAMILIES
@@ -192,6 +192,29 @@ def test_a_block_is_one_graph_that_all_of_its_class_have(pool, family, method):
         assert later == graphs  # a second call compiles nothing
         for latents in (first, second):
             assert matrix.error(latents, expected) <= matrix.TOLERANCES.get(family, matrix.TOLERANCE)
+
+
+OTHERS = [
+    pytest.param(name, marks=pytest.mark.covering if name == "sana" else pytest.mark.matrix)
+    for name, family in FAMILIES.items()
+    if family.present and name not in COUNTED and PLANS[family.cls].blocks and not matrix.refusal(name, "ulysses2")
+]
+
+
+def reasons_of(name, degrees):
+    """Latents, graphs, and why graphs broke."""
+    pipe = compiled_loop(FAMILIES[name], degrees)
+    return pipe(FAMILIES[name], **CALL), counters["stats"]["unique_graphs"], set(counters["graph_break"])
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_the_wrap_breaks_no_graph_of_further_classes(pool, family):
+    """Blocks that read values of tensors (Mochi, HiDream) break without it, too."""
+    expected = matrix.reference(family, {}, CALL)
+    ((_, _, known),) = pool.run(1, reasons_of, family, {})
+    for latents, graphs, reasons in pool.run(2, reasons_of, family, {"ulysses_degree": 2}):
+        assert matrix.error(latents, expected) <= matrix.TOLERANCES.get(family, matrix.TOLERANCE)
+        assert reasons <= known and (known or graphs <= 2)
 
 
 def test_graphs_do_not_depend_on_the_depth(pool):

@@ -1,6 +1,6 @@
 """Sequence parallelism: each rank holds a share of the tokens of every stream; attention sees them all."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial, wraps
 from typing import Any
@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map_only
 from xfuser.call import Forward
 from xfuser.core.attention.kernels import additive
 from xfuser.core.attention.linear import summed_state
+from xfuser.core.attention.operator import outside_of_graphs
 from xfuser.core.attention.usp import usp_attention
 from xfuser.core.distributed import SequenceParallelGroupCoordinator
 from xfuser.core.hooks import Arguments, edited_arguments, edited_output, replaced
@@ -60,10 +61,11 @@ class SequenceParallel(ShardedModel):
         for block in blocks:
             yield edited_arguments(block.module, partial(self._enter_block, block.list_name))
             for name in plan.convolutions:
-                yield self._on_rows(block.module.get_submodule(name))
+                module = block.module.get_submodule(name)
+                yield replaced(module, "forward", outside_of_graphs(self._on_rows(module), name))
             for name in plan.linear:
-                linear = block.module.get_submodule(name)
-                yield replaced(linear, "forward", summed_state(linear, self._sum))
+                module = block.module.get_submodule(name)
+                yield replaced(module, "forward", outside_of_graphs(summed_state(module, self._sum), name))
         yield edited_output(blocks[-1].module, partial(self._leave_blocks, plan.outputs(blocks[-1].list_name)))
         if plan.head:
             yield edited_output(self._model.get_submodule(plan.head), self._leave_head)
@@ -185,8 +187,8 @@ class SequenceParallel(ShardedModel):
             x = self._group.all_gather(x, dim=1, sizes=rows.key_lengths)
         return rows.in_sequence(x)
 
-    def _on_rows(self, module: nn.Module) -> AbstractContextManager[None]:
-        """Within the context, a module that convolves the grid, ``[B, C, rows, columns]``, looks into others' rows."""
+    def _on_rows(self, module: nn.Module) -> Callable[[Tensor], Tensor]:
+        """The forward of a module that convolves the grid, ``[B, C, rows, columns]``, and looks into others' rows."""
         original = module.forward
 
         @wraps(original)
@@ -197,7 +199,7 @@ class SequenceParallel(ShardedModel):
             with OnBands(Bands(-2, rows, x.shape[3], self._group.device_group), None):
                 return original(x)
 
-        return replaced(module, "forward", forward)
+        return forward
 
     def _sum(self, state: Tensor) -> Tensor:
         return state if self._call.tokens.ranks == 1 or self._alone else self._group.all_reduce(state)

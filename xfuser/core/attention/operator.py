@@ -1,14 +1,17 @@
-"""Attention as an operator that a compiler leaves alone: what is inside of it runs as it does without a compiler.
+"""Operators that a compiler leaves alone: what is inside of them runs as it does without a compiler.
 
 A compiled block calls ``xfuser::attend`` in the place of ``scaled_dot_product_attention``. The graph knows the
 attention module by its name within the block, which all blocks of a class have in common; which block is running is
 known outside of the graph. So blocks share their graphs, and exchanges between ranks need no graph of their own.
+``xfuser::run`` is the same for a module that is hooked as a whole.
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,9 +56,44 @@ def _fake(
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
 
 
+def _run(x: Tensor, others: list[Tensor], names: list[str], place: str) -> Tensor:
+    """The forward given to :func:`outside_of_graphs` for the running block's module at ``place``."""
+    forward = attrgetter(place)(_running.block).forward.outside
+    return forward(x, **dict(zip(names, others, strict=True))).contiguous()
+
+
+def _fake_run(x: Tensor, others: list[Tensor], names: list[str], place: str) -> Tensor:
+    return x.new_empty(x.shape)
+
+
 _library = torch.library.Library("xfuser", "DEF")
 _library.define("attend(Tensor q, Tensor k, Tensor v, Tensor? mask, float? scale, str place, str backend) -> Tensor")
 _library.impl("attend", _attend, "CompositeExplicitAutograd")
 torch.library.register_fake("xfuser::attend", _fake, lib=_library)
 
-attend = torch.ops.xfuser.attend.default
+_library.define("run(Tensor x, Tensor[] others, str[] names, str place) -> Tensor")
+_library.impl("run", _run, "CompositeExplicitAutograd")
+torch.library.register_fake("xfuser::run", _fake_run, lib=_library)
+
+attend, run = torch.ops.xfuser.attend.default, torch.ops.xfuser.run.default
+
+
+def outside_of_graphs(forward: Callable[..., Tensor], place: str) -> Callable[..., Tensor]:
+    """``forward``, of a module within a block, for the module's place: no part of the block's graph.
+
+    It returns a tensor of the shape that it takes first. Where others of its arguments are neither None nor tensors by
+    keyword, the graph of a compiled block breaks.
+    """
+    breaking = torch.compiler.disable(forward)
+
+    @wraps(forward)
+    def outside(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not torch.compiler.is_compiling():
+            return forward(x, *args, **kwargs)
+        given = {name: value for name, value in kwargs.items() if value is not None}
+        if args or not all(isinstance(value, Tensor) for value in given.values()):
+            return breaking(x, *args, **kwargs)
+        return run(x, list(given.values()), list(given), place)
+
+    outside.outside = forward
+    return outside
