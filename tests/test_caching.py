@@ -1,0 +1,57 @@
+"""Caches under every method: what one rank skips, all skip, and the picture is the same."""
+
+import caches
+import pytest
+
+from xfuser.testing import matrix
+
+BATCHED, SEQUENTIAL = "batched", "sequential"
+METHODS = {
+    "ulysses2": (2, {"ulysses_degree": 2}),
+    "ring3": (3, {"ring_degree": 3}),
+    "ulysses2 x ring2": (4, {"ulysses_degree": 2, "ring_degree": 2}),
+    "cfg2": (2, {"use_cfg_parallel": True}),
+    "dp2": (2, {"data_parallel_degree": 2}),
+    "dp3": (3, {"data_parallel_degree": 3}),
+    "cfg2 x dp2": (4, {"use_cfg_parallel": True, "data_parallel_degree": 2}),
+    "cfg2 x ulysses2": (4, {"use_cfg_parallel": True, "ulysses_degree": 2}),
+    "tensor2": (2, {"tensor_parallel_degree": 2}),
+    "fsdp2": (2, {"ulysses_degree": 2, "fully_shard_degree": 2}),
+}
+STEPS = 7
+
+
+def ratios_of(family, call):
+    return sorted(caches.draw(family, None, call, "FirstBlockCacheConfig", {"threshold": 0.0})[2])
+
+
+def check(pool, family, method, call, kind, options):
+    ranks, degrees = METHODS[method]
+    latents, forwards, _ = caches.draw(family, None, call, kind, options)
+    skipping = {len(names) for _, names in forwards}
+    assert len(skipping) > 1, f"all forwards ran {skipping} modules"
+    for result, own, branch in pool.run(ranks, caches.draw, family, degrees, call, kind, options):
+        assert own == caches.expected_forwards(forwards, degrees, call, branch)
+        assert matrix.error(result, latents) <= matrix.TOLERANCE
+
+
+FIRST_BLOCK = [
+    ("flux", "ulysses2", SEQUENTIAL, 1),
+    ("flux", "cfg2 x ulysses2", SEQUENTIAL, 3),
+    ("flux", "cfg2 x dp2", BATCHED, 1),
+    ("flux", "cfg2 x dp2", "none", 3),
+    ("pixart", "dp3", BATCHED, 2),
+    ("pixart", "ulysses2 x ring2", BATCHED, 1),
+    ("sd3", "cfg2", BATCHED, 3),
+    ("wan", "cfg2", SEQUENTIAL, 1),
+    ("cogvideox", "ring3", BATCHED, 1),
+    ("flux", "tensor2", BATCHED, 1),
+]
+
+
+@pytest.mark.covering
+@pytest.mark.parametrize(("family", "method", "guidance", "images"), FIRST_BLOCK)
+def test_first_block_cache_decides_as_one_rank(pool, family, method, guidance, images):
+    call = {"images": images, "num_inference_steps": STEPS, "guidance": guidance}
+    ratios = ratios_of(family, call)
+    check(pool, family, method, call, "FirstBlockCacheConfig", {"threshold": ratios[len(ratios) // 2] * 1.001})
