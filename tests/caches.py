@@ -7,8 +7,13 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers.hooks import apply_faster_cache, apply_first_block_cache, apply_mag_cache
-from diffusers.hooks import apply_pyramid_attention_broadcast, apply_taylorseer_cache
+from diffusers.hooks import (
+    apply_faster_cache,
+    apply_first_block_cache,
+    apply_mag_cache,
+    apply_pyramid_attention_broadcast,
+    apply_taylorseer_cache,
+)
 from diffusers.hooks.hooks import StateManager
 
 from xfuser import xDiTParallel, xFuserArgs
@@ -31,7 +36,6 @@ def enable(pipe: Any, kind: str, options: dict[str, Any]) -> None:
     if kind in TIMED:
         options = options | {"current_timestep_callback": lambda: 500}
     APPLY[kind](pipe.transformer, getattr(diffusers, kind)(**options))
-    pipe.transformer._diffusers_hook = getattr(pipe.transformer, "_diffusers_hook", None)
 
 
 class Recorder:
@@ -116,16 +120,24 @@ def contexts(pipe: Any, recorder: Recorder) -> Any:
     model.forward = original
 
 
-def draw(family: str, degrees: dict[str, Any] | None, call: dict[str, Any], kind: str, options: dict[str, Any]) -> Any:
+def draw(
+    family: str,
+    degrees: dict[str, Any] | None,
+    call: dict[str, Any],
+    kind: str,
+    options: dict[str, Any],
+    behind_wrap: bool = False,
+) -> Any:
     """Latents, the forwards that ran, and the ratios that decisions went by; bare where ``degrees`` is None."""
     pipe = loop_of(FAMILIES[family])
+    parallel = xDiTParallel(pipe, *xFuserArgs(**degrees).create_config()) if behind_wrap and degrees else None
     enable(pipe, kind, options)
     recorder = Recorder(pipe)
     if degrees is None:
         with recorder.counting(), contexts(pipe, recorder):
             return pipe(FAMILIES[family], **call), recorder.forwards, recorder.ratios
+    parallel = parallel or xDiTParallel(pipe, *xFuserArgs(**degrees).create_config())
     with recorder.counting():
-        parallel = xDiTParallel(pipe, *xFuserArgs(**degrees).create_config())
         latents = parallel(FAMILIES[family], **call)
     return latents, recorder.forwards, get_cfg_group().rank_in_group
 

@@ -2,6 +2,7 @@
 
 import caches
 import pytest
+import torch
 
 from xfuser.testing import matrix
 
@@ -25,12 +26,12 @@ def ratios_of(family, call):
     return sorted(caches.draw(family, None, call, "FirstBlockCacheConfig", {"threshold": 0.0})[2])
 
 
-def check(pool, family, method, call, kind, options):
+def check(pool, family, method, call, kind, options, behind_wrap=False):
     ranks, degrees = METHODS[method]
     latents, forwards, _ = caches.draw(family, None, call, kind, options)
     skipping = {len(names) for _, names in forwards}
     assert len(skipping) > 1, f"all forwards ran {skipping} modules"
-    for result, own, branch in pool.run(ranks, caches.draw, family, degrees, call, kind, options):
+    for result, own, branch in pool.run(ranks, caches.draw, family, degrees, call, kind, options, behind_wrap):
         assert own == caches.expected_forwards(forwards, degrees, call, branch)
         assert matrix.error(result, latents) <= matrix.TOLERANCE
 
@@ -42,7 +43,7 @@ FIRST_BLOCK = [
     ("flux", "cfg2 x dp2", "none", 3),
     ("pixart", "dp3", BATCHED, 2),
     ("pixart", "ulysses2 x ring2", BATCHED, 1),
-    ("sd3", "cfg2", BATCHED, 3),
+    ("qwen_image", "cfg2", BATCHED, 3),
     ("wan", "cfg2", SEQUENTIAL, 1),
     ("cogvideox", "ring3", BATCHED, 1),
     ("flux", "tensor2", BATCHED, 1),
@@ -55,3 +56,40 @@ def test_first_block_cache_decides_as_one_rank(pool, family, method, guidance, i
     call = {"images": images, "num_inference_steps": STEPS, "guidance": guidance}
     ratios = ratios_of(family, call)
     check(pool, family, method, call, "FirstBlockCacheConfig", {"threshold": ratios[len(ratios) // 2] * 1.001})
+
+
+MAG = ("MagCacheConfig", {"mag_ratios": [1.0, 1.1, 0.9, 1.0, 1.0, 0.95, 1.0], "num_inference_steps": STEPS})
+TAYLOR = (
+    "TaylorSeerCacheConfig",
+    {"cache_interval": 2, "disable_cache_before_step": 2, "taylor_factors_dtype": torch.float32},
+)
+LITE = ("TaylorSeerCacheConfig", TAYLOR[1] | {"use_lite_mode": True})
+PYRAMID = ("PyramidAttentionBroadcastConfig", {"spatial_attention_block_skip_range": 2})
+FASTER = ("FasterCacheConfig", {"tensor_format": "BCFHW"})
+COUNTING = [
+    ("flux", "ulysses2", SEQUENTIAL, 1, MAG),
+    ("flux2", "ring3", SEQUENTIAL, 1, MAG),
+    ("sd3", "cfg2 x dp2", BATCHED, 3, MAG),
+    ("wan", "cfg2", SEQUENTIAL, 1, MAG),
+    ("flux", "ulysses2 x ring2", SEQUENTIAL, 1, TAYLOR),
+    ("qwen_image", "cfg2 x ulysses2", SEQUENTIAL, 1, TAYLOR),
+    ("sd3", "dp3", BATCHED, 2, TAYLOR),
+    ("flux", "ring3", SEQUENTIAL, 1, LITE),
+    ("pixart", "cfg2 x ulysses2", BATCHED, 1, PYRAMID),
+    ("hunyuan_video", "ulysses2", SEQUENTIAL, 1, PYRAMID),
+    ("wan", "dp2", "none", 3, PYRAMID),
+    ("wan", "ulysses2", BATCHED, 1, FASTER),
+    ("flux", "tensor2", BATCHED, 1, PYRAMID),
+]
+
+
+@pytest.mark.covering
+@pytest.mark.parametrize(("family", "method", "guidance", "images", "cache"), COUNTING)
+def test_caches_that_count_steps_count_as_on_one_rank(pool, family, method, guidance, images, cache):
+    check(pool, family, method, {"images": images, "num_inference_steps": STEPS, "guidance": guidance}, *cache)
+
+
+@pytest.mark.parametrize("cache", [MAG, TAYLOR, PYRAMID, ("FirstBlockCacheConfig", {"threshold": 0.45})])
+def test_sharded_weights_cached_behind_the_wrap(pool, cache):
+    call = {"images": 1, "num_inference_steps": STEPS, "guidance": SEQUENTIAL}
+    check(pool, "flux", "fsdp2", call, *cache, behind_wrap=True)

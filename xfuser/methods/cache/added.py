@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,6 @@ from torch import nn
 from xfuser.call import CallState
 from xfuser.config import EngineConfig
 from xfuser.core.distributed import get_branch_group, get_forward_group
-from xfuser.core.logger import logger
 from xfuser.methods.cache import hooks
 from xfuser.methods.cache.first_block import FirstBlock
 from xfuser.methods.cache.hooks import Cached
@@ -85,6 +85,15 @@ class AddedCache:
                 one.module._diffusers_hook.register_hook(one.hook, name)
 
 
+def cache_as(cls: type, known: type) -> None:
+    """Let Diffusers' caches treat blocks of ``cls`` as those of a class that they may know."""
+    try:
+        metadata = TransformerBlockRegistry.get(known)
+    except ValueError:
+        return
+    TransformerBlockRegistry.register(cls, replace(metadata))
+
+
 def check_cache(pipe: Any, engine_config: EngineConfig) -> None:
     """Raise a ValueError where the cache that the flags ask for does not serve a pipeline's transformers."""
     runtime = engine_config.runtime_config
@@ -96,15 +105,22 @@ def check_cache(pipe: Any, engine_config: EngineConfig) -> None:
 
 
 def _check_blocks(model: nn.Module, plan: ModelPlan) -> None:
-    try:
-        known = [TransformerBlockRegistry.get(type(block.module)) for block in blocks_of(model, plan)]
-    except ValueError as error:
-        known = []
-        logger.debug("%s", error)
-    if len(known) < 2:
+    blocks = blocks_of(model, plan)
+    carried = [plan.carriers(block.list_name) for block in blocks]
+    served = len(blocks) > 1 and all(carriers == carried[0] and "hidden_states" in carriers for carriers in carried)
+    if not served or not all(_is_known(block.module) for block in blocks):
         raise ValueError(
-            f"use_fbcache: Diffusers' First-Block-Cache does not know the blocks of {type(model).__name__}: remove it"
+            f"use_fbcache: Diffusers' First-Block-Cache does not serve the blocks of {type(model).__name__}: remove it"
         )
+
+
+def _is_known(block: nn.Module) -> bool:
+    """Whether First-Block-Cache knows a block's class; the last of SD3's blocks lack the text that it needs."""
+    try:
+        TransformerBlockRegistry.get(type(block))
+    except ValueError:
+        return False
+    return not getattr(block, "context_pre_only", False)
 
 
 def _of_first_block(there: list[Cached]) -> list[Cached]:
