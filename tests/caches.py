@@ -18,6 +18,7 @@ from diffusers.hooks.hooks import StateManager
 
 from xfuser import xDiTParallel, xFuserArgs
 from xfuser.core.distributed import get_cfg_group
+from xfuser.testing import cache_oracle, oracle
 from xfuser.testing.loop import loop_of
 from xfuser.testing.zoo import FAMILIES
 
@@ -148,3 +149,22 @@ def expected_forwards(forwards: list[Any], degrees: dict[str, Any], call: dict[s
     if not paired:
         return forwards
     return [one for i, one in enumerate(forwards) if one[0] == 0 or i % 2 == branch]
+
+
+def draw_flagged(family: str, flags: dict[str, Any], call: dict[str, Any]) -> Any:
+    """Latents of a wrapped pipeline, twice, and by step, call and patch whether blocks were left out."""
+    pipe = loop_of(FAMILIES[family])
+    parallel = xDiTParallel(pipe, *xFuserArgs(**flags).create_config())
+    results = []
+    for _ in range(2):
+        latents = parallel(FAMILIES[family], **call)
+        forwards = parallel.cache_use.forwards
+        results.append((latents, {(one.step, one.index, one.patch): bool(one.skipped) for one in forwards}))
+    return results
+
+
+def oracle_of(family: str, call: dict[str, Any], patches: int, warmup: int, *rule: Any) -> Any:
+    """Latents by the oracle, and by step, call and patch whether it left blocks out."""
+    pipe, cache = loop_of(FAMILIES[family]), cache_oracle.Cache(*rule)
+    with oracle.displaced(pipe, patches, warmup, cache):
+        return pipe(FAMILIES[family], **call), cache.skipped

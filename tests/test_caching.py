@@ -4,6 +4,7 @@ import caches
 import pytest
 import torch
 
+from xfuser.models.teacache import TEACACHE
 from xfuser.testing import matrix
 
 BATCHED, SEQUENTIAL = "batched", "sequential"
@@ -93,3 +94,36 @@ def test_caches_that_count_steps_count_as_on_one_rank(pool, family, method, guid
 def test_sharded_weights_cached_behind_the_wrap(pool, cache):
     call = {"images": 1, "num_inference_steps": STEPS, "guidance": SEQUENTIAL}
     check(pool, "flux", "fsdp2", call, *cache, behind_wrap=True)
+
+
+FLUX = TEACACHE["FluxTransformer2DModel"][0].coefficients
+STAGES = [
+    (1, {}, 2, 1),
+    (2, {"pipefusion_parallel_degree": 2}, 3, 2),
+    (4, {"pipefusion_parallel_degree": 4}, 2, 1),
+    (4, {"pipefusion_parallel_degree": 2, "ulysses_degree": 2}, 2, 1),
+    (4, {"pipefusion_parallel_degree": 2, "use_cfg_parallel": True}, 3, 1),
+]
+
+
+def check_flagged(pool, family, ranks, flags, call, expected, skipped):
+    assert {*skipped.values()} == {True, False}
+    for rank, results in enumerate(pool.run(ranks, caches.draw_flagged, family, flags, call)):
+        for latents, own in results:
+            if rank == 0 and flags.get("use_fbcache") and flags.get("pipefusion_parallel_degree") == 4:
+                assert not any(own.values())  # it has the first block alone
+            else:
+                assert own.items() <= skipped.items()
+            assert len(own) == len(skipped) or flags.get("use_cfg_parallel")
+            assert matrix.error(latents, expected) <= matrix.TOLERANCE
+
+
+@pytest.mark.covering
+@pytest.mark.parametrize(("ranks", "degrees", "patches", "warmup"), STAGES)
+@pytest.mark.parametrize(("flag", "threshold"), [("use_fbcache", 0.45), ("use_teacache", 1.0)])
+def test_stages_skip_what_the_definition_says(pool, ranks, degrees, patches, warmup, flag, threshold):
+    call = {"images": 1, "num_inference_steps": STEPS, "guidance": SEQUENTIAL}
+    rule = (threshold,) if flag == "use_fbcache" else (threshold, FLUX, STEPS)
+    expected, skipped = caches.oracle_of("flux", call, patches, warmup, *rule)
+    flags = degrees | {"num_pipeline_patch": patches, "warmup_steps": warmup, flag: True, "cache_threshold": threshold}
+    check_flagged(pool, "flux", ranks, flags, call, expected, skipped)

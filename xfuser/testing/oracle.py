@@ -8,7 +8,7 @@ PipeFusion, text belongs to part 0; under DistriFusion, it is divided, too. Naiv
 
 import itertools
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -236,10 +236,12 @@ def naive(pipe: Any, parts: int, scheme: str) -> Iterator[None]:
 
 
 @contextmanager
-def displaced(pipe: Any, patches: int, warmup: int) -> Iterator[None]:
-    """Within the context, a bare pipeline draws with PipeFusion's semantics."""
+def displaced(pipe: Any, patches: int, warmup: int, cache: Any = None) -> Iterator[None]:
+    """Within the context, a bare pipeline draws with PipeFusion's semantics; ``cache`` (``cache_oracle.py``) may leave
+    blocks out."""
     state = Displaced(pipe.transformer, plan_of(pipe.transformer), patches, warmup, pipe.scheduler.order)
-    with _projecting(pipe, state), _whole_forward(pipe, state):
+    skipping = cache.skipping(state) if cache else nullcontext()
+    with _projecting(pipe, state), skipping, _whole_forward(pipe, state):
         yield
 
 

@@ -71,6 +71,7 @@ class BlockStack:
     @contextmanager
     def hooked(self) -> Iterator[None]:
         """Within the context, the blocks have hooks that may leave them out."""
+        self._call.skips = False
         registries = [HookRegistry.check_if_exists_or_initialize(block.module) for block in self._blocks]
         for block, registry in zip(self._blocks, registries, strict=True):
             registry.register_hook(StackHook(self, block), HOOK)
