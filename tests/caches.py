@@ -3,6 +3,7 @@
 import functools
 import inspect
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import diffusers
@@ -18,10 +19,12 @@ from diffusers.hooks.hooks import StateManager
 
 from xfuser import xDiTParallel, xFuserArgs
 from xfuser.core.distributed import get_cfg_group
-from xfuser.testing import cache_oracle, oracle
+from xfuser.testing import cache_oracle, oracle, zoo
 from xfuser.testing.loop import loop_of
-from xfuser.testing.zoo import FAMILIES
 
+_video = zoo.FAMILIES["hunyuan_video"]
+TEXT_TO_VIDEO = {"hunyuan_video t2v": replace(_video, config=_video.config | {"image_condition_type": None})}
+FAMILIES = zoo.FAMILIES | TEXT_TO_VIDEO
 APPLY = {
     "FirstBlockCacheConfig": apply_first_block_cache,
     "MagCacheConfig": apply_mag_cache,

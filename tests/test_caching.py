@@ -127,3 +127,28 @@ def test_stages_skip_what_the_definition_says(pool, ranks, degrees, patches, war
     expected, skipped = caches.oracle_of("flux", call, patches, warmup, *rule)
     flags = degrees | {"num_pipeline_patch": patches, "warmup_steps": warmup, flag: True, "cache_threshold": threshold}
     check_flagged(pool, "flux", ranks, flags, call, expected, skipped)
+
+
+TEA = [
+    ("flux", {"ring_degree": 3}, 3, SEQUENTIAL),
+    ("flux", {"ulysses_degree": 2, "use_cfg_parallel": True}, 4, SEQUENTIAL),
+    ("mochi", {"ulysses_degree": 2}, 2, BATCHED),
+    ("cogvideox", {"data_parallel_degree": 2}, 2, BATCHED),
+    ("hunyuan_video t2v", {"tensor_parallel_degree": 2}, 2, "none"),
+]
+TEA_THRESHOLDS = {"flux": 1.0, "mochi": 1.0, "cogvideox": 1.0, "hunyuan_video t2v": 50.0}
+
+
+@pytest.mark.covering
+@pytest.mark.parametrize(("family", "degrees", "ranks", "guidance"), TEA)
+def test_teacache_decides_as_one_rank(pool, family, degrees, ranks, guidance):
+    call = {"images": 1, "num_inference_steps": STEPS, "guidance": guidance}
+    threshold = TEA_THRESHOLDS[family]
+    flags = {"use_teacache": True, "cache_threshold": threshold}
+    (serial,) = pool.run(1, caches.draw_flagged, family, flags, call)
+    (expected, skipped), again = serial
+    assert matrix.error(again[0], expected) == 0 and again[1] == skipped
+    if family == "flux":
+        by_oracle, of_oracle = caches.oracle_of(family, call, 1, 1, threshold, FLUX, STEPS)
+        assert skipped == of_oracle and matrix.error(expected, by_oracle) <= matrix.TOLERANCE
+    check_flagged(pool, family, ranks, flags | degrees, call, expected, skipped)

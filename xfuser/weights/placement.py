@@ -49,6 +49,10 @@ class Placement:
         if self.pipefusion:
             self.pipefusion.remember()
         self._guards = ExitStack()
+        if parallel.pp_degree > 1:
+            for model, _ in planned_models(pipe).values():
+                message = "caches hook all blocks, and this stage has some: call it before the wrap, or use_fbcache"
+                self._guards.enter_context(replaced(model, "enable_cache", refusal(f"enable_cache: {message}")))
         for module in filter(lambda one: hasattr(one, "save_pretrained"), self._rearranged()):
             problem = f"this rank has a part of the weights of {type(module).__name__}"
             advice = "call save_pretrained() of the wrapped pipeline, on all ranks, or unwrap() first"

@@ -93,6 +93,9 @@ class Caching:
         """Refuse caches that would not do what they do on one rank."""
         parallel, kinds = self._parallel, {one.kind: one.hook for one in found}
         splits_batch = parallel.cfg_degree * parallel.dp_degree > 1
+        other = next((hook for kind, hook in kinds.items() if kind != hooks.STACK), None)
+        if other and parallel.pipelined:
+            self._refuse(other, "keeps what a whole image's tokens gave, where each forward has those of one patch")
         if hooks.FIRST_BLOCK in kinds and not any(hasattr(one.hook, RULE) for one in found):
             self._refuse(kinds[hooks.FIRST_BLOCK], f"decides otherwise than by {RULE}() in this release of Diffusers")
         if parallel.sp_degree > 1 and self._plan.halvings:
