@@ -25,6 +25,17 @@ from xfuser.testing.loop import loop_of
 _video = zoo.FAMILIES["hunyuan_video"]
 TEXT_TO_VIDEO = {"hunyuan_video t2v": replace(_video, config=_video.config | {"image_condition_type": None})}
 FAMILIES = zoo.FAMILIES | TEXT_TO_VIDEO
+
+
+def family_of(name: str) -> zoo.Family:
+    """A family by its name, behind which may be the size of its latents: ``"wan 10x6"``."""
+    if name in FAMILIES:
+        return FAMILIES[name]
+    name, size = name.split()
+    latents = (*FAMILIES[name].latents[:-2], *map(int, size.split("x")))
+    return replace(FAMILIES[name], latents=latents)
+
+
 APPLY = {
     "FirstBlockCacheConfig": apply_first_block_cache,
     "MagCacheConfig": apply_mag_cache,
@@ -133,16 +144,16 @@ def draw(
     behind_wrap: bool = False,
 ) -> Any:
     """Latents, the forwards that ran, and the ratios that decisions went by; bare where ``degrees`` is None."""
-    pipe = loop_of(FAMILIES[family])
+    pipe = loop_of(family_of(family))
     parallel = xDiTParallel(pipe, *xFuserArgs(**degrees).create_config()) if behind_wrap and degrees else None
     enable(pipe, kind, options)
     recorder = Recorder(pipe)
     if degrees is None:
         with recorder.counting(), contexts(pipe, recorder):
-            return pipe(FAMILIES[family], **call), recorder.forwards, recorder.ratios
+            return pipe(family_of(family), **call), recorder.forwards, recorder.ratios
     parallel = parallel or xDiTParallel(pipe, *xFuserArgs(**degrees).create_config())
     with recorder.counting():
-        latents = parallel(FAMILIES[family], **call)
+        latents = parallel(family_of(family), **call)
     return latents, recorder.forwards, get_cfg_group().rank_in_group
 
 
@@ -156,11 +167,11 @@ def expected_forwards(forwards: list[Any], degrees: dict[str, Any], call: dict[s
 
 def draw_flagged(family: str, flags: dict[str, Any], call: dict[str, Any]) -> Any:
     """Latents of a wrapped pipeline, twice, and by step, call and patch whether blocks were left out."""
-    pipe = loop_of(FAMILIES[family])
+    pipe = loop_of(family_of(family))
     parallel = xDiTParallel(pipe, *xFuserArgs(**flags).create_config())
     results = []
     for _ in range(2):
-        latents = parallel(FAMILIES[family], **call)
+        latents = parallel(family_of(family), **call)
         forwards = parallel.cache_use.forwards
         results.append((latents, {(one.step, one.index, one.patch): bool(one.skipped) for one in forwards}))
     return results
@@ -168,6 +179,6 @@ def draw_flagged(family: str, flags: dict[str, Any], call: dict[str, Any]) -> An
 
 def oracle_of(family: str, call: dict[str, Any], patches: int, warmup: int, *rule: Any) -> Any:
     """Latents by the oracle, and by step, call and patch whether it left blocks out."""
-    pipe, cache = loop_of(FAMILIES[family]), cache_oracle.Cache(*rule)
+    pipe, cache = loop_of(family_of(family)), cache_oracle.Cache(*rule)
     with oracle.displaced(pipe, patches, warmup, cache):
-        return pipe(FAMILIES[family], **call), cache.skipped
+        return pipe(family_of(family), **call), cache.skipped

@@ -24,6 +24,8 @@ from xfuser.models.plan import ModelPlan, blocks_of
 from xfuser.models.registry import planned_models
 from xfuser.models.teacache import teacache_plan
 
+THRESHOLD = 0.1  # of use_fbcache, where none is given: a third of the blocks is skipped (docs/methods/caching.md)
+
 
 class AddedCache:
     """What is added to one transformer when a call begins, and removed when it ends."""
@@ -52,7 +54,7 @@ class AddedCache:
             threshold = plan.threshold if given is None else given
             rule = TeaCache(plan.coefficients, threshold, plan.by_time, means, partial(_is_last, self._pipe, call))
             return self._stack(rule, call)
-        config = FirstBlockCacheConfig() if given is None else FirstBlockCacheConfig(given)
+        config = FirstBlockCacheConfig(THRESHOLD if given is None else given)
         if self._parallel.pipelined and (self._runtime.use_fbcache or _of_first_block(there)):
             enabled = (one.hook.threshold for one in there if hasattr(one.hook, "threshold"))
             return self._stack(FirstBlock(next(enabled, config.threshold), means), call)
