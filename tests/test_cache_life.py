@@ -6,6 +6,7 @@ import pytest
 import running
 import tiny
 import torch
+import whole
 from accelerate import cpu_offload
 from diffusers import DiffusionPipeline
 from diffusers.hooks import apply_pyramid_attention_broadcast
@@ -179,3 +180,46 @@ def test_caches_that_are_refused(pool, folder_of):
     ):
         for told in pool.run(2, refused, folder_of("flux"), degrees, change):
             assert expected in told
+
+
+SEA = diffusers.SeaCacheConfig(threshold=0.6)
+
+
+def cached_whole(path, name, degrees, config, images):
+    """A video of a pipeline that gives its caches a context, and how many blocks ran."""
+    pipe, ran = whole.loaded(path, name), []
+    models = [model for key, model in pipe.components.items() if key.startswith("transformer") and model is not None]
+    hooks = [
+        block.attn1.register_forward_pre_hook(lambda *_: ran.append(1)) for model in models for block in model.blocks
+    ]
+    for model in models:
+        model.enable_cache(config)
+    wrapped = running.wrap(pipe, degrees)
+    try:
+        call = whole.call_of(name, num_inference_steps=6, num_videos_per_prompt=images, output_type="latent")
+        return running.array(wrapped(**call, generator=running.seeded())), len(ran)
+    finally:
+        running.unwrap(wrapped)
+        for model in models:
+            model.disable_cache()
+        for hook in hooks:
+            hook.remove()
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "degrees", "images"),
+    [
+        ("wan", SEA, {"ulysses_degree": 2}, 1),
+        ("wan", SEA, {"data_parallel_degree": 2}, 3),
+        ("wan", SEA, {"use_cfg_parallel": True}, 1),
+        ("wan_two", diffusers.FirstBlockCacheConfig(threshold=0.5), {"ring_degree": 2}, 1),
+    ],
+)
+def test_pipelines_that_give_contexts(pool, tmp_path_factory, name, config, degrees, images):
+    path = whole.save(name, tmp_path_factory.mktemp("cached"))
+    expected, ran = cached_whole(path, name, None, config, images)
+    all_blocks = cached_whole(path, name, None, diffusers.FirstBlockCacheConfig(threshold=0.0), images)[1]
+    assert ran < all_blocks
+    for picture, own in pool.run(2, cached_whole, path, name, degrees, config, images):
+        assert running.error(picture, expected) <= running.TOLERANCE
+        assert own == ran or "use_cfg_parallel" in degrees
