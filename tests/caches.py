@@ -182,3 +182,10 @@ def oracle_of(family: str, call: dict[str, Any], patches: int, warmup: int, *rul
     pipe, cache = loop_of(family_of(family)), cache_oracle.Cache(*rule)
     with oracle.displaced(pipe, patches, warmup, cache):
         return pipe(family_of(family), **call), cache.skipped
+
+
+def joint_oracle_of(family: str, call: dict[str, Any], parts: int, warmup: int, *rule: Any) -> Any:
+    """The same under DistriFusion."""
+    pipe, cache = loop_of(family_of(family)), cache_oracle.JointCache(*rule)
+    with oracle.distrifusion(pipe, parts, warmup, cache=cache):
+        return pipe(family_of(family), **call), cache.skipped

@@ -152,3 +152,19 @@ def test_teacache_decides_as_one_rank(pool, family, degrees, ranks, guidance):
         by_oracle, of_oracle = caches.oracle_of(family, call, 1, 1, threshold, FLUX, STEPS)
         assert skipped == of_oracle and matrix.error(expected, by_oracle) <= matrix.TOLERANCE
     check_flagged(pool, family, ranks, flags | degrees, call, expected, skipped)
+
+
+TOGETHER = [
+    ("flux", 2, 1, "use_fbcache", 0.45),
+    ("flux", 2, 1, "use_teacache", 1.0),
+    ("pixart", 3, 2, "use_fbcache", 0.25),
+]
+
+
+@pytest.mark.parametrize(("family", "ranks", "warmup", "flag", "threshold"), TOGETHER)
+def test_parts_decide_together(pool, family, ranks, warmup, flag, threshold):
+    call = {"images": 1, "num_inference_steps": STEPS, "guidance": BATCHED if family == "pixart" else SEQUENTIAL}
+    rule = (threshold,) if flag == "use_fbcache" else (threshold, FLUX, STEPS)
+    expected, skipped = caches.joint_oracle_of(family, call, ranks, warmup, *rule)
+    flags = {"distrifusion_degree": ranks, "warmup_steps": warmup, flag: True, "cache_threshold": threshold}
+    check_flagged(pool, family, ranks, flags, call, expected, skipped)

@@ -212,10 +212,11 @@ def _ranges(count: int, parts: int, longer_last: bool = False) -> list[torch.Ten
 
 
 @contextmanager
-def distrifusion(pipe: Any, parts: int, warmup: int, renews: bool = True) -> Iterator[None]:
-    """Within the context, a bare pipeline draws with DistriFusion's semantics; ``renews`` is false for ``no_sync``."""
+def distrifusion(pipe: Any, parts: int, warmup: int, renews: bool = True, cache: Any = None) -> Iterator[None]:
+    """Within the context, a bare pipeline draws with DistriFusion's semantics; ``renews`` is false for ``no_sync``.
+    ``cache`` (``cache_oracle.py``) may leave blocks out."""
     state = Lagging(pipe, parts, warmup, renews)
-    with _projecting(pipe, state), _whole_forward(pipe, state):
+    with _projecting(pipe, state), cache.skipping(state) if cache else nullcontext(), _whole_forward(pipe, state):
         yield
 
 
