@@ -143,12 +143,11 @@ def test_flags_that_are_refused(told):
         xFuserArgs(**REFUSED[told]).checked(1)
 
 
-def refused(path, degrees, change):
+def refused(path, degrees, change, **changes):
     pipe = fresh(path)
     with pytest.raises(ValueError) as told:
         change(pipe)
-        wrapped = running.wrap(pipe, degrees)
-        drawn(wrapped)
+        drawn(running.wrap(pipe, degrees), **changes)
     return str(told.value)
 
 
@@ -180,6 +179,16 @@ def test_caches_that_are_refused(pool, folder_of):
     ):
         for told in pool.run(2, refused, folder_of("flux"), degrees, change):
             assert expected in told
+
+
+def twice(path):
+    guided = {"true_cfg_scale": 2.0, "negative_prompt": "a cat"}
+    return refused(path, {"use_cfg_parallel": True}, pyramid, **guided)
+
+
+def test_one_state_for_both_calls_of_a_step_is_refused(pool, folder_of):
+    for told in pool.run(2, twice, folder_of("flux")):
+        assert "keeps one state for all calls of a step, which CFG parallelism divides over ranks" in told
 
 
 SEA = diffusers.SeaCacheConfig(threshold=0.6)
