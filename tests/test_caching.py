@@ -51,7 +51,6 @@ FIRST_BLOCK = [
 ]
 
 
-@pytest.mark.covering
 @pytest.mark.parametrize(("family", "method", "guidance", "images"), FIRST_BLOCK)
 def test_first_block_cache_decides_as_one_rank(pool, family, method, guidance, images):
     call = {"images": images, "num_inference_steps": STEPS, "guidance": guidance}
@@ -84,7 +83,6 @@ COUNTING = [
 ]
 
 
-@pytest.mark.covering
 @pytest.mark.parametrize(("family", "method", "guidance", "images", "cache"), COUNTING)
 def test_caches_that_count_steps_count_as_on_one_rank(pool, family, method, guidance, images, cache):
     check(pool, family, method, {"images": images, "num_inference_steps": STEPS, "guidance": guidance}, *cache)
@@ -103,6 +101,7 @@ STAGES = [
     (4, {"pipefusion_parallel_degree": 4}, 2, 1),
     (4, {"pipefusion_parallel_degree": 2, "ulysses_degree": 2}, 2, 1),
     (4, {"pipefusion_parallel_degree": 2, "use_cfg_parallel": True}, 3, 1),
+    (4, {"pipefusion_parallel_degree": 2, "data_parallel_degree": 2}, 3, 1),
 ]
 
 
@@ -118,11 +117,11 @@ def check_flagged(pool, family, ranks, flags, call, expected, skipped):
             assert matrix.error(latents, expected) <= matrix.TOLERANCE
 
 
-@pytest.mark.covering
 @pytest.mark.parametrize(("ranks", "degrees", "patches", "warmup"), STAGES)
 @pytest.mark.parametrize(("flag", "threshold"), [("use_fbcache", 0.45), ("use_teacache", 1.0)])
 def test_stages_skip_what_the_definition_says(pool, ranks, degrees, patches, warmup, flag, threshold):
-    call = {"images": 1, "num_inference_steps": STEPS, "guidance": SEQUENTIAL}
+    images = 3 if "data_parallel_degree" in degrees else 1
+    call = {"images": images, "num_inference_steps": STEPS, "guidance": SEQUENTIAL}
     rule = (threshold,) if flag == "use_fbcache" else (threshold, FLUX, STEPS)
     expected, skipped = caches.oracle_of("flux", call, patches, warmup, *rule)
     flags = degrees | {"num_pipeline_patch": patches, "warmup_steps": warmup, flag: True, "cache_threshold": threshold}
@@ -139,7 +138,6 @@ TEA = [
 TEA_THRESHOLDS = {"flux": 1.0, "mochi": 1.0, "cogvideox": 1.0, "hunyuan_video t2v": 50.0}
 
 
-@pytest.mark.covering
 @pytest.mark.parametrize(("family", "degrees", "ranks", "guidance"), TEA)
 def test_teacache_decides_as_one_rank(pool, family, degrees, ranks, guidance):
     call = {"images": 1, "num_inference_steps": STEPS, "guidance": guidance}
