@@ -122,21 +122,6 @@ def test_lengths_that_diffusers_plan_does_not_explain_are_refused(pool):
         assert "attn attends to [4, 4] tokens on the ranks, which are neither shares of the [16] tokens" in message
 
 
-def caching(path):
-    pipe = running.loaded(path)
-    pipe.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.1))
-    try:
-        return message_of(ValueError, lambda: running.wrap(pipe, {"ulysses_degree": 2})(**tiny.call_of("flux")))
-    finally:
-        pipe.transformer.disable_cache()
-
-
-def test_caches_are_refused(pool, folder_of):
-    """Each rank would decide on its own tokens whether to compute, and wait for others that do not."""
-    for message in pool.run(2, caching, folder_of("flux")):
-        assert "has a cache enabled" in message
-
-
 def perturbed(path, degrees):
     pipe = diffusers.PixArtSigmaPAGPipeline(**running.loaded(path).components, pag_applied_layers=["blocks.1"])
     pipe.set_progress_bar_config(disable=True)

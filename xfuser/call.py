@@ -44,6 +44,9 @@ class CallState:
         steps: number of steps; 0 as long as it is not known.
         tokens: how the ranks share the tokens of the forward that is running; None outside of its blocks.
         arriving: the output of the last forward, where another rank computes it.
+        gives: whether this rank gives rows of the forward's output; if not, another computes the same and gives them.
+        skips: whether blocks of the forward are left out, as its first stage decides; None where no cache may do so.
+        apart: whether the forward is of one branch of guidance, and other ranks compute the other at the same time.
     """
 
     def __init__(
@@ -54,6 +57,8 @@ class CallState:
         self.index = -1
         self.tokens: Any = None
         self.arriving: Arriving | None = None
+        self.gives, self.apart = True, False
+        self.skips: bool | None = None
         self._synchronous, self._every_step_whole = max(1, synchronous), every_step_whole
         self._part: Callable[[Tensor], Tensor] | None = None
         self._wrappers: dict[nn.Module, list[Wrapper]] = {}
@@ -168,7 +173,7 @@ class CallState:
             try:
                 return wrapped(bind(args, kwargs))
             finally:
-                self.tokens = None
+                self.tokens, self.gives, self.apart = None, True, False
 
         forward.call_state = self
         return replaced(model, "forward", forward)

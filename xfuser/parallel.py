@@ -20,8 +20,10 @@ from xfuser.core.distributed import (
     get_world_group,
 )
 from xfuser.core.distributed.utils import share, split_sizes
-from xfuser.core.hooks import Binder, replaced
+from xfuser.core.hooks import Binder
 from xfuser.core.logger import quiet_libraries
+from xfuser.methods.cache.caching import cache_methods
+from xfuser.methods.cache.use import CacheUse
 from xfuser.methods.cfg import GuidanceParallel
 from xfuser.methods.compiled import CompiledBlocks, uncompiled
 from xfuser.methods.context import ContextParallel
@@ -34,7 +36,7 @@ from xfuser.methods.sequence import SequenceParallel
 from xfuser.methods.unet.maps import MapParallel
 from xfuser.models.plan import ModelPlan
 from xfuser.models.registry import planned_models, set_plan
-from xfuser.pipeline_io.agreement import shared_arguments
+from xfuser.pipeline_io.agreement import quiet_progress, shared_arguments
 from xfuser.pipeline_io.arguments import pipeline_arguments
 from xfuser.pipeline_io.media import media_of, write_media
 from xfuser.vae.engines import parallel_vae
@@ -63,6 +65,9 @@ class xDiTParallel:
 
     Raises:
         ValueError: the pipeline has no such transformer, or the degrees do not fit the number of ranks.
+
+    Attributes:
+        cache_use: what caches left out in the last call.
     """
 
     def __init__(self, pipe: Any, engine_config: EngineConfig, input_config: InputConfig | None = None) -> None:
@@ -76,7 +81,7 @@ class xDiTParallel:
         check_backend(own["_backend"])
         own["engine_config"] = engine_config
         own["input_config"] = input_config or InputConfig()
-        own["_output"] = None
+        own["_output"], own["cache_use"] = None, CacheUse()
         own["_compiler"] = torch.compile if engine_config.runtime_config.use_torch_compile else None
         own["_blocks"] = {}
         with ExitStack() as stack:
@@ -124,7 +129,7 @@ class xDiTParallel:
         with ExitStack() as stack:
             if get_world_group().world_size > 1:
                 stack.enter_context(quiet_libraries())
-                stack.enter_context(_quiet_progress(self._pipe))
+                stack.enter_context(quiet_progress(self._pipe))
             self._take_out_compiled(stack)
             for context in self._vae_contexts():
                 stack.enter_context(context)
@@ -141,9 +146,11 @@ class xDiTParallel:
         """What divides this call's forwards, in the order of the wrappers around them: the outermost first."""
         models, parallel = planned_models(self._pipe), self.engine_config.parallel_config
         parts = {name: self._part_of(model) for name, (model, _) in models.items()} if parallel.patched else {}
+        self.__dict__["cache_use"] = CacheUse()
+        added, caches = cache_methods(self._pipe, models.values(), self.engine_config, self.cache_use)
         methods: list[Method] = [self._pipefusion] if self._pipefusion else list(parts.values())
         if parallel.cfg_degree > 1:
-            entries_stay = parallel.patched or bool(self._pipefusion)
+            entries_stay = parallel.patched or bool(self._pipefusion) or bool(caches)
             methods.append(GuidanceParallel(get_cfg_group(), models.values(), entries_stay))
         if parallel.dp_degree > 1:
             methods.append(DataParallel(get_dp_group(), models.values()))
@@ -152,9 +159,8 @@ class xDiTParallel:
         if methods:
             splits_batch = parallel.cfg_degree * parallel.dp_degree > 1
             methods.insert(0, Refusals(self._pipe, [model for model, _ in models.values()], splits_batch))
-        if self._compiler:
-            methods = [*self._compiled_blocks(models), *methods]  # blocks' own code, inside of all hooks
-        return methods
+        compiled = self._compiled_blocks(models) if self._compiler else []  # blocks' own code, inside of all hooks
+        return [*added, *compiled, *caches, *methods]
 
     def _compiled_blocks(self, models: dict[str, tuple[nn.Module, ModelPlan]]) -> list[Method]:
         """The compiled code of the blocks, which lasts as long as the wrap."""
@@ -320,11 +326,3 @@ def parallelize(
             "PipeFusion, DistriFusion and naive patches go by the scheduler's steps: give parallelize() the scheduler"
         )
     return xDiTParallel(Loop(transformer, scheduler), engine_config)
-
-
-def _quiet_progress(pipe: Any) -> AbstractContextManager[None]:
-    """Within the context, only rank 0 shows a progress bar."""
-    before = getattr(pipe, "_progress_bar_config", {})
-    return replaced(
-        pipe, "_progress_bar_config", before if get_world_group().is_first_rank else before | {"disable": True}
-    )

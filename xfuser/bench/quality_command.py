@@ -117,13 +117,20 @@ def _run_rank(options: argparse.Namespace, chosen: list[Configuration], prompts:
     first = get_world_group().is_first_rank
     workload = Workload(base_arguments(options))
     drawn = {SERIAL: [workload.run(workload.pipe(), prompt, place) for place, prompt in enumerate(prompts) if first]}
+    skipped: dict[str, float | None] = {}
     for configuration in chosen:
+        uses, pictures = [], []
         with ours(workload, configuration).opened() as pipe:
-            pictures = [workload.run(pipe, prompt, place) for place, prompt in enumerate(prompts)]
+            for place, prompt in enumerate(prompts):
+                pictures.append(workload.run(pipe, prompt, place))
+                uses.append(pipe.cache_use)
         if first:
             drawn[configuration.name] = pictures
+            total = sum(use.computed + use.skipped for use in uses)
+            skipped[configuration.name] = sum(use.skipped for use in uses) / total if total else None
     if first:
         told = {name: _compared(options.output_dir, name, drawn[name], drawn[SERIAL]) for name in drawn}
+        told = {name: row | {"skipped": skipped.get(name)} for name, row in told.items()}
         if options.part:
             write_json(options.part, told)
         else:
@@ -190,12 +197,13 @@ def _adherence(prompts: list[str], paths: list[str]) -> float | None:
 
 
 def _table(rows: dict[str, dict[str, Any]]) -> str:
-    lines = ["| configuration | PSNR | SSIM | as the prompt asks | FID |", "|---|---|---|---|---|"]
+    lines = ["| configuration | skipped | PSNR | SSIM | as the prompt asks | FID |", "|---|---|---|---|---|---|"]
     for name, row in rows.items():
         asked = "" if row["adherence"] is None else f"{row['adherence']:.0%}"
         distance = f"{row['fid']:.3g}" if "fid" in row else ""
         shown = [_median(row[key], digits) if name != SERIAL else "" for key, digits in (("psnr", 1), ("ssim", 4))]
-        lines.append(f"| `{name}` | {shown[0]} | {shown[1]} | {asked} | {distance} |")
+        skipped = "" if row["skipped"] is None else f"{row['skipped']:.0%}"
+        lines.append(f"| `{name}` | {skipped} | {shown[0]} | {shown[1]} | {asked} | {distance} |")
     return "\n".join(lines)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from xfuser.cli.words import check_words, known_words
 from xfuser.config import FlexibleArgumentParser, xFuserArgs
+from xfuser.config.args import SHIPPED_PIPELINE
 from xfuser.core import device as devices
 from xfuser.core.distributed import destroy_distributed_environment, get_world_group
 from xfuser.pipeline_io.media import check_writable
@@ -29,6 +30,7 @@ def main() -> int:
             return getattr(importlib.import_module(module), function)(arguments[1:])
         options = parser().parse_args(arguments)
         args = xFuserArgs.from_cli_args(options)
+        args.model = args.model or SHIPPED_PIPELINE
         if not any(args.prompt):
             raise ValueError('there is nothing to draw: give --prompt "..."')
         engine_config, _ = args.checked()
@@ -98,10 +100,14 @@ def draw(pipe: Any, call: dict[str, Any], directory: str) -> None:
     devices.synchronize()
     seconds = time.perf_counter() - start
     world = get_world_group()
-    saved = world.all_gather_object((pipe.save(directory, "xdit"), devices.peak_memory()))
+    use = pipe.cache_use
+    saved = world.all_gather_object((pipe.save(directory, "xdit"), devices.peak_memory(), use.computed, use.skipped))
     if world.is_first_rank:
-        print("\n".join(path for paths, _ in saved for path in paths))
-        peak = max(memory for _, memory in saved) / 2**20
+        paths, memory, computed, skipped = zip(*saved, strict=True)
+        print("\n".join(path for of_rank in paths for path in of_rank))
+        if total := sum(computed) + sum(skipped):
+            print(f"caching skipped {sum(skipped) / total:.0%} of {total} block computations")
+        peak = max(memory) / 2**20
         print(
             f"{seconds:.2f} s for {call['num_inference_steps']} steps on {world.world_size}"
             f" rank{'s' * (world.world_size > 1)} ({devices.device_type()}), peak memory {peak:.0f} MiB a rank"

@@ -71,6 +71,10 @@ class xFuserArgs:
     trust_remote_code: bool = _model(False, "Allow a pipeline's own code from the hub.")
 
     warmup_steps: int = _runtime(1, "Synchronous first steps of PipeFusion and DistriFusion; others ignore it.")
+    use_fbcache: bool = _runtime(False, "Cache steps: leave blocks out while the first one's output changes little.")
+    use_teacache: bool = _runtime(False, "Cache steps by TeaCache, for models whose coefficients are known.")
+    cache_threshold: float | None = _runtime(None, "Change below which a cache leaves blocks out; its own by default.")
+    rel_l1_thresh: float | None = _runtime(None, "Older name of --cache_threshold.")
     use_parallel_vae: bool = _runtime(False, "Encode and decode with the rows of the picture divided over ranks.")
     vae_engine: str = _runtime("auto", "Parallel VAE: auto, native, or the package distvae.")
     vae_split: str = _runtime("auto", "Parallel VAE: divide height, width, or auto, the longer one.")
@@ -183,8 +187,10 @@ class xFuserArgs:
             raise ValueError(
                 f"warmup_steps={self.warmup_steps} must be from 0 to num_inference_steps={self.num_inference_steps}"
             )
+        self._check_cache()
         model = ModelConfig(shipped_folder(self.model) or self.model, self.download_dir, self.trust_remote_code)
-        check_folder(model.model, parallel.sequenced, parallel.pipelined, parallel.divides)
+        teacache = self.use_teacache and bool(self.model)
+        check_folder(model.model, parallel.sequenced, parallel.pipelined, parallel.divides, teacache)
         return EngineConfig(model, self._runtime_config(), parallel), inputs
 
     def _parallel_config(self) -> ParallelConfig:
@@ -219,10 +225,30 @@ class xFuserArgs:
             **self._fields_of(RuntimeConfig)
             | {
                 "dtype": DTYPES[self.dtype] or devices.default_dtype(),
+                "cache_threshold": self._given_threshold,
                 "vae_chunk_rows": rows,
                 "memory": None if self.memory is None else in_bytes(self.memory),
             }
         )
+
+    @property
+    def _given_threshold(self) -> float | None:
+        return self.rel_l1_thresh if self.cache_threshold is None else self.cache_threshold
+
+    def _check_cache(self) -> None:
+        """Refuse caches that exclude each other, and thresholds that no cache goes by."""
+        threshold = self._given_threshold
+        if self.use_fbcache and self.use_teacache:
+            raise ValueError("use_fbcache and use_teacache are two ways to decide the same: remove one of them")
+        if self.cache_threshold is not None and self.rel_l1_thresh not in (None, self.cache_threshold):
+            raise ValueError(
+                f"cache_threshold={self.cache_threshold} and rel_l1_thresh={self.rel_l1_thresh} are the same flag: give"
+                " one of them"
+            )
+        if threshold is not None and not (self.use_fbcache or self.use_teacache):
+            raise ValueError(f"cache_threshold={threshold} requires use_fbcache or use_teacache: add one of them")
+        if threshold is not None and not 0 <= threshold < math.inf:
+            raise ValueError(f"cache_threshold={threshold} must be a number of 0 or more")
 
     def _check_weights(self) -> None:
         """Refuse options that put the same weights in different places."""

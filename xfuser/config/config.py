@@ -74,6 +74,9 @@ class RuntimeConfig:
     attention_backend: str = "auto"
     use_torch_compile: bool = False
     warmup_steps: int = 1
+    use_fbcache: bool = False
+    use_teacache: bool = False
+    cache_threshold: float | None = None  # None: the cache's own
     use_parallel_vae: bool = False
     vae_engine: str = "auto"
     vae_split: str = "auto"
@@ -85,6 +88,11 @@ class RuntimeConfig:
     enable_sequential_cpu_offload: bool = False
     enable_tiling: bool = False
     enable_slicing: bool = False
+
+    @property
+    def caches(self) -> bool:
+        """Whether a flag asks for a cache of steps."""
+        return self.use_fbcache or self.use_teacache
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,19 @@ def edited_output(module: nn.Module, edit: Callable[[nn.Module, tuple, Any], Any
         handle.remove()
 
 
+def innermost(module: nn.Module) -> tuple[Any, str]:
+    """Where a module's own forward is: ``(owner, name of the attribute)``.
+
+    The hooks of Diffusers' registry (caches, offload by groups) run around it, and may leave it out. Without such hooks
+    it is the module's ``forward``.
+    """
+    registry = vars(module).get("_diffusers_hook")
+    if registry is None or not registry.hooks:
+        return module, "forward"
+    reference = registry._fn_refs[0]
+    return reference, "forward" if reference.original_forward is None else "original_forward"
+
+
 class Binder:
     """From the arguments of a function's call to arguments by name. The signature is read once."""
 
@@ -63,7 +76,7 @@ class Binder:
 def edited_arguments(module: nn.Module, edit: Callable[[Arguments], None]) -> AbstractContextManager[None]:
     """Within the context, ``edit`` changes the arguments of each call of ``module`` in place before it runs."""
     original = module.forward
-    bind = Binder(original)
+    bind = Binder(getattr(*innermost(module)))
     ahead = bind.names if bind.rest else []  # only by position can more follow
 
     @functools.wraps(original)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map, tree_map_only
 
+from xfuser.call import CallState
 from xfuser.core.distributed import GroupCoordinator
 from xfuser.core.distributed.utils import share, split_sizes
 from xfuser.models.plan import ModelPlan
@@ -15,20 +16,23 @@ from xfuser.models.plan import ModelPlan
 def split_batch(
     group: GroupCoordinator,
     batch: int,
-    call: Callable[[dict[str, Any]], Any],
+    forward: Callable[[dict[str, Any]], Any],
     arguments: dict[str, Any],
     plan: ModelPlan | None = None,
+    call: CallState | None = None,
 ) -> Any:
-    """Run ``call`` on this rank's entries of a batch, and return the output of all of it.
+    """Run ``forward`` on this rank's entries of a batch, and return the output of all of it.
 
     Every tensor among the arguments whose first dimension is ``batch`` long is cut, but where ``plan`` says otherwise;
     every tensor of the output is gathered along its first dimension, and every list. ``batch`` need not divide by the
-    group; ranks left without an entry compute the first one and give nothing.
+    group; ranks left without an entry compute the first one and give nothing, which ``call`` is told.
     """
-    if group.world_size == 1 or batch < 2:
-        return call(arguments)
     sizes = split_sizes(batch, group.world_size)
     mine = share(sizes, group.rank_in_group)
+    if call and not mine:
+        call.gives = False
+    if group.world_size == 1 or batch < 2:
+        return forward(arguments)
     computed = mine or range(1)
 
     def gather(x: Any) -> Any:
@@ -40,7 +44,7 @@ def split_batch(
 
     if plan and plan.pictures:
         arguments = _with_pictures_of(arguments, *plan.pictures, computed)
-    output = call({name: _cut(value, name, batch, computed, plan) for name, value in arguments.items()})
+    output = forward({name: _cut(value, name, batch, computed, plan) for name, value in arguments.items()})
     return tree_map(gather, output, is_leaf=lambda x: isinstance(x, list))
 
 

@@ -56,12 +56,13 @@ class GuidanceParallel:
     def _wrapper(self, plan: ModelPlan, forward: Forward, arguments: Arguments) -> Any:
         index, latents = self._call.index, arguments[plan.latents]
         if self._paired is not None and index < 2 and _shapes(latents) == self._shapes:
+            self._call.apart = index == 0 or self._pending is not None
             if index == 0:
                 return self._first_call(forward, arguments)
-            if self._pending is not None:
+            if self._call.apart:
                 return self._second_call(forward, arguments)
         self._settle()
-        output = split_batch(self._group, len(latents), forward, arguments, plan)
+        output = split_batch(self._group, len(latents), forward, arguments, plan, self._call)
         if self._first_step is not None:
             self._first_step.append((len(latents), _shapes(latents), _blank(output)))
         return output

@@ -16,7 +16,7 @@ from torch._dynamo.exc import TorchDynamoException
 
 from xfuser.call import CallState
 from xfuser.core.attention import operator
-from xfuser.core.hooks import replaced
+from xfuser.core.hooks import innermost, replaced
 from xfuser.core.logger import is_rank_zero, logger
 from xfuser.models.plan import ModelPlan, blocks_of
 from xfuser.models.registry import original_of
@@ -44,21 +44,19 @@ class CompiledBlocks:
     @contextmanager
     def enter(self, call: CallState) -> Iterator[None]:
         """Within the context, blocks run compiled code. To be entered ahead of all that hooks into blocks."""
-        # A forward of one instance alone, as of a stub, is no code of its class.
         blocks = [block.module for block in blocks_of(self._model, self._plan)]
-        blocks = [block for block in blocks if "forward" not in vars(block)]
         with ExitStack() as stack:
-            for block in blocks:
+            for block in filter(_compiles, blocks):
                 if type(block) not in self._code:
                     self._code[type(block)] = self._compiler(_region(type(block).__name__))
                     self._new.add(type(block))
-                stack.enter_context(replaced(block, "forward", self._forward_of(block)))
+                stack.enter_context(replaced(*innermost(block), self._forward_of(block)))
             if self._new:
                 stack.enter_context(self._showing(len(self._new)))
             yield
 
     def _forward_of(self, block: nn.Module) -> Callable[..., Any]:
-        original, kind = block.forward, type(block)
+        original, kind = getattr(*innermost(block)), type(block)
 
         @wraps(original)
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -87,6 +85,15 @@ class CompiledBlocks:
         description = f"Compiling blocks of {type(self._model).__name__}"
         with tqdm(total=classes, desc=description, unit="class", disable=hidden) as self._progress:
             yield
+
+
+def _compiles(block: nn.Module) -> bool:
+    """Whether a block runs its class's code, without hooks inside that may leave a part of it out.
+
+    A forward of one instance alone, as of a stub, is no code of its class.
+    """
+    own = getattr(getattr(*innermost(block)), "__func__", None) is type(block).forward
+    return own and all(innermost(part)[0] is part for part in block.modules() if part is not block)
 
 
 def _region(name: str) -> Callable[..., Any]:

@@ -30,11 +30,11 @@ class DataParallel:
     def enter(self, call: CallState) -> Iterator[None]:
         """Within the context, each replica computes its own images."""
         for model, plan in self._models:
-            call.around(model, partial(self._wrapper, plan))
+            call.around(model, partial(self._wrapper, plan, call))
         yield
 
-    def _wrapper(self, plan: ModelPlan, forward: Forward, arguments: Arguments) -> Any:
-        return split_batch(self._group, len(arguments[plan.latents]), forward, arguments, plan)
+    def _wrapper(self, plan: ModelPlan, call: CallState, forward: Forward, arguments: Arguments) -> Any:
+        return split_batch(self._group, len(arguments[plan.latents]), forward, arguments, plan, call)
 
 
 def split_decode(vae: Any, group: GroupCoordinator) -> AbstractContextManager[None]:

@@ -38,11 +38,6 @@ class Refusals:
     def _wrapper(self, model: nn.Module, forward: Forward, arguments: Arguments) -> Any:
         if torch.is_grad_enabled() and any(weight.requires_grad for weight in model.parameters()):
             raise ValueError("parallel forwards are for inference: call them within torch.no_grad()")
-        if getattr(model, "is_cache_enabled", False):
-            raise ValueError(
-                f"{type(model).__name__} has a cache enabled, which would decide on each rank's own part of the"
-                " activations: call disable_cache() on it first"
-            )
         if self._splits_batch and getattr(self._pipe, "do_perturbed_attention_guidance", False):
             raise ValueError(
                 f"perturbed-attention guidance (PAG) of {type(self._pipe).__name__} mixes the rows of a batch, which"

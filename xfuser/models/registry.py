@@ -31,6 +31,7 @@ from xfuser.models.plan import ModelPlan
 from xfuser.models.qwen_image import QWEN_IMAGE
 from xfuser.models.sana import SANA
 from xfuser.models.sd3 import SD3
+from xfuser.models.teacache import teacache_plan
 from xfuser.models.unet import UNET
 from xfuser.models.wan import SKYREELS_V2, WAN, WAN_VACE
 from xfuser.models.z_image import Z_IMAGE
@@ -160,7 +161,9 @@ def check_methods(cls: str, plan: ModelPlan, sequence: bool, pipelined: bool) ->
             raise ValueError(f"{method} does not serve {cls}: {reason}. Use {', '.join(served[:-1])} or {served[-1]}")
 
 
-def check_folder(path: str, sequence: bool = False, pipelined: bool = False, divides: bool = False) -> None:
+def check_folder(
+    path: str, sequence: bool = False, pipelined: bool = False, divides: bool = False, teacache: bool = False
+) -> None:
     """Raise a ValueError, without loading weights, for a folder that is not a pipeline, has no known transformer, or
     one that a method does not serve. ``divides`` are methods that divide weights, which quantised ones are not.
 
@@ -180,6 +183,8 @@ def check_folder(path: str, sequence: bool = False, pipelined: bool = False, div
     for component, name in classes.items():
         if name in PLANS:
             check_methods(name, PLANS[name], sequence, pipelined)
+            if teacache:
+                teacache_plan(name)
             if divides:
                 _check_unquantised(os.path.join(path, component, "config.json"), name)
     if not any(name in PLANS for name in names):

@@ -1,6 +1,7 @@
 """Every rank calls a pipeline with rank 0's random states, and tensors such as latents."""
 
 import hashlib
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch.utils._pytree import keystr, tree_flatten_with_path, tree_unflatten
 
 from xfuser.core import device as devices
 from xfuser.core.distributed import get_world_group
+from xfuser.core.hooks import replaced
 
 
 def shared_arguments(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -54,3 +56,11 @@ def _refuse_differences(given: list[dict[str, str]]) -> None:
 def _digest(x: torch.Tensor) -> bytes:
     """Tells values of one shape apart."""
     return hashlib.blake2b(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy(), digest_size=16).digest()
+
+
+def quiet_progress(pipe: Any) -> AbstractContextManager[None]:
+    """Within the context, only rank 0 shows a progress bar."""
+    before = getattr(pipe, "_progress_bar_config", {})
+    return replaced(
+        pipe, "_progress_bar_config", before if get_world_group().is_first_rank else before | {"disable": True}
+    )

@@ -39,12 +39,17 @@ class Row:
         return f"{numbers}  no: {alone} are above {memory / 1e9:.4g} GB"
 
 
+# Decisions need contents, which a rehearsal lacks; what a cache keeps is one activation of each stream and call.
+UNCACHED = {"use_fbcache": False, "use_teacache": False, "cache_threshold": None, "rel_l1_thresh": None}
+
+
 def plan(args: xFuserArgs, world_size: int) -> list[Row]:
     """What every legal combination of degrees for so many ranks needs; ``args`` has all but the degrees.
 
     Raises:
         ValueError: the pipeline is not found.
     """
+    args = replace(args, **UNCACHED)
     base = args if shipped_folder(args.model) else replace(args, model=configs_of(args.model, args.download_dir))
     with alone_of(world_size):
         return [_row(base, degrees, world_size) for degrees in legal_degrees(world_size)]

@@ -8,7 +8,7 @@ PipeFusion, text belongs to part 0; under DistriFusion, it is divided, too. Naiv
 
 import itertools
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -212,10 +212,11 @@ def _ranges(count: int, parts: int, longer_last: bool = False) -> list[torch.Ten
 
 
 @contextmanager
-def distrifusion(pipe: Any, parts: int, warmup: int, renews: bool = True) -> Iterator[None]:
-    """Within the context, a bare pipeline draws with DistriFusion's semantics; ``renews`` is false for ``no_sync``."""
+def distrifusion(pipe: Any, parts: int, warmup: int, renews: bool = True, cache: Any = None) -> Iterator[None]:
+    """Within the context, a bare pipeline draws with DistriFusion's semantics; ``renews`` is false for ``no_sync``.
+    ``cache`` (``cache_oracle.py``) may leave blocks out."""
     state = Lagging(pipe, parts, warmup, renews)
-    with _projecting(pipe, state), _whole_forward(pipe, state):
+    with _projecting(pipe, state), cache.skipping(state) if cache else nullcontext(), _whole_forward(pipe, state):
         yield
 
 
@@ -236,10 +237,12 @@ def naive(pipe: Any, parts: int, scheme: str) -> Iterator[None]:
 
 
 @contextmanager
-def displaced(pipe: Any, patches: int, warmup: int) -> Iterator[None]:
-    """Within the context, a bare pipeline draws with PipeFusion's semantics."""
+def displaced(pipe: Any, patches: int, warmup: int, cache: Any = None) -> Iterator[None]:
+    """Within the context, a bare pipeline draws with PipeFusion's semantics; ``cache`` (``cache_oracle.py``) may leave
+    blocks out."""
     state = Displaced(pipe.transformer, plan_of(pipe.transformer), patches, warmup, pipe.scheduler.order)
-    with _projecting(pipe, state), _whole_forward(pipe, state):
+    skipping = cache.skipping(state) if cache else nullcontext()
+    with _projecting(pipe, state), skipping, _whole_forward(pipe, state):
         yield
 
 

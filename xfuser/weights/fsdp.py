@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from xfuser.core.distributed import GroupCoordinator
 from xfuser.core.distributed.utils import share
+from xfuser.methods.cache.added import cache_as
 from xfuser.methods.refusals import refusal
 from xfuser.models.plan import ModelPlan, blocks_of
 
@@ -81,7 +82,9 @@ class Shards:
         ignored = set(self.copy.parameters()) - sharded
         mesh = DeviceMesh.from_group(group.device_group, group.device.type)
         for unit in units:
+            cls = type(unit)
             fully_shard(unit, mesh=mesh, reshard_after_forward=True, ignored_params=ignored)
+            cache_as(type(unit), cls)
         fully_shard(self.copy, mesh=mesh, ignored_params=ignored)  # has no weights: the units share its streams
         self.copy.__dict__[_SHARDS] = self
         for name in filter(lambda name: hasattr(module, name), FUSING):

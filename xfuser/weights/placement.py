@@ -8,6 +8,7 @@ from torch import nn
 from xfuser.config import EngineConfig, ParallelConfig
 from xfuser.core import distributed as groups
 from xfuser.core.hooks import replaced
+from xfuser.methods.cache.added import check_cache
 from xfuser.methods.pipefusion.blocks import divided, stage_layers
 from xfuser.methods.pipefusion.pipefusion import PipeFusion
 from xfuser.methods.refusals import refusal, refuse_changed, refuse_offloaded, refuse_quantised
@@ -35,6 +36,7 @@ class Placement:
         refuse_offloaded(self._rearranged(), advice)
         stages = pipeline_split(planned_models(pipe), type(pipe).__name__, parallel)
         _check_tensor(pipe, parallel)
+        check_cache(pipe, engine_config)
         join_groups(engine_config)
         self._world = groups.get_world_group()
         self._encoders = TextEncoders(pipe, runtime.text_encoder, self._world)
@@ -47,6 +49,10 @@ class Placement:
         if self.pipefusion:
             self.pipefusion.remember()
         self._guards = ExitStack()
+        if parallel.pp_degree > 1:
+            for model, _ in planned_models(pipe).values():
+                message = "caches hook all blocks, and this stage has some: call it before the wrap, or use_fbcache"
+                self._guards.enter_context(replaced(model, "enable_cache", refusal(f"enable_cache: {message}")))
         for module in filter(lambda one: hasattr(one, "save_pretrained"), self._rearranged()):
             problem = f"this rank has a part of the weights of {type(module).__name__}"
             advice = "call save_pretrained() of the wrapped pipeline, on all ranks, or unwrap() first"

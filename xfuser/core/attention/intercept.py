@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from xfuser.core.attention import dispatch, operator
 from xfuser.core.attention.kernels import autocast
-from xfuser.core.hooks import replaced
+from xfuser.core.hooks import innermost, replaced
 
 Attend = Callable[..., Tensor]
 
@@ -86,7 +86,7 @@ def intercepted(
 
     def counted(name: str, module: nn.Module, attend: Attend, place: str) -> Callable[..., Any]:
         """The forward of an attention module, which says that it runs, and checks how it computed attention."""
-        forward_of_module = module.forward
+        forward_of_module = getattr(*innermost(module))
 
         def check(count: int, kwargs: dict[str, Any]) -> None:
             if count == 1 or (count and many) or (count == 0 and any(map(kwargs.get, idle))):
@@ -120,7 +120,8 @@ def intercepted(
     with ExitStack() as stack:
         for name, module in modules.items():
             place = (places or {}).get(name, name)
-            stack.enter_context(replaced(module, "forward", counted(name, module, attend(name), place)))
+            # Within the hooks of caches, which leave attention out in some steps.
+            stack.enter_context(replaced(*innermost(module), counted(name, module, attend(name), place)))
         stack.enter_context(replaced(F, "scaled_dot_product_attention", attention))
         stack.enter_context(dispatch.taken(by_backend))
         yield

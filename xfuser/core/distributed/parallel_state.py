@@ -131,6 +131,10 @@ def initialize_model_parallel(
     for token in ("dp", "cfg", "pp", "tp"):
         _groups[token] = GroupCoordinator(grid.get_ranks(token), world.local_rank, backend)
     _groups["replica"] = GroupCoordinator(grid.get_ranks("tp-sp-pp-cfg"), world.local_rank, backend)
+    if degrees["pp"] > 1:
+        _groups["forward"] = GroupCoordinator(grid.get_ranks("tp-sp-cfg-dp"), world.local_rank, backend)
+    if degrees["cfg"] > 1:
+        _groups["branch"] = GroupCoordinator(grid.get_ranks("tp-sp-dp"), world.local_rank, backend)
     split = [split_sequence_group(ranks, ulysses_degree) for ranks in grid.get_ranks("sp")]
     _groups["sp"] = SequenceParallelGroupCoordinator(
         grid.get_ranks("sp"),
@@ -229,6 +233,16 @@ def get_replica_group() -> GroupCoordinator:
 def get_cfg_group() -> GroupCoordinator:
     """The ranks that share the branches of classifier-free guidance."""
     return _group("cfg")
+
+
+def get_forward_group() -> GroupCoordinator:
+    """The ranks that compute the same blocks of a forward: all of a pipeline's stage, or all where there is none."""
+    return _groups.get("forward") or get_world_group()
+
+
+def get_branch_group() -> GroupCoordinator:
+    """Those of the ranks of :func:`get_forward_group` that compute the same branch of guidance."""
+    return _groups.get("branch") or get_forward_group()
 
 
 def get_sp_group() -> SequenceParallelGroupCoordinator:

@@ -227,7 +227,10 @@ class Stage:
         names = [stream for stream in counts if any(stream in streams for streams in carriers.values())]
         self._received.append((batch * width, self._call.tokens, names))
         channel = self._channels["tokens", self.number - 1, self.number]
-        received = channel.receive([batch * width * counts[name] for name in names], image, self._next_sizes())
+        sizes = self._sizes([batch * width * counts[name] for name in names])
+        received = channel.receive(sizes, image, self._next_sizes())
+        if self._call.skips is not None:
+            self._call.skips = bool(received.pop(0))
         parts = {name: part.view(batch, -1, width) for name, part in zip(names, received, strict=True)}
         for name, streams in carriers.items():
             own = [parts[stream] for stream in streams]
@@ -248,16 +251,22 @@ class Stage:
             number, patch = 0, following[1]
         per_token, shares, streams = self._received_before[number]
         counts = _own_tokens(shares.at(self._window(shares.totals["image"], patch)))
-        return [per_token * counts[stream] for stream in streams]
+        return self._sizes([per_token * counts[stream] for stream in streams])
+
+    def _sizes(self, tokens: list[int]) -> list[int]:
+        """Elements of each tensor of a message with tokens, ahead of which may be a flag."""
+        return tokens if self._call.skips is None else [1, *tokens]
 
     def _send(self, blocks: str, block: nn.Module, args: tuple, output: Any) -> None:
         """Behind this stage's last block: image tokens first, whatever the order in the blocks."""
-        counts, parts = _own_tokens(self._call.tokens), {}
+        counts, parts, flag = _own_tokens(self._call.tokens), {}, []
         tensors = [output] if isinstance(output, Tensor) else output
         for x, streams in zip(tensors, self._plan.outputs(blocks), strict=True):
             parts |= dict(zip(streams, x.split([counts[stream] for stream in streams], dim=1), strict=True))
+        if self._call.skips is not None:  # a cache's decision, with the tokens
+            flag = [tensors[0].new_full((1,), self._call.skips)]
         channel = self._channels["tokens", self.number, self.number + 1]
-        channel.send([parts[stream] for stream in counts if stream in parts])
+        channel.send([*flag, *(parts[stream] for stream in counts if stream in parts)])
 
     def _skip(self, consumer: nn.Module, route: Route) -> AbstractContextManager[None]:
         """A long skip from a block of one stage to a block of another.

@@ -1,0 +1,135 @@
+"""Caches that a call adds to its transformers: those of the flags, and First-Block-Cache of several stages."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from diffusers.hooks import FirstBlockCacheConfig, apply_first_block_cache
+from diffusers.hooks._helpers import TransformerBlockRegistry
+from torch import nn
+
+from xfuser.call import CallState
+from xfuser.config import EngineConfig
+from xfuser.core.distributed import get_branch_group, get_forward_group
+from xfuser.methods.cache import hooks
+from xfuser.methods.cache.first_block import FirstBlock
+from xfuser.methods.cache.hooks import Cached
+from xfuser.methods.cache.means import SharedMeans
+from xfuser.methods.cache.stack import BlockStack, Rule
+from xfuser.methods.cache.teacache import TeaCache
+from xfuser.methods.pipefusion.blocks import Stub
+from xfuser.models.plan import ModelPlan, blocks_of
+from xfuser.models.registry import planned_models
+from xfuser.models.teacache import teacache_plan
+
+THRESHOLD = 0.1  # of use_fbcache, where none is given: a third of the blocks is skipped (docs/methods/caching.md)
+
+
+class AddedCache:
+    """What is added to one transformer when a call begins, and removed when it ends."""
+
+    def __init__(self, pipe: Any, model: nn.Module, plan: ModelPlan, engine_config: EngineConfig) -> None:
+        self._pipe, self._model, self._plan = pipe, model, plan
+        self._runtime, self._parallel = engine_config.runtime_config, engine_config.parallel_config
+
+    @contextmanager
+    def enter(self, call: CallState) -> Iterator[None]:
+        """Within the context, the cache's hooks are there. To be entered ahead of all that hooks into blocks."""
+        there = hooks.cached(self._model)
+        if there and self._runtime.caches:
+            raise ValueError(
+                f"use_fbcache, use_teacache: {type(self._model).__name__} has another cache"
+                f" ({type(there[0].hook).__name__}): call disable_cache() on it, or remove the flag"
+            )
+        with self._removed(there) if self._parallel.pipelined else nullcontext(), self._added(there, call):
+            yield
+
+    def _added(self, there: list[Cached], call: CallState) -> AbstractContextManager[None]:
+        given = self._runtime.cache_threshold
+        means = SharedMeans(call, get_forward_group(), get_branch_group())
+        if self._runtime.use_teacache:
+            plan = teacache_plan(type(self._model).__name__, self._model.config)
+            threshold = plan.threshold if given is None else given
+            rule = TeaCache(plan.coefficients, threshold, plan.by_time, means, partial(_is_last, self._pipe, call))
+            return self._stack(rule, call)
+        config = FirstBlockCacheConfig(THRESHOLD if given is None else given)
+        if self._parallel.pipelined and (self._runtime.use_fbcache or _of_first_block(there)):
+            enabled = (one.hook.threshold for one in there if hasattr(one.hook, "threshold"))
+            return self._stack(FirstBlock(next(enabled, config.threshold), means), call)
+        return self._first_block(config) if self._runtime.use_fbcache else nullcontext()
+
+    def _stack(self, rule: Rule, call: CallState) -> AbstractContextManager[None]:
+        blocks = blocks_of(self._model, self._plan)
+        own = [block for block in blocks if not isinstance(block.module, Stub)]
+        return BlockStack(self._plan, own, rule if own[0] is blocks[0] else None, call).hooked()
+
+    @contextmanager
+    def _first_block(self, config: FirstBlockCacheConfig) -> Iterator[None]:
+        apply_first_block_cache(self._model, config)
+        hooks.refresh(self._model)
+        try:
+            yield
+        finally:
+            for one in _of_first_block(hooks.cached(self._model)):
+                hooks.remove(one)
+            hooks.refresh(self._model)
+
+    @contextmanager
+    def _removed(self, there: list[Cached]) -> Iterator[None]:
+        """Within the context, the hooks of First-Block-Cache are not on the blocks."""
+        names = [(one, hooks.remove(one)) for one in _of_first_block(there)]
+        try:
+            yield
+        finally:
+            for one, name in names:
+                one.module._diffusers_hook.register_hook(one.hook, name)
+
+
+def cache_as(cls: type, known: type) -> None:
+    """Let Diffusers' caches treat blocks of ``cls`` as those of a class that they may know."""
+    try:
+        metadata = TransformerBlockRegistry.get(known)
+    except ValueError:
+        return
+    TransformerBlockRegistry.register(cls, replace(metadata))
+
+
+def check_cache(pipe: Any, engine_config: EngineConfig) -> None:
+    """Raise a ValueError where the cache that the flags ask for does not serve a pipeline's transformers."""
+    runtime = engine_config.runtime_config
+    for model, plan in planned_models(pipe).values():
+        if runtime.use_teacache:
+            teacache_plan(type(model).__name__, model.config)
+        elif runtime.use_fbcache:
+            _check_blocks(model, plan)
+
+
+def _check_blocks(model: nn.Module, plan: ModelPlan) -> None:
+    blocks = blocks_of(model, plan)
+    carried = [plan.carriers(block.list_name) for block in blocks]
+    served = len(blocks) > 1 and all(carriers == carried[0] and "hidden_states" in carriers for carriers in carried)
+    if not served or not all(_is_known(block.module) for block in blocks):
+        raise ValueError(
+            f"use_fbcache: Diffusers' First-Block-Cache does not serve the blocks of {type(model).__name__}: remove it"
+        )
+
+
+def _is_known(block: nn.Module) -> bool:
+    """Whether First-Block-Cache knows a block's class; the last of SD3's blocks lack the text that it needs."""
+    try:
+        TransformerBlockRegistry.get(type(block))
+    except ValueError:
+        return False
+    return not getattr(block, "context_pre_only", False)
+
+
+def _of_first_block(there: list[Cached]) -> list[Cached]:
+    return [one for one in there if one.kind == hooks.FIRST_BLOCK]
+
+
+def _is_last(pipe: Any, call: CallState) -> bool:
+    """Whether the step that is running is the last one of its schedule."""
+    steps = call.steps or getattr(pipe, "_num_timesteps", 0) or len(pipe.scheduler.timesteps)
+    return call.step == steps - 1

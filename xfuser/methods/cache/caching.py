@@ -1,0 +1,124 @@
+"""Caches under every method: one decision for the ranks that share a forward, and a state for each call."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from xfuser.call import CallState, Forward
+from xfuser.config import EngineConfig, ParallelConfig
+from xfuser.core.distributed import get_branch_group, get_forward_group
+from xfuser.core.hooks import Arguments, replaced
+from xfuser.methods.cache import hooks
+from xfuser.methods.cache.added import AddedCache
+from xfuser.methods.cache.hooks import Cached
+from xfuser.methods.cache.means import SharedMeans
+from xfuser.methods.cache.use import CacheUse
+from xfuser.models.plan import ModelPlan, Streams
+
+RULE = "_should_compute_remaining_blocks"  # of First-Block-Cache: from the first block's residual to the decision
+
+
+def cache_methods(
+    pipe: Any, models: Iterable[tuple[nn.Module, ModelPlan]], engine_config: EngineConfig, use: CacheUse
+) -> tuple[list[AddedCache], list["Caching"]]:
+    """What is to be entered ahead of all that hooks into or compiles blocks, and ahead of all that hooks into them."""
+    runtime, parallel = engine_config.runtime_config, engine_config.parallel_config
+    models = [planned for planned in models if runtime.caches or hooks.cached(planned[0])]
+    added = [AddedCache(pipe, *planned, engine_config) for planned in models]
+    return added, [Caching(*planned, parallel, use) for planned in models]
+
+
+class Caching:
+    """The caches of one transformer during a call, whoever enabled them.
+
+    Args:
+        use: where computations are counted.
+    """
+
+    def __init__(self, model: nn.Module, plan: ModelPlan, parallel: ParallelConfig, use: CacheUse) -> None:
+        self._model, self._plan, self._parallel, self._use = model, plan, parallel, use
+        self._arguments: Arguments = {}  # of the forward that is running, with the whole batch
+
+    @contextmanager
+    def enter(self, call: CallState) -> Iterator[None]:
+        """Within the context, caches decide alike, and begin without a state. To be entered ahead of what hooks into
+        blocks, but behind what compiles them."""
+        found = hooks.cached(self._model)
+        self._check(found)
+        means = SharedMeans(call, get_forward_group(), get_branch_group())
+        call.at_schedule(partial(hooks.reset, found))
+        hooks.reset(found)
+        with ExitStack() as stack:
+            stack.callback(hooks.reset, found)
+            for context in self._decisions(found, means):
+                stack.enter_context(context)
+            modules = {one.name: one.module for one in found if one.module is not self._model}
+            end = stack.enter_context(self._use.counting(modules))
+            call.around(self._model, partial(self._wrapper, found, call, end))
+            yield
+
+    def _wrapper(
+        self, found: list[Cached], call: CallState, end: Callable[[CallState], None], forward: Forward, given: Arguments
+    ) -> Any:
+        mixed = next((one.hook for one in found if one.kind in hooks.MIXED), None)
+        if mixed and call.index and self._parallel.cfg_degree > 1:
+            self._refuse(mixed, "keeps one state for all calls of a step, which CFG parallelism divides over ranks")
+        self._arguments = given
+        try:
+            with hooks.in_context(hooks.managers(found), f"call {call.index}"):
+                return forward(given)
+        finally:
+            end(call)
+            self._arguments = {}
+
+    def _decisions(self, found: list[Cached], means: SharedMeans) -> Iterator[AbstractContextManager[None]]:
+        """What replaces the decisions of caches that look at activations."""
+        for one in found:
+            if hasattr(one.hook, RULE):
+                streams = self._streams(one.name)
+                yield replaced(one.hook, RULE, _shared(getattr(one.hook, RULE), means, streams))
+            if getattr(one.hook, "raw_vision_callback", None):  # decides by the latents of all that is in the batch
+                yield replaced(one.hook, "raw_vision_callback", partial(self._whole, one.hook.raw_vision_callback))
+
+    def _whole(self, callback: Callable[..., Any], model: nn.Module, args: tuple, kwargs: Arguments) -> Any:
+        return callback(model, (), self._arguments)
+
+    def _streams(self, block: str) -> Streams:
+        return self._plan.carriers(block.rpartition(".")[0]).get(self._plan.image, ("image",))
+
+    def _check(self, found: list[Cached]) -> None:
+        """Refuse caches that would not do what they do on one rank."""
+        parallel, kinds = self._parallel, {one.kind: one.hook for one in found}
+        splits_batch = parallel.cfg_degree * parallel.dp_degree > 1
+        other = next((hook for kind, hook in kinds.items() if kind != hooks.STACK), None)
+        if other and parallel.pipelined:
+            self._refuse(other, "keeps what a whole image's tokens gave, where each forward has those of one patch")
+        if hooks.FIRST_BLOCK in kinds and not any(hasattr(one.hook, RULE) for one in found):
+            self._refuse(kinds[hooks.FIRST_BLOCK], f"decides otherwise than by {RULE}() in this release of Diffusers")
+        if parallel.sp_degree > 1 and self._plan.halvings:
+            self._refuse(next(iter(kinds.values())), "is not known to be right on the bands of a U-Net's maps")
+        faster = kinds.get(hooks.FASTER)
+        if faster and splits_batch and not faster.is_guidance_distilled:
+            self._refuse(faster, "halves the batch of guidance, which CFG and data parallelism split")
+        mag = kinds.get(hooks.MAG)
+        if mag and mag.config.calibrate and parallel.world_size > 1:
+            self._refuse(mag, "with calibrate=True measures each rank's own tokens")
+        if hooks.SEA in kinds and parallel.fully_shard_degree > 1:
+            self._refuse(kinds[hooks.SEA], "leaves no block out where weights are sharded")
+
+    def _refuse(self, hook: Any, why: str) -> None:
+        raise ValueError(
+            f"{type(hook).__name__} of {type(self._model).__name__} {why}: call disable_cache() on it, or use"
+            " FirstBlockCacheConfig, or other methods than"
+            f" {', '.join(flag for flag, degree in self._parallel.degrees().items() if degree > 1)}"
+        )
+
+
+def _shared(rule: Callable[[Tensor], bool], means: SharedMeans, streams: Streams) -> Callable[[Tensor], bool]:
+    def decide(residual: Tensor) -> bool:
+        return means.decide(partial(rule, residual), streams)
+
+    return decide

@@ -1,0 +1,81 @@
+"""Means over the ranks that share a forward: what makes a cache decide as one rank would."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from xfuser.call import CallState
+from xfuser.core.distributed import GroupCoordinator
+from xfuser.models.plan import Streams
+
+T = TypeVar("T")
+
+
+class SharedMeans:
+    """Lets a rule that asks for means of whole tensors see those over all ranks, at the price of one message.
+
+    Args:
+        forward: the ranks that compute the same blocks of a forward.
+        branch: those of them that compute the same branch of guidance.
+    """
+
+    def __init__(self, call: CallState, forward: GroupCoordinator, branch: GroupCoordinator) -> None:
+        self._call, self._forward, self._branch = call, forward, branch
+
+    def decide(self, rule: Callable[[], T], streams: Streams) -> T:
+        """What ``rule`` returns where each ``x.mean()`` in it is over all ranks' tokens and batch entries.
+
+        The rule runs twice, first with this rank's means, and must change nothing. All that it asks for is summed up in
+        one all-reduce: 16 bytes for each mean, none where it asks for none.
+
+        Args:
+            streams: of the tensors' tokens, ``[B, own tokens, D]``; tensors without tokens are taken whole.
+        """
+        group = self._branch if self._call.apart else self._forward
+        if group.world_size == 1:
+            return rule()
+        seen: list[Tensor] = []
+
+        def own(x: Tensor) -> Tensor:
+            seen.append(x)
+            return x.mean()
+
+        with _Means(own):
+            result = rule()
+        if not seen:
+            return result
+        sums = [value for x in seen for value in self._sum_and_count(x, streams)]
+        totals = group.all_reduce(torch.stack(sums))
+        means = iter((totals[::2] / totals[1::2]).unbind())
+        with _Means(lambda x: next(means).to(x.dtype)):
+            return rule()
+
+    def _sum_and_count(self, x: Tensor, streams: Streams) -> tuple[Tensor, Tensor]:
+        """Of the rows that no other rank counts as well."""
+        counted = self._counted(x, streams) if self._call.gives else x.flatten()[:0]
+        total = counted.sum(dtype=torch.float64)
+        return total, torch.full_like(total, counted.numel())
+
+    def _counted(self, x: Tensor, streams: Streams) -> Tensor:
+        shares = self._call.tokens
+        if shares is None or shares.is_whole or x.dim() < 3:
+            return x
+        if x.shape[1] != sum(shares.sizes[stream][shares.rank] for stream in streams):
+            return x
+        return shares.rows(streams, x.shape[1]).given(x, 1, shares.rank)
+
+
+class _Means(TorchFunctionMode):
+    """Within the context, the mean of a whole tensor is ``mean(x)``."""
+
+    def __init__(self, mean: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self._mean = mean
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func in (Tensor.mean, torch.mean) and len(args) == 1 and not kwargs:
+            return self._mean(args[0])
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,94 @@
+"""The published coefficients of TeaCache (arXiv 2411.19108): data."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class TeaCachePlan:
+    """What TeaCache goes by in one model.
+
+    Attributes:
+        model: as people know it.
+        coefficients: of the polynomial from the signal's relative change to what is added to the sum; the highest
+            power first.
+        threshold: of the sum, where none is given: the lowest published one.
+        by_time: whether the signal is the first block's time embedding; else, its modulated norm of the image tokens.
+        source: where the coefficients were published, in github.com/ali-vilab/TeaCache at 7c10efc.
+        config: values of the transformer's configuration by which the model is told from others of its class.
+    """
+
+    model: str
+    coefficients: tuple[float, ...]
+    threshold: float
+    by_time: bool
+    source: str
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+TEACACHE: dict[str, tuple[TeaCachePlan, ...]] = {  # by class
+    "FluxTransformer2DModel": (
+        TeaCachePlan(
+            "FLUX.1",
+            (4.98651651e02, -2.83781631e02, 5.58554382e01, -3.82021401e00, 2.64230861e-01),
+            0.25,
+            False,
+            "TeaCache4FLUX/teacache_flux.py",
+        ),
+    ),
+    "HunyuanVideoTransformer3DModel": (
+        TeaCachePlan(
+            "HunyuanVideo",
+            (7.33226126e02, -4.01131952e02, 6.75869174e01, -3.14987800e00, 9.61237896e-02),
+            0.1,
+            False,
+            "TeaCache4HunyuanVideo/teacache_sample_video.py",
+            {"image_condition_type": None},
+        ),
+    ),
+    "MochiTransformer3DModel": (
+        TeaCachePlan(
+            "Mochi 1",
+            (-3.51241319e03, 8.11675948e02, -6.09400215e01, 2.42429681e00, 3.05291719e-03),
+            0.06,
+            False,
+            "TeaCache4Mochi/teacache_mochi.py",
+        ),
+    ),
+    "CogVideoXTransformer3DModel": (
+        TeaCachePlan(
+            "CogVideoX-2B",
+            (-3.10658903e01, 2.54732368e01, -5.92380459e00, 1.75769064e00, -3.61568434e-03),
+            0.1,
+            True,
+            "eval/teacache/experiments/cogvideox.py",
+            {"use_rotary_positional_embeddings": False, "patch_size_t": None},
+        ),
+        TeaCachePlan(
+            "CogVideoX-5B",
+            (-1.53880483e03, 8.43202495e02, -1.34363087e02, 7.97131516e00, -5.23162339e-02),
+            0.1,
+            True,
+            "eval/teacache/experiments/cogvideox.py",
+            {"use_rotary_positional_embeddings": True, "patch_size_t": None},
+        ),
+    ),
+}
+
+
+def teacache_plan(cls: str, config: dict[str, Any] | None = None) -> TeaCachePlan:
+    """The plan of a transformer of this class; ``config`` is its configuration, where it is known.
+
+    Raises:
+        ValueError: no coefficients for it are known here.
+    """
+    plans = TEACACHE.get(cls, ())
+    if config is not None:
+        plans = [plan for plan in plans if all(config.get(key) == value for key, value in plan.config.items())]
+    if not plans:
+        served = ", ".join(plan.model for plans in TEACACHE.values() for plan in plans)
+        raise ValueError(
+            f"use_teacache: no coefficients are known for this {cls}, only for {served}: use use_fbcache,"
+            " which needs none"
+        )
+    return plans[0]
