@@ -1,0 +1,186 @@
+"""Images: text and image attend to each other as two streams."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from xfuser.testing.zoo.family import FRACTION, HEADED, TEXT, WIDTH, WORDS, Family, Inputs, key_mask, text
+
+
+def _hunyuan_image(model: Any, rows: int, draw: Callable) -> Inputs:
+    return {
+        "encoder_hidden_states": draw(rows, WORDS, TEXT),
+        "encoder_attention_mask": key_mask(rows, WORDS),
+        "encoder_hidden_states_2": draw(rows, 4, 12),
+        "encoder_attention_mask_2": key_mask(rows, 4),
+    }
+
+
+def _flux2(model: Any, rows: int, draw: Callable) -> Inputs:
+    places = torch.cartesian_prod(torch.arange(1), torch.arange(5), torch.arange(3), torch.arange(1))
+    words = torch.cartesian_prod(torch.arange(1), torch.arange(1), torch.arange(1), torch.arange(WORDS))
+    return {
+        "encoder_hidden_states": draw(rows, WORDS, TEXT),
+        "img_ids": places[None].expand(rows, -1, -1).float(),
+        "txt_ids": words[None].expand(rows, -1, -1).float(),
+        "guidance": torch.full((rows,), 3.0),
+    }
+
+
+def _flux(model: Any, rows: int, draw: Callable) -> Inputs:
+    return {
+        "encoder_hidden_states": draw(rows, WORDS, TEXT),
+        "pooled_projections": draw(rows, 8),
+        "img_ids": torch.cartesian_prod(torch.arange(1), torch.arange(5), torch.arange(3)).float(),
+        "txt_ids": torch.zeros(WORDS, 3),
+        "guidance": torch.full((rows,), 3.0),
+    }
+
+
+def _chroma(model: Any, rows: int, draw: Callable) -> Inputs:
+    inputs = _flux(model, rows, draw)
+    mask = torch.cat([key_mask(rows, WORDS).bool(), torch.ones(rows, 15, dtype=torch.bool)], dim=1)
+    return {name: inputs[name] for name in ("encoder_hidden_states", "img_ids", "txt_ids")} | {"attention_mask": mask}
+
+
+def _qwen(model: Any, rows: int, draw: Callable) -> Inputs:
+    inputs = {
+        "encoder_hidden_states": draw(rows, WORDS, TEXT),
+        "encoder_hidden_states_mask": key_mask(rows, WORDS).bool(),
+        "img_shapes": [[(1, 5, 3)]] * rows,
+    }
+    if "txt_seq_lens" in inspect.signature(type(model).forward).parameters:  # in releases of old, which take no mask
+        inputs |= {"txt_seq_lens": [WORDS] * rows}
+    return inputs
+
+
+def _cogview(model: Any, rows: int, draw: Callable) -> Inputs:
+    sizes = {name: torch.full((rows, 2), 80.0) for name in ("original_size", "target_size", "crop_coords")}
+    return {"encoder_hidden_states": draw(rows, WORDS, TEXT)} | sizes
+
+
+def _hidream(model: Any, rows: int, draw: Callable) -> Inputs:
+    return {
+        "encoder_hidden_states_t5": draw(rows, 4, TEXT),
+        "encoder_hidden_states_llama3": torch.stack([draw(rows, 5, TEXT) for _ in range(2)]),
+        "pooled_embeds": draw(rows, 10),
+    }
+
+
+def _sd3(model: Any, rows: int, draw: Callable) -> Inputs:
+    return {"encoder_hidden_states": draw(rows, WORDS, TEXT), "pooled_projections": draw(rows, 16)}
+
+
+FAMILIES: dict[str, Family] = {
+    "auraflow": Family(
+        "AuraFlowTransformer2DModel",
+        "AuraFlow",
+        {
+            **HEADED, "sample_size": 8, "num_mmdit_layers": 2, "num_single_dit_layers": 2, "joint_attention_dim": TEXT,
+            "caption_projection_dim": WIDTH, "pos_embed_max_size": 64,
+        },
+        (4, 10, 6),
+        text,
+        timestep=FRACTION,
+    ),
+    "chroma": Family(
+        "ChromaTransformer2DModel",
+        "Chroma",
+        {
+            **HEADED, "in_channels": 8, "num_layers": 2, "num_single_layers": 2, "joint_attention_dim": TEXT,
+            "axes_dims_rope": (4, 2, 2), "approximator_num_channels": 8, "approximator_hidden_dim": 16,
+            "approximator_layers": 1,
+        },
+        (15, 8),
+        _chroma,
+        timestep=FRACTION,
+    ),
+    "cogview3": Family(
+        "CogView3PlusTransformer2DModel",
+        "CogView3-Plus",
+        {
+            **HEADED, "in_channels": 4, "out_channels": 4, "num_layers": 3, "text_embed_dim": TEXT, "time_embed_dim": 8,
+            "condition_dim": 8, "pos_embed_max_size": 16, "sample_size": 8,
+        },
+        (4, 10, 6),
+        _cogview,
+    ),
+    "cogview4": Family(
+        "CogView4Transformer2DModel",
+        "CogView4",
+        {
+            **HEADED, "in_channels": 4, "out_channels": 4, "num_layers": 3, "text_embed_dim": TEXT, "time_embed_dim": 8,
+            "condition_dim": 8, "pos_embed_max_size": 16, "sample_size": 8, "rope_axes_dim": (16, 16),
+        },
+        (4, 10, 6),
+        _cogview,
+    ),
+    "flux": Family(
+        "FluxTransformer2DModel",
+        "Flux.1, Kontext, Fill, Control",
+        {
+            **HEADED, "in_channels": 8, "num_layers": 2, "num_single_layers": 2, "joint_attention_dim": TEXT,
+            "pooled_projection_dim": 8, "guidance_embeds": True, "axes_dims_rope": (4, 2, 2),
+        },
+        (15, 8),
+        _flux,
+        timestep=FRACTION,
+    ),
+    "flux2": Family(
+        "Flux2Transformer2DModel",
+        "Flux.2, klein",
+        {
+            **HEADED, "in_channels": 8, "num_layers": 2, "num_single_layers": 2, "joint_attention_dim": TEXT,
+            "timestep_guidance_channels": 16, "axes_dims_rope": (2, 2, 2, 2),
+        },
+        (15, 8),
+        _flux2,
+        timestep=FRACTION,
+    ),
+    "hidream": Family(
+        "HiDreamImageTransformer2DModel",
+        "HiDream-I1",
+        {
+            **HEADED, "patch_size": 2, "in_channels": 4, "num_layers": 2, "num_single_layers": 2,
+            "caption_channels": [TEXT, TEXT], "text_emb_dim": 10, "num_routed_experts": 2, "num_activated_experts": 1,
+            "axes_dims_rope": (4, 2, 2), "max_resolution": (12, 6), "llama_layers": [0, 1, 0, 1],
+        },
+        (4, 10, 6),
+        _hidream,
+        "timesteps",
+    ),
+    "hunyuan_image": Family(
+        "HunyuanImageTransformer2DModel",
+        "HunyuanImage 2.1",
+        {
+            **HEADED, "in_channels": 4, "out_channels": 4, "num_layers": 2, "num_single_layers": 2,
+            "num_refiner_layers": 1, "text_embed_dim": TEXT, "text_embed_2_dim": 12, "rope_axes_dim": (4, 4),
+        },
+        (4, 5, 3),
+        _hunyuan_image,
+    ),
+    "qwen_image": Family(
+        "QwenImageTransformer2DModel",
+        "Qwen-Image, Edit, Layered",
+        {
+            **HEADED, "in_channels": 8, "out_channels": 2, "num_layers": 3, "joint_attention_dim": TEXT,
+            "axes_dims_rope": (4, 2, 2),
+        },
+        (15, 8),
+        _qwen,
+        timestep=FRACTION,
+    ),
+    "sd3": Family(
+        "SD3Transformer2DModel",
+        "Stable Diffusion 3, 3.5",
+        {
+            **HEADED, "sample_size": 8, "in_channels": 4, "out_channels": 4, "num_layers": 3,
+            "joint_attention_dim": TEXT, "caption_projection_dim": WIDTH, "pooled_projection_dim": 16,
+            "pos_embed_max_size": 16, "dual_attention_layers": (0,), "qk_norm": "rms_norm",
+        },
+        (4, 10, 6),
+        _sd3,
+    ),
+}  # fmt: skip

@@ -1,0 +1,95 @@
+"""Images: text and image are one sequence."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from xfuser.testing.zoo.family import FRACTION, HEADED, HEADS, TEXT, WIDTH, WORDS, Family, Inputs, key_mask
+
+
+def _z_image(model: Any, rows: int, draw: Callable) -> Inputs:
+    words = draw(rows, WORDS, TEXT)
+    return {"cap_feats": [words[row, : WORDS - row] for row in range(rows)]}
+
+
+def _lumina2(model: Any, rows: int, draw: Callable) -> Inputs:
+    return {"encoder_hidden_states": draw(rows, WORDS, TEXT), "encoder_attention_mask": key_mask(rows, WORDS)}
+
+
+def _krea2(model: Any, rows: int, draw: Callable) -> Inputs:
+    image = torch.cartesian_prod(torch.arange(1), torch.arange(5), torch.arange(3))
+    return {
+        "encoder_hidden_states": torch.stack([draw(rows, WORDS, TEXT) for _ in range(2)], dim=2),
+        "position_ids": torch.cat([torch.zeros(WORDS, 3), image.float()]),
+        "encoder_attention_mask": key_mask(rows, WORDS).bool(),
+    }
+
+
+def _omnigen(model: Any, rows: int, draw: Callable) -> Inputs:
+    count = WORDS + 1 + 15
+    mask = torch.ones(rows, count, count)
+    mask[:, :WORDS, :WORDS] = torch.ones(WORDS, WORDS).tril()
+    mask[:, :WORDS, WORDS:] = 0
+    return {
+        "input_ids": torch.arange(WORDS).expand(rows, -1),
+        "input_img_latents": [],
+        "input_image_sizes": {},
+        "attention_mask": mask,
+        "position_ids": torch.arange(count).expand(rows, -1),
+    }
+
+
+FAMILIES: dict[str, Family] = {
+    "krea2": Family(
+        "Krea2Transformer2DModel",
+        "Krea 2",
+        {
+            **HEADED, "in_channels": 8, "num_layers": 3, "num_key_value_heads": 1, "intermediate_size": 32,
+            "timestep_embed_dim": 16, "text_hidden_dim": TEXT, "num_text_layers": 2, "text_num_attention_heads": 2,
+            "text_num_key_value_heads": 2, "text_intermediate_size": 32, "num_layerwise_text_blocks": 1,
+            "num_refiner_text_blocks": 1, "axes_dims_rope": (4, 2, 2),
+        },
+        (15, 8),
+        _krea2,
+        timestep=FRACTION,
+    ),
+    "lumina2": Family(
+        "Lumina2Transformer2DModel",
+        "Lumina Image 2.0",
+        {
+            "sample_size": 8, "in_channels": 4, "hidden_size": WIDTH, "num_layers": 3, "num_refiner_layers": 1,
+            "num_attention_heads": HEADS, "num_kv_heads": 1, "multiple_of": 8, "axes_dim_rope": (4, 2, 2),
+            "axes_lens": (32, 32, 32), "cap_feat_dim": TEXT,
+        },
+        (4, 10, 6),
+        _lumina2,
+        timestep=FRACTION,
+    ),
+    "omnigen": Family(
+        "OmniGenTransformer2DModel",
+        "OmniGen",
+        {
+            "in_channels": 4, "hidden_size": WIDTH, "num_attention_heads": HEADS, "num_key_value_heads": 1,
+            "intermediate_size": 32, "num_layers": 3, "pad_token_id": 0, "vocab_size": 20,
+            "max_position_embeddings": 64, "original_max_position_embeddings": 32,
+            "rope_scaling": {"short_factor": [1.0] * 4, "long_factor": [1.0] * 4}, "pos_embed_max_size": 16,
+            "time_step_dim": 16,
+        },
+        (4, 10, 6),
+        _omnigen,
+        timestep=FRACTION,
+    ),
+    "z_image": Family(
+        "ZImageTransformer2DModel",
+        "Z-Image",
+        {
+            "in_channels": 4, "dim": WIDTH, "n_layers": 3, "n_refiner_layers": 1, "n_heads": HEADS, "n_kv_heads": HEADS,
+            "cap_feat_dim": TEXT, "axes_dims": [4, 2, 2], "axes_lens": [64, 32, 32],
+        },
+        (4, 1, 10, 6),
+        _z_image,
+        "t",
+        FRACTION,
+    ),
+}  # fmt: skip

@@ -1,0 +1,119 @@
+"""Videos: text by cross-attention."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from xfuser.testing.zoo.family import HEAD_DIM, HEADED, HEADS, TEXT, VIDEO, WIDTH, WORDS, Family, Inputs, key_mask, text
+
+
+def _vace(model: Any, rows: int, draw: Callable) -> Inputs:
+    control = {"control_hidden_states": draw(rows, 8, 3, 10, 6), "control_hidden_states_scale": torch.tensor([0.7])}
+    return {"encoder_hidden_states": draw(rows, WORDS, TEXT)} | control
+
+
+def _ltx(model: Any, rows: int, draw: Callable) -> Inputs:
+    return {
+        "encoder_hidden_states": draw(rows, WORDS, TEXT),
+        "encoder_attention_mask": key_mask(rows, WORDS),
+        "num_frames": 3, "height": 5, "width": 3, "rope_interpolation_scale": (0.1, 32, 32),
+    }  # fmt: skip
+
+
+def _allegro(model: Any, rows: int, draw: Callable) -> Inputs:
+    mask = torch.ones(rows, 3, 10, 6)
+    mask[0, :, 8:] = 0
+    tables = []
+    for positions in (3, 5, 3):
+        angles = torch.arange(positions)[:, None] * torch.tensor([0.5, 1.0, 0.5, 1.0])
+        tables.append((angles.cos(), angles.sin()))
+    places = torch.cartesian_prod(torch.arange(3), torch.arange(5), torch.arange(3)).T[:, None]
+    return {
+        "encoder_hidden_states": draw(rows, WORDS, TEXT),
+        "attention_mask": mask,
+        "encoder_attention_mask": key_mask(rows, WORDS),
+        "image_rotary_emb": (tuple(tables), tuple(places)),
+    }
+
+
+def _kandinsky(model: Any, rows: int, draw: Callable) -> Inputs:
+    return {
+        "encoder_hidden_states": draw(rows, WORDS, TEXT),
+        "pooled_projections": draw(rows, 10),
+        "visual_rope_pos": [torch.arange(3), torch.arange(5), torch.arange(3)],
+        "text_rope_pos": torch.arange(WORDS),
+    }
+
+
+def _cosmos(model: Any, rows: int, draw: Callable) -> Inputs:
+    return {"encoder_hidden_states": draw(rows, WORDS, TEXT), "fps": 16}
+
+
+WAN = {
+    "num_attention_heads": HEADS, "attention_head_dim": HEAD_DIM, "in_channels": 4, "out_channels": 4, "text_dim": TEXT,
+    "freq_dim": 16, "ffn_dim": 32, "num_layers": 3, "rope_max_seq_len": 32,
+}  # fmt: skip
+
+FAMILIES: dict[str, Family] = {
+    "allegro": Family(
+        "AllegroTransformer3DModel",
+        "Allegro",
+        {
+            "num_attention_heads": HEADS, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4,
+            "num_layers": 3, "cross_attention_dim": 36, "sample_height": 10, "sample_width": 6, "sample_frames": 3,
+            "caption_channels": TEXT,
+        },
+        VIDEO,
+        _allegro,
+    ),
+    "cosmos": Family(
+        "CosmosTransformer3DModel",
+        "Cosmos Predict, Transfer",
+        {
+            "num_attention_heads": HEADS, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4,
+            "num_layers": 3, "mlp_ratio": 2.0, "text_embed_dim": TEXT,
+            "adaln_lora_dim": 4, "max_size": (4, 12, 12), "rope_scale": (2.0, 1.0, 1.0), "concat_padding_mask": False,
+        },
+        VIDEO,
+        _cosmos,
+    ),
+    "kandinsky5": Family(
+        "Kandinsky5Transformer3DModel",
+        "Kandinsky 5",
+        {
+            "in_visual_dim": 4, "in_text_dim": TEXT, "in_text_dim2": 10, "time_dim": 8, "out_visual_dim": 4,
+            "model_dim": WIDTH, "ff_dim": 32, "num_text_blocks": 1, "num_visual_blocks": 3, "axes_dims": (4, 2, 2),
+        },
+        (3, 10, 6, 4),
+        _kandinsky,
+    ),
+    "latte": Family(
+        "LatteTransformer3DModel",
+        "Latte",
+        {
+            **HEADED, "in_channels": 4, "out_channels": 4, "num_layers": 2, "cross_attention_dim": WIDTH,
+            "sample_size": 10, "patch_size": 2, "norm_type": "ada_norm_single", "caption_channels": TEXT,
+            "video_length": 3, "num_embeds_ada_norm": 1000, "attention_bias": True, "norm_elementwise_affine": False,
+        },
+        (4, 3, 10, 6),
+        text,
+    ),
+    "ltx": Family(
+        "LTXVideoTransformer3DModel",
+        "LTX-Video",
+        {
+            **HEADED, "in_channels": 8, "out_channels": 8, "cross_attention_dim": WIDTH, "num_layers": 3,
+            "caption_channels": TEXT,
+        },
+        (45, 8),
+        _ltx,
+    ),
+    "skyreels_v2": Family(
+        "SkyReelsV2Transformer3DModel", "SkyReels-V2", WAN | {"num_frame_per_block": 2}, (4, 4, 10, 6), text
+    ),
+    "wan": Family("WanTransformer3DModel", "Wan 2.1, 2.2", WAN, VIDEO, text),
+    "wan_vace": Family(
+        "WanVACETransformer3DModel", "Wan VACE", WAN | {"vace_layers": [0], "vace_in_channels": 8}, VIDEO, _vace
+    ),
+}  # fmt: skip
