@@ -1,6 +1,7 @@
 """Every known transformer under every method equals serial; ``--matrix`` runs all cells, else some that cover them."""
 
 import inspect
+from functools import partial
 
 import pytest
 import torch
@@ -54,7 +55,8 @@ def test_named_backends_take_the_masks_of_all_classes(pool, degrees):
 def deaf(family, degrees, call):
     """A broken engine: every rank attends to its own tokens alone."""
     whole, summed = sequence.usp_attention, sequence.SequenceParallel._sum
-    sequence.usp_attention = lambda q, k, v, *args, **kwargs: torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    attend = partial(torch.nn.functional.scaled_dot_product_attention, enable_gqa=True)
+    sequence.usp_attention = lambda q, k, v, *args, **kwargs: attend(q, k, v)
     sequence.SequenceParallel._sum = lambda self, state: state
     try:
         return matrix.draw(family, degrees, call)

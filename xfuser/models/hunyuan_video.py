@@ -33,3 +33,13 @@ HUNYUAN_IMAGE = replace(
     leading=(),
     counts_steps=("timestep_r",),
 )
+
+FRAMEPACK = replace(
+    HUNYUAN_VIDEO,
+    head=None,
+    leading=(),
+    unbatched=(
+        "indices_latents", "indices_latents_clean", "indices_latents_history_2x", "indices_latents_history_4x",
+    ),
+    unpiped="frames of the past lie ahead of the latents' own as further tokens of the video, in several sizes",
+)  # fmt: skip

@@ -9,62 +9,91 @@ from torch import nn
 
 from xfuser.models.allegro import ALLEGRO
 from xfuser.models.auraflow import AURAFLOW
+from xfuser.models.bria import BRIA_FIBO, BRIA_FIBO2
 from xfuser.models.chroma import CHROMA
 from xfuser.models.cogvideox import COGVIDEOX, CONSISID
 from xfuser.models.cogview4 import COGVIEW3_PLUS, COGVIEW4
 from xfuser.models.cosmos import COSMOS
 from xfuser.models.dit import DIT
-from xfuser.models.flux import FLUX
+from xfuser.models.easyanimate import EASYANIMATE
+from xfuser.models.flux import FLUX, WITHOUT_CONTROL
 from xfuser.models.flux2 import FLUX2
+from xfuser.models.glm_image import GLM_IMAGE
 from xfuser.models.hidream import HIDREAM
-from xfuser.models.hunyuan_video import HUNYUAN_IMAGE, HUNYUAN_VIDEO, HUNYUAN_VIDEO_15
+from xfuser.models.hunyuan_video import FRAMEPACK, HUNYUAN_IMAGE, HUNYUAN_VIDEO, HUNYUAN_VIDEO_15
 from xfuser.models.hunyuandit import HUNYUAN_DIT
+from xfuser.models.ideogram4 import IDEOGRAM4
+from xfuser.models.joyimage import JOYIMAGE_EDIT, JOYIMAGE_EDIT_PLUS
 from xfuser.models.kandinsky5 import KANDINSKY5
 from xfuser.models.krea2 import KREA2
 from xfuser.models.latte import LATTE
 from xfuser.models.ltx import LTX2_VIDEO, LTX_VIDEO
 from xfuser.models.lumina2 import LUMINA2
+from xfuser.models.minimax import MINIMAX_H3, MINIMAX_MUSIC3
 from xfuser.models.mochi import MOCHI
+from xfuser.models.motif_video import MOTIF_VIDEO
 from xfuser.models.omnigen import OMNIGEN
 from xfuser.models.pixart import PIXART
 from xfuser.models.plan import ModelPlan
+from xfuser.models.prx import PRX
 from xfuser.models.qwen_image import QWEN_IMAGE
 from xfuser.models.sana import SANA
 from xfuser.models.sd3 import SD3
+from xfuser.models.sound import ACE_STEP, LONGCAT_AUDIO, STABLE_AUDIO
 from xfuser.models.unet import UNET
-from xfuser.models.wan import SKYREELS_V2, WAN, WAN_VACE
+from xfuser.models.wan import ANYFLOW, SKYREELS_V2, WAN, WAN_VACE
 from xfuser.models.z_image import Z_IMAGE
 
 PLANS: dict[str, ModelPlan] = {
+    "AceStepTransformer1DModel": ACE_STEP,
     "AllegroTransformer3DModel": ALLEGRO,
+    "AnyFlowTransformer3DModel": ANYFLOW,
     "AuraFlowTransformer2DModel": AURAFLOW,
+    "BriaFibo2Transformer2DModel": BRIA_FIBO2,
+    "BriaFiboTransformer2DModel": BRIA_FIBO,
+    "BriaTransformer2DModel": FLUX,
     "ChromaTransformer2DModel": CHROMA,
+    "ChronoEditTransformer3DModel": WAN,
     "CogVideoXTransformer3DModel": COGVIDEOX,
     "CogView3PlusTransformer2DModel": COGVIEW3_PLUS,
     "CogView4Transformer2DModel": COGVIEW4,
     "ConsisIDTransformer3DModel": CONSISID,
     "CosmosTransformer3DModel": COSMOS,
     "DiTTransformer2DModel": DIT,
+    "EasyAnimateTransformer3DModel": EASYANIMATE,
     "Flux2Transformer2DModel": FLUX2,
     "FluxTransformer2DModel": FLUX,
+    "GlmImageTransformer2DModel": GLM_IMAGE,
     "HiDreamImageTransformer2DModel": HIDREAM,
     "HunyuanDiT2DModel": HUNYUAN_DIT,
     "HunyuanImageTransformer2DModel": HUNYUAN_IMAGE,
     "HunyuanVideo15Transformer3DModel": HUNYUAN_VIDEO_15,
+    "HunyuanVideoFramepackTransformer3DModel": FRAMEPACK,
     "HunyuanVideoTransformer3DModel": HUNYUAN_VIDEO,
+    "Ideogram4Transformer2DModel": IDEOGRAM4,
+    "JoyImageEditPlusTransformer3DModel": JOYIMAGE_EDIT_PLUS,
+    "JoyImageEditTransformer3DModel": JOYIMAGE_EDIT,
     "Kandinsky5Transformer3DModel": KANDINSKY5,
     "Krea2Transformer2DModel": KREA2,
     "LTX2VideoTransformer3DModel": LTX2_VIDEO,
     "LTXVideoTransformer3DModel": LTX_VIDEO,
     "LatteTransformer3DModel": LATTE,
+    "LongCatAudioDiTTransformer": LONGCAT_AUDIO,
+    "LongCatImageTransformer2DModel": WITHOUT_CONTROL,
     "Lumina2Transformer2DModel": LUMINA2,
+    "MiniMaxH3Transformer3DModel": MINIMAX_H3,
+    "MiniMaxMusic3Transformer1DModel": MINIMAX_MUSIC3,
     "MochiTransformer3DModel": MOCHI,
+    "MotifVideoTransformer3DModel": MOTIF_VIDEO,
     "OmniGenTransformer2DModel": OMNIGEN,
+    "OvisImageTransformer2DModel": WITHOUT_CONTROL,
+    "PRXTransformer2DModel": PRX,
     "PixArtTransformer2DModel": PIXART,
     "QwenImageTransformer2DModel": QWEN_IMAGE,
     "SD3Transformer2DModel": SD3,
     "SanaTransformer2DModel": SANA,
     "SkyReelsV2Transformer3DModel": SKYREELS_V2,
+    "StableAudioDiTModel": STABLE_AUDIO,
     "UNet2DConditionModel": UNET,
     "WanTransformer3DModel": WAN,
     "WanVACETransformer3DModel": WAN_VACE,

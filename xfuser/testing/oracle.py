@@ -19,7 +19,9 @@ from torch import nn
 from xfuser.models.plan import ModelPlan, blocks_of
 from xfuser.models.registry import plan_of
 
-PROJECTIONS = ("to_k", "to_v", "add_k_proj", "add_v_proj", "to_key", "to_value", "to_qkv_mlp_proj")
+STACKED = ("to_qkv_mlp_proj", "img_qkv_proj")  # queries, keys and values by one linear
+OF_TEXT = ("add_k_proj", "add_v_proj", "txt_kv_proj")
+PROJECTIONS = ("to_k", "to_v", "to_key", "to_value", *OF_TEXT, *STACKED)
 
 
 def bands(count: int, parts: int) -> list[slice]:
@@ -86,7 +88,7 @@ class Displaced:
         kept = self.kept[key]
         count = output.shape[1]
         text = slice(0, 0)
-        if name.rpartition(".")[2].startswith("add_"):  # of text alone
+        if name.endswith(OF_TEXT) or "image" not in streams:  # of text alone
             text, image = slice(0, count), slice(0, 0)
         else:
             words = count - self.tokens
@@ -180,7 +182,7 @@ class Lagging(PartByPart):
             if self.renews or key not in self.kept:
                 self.kept[key] = self.fresh[key]
             self.fresh[key] = output.clone()
-        if name.rpartition(".")[2].startswith("add_"):
+        if name.endswith(OF_TEXT):
             streams = ("text",)
         elif output.shape[1] == self.tokens:  # text has projections of its own
             streams = ("image",)
@@ -255,7 +257,7 @@ def _projecting(pipe: Any, state: Displaced | Lagging) -> Iterator[None]:
                     if name not in dict(model.named_modules()):
                         continue
                     owner = model.get_submodule(name.rpartition(".")[0])
-                    width = owner.inner_dim if kind == "to_qkv_mlp_proj" else None
+                    width = owner.inner_dim if kind in STACKED else None
                     columns = slice(width, 3 * width) if width else slice(None)
 
                     def hook(

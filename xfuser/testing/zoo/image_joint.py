@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from xfuser.testing.zoo.family import FRACTION, HEADED, TEXT, WIDTH, WORDS, Family, Inputs, key_mask, text
+from xfuser.testing.zoo.family import FRACTION, HEADED, HEADS, TEXT, WIDTH, WORDS, Family, Inputs, key_mask, text
 
 
 def _hunyuan_image(model: Any, rows: int, draw: Callable) -> Inputs:
@@ -71,6 +71,32 @@ def _hidream(model: Any, rows: int, draw: Callable) -> Inputs:
 
 def _sd3(model: Any, rows: int, draw: Callable) -> Inputs:
     return {"encoder_hidden_states": draw(rows, WORDS, TEXT), "pooled_projections": draw(rows, 16)}
+
+
+def _bria(model: Any, rows: int, draw: Callable) -> Inputs:
+    inputs = _flux(model, rows, draw)
+    return {name: inputs[name] for name in ("encoder_hidden_states", "img_ids", "txt_ids")}
+
+
+def _bria_fibo(model: Any, rows: int, draw: Callable) -> Inputs:
+    layers = len(model.transformer_blocks) + len(model.single_transformer_blocks)
+    return _bria(model, rows, draw) | {"text_encoder_layers": [draw(rows, WORDS, 10) for _ in range(layers)]}
+
+
+def _prx(model: Any, rows: int, draw: Callable) -> Inputs:
+    return text(model, rows, draw) | {"attention_mask": key_mask(rows, WORDS)}
+
+
+def _glm_image(model: Any, rows: int, draw: Callable) -> Inputs:
+    sizes = {name: torch.full((rows, 2), 80.0) for name in ("target_size", "crop_coords")}
+    prior = {"prior_token_id": torch.arange(15).expand(rows, -1), "prior_token_drop": torch.arange(rows) % 2 > 0}
+    return text(model, rows, draw) | sizes | prior
+
+
+def _joyimage_plus(model: Any, rows: int, draw: Callable) -> Inputs:
+    shapes = {"shape_list": [[(1, 3, 3), (1, 2, 3)], [(1, 3, 3), (1, 2, 2)]] * rows}
+    shapes["shape_list"] = shapes["shape_list"][:rows]
+    return text(model, rows, draw) | {"encoder_hidden_states_mask": key_mask(rows, WORDS)} | shapes
 
 
 FAMILIES: dict[str, Family] = {
@@ -182,5 +208,88 @@ FAMILIES: dict[str, Family] = {
         },
         (4, 10, 6),
         _sd3,
+    ),
+    "bria": Family(
+        "BriaTransformer2DModel",
+        "Bria 3.2",
+        {
+            **HEADED, "in_channels": 8, "num_layers": 2, "num_single_layers": 2, "joint_attention_dim": TEXT,
+            "axes_dims_rope": (4, 2, 2),
+        },
+        (15, 8),
+        _bria,
+    ),
+    "bria_fibo": Family(
+        "BriaFiboTransformer2DModel",
+        "Bria FIBO",
+        {
+            **HEADED, "in_channels": 8, "num_layers": 2, "num_single_layers": 2, "joint_attention_dim": TEXT,
+            "axes_dims_rope": (4, 2, 2), "text_encoder_dim": 10,
+        },
+        (15, 8),
+        _bria_fibo,
+    ),
+    "glm_image": Family(
+        "GlmImageTransformer2DModel",
+        "GLM-Image",
+        {
+            **HEADED, "in_channels": 4, "out_channels": 4, "num_layers": 3, "text_embed_dim": TEXT, "time_embed_dim": 8,
+            "condition_dim": 8, "prior_vq_quantizer_codebook_size": 16,
+        },
+        (4, 10, 6),
+        _glm_image,
+    ),
+    "joyimage_edit": Family(
+        "JoyImageEditTransformer3DModel",
+        "JoyImage Edit",
+        {
+            "in_channels": 4, "hidden_size": WIDTH, "num_attention_heads": HEADS, "text_dim": TEXT, "num_layers": 3,
+            "rope_dim_list": [4, 2, 2], "rope_type": "mrope",
+        },
+        (4, 3, 10, 6),
+        text,
+    ),
+    "joyimage_edit_plus": Family(
+        "JoyImageEditPlusTransformer3DModel",
+        "JoyImage Edit Plus",
+        {
+            "in_channels": 4, "hidden_size": WIDTH, "num_attention_heads": HEADS, "text_dim": TEXT, "num_layers": 3,
+            "rope_dim_list": [4, 2, 2],
+        },
+        (15, 4, 1, 2, 2),
+        _joyimage_plus,
+    ),
+    "longcat_image": Family(
+        "LongCatImageTransformer2DModel",
+        "LongCat-Image, Edit",
+        {
+            **HEADED, "in_channels": 8, "num_layers": 2, "num_single_layers": 2, "joint_attention_dim": TEXT,
+            "pooled_projection_dim": 8, "axes_dims_rope": (4, 2, 2),
+        },
+        (15, 8),
+        _bria,
+        timestep=FRACTION,
+    ),
+    "ovis_image": Family(
+        "OvisImageTransformer2DModel",
+        "Ovis-Image",
+        {
+            **HEADED, "in_channels": 8, "out_channels": 8, "num_layers": 2, "num_single_layers": 2,
+            "joint_attention_dim": TEXT, "axes_dims_rope": (4, 2, 2),
+        },
+        (15, 8),
+        _bria,
+        timestep=FRACTION,
+    ),
+    "prx": Family(
+        "PRXTransformer2DModel",
+        "PRX",
+        {
+            "in_channels": 4, "context_in_dim": TEXT, "hidden_size": WIDTH, "num_heads": HEADS, "depth": 3,
+            "axes_dim": [4, 4],
+        },
+        (4, 10, 6),
+        _prx,
+        timestep=FRACTION,
     ),
 }  # fmt: skip

@@ -40,6 +40,27 @@ def _omnigen(model: Any, rows: int, draw: Callable) -> Inputs:
     }
 
 
+def _bria_fibo2(model: Any, rows: int, draw: Callable) -> Inputs:
+    mask = torch.ones(rows, WORDS, dtype=torch.bool)
+    mask[0, 3:] = False
+    return {"encoder_hidden_states": draw(rows, 2, WORDS, TEXT), "encoder_attention_mask": mask}
+
+
+def _ideogram4(model: Any, rows: int, draw: Callable) -> Inputs:
+    """Of 22 tokens, the first are text, of which the first row has less than the others."""
+    indicator = torch.tensor([3] * WORDS + [2] * 15).expand(rows, -1).clone()
+    segments = torch.ones(rows, WORDS + 15, dtype=torch.long)
+    segments[0, :2] = 0
+    places = torch.cartesian_prod(torch.arange(1), torch.arange(5), torch.arange(3)) + WORDS
+    words = torch.arange(WORDS)[:, None].expand(-1, 3)
+    return {
+        "encoder_hidden_states": draw(rows, WORDS + 15, TEXT),
+        "position_ids": torch.cat([words, places])[None].expand(rows, -1, -1),
+        "segment_ids": segments,
+        "indicator": indicator,
+    }
+
+
 FAMILIES: dict[str, Family] = {
     "krea2": Family(
         "Krea2Transformer2DModel",
@@ -91,5 +112,29 @@ FAMILIES: dict[str, Family] = {
         _z_image,
         "t",
         FRACTION,
+    ),
+    "bria_fibo2": Family(
+        "BriaFibo2Transformer2DModel",
+        "Bria FIBO 2",
+        {
+            "in_channels": 4, "dim": WIDTH, "n_layers": 3, "n_refiner_layers": 1, "n_heads": HEADS,
+            "cap_feat_dim": TEXT, "injection_layer_ids": (1,), "perceiver_num_layers": 1, "min_num_gist_tokens": 3,
+            "max_num_gist_tokens": 7, "gist_step": 1, "gist_min_text_len": 3, "gist_max_text_len": 7,
+            "axes_dims": (4, 2, 2), "axes_lens": (32, 16, 16),
+        },
+        (4, 10, 6),
+        _bria_fibo2,
+        timestep=FRACTION,
+    ),
+    "ideogram4": Family(
+        "Ideogram4Transformer2DModel",
+        "Ideogram 4",
+        {
+            **HEADED, "in_channels": 8, "num_layers": 3, "intermediate_size": 32, "adaln_dim": 16,
+            "llm_features_dim": TEXT, "mrope_section": (2, 1, 1),
+        },
+        (WORDS + 15, 8),
+        _ideogram4,
+        timestep=FRACTION,
     ),
 }  # fmt: skip

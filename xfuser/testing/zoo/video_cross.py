@@ -50,6 +50,10 @@ def _cosmos(model: Any, rows: int, draw: Callable) -> Inputs:
     return {"encoder_hidden_states": draw(rows, WORDS, TEXT), "fps": 16}
 
 
+def _anyflow(model: Any, rows: int, draw: Callable) -> Inputs:
+    return text(model, rows, draw) | {"r_timestep": torch.full((rows, 3), 400.0)}
+
+
 WAN = {
     "num_attention_heads": HEADS, "attention_head_dim": HEAD_DIM, "in_channels": 4, "out_channels": 4, "text_dim": TEXT,
     "freq_dim": 16, "ffn_dim": 32, "num_layers": 3, "rope_max_seq_len": 32,
@@ -116,4 +120,13 @@ FAMILIES: dict[str, Family] = {
     "wan_vace": Family(
         "WanVACETransformer3DModel", "Wan VACE", WAN | {"vace_layers": [0], "vace_in_channels": 8}, VIDEO, _vace
     ),
+    "anyflow": Family(
+        "AnyFlowTransformer3DModel",
+        "AnyFlow",
+        WAN,
+        (3, 4, 10, 6),
+        _anyflow,
+        timestep=lambda t: t[:, None].expand(-1, 3),
+    ),
+    "chronoedit": Family("ChronoEditTransformer3DModel", "ChronoEdit", WAN, VIDEO, text),
 }  # fmt: skip

@@ -52,6 +52,40 @@ def _mochi(model: Any, rows: int, draw: Callable) -> Inputs:
     return {"encoder_hidden_states": draw(rows, WORDS, TEXT), "encoder_attention_mask": key_mask(rows, WORDS).bool()}
 
 
+def _framepack(model: Any, rows: int, draw: Callable) -> Inputs:
+    counts = {"latents_clean": 2, "latents_history_2x": 2, "latents_history_4x": 4}
+    history = {name: draw(rows, 4, frames, 8, 8) for name, frames in counts.items()}
+    places = {name.replace("latents", "indices_latents"): torch.arange(frames) for name, frames in counts.items()}
+    return _hunyuan_video(model, rows, draw) | history | places | {
+        "image_embeds": draw(rows, 3, 10), "indices_latents": torch.arange(3) + 8,
+    }  # fmt: skip
+
+
+def _motif(model: Any, rows: int, draw: Callable) -> Inputs:
+    return {"encoder_hidden_states": draw(rows, WORDS, TEXT), "encoder_attention_mask": key_mask(rows, WORDS)}
+
+
+def _easyanimate(model: Any, rows: int, draw: Callable) -> Inputs:
+    return {"encoder_hidden_states": draw(rows, WORDS, TEXT)}
+
+
+def _minimax_h3(model: Any, rows: int, draw: Callable) -> Inputs:
+    """Text, then sound, then video."""
+    counts = torch.tensor([WORDS, 5, 45])
+    places = torch.arange(57).split(counts.tolist())
+    grid = torch.cartesian_prod(torch.arange(3), torch.arange(5), torch.arange(3)) + 12
+    return {
+        "audio_hidden_states": draw(rows, 5, 8),
+        "encoder_hidden_states": draw(rows, WORDS, TEXT),
+        "timestep_indices": torch.zeros(57, dtype=torch.long),
+        "token_tags": torch.arange(3).repeat_interleave(counts),
+        "position_ids": torch.cat([torch.arange(12)[:, None].expand(-1, 3), grid]),
+        "text_indices": places[0],
+        "audio_indices": places[1],
+        "video_indices": places[2],
+    }
+
+
 COGVIDEOX = {
     "num_attention_heads": HEADS, "attention_head_dim": HEAD_DIM, "in_channels": 4, "out_channels": 4,
     "time_embed_dim": 8, "text_embed_dim": TEXT, "num_layers": 3, "sample_width": 6, "sample_height": 10,
@@ -114,5 +148,49 @@ FAMILIES: dict[str, Family] = {
         },
         VIDEO,
         _mochi,
+    ),
+    "easyanimate": Family(
+        "EasyAnimateTransformer3DModel",
+        "EasyAnimate 5.1",
+        {
+            "num_attention_heads": HEADS, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4,
+            "patch_size": 2, "num_layers": 3, "mmdit_layers": 3, "time_embed_dim": 8, "text_embed_dim": TEXT,
+        },
+        VIDEO,
+        _easyanimate,
+    ),
+    "framepack": Family(
+        "HunyuanVideoFramepackTransformer3DModel",
+        "HunyuanVideo FramePack",
+        {
+            **HEADED, "in_channels": 4, "out_channels": 4, "num_layers": 2, "num_single_layers": 2,
+            "num_refiner_layers": 1, "text_embed_dim": TEXT, "pooled_projection_dim": 10, "rope_axes_dim": (2, 2, 4),
+            "has_image_proj": True, "image_proj_dim": 10, "has_clean_x_embedder": True,
+        },
+        (4, 3, 8, 8),
+        _framepack,
+    ),
+    "minimax_h3": Family(
+        "MiniMaxH3Transformer3DModel",
+        "MiniMax-H3",
+        {
+            **HEADED, "hidden_size": WIDTH, "num_layers": 3, "num_refiner_layers": 1, "ffn_dim": 32, "in_channels": 2,
+            "audio_in_channels": 8, "text_dim": TEXT, "freq_dim": 16, "time_embed_hidden_dim": 16, "time_embed_dim": 8,
+            "rope_freq_dim": 1,
+        },
+        (45, 8),
+        _minimax_h3,
+        timestep=lambda t: t[:1],
+    ),
+    "motif_video": Family(
+        "MotifVideoTransformer3DModel",
+        "Motif-Video",
+        {
+            **HEADED, "in_channels": 4, "out_channels": 4, "num_layers": 2, "num_single_layers": 2,
+            "text_embed_dim": TEXT, "rope_axes_dim": (2, 2, 4), "enable_text_cross_attention_dual": True,
+            "enable_text_cross_attention_single": True,
+        },
+        VIDEO,
+        _motif,
     ),
 }  # fmt: skip
