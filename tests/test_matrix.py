@@ -3,12 +3,14 @@
 import inspect
 from functools import partial
 
+import diffusers
 import pytest
 import torch
 
 from xfuser.methods import sequence
 from xfuser.models.plan import blocks_of
 from xfuser.models.registry import PLANS
+from xfuser.models.unserved import UNSERVED
 from xfuser.testing import matrix
 from xfuser.testing.zoo import FAMILIES
 
@@ -20,6 +22,12 @@ RUN = [cell for cell in CELLS if not matrix.refusal(*cell)]
 
 def test_every_class_is_there():
     assert {family.cls for family in FAMILIES.values()} == set(PLANS)
+    assert not PLANS.keys() & UNSERVED.keys()
+
+
+@pytest.mark.skipif(diffusers.__version__ != "0.42.1", reason="other releases have other classes")
+def test_diffusers_has_no_transformer_without_plan_or_reason():
+    assert matrix.unknown_classes() == []
 
 
 @pytest.mark.parametrize(

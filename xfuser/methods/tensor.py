@@ -15,7 +15,7 @@ from xfuser.core.tensor_parallel.layers import Divided
 from xfuser.core.tensor_parallel.shards import Shards
 from xfuser.core.tensor_parallel.structure import describe
 from xfuser.methods.refusals import refusal
-from xfuser.models.plan import ModelPlan
+from xfuser.models.plan import ModelPlan, matching
 
 
 def division_of(model: nn.Module, plan: ModelPlan | None, ranks: int, scheme: str | None = None) -> Division:
@@ -24,7 +24,10 @@ def division_of(model: nn.Module, plan: ModelPlan | None, ranks: int, scheme: st
     Raises:
         ValueError: it has fewer heads than ranks, or layers whose forward is not that of their class.
     """
-    return describe(model, ranks, scheme, plan.undivided if plan else ())
+    if plan is None:
+        return describe(model, ranks, scheme)
+    unpaired = {name for pattern in plan.unpaired for name in matching(model, pattern)}
+    return describe(model, ranks, scheme, plan.undivided, unpaired)
 
 
 def divide(model: nn.Module, plan: ModelPlan | None, group: GroupCoordinator, scheme: str | None = None) -> Division:

@@ -32,3 +32,10 @@ ANYFLOW = replace(
     frames=1,
     unpiped="it takes the next step's time, which pipelines find by the number of the step",
 )
+
+# Between the blocks, each frame attends to what its face does.
+WAN_ANIMATE = replace(
+    WAN,
+    gathered={"face_adapter.*": ("hidden_states",)},
+    unpiped="between the blocks, whole frames attend to the faces of theirs, where no stage is in charge",
+)

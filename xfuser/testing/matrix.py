@@ -21,8 +21,9 @@ from xfuser.testing.ranks import RankPool
 from xfuser.testing.zoo import FAMILIES, KINDS, Family
 
 TOLERANCE = 1e-5
-# Kandinsky 5 rotates queries and keys in bfloat16, which blows the last bits of other batch sizes up.
-TOLERANCES = {"kandinsky5": 1e-4}
+# Kandinsky 5 rotates queries and keys in bfloat16, which blows the last bits of other batch sizes up; so does the
+# recurrence of SANA-WM, whose forward in float32 is 2e-4 from that in float64.
+TOLERANCES = {"kandinsky5": 1e-4, "sana_wm": 1e-4}
 TRANSFORMERS = "diffusers.models.transformers."  # where Diffusers keeps them
 PIPED = {"pipefusion_parallel_degree": 2, "warmup_steps": 1}
 METHODS: dict[str, tuple[int, dict[str, Any]]] = {  # ranks, degrees
@@ -43,6 +44,8 @@ def refusal(family: str, method: str) -> str | None:
     plan = PLANS[FAMILIES[family].cls]
     if "pipefusion" in method:
         return plan.unpiped
+    if "fusion" in method:
+        return None if plan.patched else plan.unsequenced
     return plan.unsequenced if "ulysses" in method or "ring" in method else None
 
 

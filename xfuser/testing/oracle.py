@@ -19,7 +19,7 @@ from torch import nn
 from xfuser.models.plan import ModelPlan, blocks_of
 from xfuser.models.registry import plan_of
 
-STACKED = ("to_qkv_mlp_proj", "img_qkv_proj")  # queries, keys and values by one linear
+STACKED = ("to_qkv_mlp_proj", "img_qkv_proj", "to_qkv")  # queries, keys and values by one linear
 OF_TEXT = ("add_k_proj", "add_v_proj", "txt_kv_proj")
 PROJECTIONS = ("to_k", "to_v", "to_key", "to_value", *OF_TEXT, *STACKED)
 
@@ -39,7 +39,7 @@ def layout(model: nn.Module, plan: ModelPlan, latents: torch.Tensor) -> tuple[in
     )
     of_time = getattr(model.config, "patch_size_t", None) or of_time
     if latents.dim() == 3:
-        return 1, 1, 1
+        return plan.packed, 1, 1
     if latents.dim() == 4:
         return 2, of_rows, latents.shape[3] // of_columns
     height, width = latents.shape[2:4] if model.config.get("in_visual_dim") else latents.shape[3:5]
@@ -146,8 +146,9 @@ class PartByPart:
 
     def _assemble(self, index: int, output: torch.Tensor, streams: tuple[str, ...]) -> torch.Tensor:
         whole = self.assembled.setdefault(index, torch.zeros_like(output))
-        own = self.rows(streams, output.shape[1])
-        whole[:, own] = output[:, own]
+        rows, computed = (x.movedim(self.plan.carrier_dim, 1) for x in (whole, output))
+        own = self.rows(streams, rows.shape[1])
+        rows[:, own] = computed[:, own]
         return whole
 
     def rows(self, streams: tuple[str, ...], count: int) -> torch.Tensor:
@@ -194,6 +195,8 @@ class Lagging(PartByPart):
         return result
 
     def text(self, words: int) -> torch.Tensor:
+        if words < self.parts:  # all have it, and the first gives its keys
+            return torch.arange(words if self.part == 0 else 0)
         return _ranges(words, self.parts, longer_last=True)[self.part]
 
 
@@ -257,8 +260,7 @@ def _projecting(pipe: Any, state: Displaced | Lagging) -> Iterator[None]:
                     if name not in dict(model.named_modules()):
                         continue
                     owner = model.get_submodule(name.rpartition(".")[0])
-                    width = owner.inner_dim if kind in STACKED else None
-                    columns = slice(width, 3 * width) if width else slice(None)
+                    columns = _keys_and_values(owner, model.get_submodule(name)) if kind in STACKED else slice(None)
 
                     def hook(
                         m: nn.Module, a: tuple, out: torch.Tensor, name=name, s=streams, c=columns
@@ -267,6 +269,13 @@ def _projecting(pipe: Any, state: Displaced | Lagging) -> Iterator[None]:
 
                     stack.callback(model.get_submodule(name).register_forward_hook(hook).remove)
         yield
+
+
+def _keys_and_values(attention: nn.Module, stacked: nn.Linear) -> slice:
+    """Which outputs of a linear that makes queries, keys and values are the latter two."""
+    width = getattr(attention, "inner_dim", stacked.in_features)
+    queries = 2 * width if getattr(attention, "use_differential", False) else width
+    return slice(queries, 2 * queries + width)
 
 
 @contextmanager

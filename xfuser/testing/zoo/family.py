@@ -60,7 +60,9 @@ class Family:
 
 def _make_felt(name: str, weight: torch.Tensor, scaled: bool) -> None:
     """Undo initialisations with zeros, as of gates, or with nothing, and scale queries and keys up."""
-    if not weight.any() or name.endswith(("scale_shift_table", "pad_token")):
+    if not weight.any() or name.endswith(
+        ("scale_shift_table", "pad_token", "experts.gate_up_proj", "experts.down_proj")
+    ):
         torch.nn.init.normal_(weight, std=0.3)
     if not scaled:
         return

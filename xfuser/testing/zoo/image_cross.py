@@ -36,6 +36,15 @@ def _hunyuan_dit(model: Any, rows: int, draw: Callable) -> Inputs:
     }
 
 
+def _lumina_next(model: Any, rows: int, draw: Callable) -> Inputs:
+    angles = torch.arange(6)[:, None, None] * torch.linspace(0.1, 1, 4) + torch.arange(6)[:, None] * 0.3
+    return text(model, rows, draw) | {
+        "encoder_mask": key_mask(rows, WORDS),
+        "image_rotary_emb": torch.polar(torch.ones_like(angles), angles),
+        "cross_attention_kwargs": {"base_sequence_length": 6},
+    }
+
+
 FAMILIES: dict[str, Family] = {
     "dit": Family(
         "DiTTransformer2DModel",
@@ -93,5 +102,15 @@ FAMILIES: dict[str, Family] = {
         (4, 17, 13),
         _unet,
         scaled=False,
+    ),
+    "lumina_next": Family(
+        "LuminaNextDiT2DModel",
+        "Lumina-Next",
+        {
+            "sample_size": 8, "in_channels": 4, "hidden_size": WIDTH, "num_layers": 3, "num_attention_heads": HEADS,
+            "num_kv_heads": 1, "multiple_of": 8, "cross_attention_dim": TEXT, "learn_sigma": False,
+        },
+        (4, 10, 6),
+        _lumina_next,
     ),
 }  # fmt: skip

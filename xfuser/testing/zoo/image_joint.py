@@ -99,6 +99,18 @@ def _joyimage_plus(model: Any, rows: int, draw: Callable) -> Inputs:
     return text(model, rows, draw) | {"encoder_hidden_states_mask": key_mask(rows, WORDS)} | shapes
 
 
+def _flux3(model: Any, rows: int, draw: Callable) -> Inputs:
+    inputs = _flux2(model, rows, draw)
+    return {"encoder_hidden_states": inputs["encoder_hidden_states"]} | {
+        name: inputs[name][0] for name in ("img_ids", "txt_ids")
+    }
+
+
+def _nucleus(model: Any, rows: int, draw: Callable) -> Inputs:
+    mask = {"encoder_hidden_states_mask": key_mask(rows, WORDS).bool(), "img_shapes": [(1, 5, 3)] * rows}
+    return text(model, rows, draw) | mask
+
+
 FAMILIES: dict[str, Family] = {
     "auraflow": Family(
         "AuraFlowTransformer2DModel",
@@ -290,6 +302,29 @@ FAMILIES: dict[str, Family] = {
         },
         (4, 10, 6),
         _prx,
+        timestep=FRACTION,
+    ),
+    "flux3": Family(
+        "Flux3Transformer2DModel",
+        "Flux.3",
+        {
+            **HEADED, "in_channels": 8, "cond_in_channels": 8, "num_layers": 1, "num_single_layers": 3,
+            "joint_attention_dim": TEXT, "timestep_channels": 16, "axes_dims_rope": (2, 2, 2, 2),
+        },
+        (15, 8),
+        _flux3,
+        timestep=FRACTION,
+    ),
+    "nucleus_moe": Family(
+        "NucleusMoEImageTransformer2DModel",
+        "Nucleus-Image",
+        {
+            **HEADED, "in_channels": 8, "out_channels": 8, "patch_size": 1, "num_layers": 3, "num_key_value_heads": 1,
+            "joint_attention_dim": TEXT, "axes_dims_rope": (4, 2, 2), "dense_moe_strategy": "leave_first_block_dense",
+            "num_experts": 4, "moe_intermediate_dim": 16, "capacity_factors": 2.0, "mlp_ratio": 8.0,
+        },
+        (15, 8),
+        _nucleus,
         timestep=FRACTION,
     ),
 }  # fmt: skip

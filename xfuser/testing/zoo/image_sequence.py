@@ -61,6 +61,21 @@ def _ideogram4(model: Any, rows: int, draw: Callable) -> Inputs:
     }
 
 
+def _ernie(model: Any, rows: int, draw: Callable) -> Inputs:
+    return {"text_bth": draw(rows, WORDS, TEXT), "text_lens": key_mask(rows, WORDS).sum(1)}
+
+
+def _qwen21(model: Any, rows: int, draw: Callable) -> Inputs:
+    mask = torch.ones(rows, WORDS, dtype=torch.bool)
+    mask[0, :2] = False
+    return {
+        "encoder_hidden_states": draw(rows, WORDS, TEXT),
+        "img_shapes": [[(1, 4, 6)]] * rows,
+        "img_mask": (torch.arange(WORDS + 6) >= WORDS).expand(rows, -1),
+        "encoder_hidden_states_mask": mask,
+    }
+
+
 FAMILIES: dict[str, Family] = {
     "krea2": Family(
         "Krea2Transformer2DModel",
@@ -135,6 +150,27 @@ FAMILIES: dict[str, Family] = {
         },
         (WORDS + 15, 8),
         _ideogram4,
+        timestep=FRACTION,
+    ),
+    "ernie_image": Family(
+        "ErnieImageTransformer2DModel",
+        "ERNIE-Image",
+        {
+            "hidden_size": WIDTH, "num_attention_heads": HEADS, "num_layers": 3, "ffn_hidden_size": 32,
+            "in_channels": 4, "out_channels": 4, "text_in_dim": TEXT, "rope_axes_dim": (4, 2, 2),
+        },
+        (4, 5, 3),
+        _ernie,
+    ),
+    "qwen_image21": Family(
+        "QwenImage21Transformer2DModel",
+        "Qwen-Image 2.1",
+        {
+            **HEADED, "in_channels": 8, "out_channels": 8, "num_layers": 3, "context_in_dim": TEXT,
+            "axes_dims_rope": (4, 2, 2),
+        },
+        (24, 8),
+        _qwen21,
         timestep=FRACTION,
     ),
 }  # fmt: skip

@@ -41,6 +41,14 @@ def _music3(model: Any, rows: int, draw: Callable) -> Inputs:
     return {"encoder_hidden_states": draw(rows, 23, TEXT)}
 
 
+def _stable_audio3(model: Any, rows: int, draw: Callable) -> Inputs:
+    return text(model, rows, draw) | {
+        "global_hidden_states": draw(rows, 10),
+        "encoder_attention_mask": key_mask(rows, WORDS),
+        "local_add_cond": draw(rows, 5, 23),
+    }
+
+
 FAMILIES: dict[str, Family] = {
     "ace_step": Family(
         "AceStepTransformer1DModel",
@@ -83,5 +91,16 @@ FAMILIES: dict[str, Family] = {
         },
         (4, 23),
         _stable_audio,
+    ),
+    "stable_audio3": Family(
+        "StableAudio3DiTModel",
+        "Stable Audio 3",
+        {
+            "io_channels": 4, "embed_dim": WIDTH, "depth": 3, "num_heads": HEADS, "cond_token_dim": TEXT,
+            "global_cond_dim": 10, "local_add_cond_dim": 5, "timestep_features_dim": 16, "num_memory_tokens": 5,
+        },
+        (4, 23),
+        _stable_audio3,
+        timestep=FRACTION,
     ),
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""MiniMax-H3: one sequence of text, video and sound; MiniMax Music 3: one of the time and sound."""
+"""MiniMax-H3: one sequence of text, video and sound."""
 
 from xfuser.models.plan import ModelPlan, Tokens
 
@@ -12,11 +12,3 @@ MINIMAX_H3 = ModelPlan(
     ),
     unpiped="it makes two outputs, and the pipeline may lay text, video and sound out in any order",
 )  # fmt: skip
-
-MINIMAX_MUSIC3 = ModelPlan(
-    blocks=("transformer_blocks",),
-    attention={"attn": ("image",)},
-    head=None,
-    per_token={"rotary_emb": Tokens(("image",), dim=0)},
-    unpiped="the time is a token of the sequence, ahead of the sound's own",
-)
