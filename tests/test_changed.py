@@ -4,21 +4,27 @@ What is wrapped computes what the changed model computes on one rank, and unwrap
 with what to do before anything is changed.
 """
 
+from unittest import mock
+
 import pytest
 import running
 import tiny
 import torch
 from diffusers import DiffusionPipeline
 
+from xfuser.core.tensor_parallel import structure
+
 FSDP = {"ulysses_degree": 2, "fully_shard_degree": 2}
 TENSOR = {"tensor_parallel_degree": 2}
+PIPED = {"pipefusion_parallel_degree": 2, "warmup_steps": 3}  # as many as there are
+everything = mock.patch.object(structure, "SMALLEST", 1)  # small layers, too
 
 
-def adapter(pipe, rank=2):
-    """A LoRA for the attention of a pipeline's transformer."""
-    numbers, weights = torch.Generator().manual_seed(3), {}
+def adapter(pipe, rank=2, layers=("attn.to_q", "attn.to_v"), seed=3):
+    """A LoRA for layers of a pipeline's transformer."""
+    numbers, weights = torch.Generator().manual_seed(seed), {}
     for name, layer in pipe.transformer.named_modules():
-        if name.endswith(("attn.to_q", "attn.to_v")):
+        if name.endswith(layers) and name != "proj_out":
             weights[f"transformer.{name}.lora_A.weight"] = torch.randn(rank, layer.in_features, generator=numbers)
             weights[f"transformer.{name}.lora_B.weight"] = torch.randn(layer.out_features, rank, generator=numbers)
     return weights
@@ -97,30 +103,54 @@ def test_all_ranks_refuse_what_one_has_changed(pool, folder_of, degrees, change)
         assert "has got" in told and whole
 
 
-def loads_late(path, call):
-    """What a tensor-parallel pipeline says to adapters, through each way in, and the picture and weights behind it."""
+EVERYWHERE = ("to_q", "to_v", "to_out.0", "add_k_proj", "ff.net.0.proj", "ff.net.2", "proj_out", "norm1.linear")
+
+
+def loads_late(path, degrees, call):
+    """Pictures with adapters that come, change, are fused and go behind the wrap, and whether all weights are there."""
     pipe = fresh(path)
-    lora, before = adapter(pipe), {name: x.clone() for name, x in pipe.transformer.state_dict().items()}
-    wrapped = running.wrap(pipe, TENSOR)
-    told = []
-    for load in (wrapped.load_lora_weights, pipe.load_lora_weights, pipe.transformer.load_lora_adapter):
-        with pytest.raises(ValueError) as refused:
-            load(dict(lora))
-        told.append(str(refused.value))
-    picture = drawn(wrapped, call)
-    wrapped.unwrap()
-    whole = same(before, pipe.transformer.state_dict())
-    pipe.load_lora_weights(lora)
-    return told, picture, whole, drawn(pipe, call)
+    loras = {
+        name: adapter(pipe, *more) for name, more in {"a": (2, EVERYWHERE), "b": (3,), "c": (2, EVERYWHERE, 7)}.items()
+    }
+    before = {name: x.clone() for name, x in pipe.transformer.state_dict().items()}
+    with everything:
+        wrapped = running.wrap(pipe, degrees) if degrees else pipe
+        pictures = []
+        wrapped.load_lora_weights(loras["a"], adapter_name="a")
+        pictures.append(drawn(wrapped, call))
+        pipe.load_lora_weights(loras["b"], adapter_name="b")
+        pipe.set_adapters(["a", "b"], [0.7, 0.3])
+        pictures.append(drawn(wrapped, call))
+        pipe.fuse_lora(adapter_names=["a", "b"])
+        pictures.append(drawn(wrapped, call))
+        pipe.unfuse_lora()
+        pipe.delete_adapters("b")
+        pictures.append(drawn(wrapped, call))
+        pipe.load_lora_weights(loras["c"], adapter_name="a", hotswap=True)
+        pictures.append(drawn(wrapped, call))
+        if degrees:
+            wrapped.unwrap()
+        pictures.append(drawn(pipe, call))
+    pipe.unload_lora_weights()
+    after = pipe.transformer.state_dict()
+    return pictures, max((x - after[name]).abs().max() for name, x in before.items())
 
 
-def test_tensor_parallel_models_refuse_adapters_with_what_works(pool, folder_of):
+@pytest.fixture(scope="module")
+def adapted(folder_of):
+    return loads_late(folder_of("flux"), None, tiny.call_of("flux", 1))[0]
+
+
+@pytest.mark.parametrize(
+    "degrees", [TENSOR, TENSOR | {"split_scheme": "row"}, PIPED], ids=["tensor", "tensor by row", "pipefusion"]
+)
+def test_adapters_come_and_go_behind_the_wrap(pool, folder_of, adapted, degrees):
     path, call = folder_of("flux"), tiny.call_of("flux", 1)
-    bare, adapted = running.bare(path, call), changed(path, None, call, "lora")
-    for told, picture, whole, after in pool.run(2, loads_late, path, call):
-        assert all("is divided by tensor parallelism" in one and "before the wrap" in one for one in told)
-        assert running.error(picture, bare) <= running.TOLERANCE and whole
-        assert running.error(after, adapted) <= running.TOLERANCE
+    assert all(running.error(*pair) > 1e-2 for pair in (adapted[:2], adapted[3:5]))
+    for pictures, changed_by in pool.run(2, loads_late, path, degrees, call):
+        errors = [running.error(*pair) for pair in zip(pictures, adapted, strict=True)]
+        assert max(errors) <= running.TOLERANCE
+        assert changed_by <= 1e-5  # fused and unfused
 
 
 def fuses_late(path, call):

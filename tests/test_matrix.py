@@ -1,13 +1,16 @@
 """Every known transformer under every method equals serial; ``--matrix`` runs all cells, else some that cover them."""
 
 import inspect
+from functools import partial
 
+import diffusers
 import pytest
 import torch
 
 from xfuser.methods import sequence
 from xfuser.models.plan import blocks_of
 from xfuser.models.registry import PLANS
+from xfuser.models.unserved import UNSERVED
 from xfuser.testing import matrix
 from xfuser.testing.zoo import FAMILIES
 
@@ -19,6 +22,12 @@ RUN = [cell for cell in CELLS if not matrix.refusal(*cell)]
 
 def test_every_class_is_there():
     assert {family.cls for family in FAMILIES.values()} == set(PLANS)
+    assert not PLANS.keys() & UNSERVED.keys()
+
+
+@pytest.mark.skipif(diffusers.__version__ != "0.42.1", reason="other releases have other classes")
+def test_diffusers_has_no_transformer_without_plan_or_reason():
+    assert matrix.unknown_classes() == []
 
 
 @pytest.mark.parametrize(
@@ -54,7 +63,8 @@ def test_named_backends_take_the_masks_of_all_classes(pool, degrees):
 def deaf(family, degrees, call):
     """A broken engine: every rank attends to its own tokens alone."""
     whole, summed = sequence.usp_attention, sequence.SequenceParallel._sum
-    sequence.usp_attention = lambda q, k, v, *args, **kwargs: torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    attend = partial(torch.nn.functional.scaled_dot_product_attention, enable_gqa=True)
+    sequence.usp_attention = lambda q, k, v, *args, **kwargs: attend(q, k, v)
     sequence.SequenceParallel._sum = lambda self, state: state
     try:
         return matrix.draw(family, degrees, call)

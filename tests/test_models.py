@@ -25,6 +25,12 @@ def unet_pipeline():
     return diffusers.DDIMPipeline(unet=unet, scheduler=diffusers.DDIMScheduler())
 
 
+def prior_pipeline():
+    prior = diffusers.PriorTransformer(2, 4, 1, embedding_dim=8, num_embeddings=3)
+    parts = dict.fromkeys(("image_encoder", "text_encoder", "tokenizer", "image_processor"))
+    return diffusers.KandinskyV22PriorPipeline(prior, scheduler=diffusers.UnCLIPScheduler(), **parts)
+
+
 def unknown_pipeline():
     pipe = tiny.build("pixart_sigma")
     pipe.components["transformer"] = pipe.transformer = torch.nn.Linear(1, 1)
@@ -34,7 +40,8 @@ def unknown_pipeline():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (unet_pipeline, "no plan for UNet2DModel. Known classes: Alleg"),
+        (unet_pipeline, "no plan for UNet2DModel. Known classes: AceStep"),
+        (prior_pipeline, "PriorTransformer: it makes one embedding, .* docs/models.md"),
         (unknown_pipeline, "PixArtSigmaPipeline: there is no plan for Linear. Known .*docs/adding_models/README.md"),
         (object, "object is not a Diffusers pipeline"),
     ],

@@ -113,6 +113,7 @@ def test_no_line_names_a_device():
 def test_tables_of_models_are_those_of_the_registry():
     assert "\n".join(matrix.support()) in (ROOT / "README.md").read_text()
     assert "\n".join(matrix.refusals()) in (ROOT / "docs" / "models.md").read_text()
+    assert "\n".join(matrix.reasons()) in (ROOT / "docs" / "models.md").read_text()
 
 
 @pytest.mark.parametrize("part", ["core", "methods"])

@@ -1,6 +1,7 @@
 """What pipelines pass to a class in more than one way: each way equals serial on shares of the tokens."""
 
 import copy
+import sys
 from dataclasses import replace
 
 import diffusers
@@ -9,8 +10,9 @@ import torch
 from diffusers.guiders import AdaptiveProjectedMixGuidance
 
 from xfuser import xDiTParallel, xFuserArgs
+from xfuser.core.hooks import replaced
 from xfuser.models import registry
-from xfuser.testing import matrix, oracle, zoo
+from xfuser.testing import matrix, oracle
 from xfuser.testing.loop import DenoisingLoop
 from xfuser.testing.zoo import FAMILIES, TEXT, WIDTH, WORDS
 
@@ -157,12 +159,14 @@ def draw_images(variant, degrees, images):
     return draw(variant, degrees, images=images)
 
 
+def one_text_token(family):
+    """Within the context, the family's inputs have one text token."""
+    return replaced(sys.modules[FAMILIES[family].conditions.__module__], "WORDS", 1)
+
+
 def one_word(family, degrees):
-    words, zoo.WORDS = zoo.WORDS, 1
-    try:
+    with one_text_token(family):
         return matrix.draw(family, degrees, {})
-    finally:
-        zoo.WORDS = words
 
 
 @pytest.mark.parametrize("family", ["flux", "hunyuan_video", "qwen_image", "sd3"])
@@ -175,11 +179,8 @@ def test_less_text_than_ranks(pool, family):
 
 
 def one_word_in_patches(family, degrees):
-    words, zoo.WORDS = zoo.WORDS, 1
-    try:
+    with one_text_token(family):
         return matrix.error(matrix.draw(family, degrees, {}), matrix.reference(family, degrees, {}))
-    finally:
-        zoo.WORDS = words
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ attention sees what: the ranks tell each other how many tokens they bring, once 
 """
 
 import inspect
-import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from functools import partial
@@ -24,7 +23,7 @@ from xfuser.core.distributed.utils import split_sizes
 from xfuser.core.hooks import Arguments, edited_arguments, edited_output
 from xfuser.core.logger import logger
 from xfuser.methods.sharded import ShardedModel
-from xfuser.models.plan import ModelPlan
+from xfuser.models.plan import ModelPlan, matching
 
 TEXT = "encoder_hidden_states"
 
@@ -39,10 +38,8 @@ class ContextParallel(ShardedModel):
         self._rank, self._ranks = group.rank_in_group, group.world_size
         self._named: list[tuple[str, dict[Any, Any]]] = []  # modules and what to split there
         self._gathered: dict[str, int] = {}  # modules whose output is to be gathered, along this dimension
-        names = [name for name, _ in model.named_modules()]
         for pattern, spec in plan.context.items():
-            found = re.compile(re.escape(pattern).replace(r"\*", r"[^.]+"))
-            for name in filter(found.fullmatch, names):
+            for name in matching(model, pattern):
                 if isinstance(spec, dict):
                     self._named.append((name, spec))
                 else:

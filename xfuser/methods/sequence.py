@@ -1,5 +1,6 @@
 """Sequence parallelism: each rank holds a share of the tokens of every stream; attention sees them all."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial, wraps
@@ -13,16 +14,17 @@ from xfuser.call import Forward
 from xfuser.core.attention.kernels import additive
 from xfuser.core.attention.linear import summed_state
 from xfuser.core.attention.operator import outside_of_graphs
+from xfuser.core.attention.segments import segment_mask
 from xfuser.core.attention.usp import usp_attention
 from xfuser.core.distributed import SequenceParallelGroupCoordinator
-from xfuser.core.hooks import Arguments, edited_arguments, edited_output, replaced
+from xfuser.core.hooks import Arguments, Binder, edited_arguments, edited_output, replaced
 from xfuser.methods.distrifusion import DistriFusion
 from xfuser.methods.naive_patch import NaivePatches
 from xfuser.methods.pipefusion.patches import Patches
 from xfuser.methods.pipefusion.pipefusion import PipeFusion
 from xfuser.methods.sharded import ShardedModel
 from xfuser.methods.tokens import Rows, TokenShares, Window
-from xfuser.models.plan import ModelPlan, Streams, Tokens, attentions_of, blocks_of
+from xfuser.models.plan import ModelPlan, Streams, Tokens, attentions_of, blocks_of, matching
 from xfuser.vae.bands import Bands
 from xfuser.vae.parallelize import OnBands
 
@@ -44,15 +46,16 @@ class SequenceParallel(ShardedModel):
         parts: DistriFusion | NaivePatches | None = None,
     ) -> None:
         super().__init__(model, plan, group, backend)
-        self.many, self.idle = plan.whole, plan.idle
+        self.many, self.idle = plan.whole or plan.many, plan.idle
         self._pipefusion, self._stage = pipefusion, None
         self._parts, self._alone = parts, isinstance(parts, NaivePatches)
-        self._patches = Patches(1, getattr(model, "config", model), plan.frames)
+        self._patches = Patches(1, getattr(model, "config", model), plan)
         self._reset()
 
     def _reset(self) -> None:
         """Clear the state of one forward."""
         self._early = self._plan.head is None  # whether tokens are gathered behind the last block
+        self._attended: dict[str, int] = {}  # how often each attention module was asked to attend
         self._cuts: dict[tuple[str, str, int], tuple[Any, Any]] = {}  # arguments that blocks share, and what they get
 
     def _hooks(self) -> Iterator[AbstractContextManager[None]]:
@@ -66,6 +69,11 @@ class SequenceParallel(ShardedModel):
             for name in plan.linear:
                 module = block.module.get_submodule(name)
                 yield replaced(module, "forward", outside_of_graphs(summed_state(module, self._sum), name))
+        for pattern, names in plan.gathered.items():
+            for module in map(self._model.get_submodule, matching(self._model, pattern)):
+                bind = Binder(module.forward)
+                if set(names) <= set(bind.names):
+                    yield replaced(module, "forward", self._on_all(module.forward, bind, names))
         yield edited_output(blocks[-1].module, partial(self._leave_blocks, plan.outputs(blocks[-1].list_name)))
         if plan.head:
             yield edited_output(self._model.get_submodule(plan.head), self._leave_head)
@@ -106,8 +114,9 @@ class SequenceParallel(ShardedModel):
             self._call.tokens = self._share(blocks, arguments)
         shards = self._call.tokens
         for name, streams in self._plan.carriers(blocks).items():
-            if arguments.get(name) is not None and arguments[name].shape[1] == shards.total(streams):
-                arguments[name] = shards.cut(arguments[name], Tokens(streams))
+            dim = self._plan.carrier_dim
+            if arguments.get(name) is not None and arguments[name].shape[dim] == shards.total(streams):
+                arguments[name] = shards.cut(arguments[name], Tokens(streams, dim))
         for name, tokens in self._plan.per_token.items():
             value = arguments.get(name)
             if value is not None:
@@ -115,11 +124,32 @@ class SequenceParallel(ShardedModel):
                 if key not in self._cuts:
                     self._cuts[key] = value, self._cut(value, tokens, blocks, name in self._plan.spread)
                 arguments[name] = self._cuts[key][1]
-        for name in self._plan.leading:
+        for name, stream in self._plan.leading.items():
             if arguments.get(name) is not None:
-                arguments[name] = shards.leading(arguments[name])
+                arguments[name] = shards.leading(arguments[name], stream)
+        if self._plan.segments and not shards.is_whole:
+            self._mask_segments(*self._plan.segments, arguments)
+        if self._plan.length_base:
+            self._rebase(*self._plan.length_base, arguments)
         if self._plan.rows:
             arguments[self._plan.rows] = shards.sizes["image"][shards.rank] // self._unit
+
+    def _mask_segments(self, segments: str, valid: str, mask: str, arguments: Arguments) -> None:
+        """Let blocks attend to the whole sequence at once, with a mask."""
+        given, tokens = arguments.get(segments), self._call.tokens.totals["image"]
+        if given is None:
+            return
+        key, device = (segments, "", id(given)), arguments[self._plan.image].device
+        if key not in self._cuts:
+            self._cuts[key] = given, segment_mask(given, tokens, arguments.get(valid), device)
+        arguments |= {segments: None, valid: None, mask: self._cuts[key][1]}
+
+    def _rebase(self, argument: str, key: str, arguments: Arguments) -> None:
+        """Let the logarithm of a rank's own tokens be to that of the number there what that of all tokens was."""
+        given, shards = arguments.get(argument) or {}, self._call.tokens
+        if given.get(key) and not shards.is_whole:
+            own, total = (math.log(count) for count in (shards.sizes["image"][shards.rank], shards.totals["image"]))
+            arguments[argument] = given | {key: given[key] ** (own / total)}
 
     def _cut(self, value: Any, tokens: Tokens | tuple[Tokens | None, ...] | None, blocks: str, spread: bool) -> Any:
         if tokens is None or (isinstance(tokens, Tokens) and tokens.within not in (None, blocks)):
@@ -137,11 +167,11 @@ class SequenceParallel(ShardedModel):
     def _share(self, blocks: str, arguments: Arguments) -> TokenShares:
         """The shares of the forward whose first block is about to run."""
         plan, stage = self._plan, self._stage
-        count, text = arguments[plan.image].shape[1], 0
+        count, text = arguments[plan.image].shape[plan.carrier_dim], 0
         if plan.whole:
             text = None
-        elif plan.text:
-            text = arguments[plan.text].shape[1]
+        elif plan.text and arguments[plan.text] is not None:
+            text = arguments[plan.text].shape[plan.carrier_dim]
         elif plan.carriers(blocks)[plan.image] != ("image",):  # text is in there, too
             whole, count = count, self._image_tokens
             text = whole - count
@@ -168,7 +198,8 @@ class SequenceParallel(ShardedModel):
             return output
         if isinstance(output, Tensor):
             return self._gather(output, outputs[0])
-        return tuple(self._gather(x, streams) for x, streams in zip(output, outputs, strict=True))
+        parts = zip(output, outputs, strict=True)
+        return tuple(x if x is None else self._gather(x, streams) for x, streams in parts)
 
     def _leave_head(self, head: nn.Module, args: tuple, output: Tensor) -> Tensor:
         """Behind the head: all tokens of the image."""
@@ -176,9 +207,12 @@ class SequenceParallel(ShardedModel):
 
     def _gather(self, x: Tensor, streams: Streams) -> Tensor:
         """``[B, own tokens, D]`` to ``[B, tokens, D]``; zeros where this forward or this stage computes none."""
-        shares = self._call.tokens
+        shares, dim = self._call.tokens, self._plan.carrier_dim
         if shares.is_whole:
             return x
+        return self._gather_rows(x.transpose(1, dim).contiguous(), streams, shares).transpose(1, dim)
+
+    def _gather_rows(self, x: Tensor, streams: Streams, shares: TokenShares) -> Tensor:
         rows = shares.rows(streams, x.shape[1])
         if self._stage and not self._stage.is_last:
             return x.new_zeros(x.shape[0], rows.total, x.shape[2])
@@ -186,6 +220,17 @@ class SequenceParallel(ShardedModel):
         if shares.ranks > 1:
             x = self._group.all_gather(x, dim=1, sizes=rows.key_lengths)
         return rows.in_sequence(x)
+
+    def _on_all(self, original: Callable[..., Tensor], bind: Binder, names: tuple[str, ...]) -> Callable[..., Tensor]:
+        """The forward of a module that looks at all image tokens, and of whose output a rank takes its own."""
+
+        @wraps(original)
+        def forward(*args: Any, **kwargs: Any) -> Tensor:
+            arguments = bind(args, kwargs)
+            arguments |= {name: self._gather(arguments[name], ("image",)) for name in names}
+            return self._call.tokens.cut(original(**arguments), Tokens(("image",)))
+
+        return forward
 
     def _on_rows(self, module: nn.Module) -> Callable[[Tensor], Tensor]:
         """The forward of a module that convolves the grid, ``[B, C, rows, columns]``, and looks into others' rows."""
@@ -208,6 +253,7 @@ class SequenceParallel(ShardedModel):
         shards, stage = self._call.tokens, self._stage
         if shards.is_whole and not stage:
             return self._local(q, k, v, mask, scale)
+        number = self._attended[name] = self._attended.get(name, 0) + 1
         layout, rank, ranks = self._attentions[name], shards.rank, shards.ranks
         queries, keys = shards.rows(layout.queries, q.shape[2]), shards.rows(layout.keys, k.shape[2])
         parts = self._parts if ranks > 1 else None
@@ -224,7 +270,7 @@ class SequenceParallel(ShardedModel):
         k, v = keys.given(k, 2, rank), keys.given(v, 2, rank)
 
         def renew(k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-            k, v, fresh = stage.renew(name, keys.order, keys.total, k, v, mask if per_key else None)
+            k, v, fresh = stage.renew((name, number), keys.order, keys.total, k, v, mask if per_key else None)
             return k, v, fresh if per_key else mask
 
         if ranks == 1:

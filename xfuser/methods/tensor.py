@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import partial
+from functools import partial, wraps
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -14,8 +14,8 @@ from xfuser.core.tensor_parallel.division import Division
 from xfuser.core.tensor_parallel.layers import Divided
 from xfuser.core.tensor_parallel.shards import Shards
 from xfuser.core.tensor_parallel.structure import describe
-from xfuser.methods.refusals import refusal
-from xfuser.models.plan import ModelPlan
+from xfuser.methods.adapters import LOADING, DividedAdapters
+from xfuser.models.plan import ModelPlan, matching
 
 
 def division_of(model: nn.Module, plan: ModelPlan | None, ranks: int, scheme: str | None = None) -> Division:
@@ -24,7 +24,10 @@ def division_of(model: nn.Module, plan: ModelPlan | None, ranks: int, scheme: st
     Raises:
         ValueError: it has fewer heads than ranks, or layers whose forward is not that of their class.
     """
-    return describe(model, ranks, scheme, plan.undivided if plan else ())
+    if plan is None:
+        return describe(model, ranks, scheme)
+    unpaired = {name for pattern in plan.unpaired for name in matching(model, pattern)}
+    return describe(model, ranks, scheme, plan.undivided, unpaired)
 
 
 def divide(model: nn.Module, plan: ModelPlan | None, group: GroupCoordinator, scheme: str | None = None) -> Division:
@@ -68,17 +71,13 @@ class _Applied(NamedTuple):
 
 _APPLIED = "_xfuser_division"
 
-# Methods of Diffusers' pipelines and models, and of Transformers' models, that put adapters on layers, or add them to
-# weights, as if those were complete. Adapters that are there before are divided as all layers are.
-ADAPTING = ("load_lora_weights", "load_lora_adapter", "load_adapter", "add_adapter", "fuse_lora", "unfuse_lora")
-
 
 class TensorParallel:
     """Models that are divided over a group from now on, until :meth:`restore`.
 
     Args:
         models: with their plans; None for those that have none, such as text encoders.
-        pipe: the pipeline that they are of, which loads adapters into them.
+        pipe: the pipeline that they are of, which loads adapters into them; of these, too, each rank keeps a part.
     """
 
     def __init__(
@@ -91,6 +90,8 @@ class TensorParallel:
         self._rank = group.rank_in_group
         self._hooks = ExitStack()
         self._applied: dict[nn.Module, _Applied] = {}
+        self._adapters: dict[nn.Module, DividedAdapters] = {}
+        self._group, self._is_loading = group, False
         for model, plan in models:
             if not refuse_divided(model, group.world_size, scheme):
                 divide(model, plan, group, scheme)
@@ -98,17 +99,36 @@ class TensorParallel:
             for name, heads in applied.division.heads.items() if plan and plan.per_head else ():
                 edit = partial(self._cut_tables, plan.per_head, heads)
                 self._hooks.enter_context(edited_arguments(model.get_submodule(name), edit))
+            self._adapters[model] = DividedAdapters(model, applied.division, group)
         for owner in (pipe, *self._applied):
-            for name in filter(partial(hasattr, owner), ADAPTING):
-                message = (
-                    f"{name}: {type(owner).__name__} is divided by tensor parallelism, and adapters (LoRA) cannot"
-                    " be loaded or fused then: call load_lora_weights() and fuse_lora() before the wrap, or call"
-                    " unwrap(), do it, and wrap the pipeline again"
-                )
-                self._hooks.enter_context(replaced(owner, name, refusal(message)))
+            for name in filter(partial(hasattr, owner), LOADING):
+                self._hooks.enter_context(replaced(owner, name, self._loading(getattr(owner, name))))
+
+    def _loading(self, load: Callable[..., Any]) -> Callable[..., Any]:
+        """What loads adapters, on all ranks, and leaves each its part of them."""
+
+        @wraps(load)
+        def loading(*args: Any, **kwargs: Any) -> Any:
+            if self._is_loading:
+                return load(*args, **kwargs)
+            self._is_loading = True
+            try:
+                with ExitStack() as stack:
+                    for adapters in self._adapters.values():
+                        stack.enter_context(adapters.loading())
+                    return load(*args, **kwargs)
+            finally:
+                self._is_loading = False
+                for model, applied in self._applied.items():
+                    applied.modules.update(model.modules())
+
+        return loading
 
     def changes(self) -> list[str]:
-        """What modules with weights were added since, of which other ranks have no part."""
+        """What modules with weights were added since, of which other ranks have no part; all ranks must call it."""
+        divided = self._group.all_gather_object([adapters.divided for adapters in self._adapters.values()])
+        if any(others != divided[0] for others in divided):
+            return ["some ranks have adapters that others have not"]
         known = set().union(*(applied.modules for applied in self._applied.values()))
         return [
             f"{type(model).__name__} has got {name!r}"
@@ -120,9 +140,11 @@ class TensorParallel:
     def restore(self) -> None:
         """Give every rank all weights again; all ranks of the group must call it, and have the memory."""
         self._hooks.close()
+        for adapters in self._adapters.values():
+            adapters.restore()
         for applied in self._applied.values():
             applied.restore()
-        self._applied = {}
+        self._applied, self._adapters = {}, {}
 
     def _cut_tables(self, tables: dict[str, dict[int, int]], heads: Shards, arguments: Arguments) -> None:
         """Of tables with entries for each head or channel, leave those of this rank's heads."""

@@ -193,7 +193,7 @@ class TokenShares:
             return x
         return torch.cat([x.narrow(tokens.dim, *place) for place in rows.places(self.rank)], dim=tokens.dim)
 
-    def leading(self, count: int) -> int:
-        """How many of the image's first ``count`` tokens this rank holds."""
-        places = self._rows(("image",), 0).places(self.rank)
+    def leading(self, count: int, stream: str) -> int:
+        """How many of a stream's first ``count`` tokens this rank holds."""
+        places = self._rows((stream,), 0).places(self.rank)
         return sum(min(max(count - start, 0), length) for start, length in places)

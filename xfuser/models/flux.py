@@ -1,4 +1,7 @@
-"""Flux.1: joint attention, text tokens first, in double- and single-stream blocks; rotary tables over both."""
+"""Flux.1, Bria 3.2, LongCat-Image (arXiv 2512.07584), Ovis-Image (arXiv 2511.22982): joint attention, text tokens
+first, in double- and single-stream blocks; rotary tables over both."""
+
+from dataclasses import replace
 
 from xfuser.models.plan import ModelPlan, Tokens
 
@@ -13,3 +16,5 @@ FLUX = ModelPlan(
     returns=("text", "image"),
     text_modules=("ff_context", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
 )
+
+WITHOUT_CONTROL = replace(FLUX, residuals=())

@@ -15,7 +15,7 @@ HUNYUAN_VIDEO = ModelPlan(
         "freqs_cis": Tokens(("image",), dim=0),
         "image_rotary_emb": Tokens(("image",), dim=0),
     },
-    leading=("num_tokens",),
+    leading={"num_tokens": "image"},
     returns=("image", "text"),
 )
 
@@ -23,13 +23,23 @@ HUNYUAN_VIDEO_15 = replace(
     HUNYUAN_VIDEO,
     blocks=("transformer_blocks",),
     per_token={"attention_mask": Tokens(("text",)), "freqs_cis": Tokens(("image",), dim=0)},
-    leading=(),
+    leading={},
     counts_steps=("timestep_r",),
 )
 
 HUNYUAN_IMAGE = replace(
     HUNYUAN_VIDEO,
     per_token={"attention_mask": Tokens(("image", "text"), dim=-1), "image_rotary_emb": Tokens(("image",), dim=0)},
-    leading=(),
+    leading={},
     counts_steps=("timestep_r",),
 )
+
+FRAMEPACK = replace(
+    HUNYUAN_VIDEO,
+    head=None,
+    leading={},
+    unbatched=(
+        "indices_latents", "indices_latents_clean", "indices_latents_history_2x", "indices_latents_history_4x",
+    ),
+    unpiped="frames of the past lie ahead of the latents' own as further tokens of the video, in several sizes",
+)  # fmt: skip

@@ -1,5 +1,7 @@
-"""LTX-Video (arXiv 2501.00103) and LTX-2 (arXiv 2601.03233): text by cross-attention; conditioning by time may differ
-from token to token."""
+"""LTX-Video (arXiv 2501.00103), LTX-2 (arXiv 2601.03233), the refiner of SANA-WM: text by cross-attention; conditioning
+by time may differ from token to token."""
+
+from dataclasses import replace
 
 from xfuser.models.plan import Attention, ModelPlan, Tokens
 
@@ -42,4 +44,11 @@ LTX2_VIDEO = ModelPlan(
     returns=("image", "text"),
     per_head={"query_rotary_emb": {3: -1, 4: 1}, "key_rotary_emb": {3: -1, 4: 1}},
     unpiped="it makes two outputs, and sound is no part of a patch of the video",
+)
+
+SANA_WM_REFINER = replace(
+    LTX_VIDEO,
+    per_token={"video_rotary_emb": Tokens(("image",), dim=-2), "temb": Tokens(("image",))},
+    by_number=("kv_cache",),
+    per_head={"query_rotary_emb": {3: -1, 4: 1}},
 )

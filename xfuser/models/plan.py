@@ -5,6 +5,7 @@ A transformer here is a stack of blocks that pass *streams* of tokens on: ``"ima
 carry what.
 """
 
+import re
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -56,15 +57,24 @@ class ModelPlan:
             is split.
         carried: lists of blocks that differ from that: arguments that carry streams, to the streams that lie there one
             after the other; none where the tokens are rows of a batch, which need nothing from each other.
+        carrier_dim: dimension of what carries streams that counts tokens.
         whole: whether text takes part in the attention, but is not split, as the forward or the attention cuts it by
             its length: every rank has all of it, beside its share of the image.
         needs_text: whether the blocks fail where there is no text token at all.
         per_token: arguments of the blocks with one entry per token, such as rotary tables and key masks; a tuple for
             an argument that is a tuple of different ones, with None for those that are no such.
-        leading: arguments of the blocks that count tokens at the image's beginning.
+        leading: arguments of the blocks that count tokens at the beginning of a stream, to that stream.
         spread: those of ``per_token`` that the forward also applies between the last block and the head.
+        segments: arguments of the blocks: the parts of the sequence that see themselves and what is ahead of them
+            (:mod:`xfuser.core.attention.segments`); a key mask; and a mask over pairs of tokens, which takes the place
+            of both.
+        length_base: argument of the blocks with a dict, and its key for a number, to whose logarithm attention compares
+            that of the number of tokens.
         idle: arguments of attention modules that switch attention off for a call.
+        many: whether attention modules call ``scaled_dot_product_attention`` more than once, each time for all tokens.
         linear: attention modules that are linear: they sum a state over the tokens by their first ``matmul``.
+        gathered: modules, of the model or of blocks, that look at all tokens of the image at once, to their arguments
+            with these: they run whole on every rank.
         rows: argument of the blocks with the number of rows of tokens, where blocks convolve them and rows therefore
             stay together.
         convolutions: modules of a block that do so, ``[B, C, rows, columns]``.
@@ -72,6 +82,7 @@ class ModelPlan:
             where the class has ``halvings``.
         halvings: attribute of the class that says how often its maps, ``[B, C, H, W]``, are halved and doubled again
             between ``embed`` and ``head``: a U-Net's. All of it then lies between these two, and there are no blocks.
+        beside: arguments of the forward with pictures whose tokens come behind those of the latents.
         by_number: arguments of the forward that make blocks pick tokens by their number, which shares do not know.
         unbatched: arguments of the forward that have no batch dimension.
         batch_dims: arguments of the forward whose batch dimension is not the first.
@@ -85,9 +96,11 @@ class ModelPlan:
         lent: submodules of blocks that the forward uses outside of their block.
         counts_steps: arguments of the forward that pipelines pass by the number of the step.
         frames: dimension of video latents that counts frames, ``[B, C, F, H, W]`` or ``[B, F, C, H, W]``.
+        packed: dimension of packed latents that counts tokens, ``[B, tokens, C]``, or, of sound, ``[B, C, time]``.
         per_head: arguments of attention modules with an entry for each head, or for each channel of all heads, as
             rotary tables that are applied before heads are told apart: number of dimensions to the dimension.
         undivided: modules whose weights the forward uses without calling the layers that have them.
+        unpaired: attention modules whose results leave them by another way than their output linear.
         context: the class's own context-parallel plan of Diffusers, in place of all that is said here about blocks.
         unsequenced: why sequence parallelism (Ulysses, ring) cannot serve the class; None where it does.
         unpiped: why PipeFusion cannot serve the class; None where it does.
@@ -102,17 +115,23 @@ class ModelPlan:
     image: str = "hidden_states"
     text: str | None = None
     carried: dict[str, dict[str, Streams]] = field(default_factory=dict)
+    carrier_dim: int = 1
     whole: bool = False
     needs_text: bool = False
     per_token: dict[str, Tokens | tuple[Tokens | None, ...]] = field(default_factory=dict)
-    leading: tuple[str, ...] = ()
+    leading: dict[str, str] = field(default_factory=dict)
     spread: tuple[str, ...] = ()
+    segments: tuple[str, str, str] | None = None
+    length_base: tuple[str, str] | None = None
     idle: tuple[str, ...] = ()
+    many: bool = False
     linear: tuple[str, ...] = ()
+    gathered: dict[str, tuple[str, ...]] = field(default_factory=dict)
     rows: str | None = None
     convolutions: tuple[str, ...] = ()
     residuals: tuple[str, ...] = ()
     halvings: str | None = None
+    beside: tuple[str, ...] = ()
     by_number: tuple[str, ...] = ()
     unbatched: tuple[str, ...] = ()
     batch_dims: dict[str, int] = field(default_factory=dict)
@@ -124,11 +143,18 @@ class ModelPlan:
     lent: tuple[str, ...] = ()
     counts_steps: tuple[str, ...] = ()
     frames: int = 2
+    packed: int = 1
     per_head: dict[str, dict[int, int]] = field(default_factory=dict)
     undivided: tuple[str, ...] = ()
+    unpaired: tuple[str, ...] = ()
     context: dict[str, Any] | None = None
     unsequenced: str | None = None
     unpiped: str | None = None
+
+    @property
+    def patched(self) -> bool:
+        """Whether ranks can hold parts of the image: shares of its tokens, or of the rows of its maps."""
+        return self.unsequenced is None or self.halvings is not None
 
     def carriers(self, blocks: str) -> dict[str, Streams]:
         """Arguments of the blocks of this list that carry tokens from block to block, and their streams."""
@@ -160,6 +186,12 @@ class Block(NamedTuple):
 def blocks_of(model: nn.Module, plan: ModelPlan) -> list[Block]:
     """The blocks of a transformer, in the order of execution."""
     return [Block(block, name, i) for name in plan.blocks for i, block in enumerate(model.get_submodule(name))]
+
+
+def matching(model: nn.Module, pattern: str) -> list[str]:
+    """Names of the modules of a model that fit a name in which ``*`` stands for one part."""
+    found = re.compile(re.escape(pattern).replace(r"\*", r"[^.]+"))
+    return [name for name, _ in model.named_modules() if found.fullmatch(name)]
 
 
 def attentions_of(model: nn.Module, plan: ModelPlan) -> dict[str, Attention]:

@@ -1,4 +1,5 @@
-"""Qwen-Image and Qwen-Image-Edit (arXiv 2508.02324): joint attention with a mask of the text, which comes first."""
+"""Qwen-Image and Qwen-Image-Edit (arXiv 2508.02324): joint attention with a mask of the text, which comes first;
+Qwen-Image 2.1: one sequence, whose text is causal."""
 
 from xfuser.models.plan import ModelPlan, Tokens
 
@@ -17,4 +18,15 @@ QWEN_IMAGE = ModelPlan(
     row_lists=("img_shapes", "txt_seq_lens"),
     returns=("text", "image"),
     text_modules=("txt_mlp", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
+)
+
+QWEN_IMAGE21 = ModelPlan(
+    blocks=("transformer_blocks",),
+    attention={"attn": ("image",)},
+    head=None,
+    per_token={"rotary_emb": Tokens(("image",), dim=0), "target_token_mask": Tokens(("image",), dim=0)},
+    segments=("segments", "key_valid", "attention_mask"),
+    by_number=("kv_cache",),
+    row_lists=("img_shapes",),
+    unpiped="pictures and text lie ahead of the image in one sequence, in the order of the prompt",
 )

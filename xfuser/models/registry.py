@@ -9,72 +9,118 @@ from torch import nn
 
 from xfuser.models.allegro import ALLEGRO
 from xfuser.models.auraflow import AURAFLOW
+from xfuser.models.bria import BRIA_FIBO, BRIA_FIBO2
 from xfuser.models.chroma import CHROMA
 from xfuser.models.cogvideox import COGVIDEOX, CONSISID
 from xfuser.models.cogview4 import COGVIEW3_PLUS, COGVIEW4
 from xfuser.models.cosmos import COSMOS
 from xfuser.models.dit import DIT
-from xfuser.models.flux import FLUX
+from xfuser.models.easyanimate import EASYANIMATE
+from xfuser.models.ernie_image import ERNIE_IMAGE
+from xfuser.models.flux import FLUX, WITHOUT_CONTROL
 from xfuser.models.flux2 import FLUX2
+from xfuser.models.flux3 import FLUX3
+from xfuser.models.glm_image import GLM_IMAGE
+from xfuser.models.helios import HELIOS
 from xfuser.models.hidream import HIDREAM
-from xfuser.models.hunyuan_video import HUNYUAN_IMAGE, HUNYUAN_VIDEO, HUNYUAN_VIDEO_15
+from xfuser.models.hunyuan_video import FRAMEPACK, HUNYUAN_IMAGE, HUNYUAN_VIDEO, HUNYUAN_VIDEO_15
 from xfuser.models.hunyuandit import HUNYUAN_DIT
+from xfuser.models.ideogram4 import IDEOGRAM4
+from xfuser.models.joyimage import JOYIMAGE_EDIT, JOYIMAGE_EDIT_PLUS
 from xfuser.models.kandinsky5 import KANDINSKY5
+from xfuser.models.kandinsky6 import KANDINSKY6, KANDINSKY6_SR
 from xfuser.models.krea2 import KREA2
 from xfuser.models.latte import LATTE
-from xfuser.models.ltx import LTX2_VIDEO, LTX_VIDEO
+from xfuser.models.ltx import LTX2_VIDEO, LTX_VIDEO, SANA_WM_REFINER
 from xfuser.models.lumina2 import LUMINA2
+from xfuser.models.lumina_next import LUMINA_NEXT
+from xfuser.models.minimax_h3 import MINIMAX_H3
 from xfuser.models.mochi import MOCHI
+from xfuser.models.motif_video import MOTIF_VIDEO
+from xfuser.models.nucleus_moe import NUCLEUS_MOE
 from xfuser.models.omnigen import OMNIGEN
 from xfuser.models.pixart import PIXART
 from xfuser.models.plan import ModelPlan
-from xfuser.models.qwen_image import QWEN_IMAGE
-from xfuser.models.sana import SANA
+from xfuser.models.prx import PRX
+from xfuser.models.qwen_image import QWEN_IMAGE, QWEN_IMAGE21
+from xfuser.models.sana import SANA, SANA_VIDEO, SANA_WM
 from xfuser.models.sd3 import SD3
+from xfuser.models.sound import ACE_STEP, LONGCAT_AUDIO, MINIMAX_MUSIC3, STABLE_AUDIO, STABLE_AUDIO3
 from xfuser.models.teacache import teacache_plan
 from xfuser.models.unet import UNET
-from xfuser.models.wan import SKYREELS_V2, WAN, WAN_VACE
+from xfuser.models.unserved import UNSERVED
+from xfuser.models.wan import ANYFLOW, SKYREELS_V2, WAN, WAN_ANIMATE, WAN_VACE
 from xfuser.models.z_image import Z_IMAGE
 
 PLANS: dict[str, ModelPlan] = {
+    "AceStepTransformer1DModel": ACE_STEP,
     "AllegroTransformer3DModel": ALLEGRO,
+    "AnyFlowTransformer3DModel": ANYFLOW,
     "AuraFlowTransformer2DModel": AURAFLOW,
+    "BriaFibo2Transformer2DModel": BRIA_FIBO2,
+    "BriaFiboTransformer2DModel": BRIA_FIBO,
+    "BriaTransformer2DModel": FLUX,
     "ChromaTransformer2DModel": CHROMA,
+    "ChronoEditTransformer3DModel": WAN,
     "CogVideoXTransformer3DModel": COGVIDEOX,
     "CogView3PlusTransformer2DModel": COGVIEW3_PLUS,
     "CogView4Transformer2DModel": COGVIEW4,
     "ConsisIDTransformer3DModel": CONSISID,
     "CosmosTransformer3DModel": COSMOS,
     "DiTTransformer2DModel": DIT,
+    "EasyAnimateTransformer3DModel": EASYANIMATE,
+    "ErnieImageTransformer2DModel": ERNIE_IMAGE,
     "Flux2Transformer2DModel": FLUX2,
+    "Flux3Transformer2DModel": FLUX3,
     "FluxTransformer2DModel": FLUX,
+    "GlmImageTransformer2DModel": GLM_IMAGE,
+    "HeliosTransformer3DModel": HELIOS,
     "HiDreamImageTransformer2DModel": HIDREAM,
     "HunyuanDiT2DModel": HUNYUAN_DIT,
     "HunyuanImageTransformer2DModel": HUNYUAN_IMAGE,
     "HunyuanVideo15Transformer3DModel": HUNYUAN_VIDEO_15,
+    "HunyuanVideoFramepackTransformer3DModel": FRAMEPACK,
     "HunyuanVideoTransformer3DModel": HUNYUAN_VIDEO,
+    "Ideogram4Transformer2DModel": IDEOGRAM4,
+    "JoyImageEditPlusTransformer3DModel": JOYIMAGE_EDIT_PLUS,
+    "JoyImageEditTransformer3DModel": JOYIMAGE_EDIT,
     "Kandinsky5Transformer3DModel": KANDINSKY5,
+    "Kandinsky6SRTransformer3DModel": KANDINSKY6_SR,
+    "Kandinsky6Transformer3DModel": KANDINSKY6,
     "Krea2Transformer2DModel": KREA2,
     "LTX2VideoTransformer3DModel": LTX2_VIDEO,
     "LTXVideoTransformer3DModel": LTX_VIDEO,
     "LatteTransformer3DModel": LATTE,
+    "LongCatAudioDiTTransformer": LONGCAT_AUDIO,
+    "LongCatImageTransformer2DModel": WITHOUT_CONTROL,
     "Lumina2Transformer2DModel": LUMINA2,
+    "LuminaNextDiT2DModel": LUMINA_NEXT,
+    "MiniMaxH3Transformer3DModel": MINIMAX_H3,
+    "MiniMaxMusic3Transformer1DModel": MINIMAX_MUSIC3,
     "MochiTransformer3DModel": MOCHI,
+    "MotifVideoTransformer3DModel": MOTIF_VIDEO,
+    "NucleusMoEImageTransformer2DModel": NUCLEUS_MOE,
     "OmniGenTransformer2DModel": OMNIGEN,
+    "OvisImageTransformer2DModel": WITHOUT_CONTROL,
+    "PRXTransformer2DModel": PRX,
     "PixArtTransformer2DModel": PIXART,
+    "QwenImage21Transformer2DModel": QWEN_IMAGE21,
     "QwenImageTransformer2DModel": QWEN_IMAGE,
     "SD3Transformer2DModel": SD3,
     "SanaTransformer2DModel": SANA,
+    "SanaVideoTransformer3DModel": SANA_VIDEO,
+    "SanaWMLTX2RefinerTransformer3DModel": SANA_WM_REFINER,
+    "SanaWMTransformer3DModel": SANA_WM,
     "SkyReelsV2Transformer3DModel": SKYREELS_V2,
+    "StableAudio3DiTModel": STABLE_AUDIO3,
+    "StableAudioDiTModel": STABLE_AUDIO,
     "UNet2DConditionModel": UNET,
+    "WanAnimateTransformer3DModel": WAN_ANIMATE,
     "WanTransformer3DModel": WAN,
     "WanVACETransformer3DModel": WAN_VACE,
     "ZImageTransformer2DModel": Z_IMAGE,
 }
 
-
-# Settings with which a class's context-parallel plan of Diffusers gives a wrong picture.
-MISLEADING = ("is_amplify_history",)  # Helios scales keys by the number of tokens, and counts a rank's own
 
 UNCUT = "its weights cannot be divided over ranks: use Ulysses, ring, CFG or data parallelism"  # of quantised ones
 
@@ -107,10 +153,8 @@ def plan_of(module: nn.Module) -> ModelPlan | None:
     module = original_of(module)  # what stands for it passes attributes on, and is of another class
     plans = (_REGISTERED.get(cls) or PLANS.get(cls.__name__) for cls in type(module).__mro__)
     own = vars(module).get(_OWN) or next(filter(None, plans), None)
-    context, config = getattr(module, "_cp_plan", None), getattr(module, "config", {})
-    if own or not context or any(config.get(name) for name in MISLEADING):
-        return own
-    return _by_context(module, context)
+    context = getattr(module, "_cp_plan", None)
+    return own if own or not context else _by_context(module, context)
 
 
 def is_known(cls: type) -> bool:
@@ -210,6 +254,8 @@ def _check_classes(path: str, names: list[str]) -> None:
 
 
 def _no_plan(owner: str, denoisers: list[str]) -> ValueError:
+    if reasons := [f"{name}: {UNSERVED[name]}" for name in denoisers if name in UNSERVED]:
+        return ValueError(f"{owner} cannot be served. {'. '.join(reasons)}. docs/models.md lists what can")
     return ValueError(
         f"{owner}: there is no plan for {', '.join(denoisers) or 'a pipeline without a transformer'}. Known classes:"
         f" {', '.join(PLANS)}. docs/adding_models/README.md shows how to add one"

@@ -1,6 +1,9 @@
-"""Sana and Sana-Sprint (arXiv 2410.10629, 2503.09641): linear attention, and convolutions over the grid of tokens."""
+"""Sana, Sana-Sprint, Sana-Video, SANA-WM (arXiv 2410.10629, 2503.09641, 2509.24695): linear attention, and convolutions
+over the grid of tokens."""
 
-from xfuser.models.plan import ModelPlan
+from dataclasses import replace
+
+from xfuser.models.plan import ModelPlan, Tokens
 
 SANA = ModelPlan(
     blocks=("transformer_blocks",),
@@ -10,4 +13,21 @@ SANA = ModelPlan(
     convolutions=("ff",),
     residuals=("controlnet_block_samples",),
     unpiped="linear attention keeps a sum over all tokens, of which the part of one patch cannot be renewed",
+)
+
+# Rows are frames: what is convolved over them is divided between these, and all else within one.
+SANA_VIDEO = replace(
+    SANA,
+    rows="frames",
+    convolutions=("ff.conv_temp",),
+    per_token={"rotary_emb": Tokens(("image",)), "timestep": Tokens(("image",), dims=3)},
+    spread=("timestep",),
+)
+
+SANA_WM = ModelPlan(
+    blocks=("blocks",),
+    attention={},
+    head=None,
+    unsequenced="its attention is a recurrence from frame to frame, and averages each frame's tokens",
+    unpiped="its attention is a recurrence from frame to frame, which a patch cannot renew",
 )

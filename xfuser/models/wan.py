@@ -1,4 +1,4 @@
-"""Wan 2.1 and 2.2 (arXiv 2503.20314), VACE (arXiv 2503.07598), SkyReels-V2 (arXiv 2504.13074): text by
+"""Wan 2.1 and 2.2 (arXiv 2503.20314), VACE (arXiv 2503.07598), SkyReels-V2 (arXiv 2504.13074), AnyFlow: text by
 cross-attention, 3-D rotary tables; conditioning by time may differ from token to token."""
 
 from dataclasses import replace
@@ -24,3 +24,18 @@ WAN_VACE = replace(
 
 # Its mask over pairs of frames is cut where attention needs it.
 SKYREELS_V2 = replace(WAN, per_token={"rotary_emb": Tokens(("image",)), "temb": Tokens(("image",), dim=2, dims=4)})
+
+ANYFLOW = replace(
+    WAN,
+    embed=None,
+    per_token={"rotary_emb": Tokens(("image",), dim=2), "temb": Tokens(("image",))},
+    frames=1,
+    unpiped="it takes the next step's time, which pipelines find by the number of the step",
+)
+
+# Between the blocks, each frame attends to what its face does.
+WAN_ANIMATE = replace(
+    WAN,
+    gathered={"face_adapter.*": ("hidden_states",)},
+    unpiped="between the blocks, whole frames attend to the faces of theirs, where no stage is in charge",
+)

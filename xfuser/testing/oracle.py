@@ -19,7 +19,9 @@ from torch import nn
 from xfuser.models.plan import ModelPlan, blocks_of
 from xfuser.models.registry import plan_of
 
-PROJECTIONS = ("to_k", "to_v", "add_k_proj", "add_v_proj", "to_key", "to_value", "to_qkv_mlp_proj")
+STACKED = ("to_qkv_mlp_proj", "img_qkv_proj", "to_qkv")  # queries, keys and values by one linear
+OF_TEXT = ("add_k_proj", "add_v_proj", "txt_kv_proj")
+PROJECTIONS = ("to_k", "to_v", "to_key", "to_value", *OF_TEXT, *STACKED)
 
 
 def bands(count: int, parts: int) -> list[slice]:
@@ -37,7 +39,7 @@ def layout(model: nn.Module, plan: ModelPlan, latents: torch.Tensor) -> tuple[in
     )
     of_time = getattr(model.config, "patch_size_t", None) or of_time
     if latents.dim() == 3:
-        return 1, 1, 1
+        return plan.packed, 1, 1
     if latents.dim() == 4:
         return 2, of_rows, latents.shape[3] // of_columns
     height, width = latents.shape[2:4] if model.config.get("in_visual_dim") else latents.shape[3:5]
@@ -86,7 +88,7 @@ class Displaced:
         kept = self.kept[key]
         count = output.shape[1]
         text = slice(0, 0)
-        if name.rpartition(".")[2].startswith("add_"):  # of text alone
+        if name.endswith(OF_TEXT) or "image" not in streams:  # of text alone
             text, image = slice(0, count), slice(0, 0)
         else:
             words = count - self.tokens
@@ -144,8 +146,9 @@ class PartByPart:
 
     def _assemble(self, index: int, output: torch.Tensor, streams: tuple[str, ...]) -> torch.Tensor:
         whole = self.assembled.setdefault(index, torch.zeros_like(output))
-        own = self.rows(streams, output.shape[1])
-        whole[:, own] = output[:, own]
+        rows, computed = (x.movedim(self.plan.carrier_dim, 1) for x in (whole, output))
+        own = self.rows(streams, rows.shape[1])
+        rows[:, own] = computed[:, own]
         return whole
 
     def rows(self, streams: tuple[str, ...], count: int) -> torch.Tensor:
@@ -180,7 +183,7 @@ class Lagging(PartByPart):
             if self.renews or key not in self.kept:
                 self.kept[key] = self.fresh[key]
             self.fresh[key] = output.clone()
-        if name.rpartition(".")[2].startswith("add_"):
+        if name.endswith(OF_TEXT):
             streams = ("text",)
         elif output.shape[1] == self.tokens:  # text has projections of its own
             streams = ("image",)
@@ -192,6 +195,8 @@ class Lagging(PartByPart):
         return result
 
     def text(self, words: int) -> torch.Tensor:
+        if words < self.parts:  # all have it, and the first gives its keys
+            return torch.arange(words if self.part == 0 else 0)
         return _ranges(words, self.parts, longer_last=True)[self.part]
 
 
@@ -258,8 +263,7 @@ def _projecting(pipe: Any, state: Displaced | Lagging) -> Iterator[None]:
                     if name not in dict(model.named_modules()):
                         continue
                     owner = model.get_submodule(name.rpartition(".")[0])
-                    width = owner.inner_dim if kind == "to_qkv_mlp_proj" else None
-                    columns = slice(width, 3 * width) if width else slice(None)
+                    columns = _keys_and_values(owner, model.get_submodule(name)) if kind in STACKED else slice(None)
 
                     def hook(
                         m: nn.Module, a: tuple, out: torch.Tensor, name=name, s=streams, c=columns
@@ -268,6 +272,13 @@ def _projecting(pipe: Any, state: Displaced | Lagging) -> Iterator[None]:
 
                     stack.callback(model.get_submodule(name).register_forward_hook(hook).remove)
         yield
+
+
+def _keys_and_values(attention: nn.Module, stacked: nn.Linear) -> slice:
+    """Which outputs of a linear that makes queries, keys and values are the latter two."""
+    width = getattr(attention, "inner_dim", stacked.in_features)
+    queries = 2 * width if getattr(attention, "use_differential", False) else width
+    return slice(queries, 2 * queries + width)
 
 
 @contextmanager

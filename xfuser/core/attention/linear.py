@@ -12,20 +12,29 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
+SUMS = (torch.sum, Tensor.sum)
+
 
 class _FirstProduct(TorchFunctionMode):
-    """Hands the result of the first ``matmul`` to ``complete``."""
+    """Hands the result of the first ``matmul`` to ``complete``.
+
+    So it does with a ``sum`` ahead of it, of the keys, whose product with the queries is then the first, and no state.
+    """
 
     def __init__(self, complete: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self._complete = complete
-        self.done = False
+        self.done = self._summed = False
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if self.done or func not in (torch.matmul, Tensor.matmul, Tensor.__matmul__):
+        if self.done or func not in (*SUMS, *PRODUCTS):
             return result
-        self.done = True
+        if func in PRODUCTS and self._summed:
+            self._summed = False
+            return result
+        self._summed, self.done = func in SUMS, func in PRODUCTS
         return self._complete(result)
 
 

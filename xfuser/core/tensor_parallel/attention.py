@@ -23,7 +23,7 @@ INPUT_NORMS = ("group_norm", "spatial_norm", "norm_cross")  # in front of the pr
 BIAS_OF_HEADS = "relative_attention_bias"  # [buckets, heads]
 
 HEADS = ("heads", "num_heads", "n_heads")
-KEY_HEADS = ("num_kv_heads", "num_key_value_heads")
+KEY_HEADS = ("num_kv_heads", "num_key_value_heads", "kv_heads")
 WIDTHS = ("inner_dim", "out_dim")  # some processors reshape by the latter, where it is as large
 KEY_WIDTHS = ("inner_kv_dim", "kv_inner_dim")
 

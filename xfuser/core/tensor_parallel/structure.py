@@ -6,6 +6,8 @@ does so only if it has the layers of a table (``attention.py``, ``pairs.py``) an
 table is divided by its outputs, which are gathered: that sends more, and is exact for any module.
 """
 
+from collections.abc import Collection
+
 from torch import nn
 
 from xfuser.core.tensor_parallel.attention import attention_division, fused_block_division
@@ -18,13 +20,20 @@ SMALLEST = 2**16  # weights of a layer that is worth a message of its own
 FINDERS = (fused_block_division, attention_division, feed_forward_division, residual_division, inverted_division)
 
 
-def describe(model: nn.Module, ranks: int, scheme: str | None = None, undivided: tuple[str, ...] = ()) -> Division:
+def describe(
+    model: nn.Module,
+    ranks: int,
+    scheme: str | None = None,
+    undivided: tuple[str, ...] = (),
+    unpaired: Collection[str] = (),
+) -> Division:
     """How to divide ``model`` over ``ranks``; nothing is changed, and weights may be on the meta device.
 
     Args:
         scheme: None for pairs where they are known, and outputs elsewhere; ``"col"`` for each layer's outputs, which
             are gathered; ``"row"`` for each layer's inputs, with partial sums added up.
         undivided: names of modules in which nothing is divided, as their weights are used without calling them.
+        unpaired: names of modules that are no pairs, whatever layers they have.
 
     Raises:
         ValueError: an attention module has fewer heads than there are ranks, or another library has replaced the
@@ -32,7 +41,7 @@ def describe(model: nn.Module, ranks: int, scheme: str | None = None, undivided:
     """
     excluded = tuple(f"{name}." for name in undivided)
     modules = {name: one for name, one in model.named_modules() if not (excluded and f"{name}.".startswith(excluded))}
-    division = _in_pairs(modules, ranks) if scheme is None else Division()
+    division = _in_pairs(modules, ranks, unpaired) if scheme is None else Division()
     shared = _shared_by_unlike(modules)
     for name, module in modules.items():
         if type(module) in COUNTS and id(module.weight) not in shared and f"{name}.weight" not in division.cuts:
@@ -47,9 +56,9 @@ def describe(model: nn.Module, ranks: int, scheme: str | None = None, undivided:
     return division
 
 
-def _in_pairs(modules: dict[str, nn.Module], ranks: int) -> Division:
+def _in_pairs(modules: dict[str, nn.Module], ranks: int, unpaired: Collection[str]) -> Division:
     """Divide the modules that are known, the outermost first."""
-    division, done = Division(), set()
+    division, done = Division(), set(unpaired)
     for name, module in modules.items():
         found = next((one for find in FINDERS if name not in done and (one := find(name, module, ranks))), None)
         if found:

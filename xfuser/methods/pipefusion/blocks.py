@@ -3,13 +3,15 @@
 import copy
 import functools
 import pickle
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from xfuser.core.distributed import GroupCoordinator
-from xfuser.core.hooks import Binder
+from xfuser.core.hooks import Binder, replaced
 from xfuser.models.plan import Block, ModelPlan, blocks_of
 
 NOMINAL_TOKENS = {"image": 4096, "text": 512}  # of a 1024-pixel image; only their ratio matters
@@ -139,6 +141,26 @@ class StageBlocks:
             )
         for stub in divided(model, plan):
             stub.held = True
+        self._hooks = ExitStack()
+        if hasattr(model, "load_lora_adapter"):
+            self._hooks.enter_context(replaced(model, "load_lora_adapter", self._loading(model.load_lora_adapter)))
+
+    def _loading(self, load: Callable[..., Any]) -> Callable[..., Any]:
+        """Loads adapters; of one that takes another's place, what is for this stage, as PEFT refuses the rest there."""
+        bind = Binder(load)
+
+        @functools.wraps(load)
+        def loading(*args: Any, **kwargs: Any) -> Any:
+            arguments = bind(args, kwargs)
+            weights = arguments[bind.names[0]]
+            if arguments.get("hotswap") and isinstance(weights, dict):
+                blocks = blocks_of(self._model, self._plan)
+                others = [f".{name}.{i}." for block, name, i in blocks if isinstance(block, Stub)]
+                own = {key: x for key, x in weights.items() if not any(other in f".{key}" for other in others)}
+                arguments[bind.names[0]] = own
+            return load(**arguments)
+
+        return loading
 
     def remember(self) -> None:
         """Take this stage's blocks, as the wrap has left them, for those that the other stages can restore."""
@@ -168,6 +190,7 @@ class StageBlocks:
 
     def restore(self) -> None:
         """Give every stage all blocks again, with the weights of the stage that holds them; all stages must call it."""
+        self._hooks.close()
         for (module, name, i), owner in zip(blocks_of(self._model, self._plan), self.owners, strict=True):
             block = module.block if isinstance(module, Stub) else module
             # The wrapped pipeline may have been moved to another dtype, which stubs do not notice.

@@ -1,10 +1,12 @@
 """The patches of an image or video: bands of rows of tokens, or of frames."""
 
+import math
 from typing import Any
 
 from torch import Tensor
 
 from xfuser.core.distributed.utils import share, split_sizes
+from xfuser.models.plan import ModelPlan
 
 
 class Patches:
@@ -15,11 +17,11 @@ class Patches:
 
     Args:
         config: of the transformer; tells how many rows of latents make a row of tokens.
-        frames: dimension of video latents that counts frames.
+        plan: of the transformer; tells which dimension of packed latents counts tokens, and of videos frames.
     """
 
-    def __init__(self, count: int, config: Any, frames: int = 2) -> None:
-        self.count, self._frames = count, frames
+    def __init__(self, count: int, config: Any, plan: ModelPlan) -> None:
+        self.count, self._dims = count, {3: plan.packed, 4: 2, 5: plan.frames}
         size = getattr(config, "patch_size", 1)
         of_time = size[0] if isinstance(size, list | tuple) and len(size) == 3 else 1
         of_rows = size[-2] if isinstance(size, list | tuple) else size
@@ -27,7 +29,7 @@ class Patches:
 
     def dim(self, latents: Tensor) -> int:
         """The dimension that is divided."""
-        return {4: 2, 5: self._frames}.get(latents.dim(), 1)
+        return self._dims.get(latents.dim(), 1)
 
     def row_count(self, latents: Tensor) -> int:
         """Rows of tokens."""
@@ -59,9 +61,9 @@ class Patches:
         return self.view(latents, self.rows(latents, patch))
 
     def image_tokens(self, latents: Tensor) -> int:
-        """Tokens of the image, where latents are packed, or have as many columns as rows in a token."""
-        columns = 1 if latents.dim() == 3 else latents.shape[-1] // self._units[4]
-        return self.row_count(latents) * columns
+        """Tokens of the image, where tokens have as many columns as rows, and videos' channels precede those."""
+        units = (self._units[4],) * min(latents.dim() - 3, 2)  # of columns, and of a video's rows
+        return self.row_count(latents) * math.prod(latents.shape[-1 - i] // unit for i, unit in enumerate(units))
 
     def _unit(self, latents: Tensor) -> int:
         return self._units.get(latents.dim(), 1)

@@ -38,7 +38,7 @@ class Stage:
         self._model, self._plan, self._owners, self._group = model, plan, blocks.owners, blocks.group
         self._channels, self._call = channels, call
         self._name, self.number = type(model).__name__, self._group.rank_in_group
-        self.patches = Patches(call.patches, getattr(model, "config", model), plan.frames)
+        self.patches = Patches(call.patches, getattr(model, "config", model), plan)
         self._forget()
 
     def _forget(self) -> None:
@@ -46,7 +46,7 @@ class Stage:
         self._latents: list[Tensor] = []  # input of each call of the first sub-step
         self._outputs: list[tuple[list[Tensor], Any]] = []  # full output of each call: tensors, tree
         self._autocast = False  # whether the dtypes of activations depend on their operators
-        self._buffers: dict[tuple[str, int], KVBuffer] = {}
+        self._buffers: dict[tuple[tuple[str, int], int], KVBuffer] = {}
         # Elements per token, shares and streams of each message with tokens in this sub-step, and in the last
         # asynchronous one.
         self._received: list[tuple[int, TokenShares, list[str]]] = []
@@ -79,9 +79,9 @@ class Stage:
         return len(self.patches.tokens(self._latents[0], tokens, self._call.patches - 1))
 
     def renew(
-        self, name: str, places: list[tuple], total: int, k: Tensor, v: Tensor, mask: Tensor | None
+        self, name: tuple[str, int], places: list[tuple], total: int, k: Tensor, v: Tensor, mask: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Fresh keys, values and key mask of one attention module in, those of the full sequence out.
+        """Fresh keys, values and key mask of the nth attention of a module in, those of the full sequence out.
 
         ``places``, (first row, number of rows), and ``total`` say where the fresh rows are, and in how many.
         """
@@ -183,9 +183,12 @@ class Stage:
             self._autocast = torch.is_autocast_enabled(latents.device.type)
             for (kind, *_), channel in self._channels.items():
                 channel.tagged = self._autocast and kind != "latents"
-        for argument in (*self._plan.residuals, *self._plan.counts_steps):
+        for argument in (*self._plan.residuals, *self._plan.counts_steps, *self._plan.beside):
             if arguments.get(argument) is not None:
-                refuse(f"{argument!r} of {self._name}", "it depends on the full latents or the number of the step")
+                why = (
+                    "it depends on the full latents or the number of the step, or its tokens are no rows of the latents"
+                )
+                refuse(f"{argument!r} of {self._name}", why)
         if (call.step, call.patch) == (0, 0):
             self._latents.append(latents)
         before = [tuple(x.shape) for x in self._latents]
@@ -222,7 +225,9 @@ class Stage:
     def _receive(self, blocks: str, arguments: Arguments) -> None:
         """Ahead of this stage's first block: replace the stubs' tokens with those of the previous stage."""
         image, carriers = arguments[self._plan.image], self._plan.carriers(blocks)
-        batch, _, width = image.shape
+        dim, width = self._plan.carrier_dim, image.shape[2]
+        shape = [-1 if i == dim else size for i, size in enumerate(image.shape)]
+        batch = image.shape[1 - dim]
         counts = _own_tokens(self._call.tokens)
         names = [stream for stream in counts if any(stream in streams for streams in carriers.values())]
         self._received.append((batch * width, self._call.tokens, names))
@@ -231,10 +236,10 @@ class Stage:
         received = channel.receive(sizes, image, self._next_sizes())
         if self._call.skips is not None:
             self._call.skips = bool(received.pop(0))
-        parts = {name: part.view(batch, -1, width) for name, part in zip(names, received, strict=True)}
+        parts = {name: part.view(shape) for name, part in zip(names, received, strict=True)}
         for name, streams in carriers.items():
             own = [parts[stream] for stream in streams]
-            arguments[name] = own[0] if len(own) == 1 else torch.cat(own, dim=1)
+            arguments[name] = own[0] if len(own) == 1 else torch.cat(own, dim=dim)
         for _, route in skips(self._plan, self._owners):
             if route[2] == self.number:
                 self._channels[route].expect([image.numel()], image)
@@ -262,7 +267,8 @@ class Stage:
         counts, parts, flag = _own_tokens(self._call.tokens), {}, []
         tensors = [output] if isinstance(output, Tensor) else output
         for x, streams in zip(tensors, self._plan.outputs(blocks), strict=True):
-            parts |= dict(zip(streams, x.split([counts[stream] for stream in streams], dim=1), strict=True))
+            own = x.split([counts[stream] for stream in streams], self._plan.carrier_dim)
+            parts |= dict(zip(streams, own, strict=True))
         if self._call.skips is not None:  # a cache's decision, with the tokens
             flag = [tensors[0].new_full((1,), self._call.skips)]
         channel = self._channels["tokens", self.number, self.number + 1]

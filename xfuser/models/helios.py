@@ -1,0 +1,15 @@
+"""Helios: frames of the past lie ahead of the video's tokens, as the stream that plans call text; text proper by
+cross-attention."""
+
+from xfuser.models.plan import ModelPlan, Tokens
+
+_BOTH = ("text", "image")
+HELIOS = ModelPlan(
+    blocks=("blocks",),
+    attention={"attn1": _BOTH},
+    head=None,
+    carried={"blocks": {"hidden_states": _BOTH}},
+    per_token={"rotary_emb": Tokens(_BOTH), "temb": Tokens(_BOTH)},
+    leading={"original_context_length": "image"},
+    text_modules=("attn2.to_k", "attn2.to_v"),
+)

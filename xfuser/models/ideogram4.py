@@ -1,0 +1,12 @@
+"""Ideogram 4: one sequence of text and image, which the pipeline lays out, with a mask over pairs of tokens."""
+
+from xfuser.models.plan import ModelPlan, Tokens
+
+IDEOGRAM4 = ModelPlan(
+    blocks=("layers",),
+    attention={"attention": ("image",)},
+    head="final_layer",
+    per_token={"image_rotary_emb": Tokens(("image",)), "adaln_input": Tokens(("image",))},
+    spread=("adaln_input",),
+    unpiped="text lies among the tokens that it is given as latents, of which the scheduler steps a part",
+)

@@ -1,0 +1,31 @@
+"""Kandinsky 6: video and sound, which attend to each other; text by cross-attention, rotary matrices. Its upscaler."""
+
+from xfuser.models.plan import Attention, ModelPlan, Tokens
+
+# The second stream, which plans call text, is sound, where there is any.
+KANDINSKY6 = ModelPlan(
+    blocks=("visual_transformer_blocks",),
+    attention={
+        "video_dec_block.self_attention": ("image",),
+        "audio_dec_block.self_attention": ("text",),
+        "va_cross_attention": Attention(queries=("image",), keys=("text",)),
+        "av_cross_attention": Attention(queries=("text",), keys=("image",)),
+    },
+    head=None,
+    image="vis",
+    text="aud",
+    per_token={"vis_rope": Tokens(("image",), dim=0), "aud_rope": Tokens(("text",), dim=0)},
+    unbatched=("visual_rope_pos",),
+    returns=("image", "text"),
+    frames=1,
+    unpiped="it makes two outputs, and sound is no part of a patch of the video",
+)
+
+KANDINSKY6_SR = ModelPlan(
+    blocks=("visual_transformer_blocks",),
+    attention={},
+    head=None,
+    frames=1,
+    unsequenced="each block of 64 queries chooses its keys by averages of all blocks, with flex attention",
+    unpiped="each block of 64 queries chooses its keys by averages of all blocks, with flex attention",
+)

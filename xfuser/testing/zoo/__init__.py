@@ -1,0 +1,17 @@
+"""Tiny transformers of every known class with random weights, and the inputs of a denoising loop for each.
+
+Sizes are awkward on purpose: 3 heads, odd text lengths, token counts that nothing divides.
+"""
+
+from xfuser.testing.zoo import image_cross, image_joint, image_sequence, sound, video_cross, video_joint
+from xfuser.testing.zoo.family import HEAD_DIM, HEADS, TEXT, WIDTH, WORDS, Family
+
+__all__ = ["FAMILIES", "HEADS", "HEAD_DIM", "KINDS", "TEXT", "WIDTH", "WORDS", "Family"]
+
+# What a family makes: the kinds of the README's table.
+KINDS: dict[str, dict[str, Family]] = {
+    "image": image_cross.FAMILIES | image_joint.FAMILIES | image_sequence.FAMILIES,
+    "video": video_cross.FAMILIES | video_joint.FAMILIES,
+    "sound": sound.FAMILIES,
+}
+FAMILIES: dict[str, Family] = {name: families[name] for families in KINDS.values() for name in sorted(families)}
