@@ -68,51 +68,114 @@ def recorded(rank, ranks):
             patch.stop()
 
 
+class Replay:
+    """The programs of all ranks, run together.
+
+    An event is ``(kind, communicator, members, peer, count)``: a collective; a ``send`` or ``receive``; ``messages``,
+    whose count is a list of (send or receive, peer, elements) that are issued as one; or a ``join``, at which the rank
+    stands still until all members have come to theirs. ``("wait", i)`` waits for event i of the same rank.
+    """
+
+    def __init__(self, programs):
+        self._programs, self._at = programs, [0] * len(programs)  # next event of each rank
+        self._queues = [{} for _ in programs]  # by communicator: operations issued and not complete
+        self._open = [{} for _ in programs]  # of those, messages without their other end
+        self._complete = [set() for _ in programs]
+        self._joined = set()
+
+    def run(self):
+        """The events that never come to an end, with their ranks."""
+        while any([self._issue(rank) for rank in range(len(self._programs))] + [self._advance()]):
+            pass
+        ends = [(rank, one[self._at[rank]]) for rank, one in enumerate(self._programs) if self._at[rank] < len(one)]
+        left = [(rank, index) for rank, queue in enumerate(self._queues) for ones in queue.values() for index in ones]
+        return ends + [(rank, self._programs[rank][index]) for rank, index in left]
+
+    def _issue(self, rank):
+        """Let a rank go on until it stands still; whether it moved."""
+        program, start = self._programs[rank], self._at[rank]
+        while self._at[rank] < len(program):
+            event = program[self._at[rank]]
+            if event[0] == "wait" and event[1] not in self._complete[rank]:
+                break
+            if event[0] == "join":
+                self._joined.add((rank, event[1]))
+                if not all((member, event[1]) in self._joined for member in event[2]):
+                    break
+            elif event[0] != "wait":
+                self._queues[rank].setdefault(event[1], []).append(self._at[rank])
+                self._open[rank][self._at[rank]] = _messages(event)
+            self._at[rank] += 1
+        return self._at[rank] > start
+
+    def _advance(self):
+        """Complete what can be; whether something could."""
+        moved = False
+        for rank, queue in enumerate(self._queues):
+            for group in list(queue):
+                while group in queue and self._match(rank, group):
+                    moved = True
+        return moved
+
+    def _match(self, rank, group):
+        """Complete the first operation of a rank on a communicator, or one of its messages; whether that can be."""
+        index = self._head(rank, group)
+        kind, _, members, _, count = self._programs[rank][index]
+        if self._open[rank][index]:
+            return any([self._meet(rank, group, index, message) for message in list(self._open[rank][index])])
+        heads = {member: self._head(member, group) for member in members}
+        events = [self._programs[member][head] for member, head in heads.items() if head is not None]
+        if len(events) < len(heads) or any(event[0] != kind for event in events):
+            return False
+        if kind.startswith("alltoall"):
+            _check_shares(members, [event[4] for event in events], group)
+        else:
+            assert all(event[4] == count for event in events), f"{kind} of {group}: {[event[4] for event in events]}"
+        for member, head in heads.items():
+            self._pop(member, group, head)
+        return True
+
+    def _meet(self, rank, group, index, message):
+        kind, peer, count = message
+        head = self._head(peer, group)
+        other = ("receive" if kind == "send" else "send", rank)
+        meets = [] if head is None else [one for one in self._open[peer][head] if one[:2] == other]
+        if not meets:
+            return False
+        assert meets[0][2] == count, f"{count} elements meet {meets[0][2]} between ranks {rank} and {peer} of {group}"
+        for end, place, one in ((rank, index, message), (peer, head, meets[0])):
+            self._open[end][place].remove(one)
+            if not self._open[end][place]:
+                self._pop(end, group, place)
+        return True
+
+    def _head(self, rank, group):
+        return self._queues[rank].get(group, [None])[0]
+
+    def _pop(self, rank, group, index):
+        self._queues[rank][group].remove(index)
+        self._complete[rank].add(index)
+        if not self._queues[rank][group]:
+            del self._queues[rank][group]
+
+
+def _messages(event):
+    """The messages of an event: kind, peer, elements."""
+    kind, _, _, peer, count = event
+    return list(count) if kind == "messages" else [(kind, peer, count)] if kind in ("send", "receive") else []
+
+
+def _check_shares(members, counts, group):
+    """What each rank sends to each other one is what that one receives of it."""
+    if all(isinstance(count, int) for count in counts):
+        assert len(set(counts)) == 1, f"all-to-all of {group}: {counts}"
+        return
+    for i in range(len(members)):
+        for j in range(len(members)):
+            (sent, _), (_, received) = counts[i], counts[j]
+            assert sent[j] == received[i], f"all-to-all of {group}: {sent[j]} elements meet {received[i]}"
+
+
 def replay(programs):
     """Run the ranks' programs together; returns the events that never come to an end, with their ranks."""
-    at = [0] * len(programs)  # next event of each rank
-    queues = [{} for _ in programs]  # by communicator: operations issued and not complete
-    complete = [set() for _ in programs]
-    progress = True
-    while progress:
-        progress = False
-        for rank, program in enumerate(programs):
-            while at[rank] < len(program):
-                event = program[at[rank]]
-                if event[0] == "wait":
-                    if event[1] not in complete[rank]:
-                        break
-                else:
-                    queues[rank].setdefault(event[1], []).append(at[rank])
-                at[rank] += 1
-                progress = True
-        for rank, queue in enumerate(queues):
-            for group in list(queue):
-                done = _match(programs, queues, rank, group)
-                for member in done:
-                    complete[member].add(queues[member][group].pop(0))
-                    if not queues[member][group]:
-                        del queues[member][group]
-                progress |= bool(done)
-    stuck = [(rank, program[at[rank]]) for rank, program in enumerate(programs) if at[rank] < len(program)]
-    left = [(rank, programs[rank][one]) for rank, queue in enumerate(queues) for ones in queue.values() for one in ones]
-    return stuck + left
-
-
-def _match(programs, queues, rank, group):
-    """The ranks whose first operation on a communicator completes now."""
-    kind, _, members, peer, count = _head(programs, queues, rank, group)
-    if kind in ("send", "receive"):
-        other = _head(programs, queues, peer, group)
-        wanted = "receive" if kind == "send" else "send"
-        if other is None or other[0] != wanted or other[3] != rank:
-            return []
-        assert other[4] == count, f"{count} elements meet {other[4]} between ranks {rank} and {peer} of {group}"
-        return [rank, peer]
-    heads = [_head(programs, queues, member, group) for member in members]
-    return list(members) if all(head and head[0] == kind for head in heads) else []
-
-
-def _head(programs, queues, rank, group):
-    queue = queues[rank].get(group)
-    return programs[rank][queue[0]] if queue else None
+    return Replay(programs).run()

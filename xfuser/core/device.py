@@ -71,11 +71,12 @@ def use(local_rank: int) -> None:
         torch.accelerator.set_device_index(device(local_rank).index)
 
 
-def has_architecture(least: tuple[int, int]) -> bool:
-    """Whether the device has this CUDA architecture (compute capability) or a later one; true of other accelerators."""
+def has_architecture(least: tuple[int, int], before: tuple[int, int] | None = None) -> bool:
+    """Whether the device has this CUDA architecture (compute capability) or a later one, but one ``before`` another;
+    true of other accelerators."""
     module = torch.get_device_module(device_type())
     has = module.get_device_capability() if hasattr(module, "get_device_capability") else None
-    return not isinstance(has, tuple) or has >= least
+    return not isinstance(has, tuple) or (has >= least and (before is None or has < before))
 
 
 def synchronize() -> None:

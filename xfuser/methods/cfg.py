@@ -135,6 +135,7 @@ class _Sent:
         self._works = [group.isend(x) for x in self._copies if x.numel()]
 
     def settle(self) -> None:
+        """Wait until the copies can go: on NCCL by the stream of computation, on which their memory is used again."""
         for work in self._works:
             work.wait()
 
@@ -177,7 +178,7 @@ class _Promise:
     def _wait(self) -> None:
         works, self._works = self._works, []
         for work in works:
-            work.wait()
+            work.wait()  # on NCCL by the stream of computation: whatever is queued from here on reads what has arrived
         actions, self._actions = self._actions, []
         for action in actions:
             action()
@@ -193,10 +194,10 @@ class _ReadGuard(TorchDispatchMode):
         self._before_read = before_read
 
     def watch(self, tensors: list[Tensor]) -> None:
-        self._memory |= {x.untyped_storage().data_ptr() for x in tensors if x.numel()}
+        self._memory |= {x.untyped_storage()._cdata for x in tensors if x.numel()}
 
     def concerns(self, tree: Any) -> bool:
-        return any(isinstance(x, Tensor) and x.untyped_storage().data_ptr() in self._memory for x in tree_leaves(tree))
+        return any(isinstance(x, Tensor) and x.untyped_storage()._cdata in self._memory for x in tree_leaves(tree))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if not func.is_view and self.concerns((args, kwargs)):

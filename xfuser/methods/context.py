@@ -11,7 +11,6 @@ from functools import partial
 from itertools import combinations
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -19,6 +18,7 @@ from xfuser.call import Forward
 from xfuser.core.attention.kernels import additive
 from xfuser.core.attention.usp import usp_attention
 from xfuser.core.distributed import SequenceParallelGroupCoordinator
+from xfuser.core.distributed.group_coordinator import gather_numbers
 from xfuser.core.distributed.utils import split_sizes
 from xfuser.core.hooks import Arguments, edited_arguments, edited_output
 from xfuser.core.logger import logger
@@ -145,8 +145,7 @@ class ContextParallel(ShardedModel):
         call = self._calls[name] = self._calls.get(name, 0) + 1
         situation = (name, call, *self._totals)
         if situation not in self._lengths:
-            own = torch.tensor([[queries, keys]], device=self._group.device)
-            self._lengths[situation] = self._group.all_gather(own, dim=0).tolist()
+            self._lengths[situation] = gather_numbers([queries, keys], self._group.cpu_group)
         return tuple(list(counts) for counts in zip(*self._lengths[situation], strict=True))
 
     def _is_split(self, name: str, lengths: list[int]) -> bool:

@@ -116,7 +116,11 @@ class _Rows:
         self._works = dist.batch_isend_irecv(operations) if operations else []
 
     def settle(self) -> None:
-        """Wait for what is in flight."""
+        """Wait for what is in flight.
+
+        On NCCL the stream of computation waits, not the host: what is queued behind, which reads what arrived or
+        overwrites what was sent, finds both done.
+        """
         works, self._works = self._works, []
         for work in works:
             work.wait()

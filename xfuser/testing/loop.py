@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from torch.utils._pytree import tree_map_only
 
 from xfuser.models.registry import plan_of
 from xfuser.testing.zoo import Family
@@ -23,18 +24,25 @@ class DenoisingLoop(DiffusionPipeline):
     ) -> list[torch.Tensor]:
         """The final latents, ``[images, ...]``, and what else the last forward returned.
 
+        Noise and conditions are drawn on the CPU, and go to the transformer's device, in its dtype.
+
         Args:
             guidance: ``"batched"``: both branches in one call; ``"sequential"``: in two; ``"none"``.
         """
         generator = torch.Generator().manual_seed(seed)
+        weight = next(self.transformer.parameters())
+
+        def placed(x: torch.Tensor) -> torch.Tensor:
+            return x.to(weight.device, weight.dtype if x.is_floating_point() else x.dtype)
 
         def draw(*shape: int) -> torch.Tensor:
             return torch.randn(*shape, generator=generator)
 
-        latents = draw(images, *family.latents)
+        latents = placed(draw(images, *family.latents))
         rows = 2 * images if guidance == "batched" else images
         calls = [family.conditions(self.transformer, rows, draw) for _ in range(1 + (guidance == "sequential"))]
-        self.scheduler.set_timesteps(num_inference_steps)
+        calls = tree_map_only(torch.Tensor, placed, calls)
+        self.scheduler.set_timesteps(num_inference_steps, device=weight.device)
         with self.progress_bar(total=num_inference_steps) as bar:
             for t in self.scheduler.timesteps:
                 outputs = [

@@ -65,9 +65,9 @@ def draw_family(family: Family, degrees: dict[str, Any] | None, call: dict[str, 
     return result
 
 
-def reference(family: str, degrees: dict[str, Any], call: dict[str, Any]) -> list[torch.Tensor]:
-    """What a cell must equal: serial; under PipeFusion, the oracle."""
-    pipe = loop_of(FAMILIES[family])
+def reference(family: str, degrees: dict[str, Any], call: dict[str, Any], *place: Any) -> list[torch.Tensor]:
+    """What a cell must equal: serial; under PipeFusion, the oracle. ``place`` may be a device, and a dtype."""
+    pipe = loop_of(FAMILIES[family]).to(*place)
     if "num_pipeline_patch" in degrees:
         semantics = oracle.displaced(pipe, degrees["num_pipeline_patch"], degrees["warmup_steps"])
     elif degrees.get("warmup_steps") == 1:
@@ -84,14 +84,20 @@ def error(results: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
     return max(((a.double() - b).abs().max() / b.abs().max()).item() for a, b in pairs)
 
 
-def cell(family: str, method: str, pool: RankPool, **changes: Any) -> float:
-    """The largest error of any rank; ``changes`` are those of the call."""
+def setting(family: str, method: str, **changes: Any) -> tuple[int, dict[str, Any], dict[str, Any]]:
+    """Ranks, degrees and call of a cell; ``changes`` are those of the call."""
     ranks, degrees = METHODS[method]
     # Batched guidance of one image is what most calls are; data parallelism needs more images than replicas.
     steps = 3 if "fusion" in method else 2
     call = {"images": 3 if method == "dp2" else 1, "num_inference_steps": steps} | changes
     if method == "distrifusion2" and PLANS[FAMILIES[family].cls].unpiped:
         degrees = degrees | {"warmup_steps": steps}  # the oracle knows the tokens of the others alone
+    return ranks, degrees, call
+
+
+def cell(family: str, method: str, pool: RankPool, **changes: Any) -> float:
+    """The largest error of any rank; ``changes`` are those of the call."""
+    ranks, degrees, call = setting(family, method, **changes)
     expected = reference(family, degrees, call)
     return max(error(result, expected) for result in pool.run(ranks, draw, family, degrees, call))
 

@@ -127,7 +127,7 @@ class Bands:
                 received[other] = like.new_empty(shape)
                 ops.append(dist.P2POp(dist.irecv, received[other], ranks[other], self.group))
         for work in dist.batch_isend_irecv(ops) if ops else []:
-            work.wait()
+            work.wait()  # on NCCL by the stream of computation, on which the rows are joined and convolved
         above = [x for rank, x in received.items() if rank < self.rank]
         below = [x for rank, x in received.items() if rank > self.rank]
         return tuple(torch.cat(parts, dim=self.dim) if parts else None for parts in (above, below))

@@ -19,7 +19,9 @@ from xfuser.core.logger import logger
 aten = torch.ops.aten
 Tensor = torch.Tensor
 HALF = (torch.float16, torch.bfloat16)
-AMPERE, HOPPER = (8, 0), (9, 0)  # CUDA architectures; Volta and Turing before them have no flash kernels, nor bfloat16
+# CUDA architectures; Volta and Turing, before Ampere, have no flash kernels, nor bfloat16.
+AMPERE, HOPPER, BLACKWELL = (8, 0), (9, 0), (10, 0)
+CUDNN_HEAD = 128  # the largest head that cudnn takes on every architecture, and in every release
 MATH_SCORES = 1 << 24  # elements of the score matrix that the plain kernel holds at once
 
 Result = tuple[Tensor, Tensor]
@@ -47,7 +49,7 @@ def attention_math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: 
     rows = max(1, MATH_SCORES // max(1, q.shape[0] * q.shape[1] * k.shape[2]))
     positions = torch.arange(k.shape[2], device=q.device)
     outs, lses = [], []
-    for start in range(0, q.shape[2], rows):
+    for start in range(0, max(1, q.shape[2]), rows):  # without queries, too
         scores = (q[:, :, start : start + rows].float() * scale) @ keys.mT
         if causal:
             later = positions > positions[start : start + rows, None]
@@ -62,13 +64,23 @@ def attention_math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: 
 
 
 def _flash_on_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, causal: bool) -> Result:
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # anything else gives NaN
+    q, k, v = _dense(q, k, v)  # anything else gives NaN
     mask = None if mask is None else mask.to(q.dtype)
     out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
-    if mask is not None:  # rows without any key come back with an LSE of 0
-        dead = (mask == -torch.inf).all(dim=-1)
-        out, lse = out.masked_fill(dead.unsqueeze(-1), 0.0), lse.masked_fill(dead, -torch.inf)
-    return out, lse
+    return _with_dead_rows(out, lse, mask)  # which come back with an LSE of 0
+
+
+def _dense(*tensors: Tensor) -> list[Tensor]:
+    """The tensors, whose heads lie in one piece each: kernels take no stride between the elements of a head."""
+    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
+
+
+def _with_dead_rows(out: Tensor, lse: Tensor, mask: Tensor | None) -> Result:
+    """Zeros, and an LSE of minus infinity, in rows from which the mask hides every key."""
+    if mask is None:
+        return out, lse
+    dead = (mask == -torch.inf).all(dim=-1)
+    return out.masked_fill(dead.unsqueeze(-1), 0.0), lse.masked_fill(dead, -torch.inf)
 
 
 def _flash_on_cpu_takes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
@@ -77,49 +89,66 @@ def _flash_on_cpu_takes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) ->
 
 
 def _aten_flash(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, causal: bool) -> Result:
-    return aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)[:2]
+    return aten._scaled_dot_product_flash_attention(*_dense(q, k, v), 0.0, causal, scale=scale)[:2]
 
 
 def _aten_efficient(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, causal: bool) -> Result:
-    out, lse = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal, scale=scale)[:2]
-    return out, lse[:, :, : q.shape[2]]  # its LSE is padded
+    mask = None if mask is None else mask.to(q.dtype)
+    bias = None if mask is None else _aligned(mask).expand(*q.shape[:3], k.shape[2])
+    run = aten._scaled_dot_product_efficient_attention
+    out, lse = run(*_dense(q, k, v), bias, True, 0.0, causal, scale=scale)[:2]
+    return _with_dead_rows(out, lse.narrow(2, 0, q.shape[2]), mask)  # its LSE has a multiple of 32 rows
+
+
+def _aligned(mask: Tensor) -> Tensor:
+    """The mask, whose rows begin at multiples of 8 elements: the efficient kernel reads so many at a time."""
+    if mask.stride(-1) == 1 and not any(step % 8 for step in (*mask.stride()[:-1], mask.storage_offset())):
+        return mask
+    keys = mask.shape[-1]
+    return mask.new_zeros(*mask.shape[:-1], -(-keys // 8) * 8).narrow(-1, 0, keys).copy_(mask)
 
 
 def _aten_cudnn(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, causal: bool) -> Result:
-    out, lse = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, scale=scale)[:2]
-    return out, lse.reshape(q.shape[:3])
+    run = aten._scaled_dot_product_cudnn_attention
+    out, lse = run(*_dense(q, k, v), None, True, 0.0, causal, scale=scale)[:2]
+    return out, lse.reshape(q.shape[:3])  # in some releases, its LSE has a dimension more
 
 
-def _on_accelerator(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
+def _on_accelerator(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return (
-        q.device.type != "cpu"
-        and mask is None
-        and 0 not in (*q.shape, *k.shape)
-        and q.shape[-1] % 8 == 0
-        and q.shape[-1] == v.shape[-1]
+        q.device.type != "cpu" and 0 not in (*q.shape, *k.shape) and q.shape[-1] % 8 == 0 and q.shape[-1] == v.shape[-1]
     )
 
 
 def _half_on_accelerator(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, architecture: tuple[int, int] = AMPERE
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    architecture: tuple[int, int] = AMPERE,
+    before: tuple[int, int] | None = None,
 ) -> bool:
-    fits = _on_accelerator(q, k, v, mask) and q.dtype in HALF and q.shape[-1] <= 256
-    return fits and devices.has_architecture(architecture)
+    fits = _on_accelerator(q, k, v) and mask is None and q.dtype in HALF and q.shape[-1] <= 256
+    return fits and devices.has_architecture(architecture, before)
+
+
+def _cudnn_takes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
+    return _half_on_accelerator(q, k, v, mask) and q.shape[-1] <= CUDNN_HEAD and k.shape[2] > 1
 
 
 def _efficient_takes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
-    return _on_accelerator(q, k, v, mask) and (q.dtype != torch.bfloat16 or devices.has_architecture(AMPERE))
+    return _on_accelerator(q, k, v) and (q.dtype != torch.bfloat16 or devices.has_architecture(AMPERE))
 
 
 def _needs_accelerator() -> str | None:
     return "no accelerator on this machine" if devices.device_type() == "cpu" else None
 
 
-def _flash_attn(package: str, architecture: tuple[int, int]) -> Kernel:
-    """A package's kernel, for devices of this CUDA architecture or a later one."""
+def _flash_attn(package: str, architecture: tuple[int, int], before: tuple[int, int] | None = None) -> Kernel:
+    """A package's kernel, for devices of this CUDA architecture or a later one, but ``before`` another."""
     return Kernel(
         lambda: flash_attn.absent(package) or _needs_accelerator() or flash_attn.unusable(package),
-        partial(_half_on_accelerator, architecture=architecture),
+        partial(_half_on_accelerator, architecture=architecture, before=before),
         partial(flash_attn.run, package),
     )
 
@@ -138,9 +167,9 @@ def _never_missing() -> None:
 
 # In the order of preference for "auto".
 KERNELS: dict[str, Kernel] = {
-    "flash_attn_3": _flash_attn("flash_attn_interface", HOPPER),
+    "flash_attn_3": _flash_attn("flash_attn_interface", HOPPER, BLACKWELL),
     "flash_attn": _flash_attn("flash_attn", AMPERE),
-    "cudnn": Kernel(_needs_accelerator, _half_on_accelerator, _aten_cudnn),
+    "cudnn": Kernel(_needs_accelerator, _cudnn_takes, _aten_cudnn),
     "flash": Kernel(_never_missing, _flash_takes, _flash),
     "efficient": Kernel(_needs_accelerator, _efficient_takes, _aten_efficient),
     "math": Kernel(_never_missing, lambda q, k, v, mask: True, attention_math),
@@ -209,7 +238,7 @@ def attention_with_lse(
     backend: str = "auto",
     causal: bool = False,
 ) -> Result:
-    """Attention and its LSE from ``backend``, or the plain kernel where it does not take the tensors.
+    """Attention and its LSE from ``backend``, or where it does not take the tensors, from the next kernel that does.
 
     The mask may be any that SDPA takes: of booleans too, and with fewer dimensions.
     """
@@ -229,12 +258,11 @@ def attention_with_lse(
 
 
 def _kernel_for(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, backend: str) -> str:
-    wanted = AUTO if backend in TORCHS_CHOICE else (backend,)
-    for name in wanted:
-        if KERNELS[name].missing() is None and KERNELS[name].takes(q, k, v, mask):
-            return name
-    _warn_fallback(backend, tuple(q.shape), str(q.dtype), mask is not None)
-    return "math"
+    named = () if backend in TORCHS_CHOICE else (backend,)
+    name = next(n for n in (*named, *AUTO) if KERNELS[n].missing() is None and KERNELS[n].takes(q, k, v, mask))
+    if name != backend and (named or name == "math"):
+        _warn_fallback(backend, tuple(q.shape), str(q.dtype), mask is not None, name)
+    return name
 
 
 def _for_query_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -246,8 +274,8 @@ def _for_query_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @cache
-def _warn_fallback(backend: str, shape: tuple[int, ...], dtype: str, masked: bool) -> None:
+def _warn_fallback(backend: str, shape: tuple[int, ...], dtype: str, masked: bool, name: str) -> None:
     logger.warning(
-        "attention backend %s does not take %s %s%s: the plain kernel runs instead",
-        backend, dtype, shape, " with a mask" if masked else "",
+        "attention backend %s does not take %s %s%s: the kernel %s runs instead",
+        backend, dtype, shape, " with a mask" if masked else "", name,
     )  # fmt: skip

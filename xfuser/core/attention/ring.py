@@ -87,6 +87,9 @@ class _Shift:
         self._works = dist.batch_isend_irecv(ops) if ops else []
 
     def wait(self) -> tuple[Tensor, Tensor]:
+        # On NCCL this holds up the stream of computation, not the host: what is queued from here on, the attention to
+        # these keys, starts when they are there, and the attention queued before ran meanwhile. The buffer that was
+        # sent is this object's until then.
         for work in self._works:
             work.wait()
         k, v = self._received.split(self._counts)

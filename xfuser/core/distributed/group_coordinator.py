@@ -38,6 +38,7 @@ class GroupCoordinator:
         self.cpu_group = self.device_group
         if self.device.type != "cpu" and dist.get_backend(self.device_group) == devices.backend():
             _, self.cpu_group = own_group(group_ranks, "gloo")
+            connect(self.device_group, self.device)
         self.world_size = len(self.ranks)
         self.rank_in_group = self.ranks.index(self.rank)
 
@@ -246,6 +247,9 @@ class SequenceParallelGroupCoordinator(GroupCoordinator):
         super().__init__(group_ranks, local_rank, torch_distributed_backend)
         ulysses, self.ulysses_group = own_group(ulysses_ranks, torch_distributed_backend)
         ring, self.ring_group = own_group(ring_ranks, torch_distributed_backend)
+        if self.cpu_group is not self.device_group:
+            connect(self.ulysses_group, self.device)
+            connect(self.ring_group, self.device)
         self.ulysses_world_size, self.ulysses_rank = len(ulysses), ulysses.index(self.rank)
         self.ring_world_size, self.ring_rank = len(ring), ring.index(self.rank)
 
@@ -297,6 +301,13 @@ def own_group(group_ranks: list[list[int]], backend: str) -> tuple[list[int], di
     if own is None:
         raise ValueError(f"rank {dist.get_rank()} is in none of the groups {group_ranks}")
     return own
+
+
+def connect(group: dist.ProcessGroup, device: torch.device) -> None:
+    """Let the members of a group on an accelerator meet, all at once: its first messages may be of some of them alone,
+    and NCCL makes the communicator with the first operation, where nothing has bound the group to a device."""
+    if group.size() > 1:
+        dist.all_reduce(torch.zeros(1, device=device), group=group)
 
 
 class _TensorShape:

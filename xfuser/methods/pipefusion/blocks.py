@@ -193,19 +193,18 @@ class StageBlocks:
         self._hooks.close()
         for (module, name, i), owner in zip(blocks_of(self._model, self._plan), self.owners, strict=True):
             block = module.block if isinstance(module, Stub) else module
-            # The wrapped pipeline may have been moved to another dtype, which stubs do not notice.
-            dtypes = [weight.dtype for weight, *_ in tensors_of(block)]
+            # The wrapped pipeline may have been moved to another dtype or device, which stubs do not notice.
+            kinds = [(weight.dtype, weight.device.type) for weight, *_ in tensors_of(block)]
             changed = _without_weights(block) if (name, i) in self._changed else None
-            changed, dtypes = self.group.broadcast_object((changed, dtypes), src=owner)
+            changed, kinds = self.group.broadcast_object((changed, kinds), src=owner)
             if isinstance(module, Stub):
                 block = self._model.get_submodule(name)[i] = block if changed is None else changed
-            for (weight, holder, key), dtype in zip(tensors_of(block), dtypes, strict=True):
-                x = weight.detach()
+            for (weight, holder, key), (dtype, kind) in zip(tensors_of(block), kinds, strict=True):
                 if weight.is_meta:
                     x = torch.empty_like(weight, dtype=dtype, device=self.group.device)
-                x = self.group.broadcast(x, src=owner)
-                if weight.is_meta:
-                    set_tensor(holder, key, weight, x)
+                    set_tensor(holder, key, weight, self.group.broadcast(x, src=owner).to(kind))
+                else:
+                    self.group.broadcast(weight.detach().to(self.group.device), src=owner)
 
 
 def _owners(layers: list[int]) -> list[int]:

@@ -61,7 +61,7 @@ class Channel:
             self.expect(counts, like)
         x, expected, work = self._expected.popleft()
         assert expected == counts, f"a message of {expected} elements was expected where {counts} are needed"
-        work.wait()
+        work.wait()  # on NCCL by the stream of computation, on which what is done with the message is queued
         if following is not None:
             self.expect(following, like)
         if not self.tagged:
@@ -75,7 +75,11 @@ class Channel:
         self.drain(self._depth)
 
     def drain(self, age: int = 0) -> None:
-        """Wait until all that was sent has been received, but for what is less than ``age`` sub-steps old."""
+        """Wait until all that was sent has been received, but for what is less than ``age`` sub-steps old.
+
+        On NCCL the stream of computation waits, not the host, and a buffer that is freed here is used again by what is
+        queued on that stream, when it has been sent.
+        """
         while self._sent and self._sent[0][0] <= self._substep - age:
             self._sent.popleft()[2].wait()
 

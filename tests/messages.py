@@ -1,0 +1,162 @@
+"""What ranks say to each other by a device's groups, under NCCL's rules, and noted for ``nccl.replay``."""
+
+import torch
+import torch.distributed as dist
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+CARRIED = {torch.bool, torch.uint8, torch.int8, torch.int32, torch.int64}  # dtypes, beside those of floating point
+
+
+class Handle:
+    """Stands in for a work handle: until it is waited for, the message's memory is not to be touched."""
+
+    def __init__(self, messages, event, works):
+        self._messages, self._event, self._works = messages, event, works
+
+    def wait(self, *args):
+        for work in self._works:
+            work.wait()
+        self._messages.arrived(self._event)
+
+
+class Messages:
+    """The messages of one rank.
+
+    Args:
+        backend: of the groups that have the rules.
+        kind: of the tensors on the device; ``inner`` has their values.
+        note: takes a list, and what happens, to be noted there.
+
+    Attributes:
+        program: what was issued, in its order.
+        objects, host: exchanges of objects, and of what is on the host.
+    """
+
+    def __init__(self, backend, kind, note):
+        self._backend, self._kind, self.note = backend, kind, note
+        self.program, self.objects, self.host = [], [], []
+        self._flying = {}  # by event: memory that a message writes, memory that it reads
+        self._batch = None  # the messages that are issued together
+
+    def check(self, func, here, written):
+        """Refuse an operator on ``here`` that reads what is to arrive, or writes what is being sent."""
+        for arriving, leaving in self._flying.values():
+            if any(_overlap(x, y) for x in here for y in arriving):
+                raise RuntimeError(f"{func} on what is still to arrive: wait for it")
+            if any(_overlap(x, y) for x in written for y in leaving):
+                raise RuntimeError(f"{func} writes what is still being sent: wait for it")
+
+    def communicate(self, func, args, kwargs):
+        given = {spec.name: value for spec, value in zip(func._schema.arguments, args, strict=False)} | kwargs
+        group = dist.ProcessGroup.unbox(given["process_group"])
+        kind = func._schema.name.partition("::")[2]
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        if dist.get_backend(group) == self._backend:
+            for x in tensors:
+                self._refuse(kind, x)
+            self._issue(kind, group, given, tensors)
+        elif any(isinstance(x, self._kind) for x in tensors):
+            raise RuntimeError(f"{kind} of a tensor on the device over a group of the host")
+        else:
+            self.note(self.host, kind)
+        inner = tree_map_only(self._kind, lambda x: x.inner, (args, kwargs))
+        result = func(*inner[0], **inner[1])
+        # What comes back are the tensors that were given, and the work.
+        back = {id(x.inner): x for x in tensors if isinstance(x, self._kind)}
+        return tree_map_only(torch.Tensor, lambda x: back.get(id(x), x), result)
+
+    def _refuse(self, kind, x):
+        if not isinstance(x, self._kind):
+            raise RuntimeError(f"{kind} of a tensor on the CPU over the device's group")
+        if not x.is_contiguous():
+            raise RuntimeError(f"{kind} of a tensor {tuple(x.shape)} that is not contiguous")
+        if not x.is_floating_point() and x.dtype not in CARRIED:
+            raise RuntimeError(f"{kind} of a tensor of {x.dtype}")
+
+    def _issue(self, kind, group, given, tensors):
+        members = dist.get_process_group_ranks(group)
+        if kind == "allgather_" and len({x.shape for x in tensors}) > 1:
+            raise RuntimeError(f"all_gather of different shapes: {[tuple(x.shape) for x in tensors]}")
+        if kind in ("send", "recv_"):
+            peer = members[given["dst" if kind == "send" else "src"]]
+            one = ("send" if kind == "send" else "receive", peer, sum(x.numel() for x in tensors))
+            if self._batch is not None:
+                self._batch.append((one, group.group_name, tuple(members), tensors))
+                return
+            self._fly([(one, group.group_name, tuple(members), tensors)], joins=True)
+            return
+        counts = (tuple(given.get("input_split_sizes", ())), tuple(given.get("output_split_sizes", ())))
+        count = counts if any(counts) else min(x.numel() for x in tensors) if tensors else 0
+        self._meet(group.group_name, tuple(members))
+        self.program.append((kind, group.group_name, tuple(members), None, count))
+        self.program.append(("wait", len(self.program) - 1))
+
+    def _fly(self, batch, joins=False):
+        """Issue messages together. One that is no batch goes over a communicator of its two ranks."""
+        (_, peer, _), group, members, _ = batch[0]
+        if joins:
+            members = tuple(sorted((dist.get_rank(), peer)))
+            group = f"{group}: {members}"
+        self._meet(group, members)
+        self._event = len(self.program)
+        self.program.append(("messages", group, members, None, [one for one, *_ in batch]))
+        arriving = [x for (kind, *_), _, _, tensors in batch for x in tensors if kind == "receive"]
+        leaving = [x for (kind, *_), _, _, tensors in batch for x in tensors if kind == "send"]
+        self._flying[self._event] = arriving, leaving
+
+    def _meet(self, group, members):
+        """The host stands still at its first operation on a communicator, until all members have come to theirs."""
+        if (first := ("join", group, members, None, 0)) not in self.program:
+            self.program.append(first)
+
+    def arrived(self, event):
+        self._flying.pop(event, None)
+        self.program.append(("wait", event))
+
+    def settle(self):
+        """Leave nothing in flight, as for ranks that have failed."""
+        self._flying.clear()
+
+    def started(self, original, *args, **kwargs):
+        """In the place of ``isend`` and ``irecv``."""
+        work = original(*args, **kwargs)
+        return (
+            work if self._batch is not None or self._on_host(kwargs.get("group")) else Handle(self, self._event, [work])
+        )
+
+    def waited(self, original, *args, **kwargs):
+        """In the place of ``send`` and ``recv``."""
+        result = original(*args, **kwargs)
+        if not self._on_host(kwargs.get("group")):
+            self.arrived(self._event)
+        return result
+
+    def together(self, original, operations):
+        """In the place of ``batch_isend_irecv``."""
+        self._batch = []
+        try:
+            works = original(operations)
+            self._fly(self._batch)
+        finally:
+            self._batch = None
+        return [Handle(self, self._event, works)]
+
+    def counted(self, name, original, *args, **kwargs):
+        """In the place of collectives of objects."""
+        self.note(self.objects, name)
+        return original(*args, **kwargs)
+
+    def _on_host(self, group):
+        return dist.get_backend(group or dist.group.WORLD) != self._backend
+
+
+def _overlap(x, y):
+    if x.inner.untyped_storage()._cdata != y.inner.untyped_storage()._cdata or not x.numel() or not y.numel():
+        return False
+    (start, stop), (first, last) = _extent(x.inner), _extent(y.inner)
+    return start < last and first < stop
+
+
+def _extent(x):
+    start = x.storage_offset()
+    return start, start + sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True)) + 1

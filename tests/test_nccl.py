@@ -1,0 +1,184 @@
+"""Every method on a device that is as strict as a GPU under NCCL (``pretended``): nothing that it refuses, no deadlock,
+and nothing that the host waits for."""
+
+from collections import Counter
+
+import nccl
+import pytest
+import torch
+import torch.distributed as dist
+from pretended import NAME, pretended
+
+from xfuser import xDiTParallel, xFuserArgs
+from xfuser.core.distributed import destroy_distributed_environment
+from xfuser.models.plan import blocks_of
+from xfuser.models.registry import plan_of
+from xfuser.testing import matrix
+from xfuser.testing.loop import loop_of
+from xfuser.testing.zoo import FAMILIES
+
+COVERING = ("ulysses2 x ring2", "pipefusion2 M=2 x ulysses2")
+CELLS = [(family, method) for family in FAMILIES for method in matrix.METHODS if FAMILIES[family].present]
+CELLS = [(*cell, {}) for cell in CELLS if not matrix.refusal(*cell)]
+EACH = [("hunyuan_video_15", method, {}) for method in matrix.METHODS]  # with masks over pairs, and long text
+EACH += [("flux", "cfg2", {"guidance": "sequential", "images": 3}), ("wan", "cfg2", {"guidance": "sequential"})]
+READS = 2  # by the host, of tensors, in a step, or in a sub-step of PipeFusion
+
+
+def drawn(family, degrees, call):
+    """What a rank draws on the device, and what was noted in its loop."""
+    with pretended() as device:
+        pipe = loop_of(FAMILIES[family])
+        pipe.to(NAME)
+        blocks = [block.module for block in blocks_of(pipe.transformer, plan_of(pipe.transformer))]
+        parallel = xDiTParallel(pipe, *xFuserArgs(**degrees).create_config())
+        with device.following(pipe.scheduler, blocks):
+            result = parallel(FAMILIES[family], **call)
+        steps = range(device.step)
+        pipe.to("cpu")  # as offloading does
+        parallel.unwrap()
+        assert {weight.device.type for weight in pipe.transformer.parameters()} == {"cpu"}
+        destroy_distributed_environment()
+        noted = [
+            [one for one in ones if one.step in steps]
+            for ones in (device.reads, device.messages.objects + device.messages.host)
+        ]
+        return [x.cpu() for x in result], device.messages.program, *noted
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "changes"),
+    [
+        *(pytest.param(*cell, marks=() if cell[1] in COVERING else pytest.mark.matrix) for cell in CELLS),
+        *(pytest.param(*cell, marks=pytest.mark.covering) for cell in EACH),
+    ],
+)
+def test_nothing_that_nccl_refuses_and_nothing_to_wait_for(pool, family, method, changes):
+    ranks, degrees, call = matrix.setting(family, method, **changes)
+    expected = matrix.reference(family, degrees, call)
+    results, programs, reads, waits = zip(*pool.run(ranks, drawn, family, degrees, call), strict=True)
+    assert max(matrix.error(one, expected) for one in results) <= matrix.TOLERANCES.get(family, matrix.TOLERANCE)
+    assert nccl.replay(programs) == []
+    assert not any(waits), "the host exchanges objects or numbers within the loop"
+    last = (call["num_inference_steps"] - 1) * degrees.get("num_pipeline_patch", 1)
+    for ours in ([one for one in of_rank if one.is_ours] for of_rank in reads):
+        assert max(Counter(one.step for one in ours).values(), default=0) <= READS
+        assert not [one for one in ours if one.step >= last]  # what is read is known by then
+
+
+def alone(fault):
+    """What two ranks with a fault are told."""
+    with pretended() as device:
+        try:
+            fault(device)
+        except RuntimeError as error:
+            return str(error)
+        finally:
+            device.messages.settle()
+        return device.messages.program, device.messages.objects, device.reads, device.messages.host
+
+
+def strided(device):
+    dist.all_reduce(torch.zeros(4, 3, device=NAME).T)
+
+
+def on_the_host(device):
+    dist.all_reduce(torch.zeros(4))
+
+
+def of_another_dtype(device):
+    dist.all_reduce(torch.zeros(4, dtype=torch.int16, device=NAME))
+
+
+def of_different_sizes(device):
+    parts = [torch.empty(size, device=NAME) for size in (3, 2)]
+    dist.all_gather(parts, torch.zeros(parts[dist.get_rank()].shape, device=NAME))
+
+
+def read_too_early(device):
+    x, other = torch.zeros(4, device=NAME), 1 - dist.get_rank()
+    works = [dist.irecv(x, other), dist.isend(torch.ones(4, device=NAME), other)]
+    x + 1
+    [work.wait() for work in works]
+
+
+def overwritten_too_early(device):
+    x, other = torch.zeros(4, device=NAME), 1 - dist.get_rank()
+    works = [dist.isend(x, other), dist.irecv(torch.empty(4, device=NAME), other)]
+    x.add_(1)
+    [work.wait() for work in works]
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        (strided, "not contiguous"),
+        (on_the_host, "on the CPU"),
+        (of_another_dtype, "of torch.int16"),
+        (of_different_sizes, "of different shapes"),
+        (read_too_early, "still to arrive"),
+        (overwritten_too_early, "still being sent"),
+    ],
+)
+def test_a_fault_is_refused(pool, fault, told):
+    assert all(told in one for one in pool.run(2, alone, fault))
+
+
+def both_send_first(device):
+    x, other = torch.zeros(4, device=NAME), 1 - dist.get_rank()
+    works = [dist.isend(x, other), dist.irecv(torch.empty(4, device=NAME), other)]
+    [work.wait() for work in works]
+
+
+def of_two_lengths(device):
+    x, other = torch.zeros(4 + dist.get_rank(), device=NAME), 1 - dist.get_rank()
+    operations = [dist.P2POp(dist.isend, x[:4], other), dist.P2POp(dist.irecv, x[:4].clone(), other)]
+    [work.wait() for work in dist.batch_isend_irecv(operations[:: 1 - 2 * dist.get_rank()])]
+
+
+def of_objects(device):
+    group = dist.new_group(backend="gloo")
+    dist.all_gather_object([None, None], 1, group=group)
+    dist.broadcast_object_list([1], group=group)
+
+
+def of_values(device):
+    x = torch.arange(4, device=NAME)
+    bool(x.any()), x[0].item(), x.tolist(), x.cpu(), x.to("cpu"), torch.equal(x, x), x[x > 1], x.nonzero()
+
+
+def test_orders_of_messages_are_compared(pool):
+    programs = [one[0] for one in pool.run(2, alone, both_send_first)]
+    assert nccl.replay(programs)  # gloo has tags, and does both at once
+    batched = [one[0] for one in pool.run(2, alone, of_two_lengths)]
+    assert nccl.replay(batched) == []
+    (kind, group, members, peer, ((sends, one, count), other)) = batched[0][1]
+    batched[0][1] = (kind, group, members, peer, [(sends, one, count + 1), other])
+    with pytest.raises(AssertionError, match="5 elements meet 4"):
+        nccl.replay(batched)
+
+
+def test_orders_of_collectives_are_compared():
+    """Two ranks that come to two groups' collectives in different orders, or to two collectives of one group."""
+    first, second = ("allreduce_", "a", (0, 1), None, 4), ("allreduce_", "b", (0, 1), None, 4)
+    assert nccl.replay([[first, ("wait", 0), second, ("wait", 2)]] * 2) == []
+    assert nccl.replay([[first, ("wait", 0), second, ("wait", 2)], [second, ("wait", 0), first, ("wait", 2)]])
+    other = ("allgather_", "a", (0, 1), None, 4)
+    assert nccl.replay([[first, other], [other, first]])
+    with pytest.raises(AssertionError, match=r"\[4, 5\]"):
+        nccl.replay([[first], [(*first[:4], 5)]])
+
+
+def test_a_communicator_is_made_by_all_its_members():
+    """Messages between two of three ranks, as the first thing on the group's communicator."""
+    join, members = ("join", "g", (0, 1, 2), None, 0), (0, 1, 2)
+    ends = [("messages", "g", members, None, [(kind, peer, 4)]) for kind, peer in (("send", 1), ("receive", 0))]
+    assert nccl.replay([[join, ends[0]], [join, ends[1]], []])
+    assert nccl.replay([[join, ends[0]], [join, ends[1]], [join]]) == []
+
+
+def test_what_the_host_waits_for_is_counted(pool):
+    for _, objects, _, _ in pool.run(2, alone, of_objects):
+        assert [one.what for one in objects] == ["all_gather_object", "broadcast_object_list"]
+    for _, _, reads, _ in pool.run(2, alone, of_values):
+        assert len(reads) == 8
