@@ -143,7 +143,7 @@ def of_this_world(chosen: list[Configuration]) -> list[Configuration]:
 
 def check_outputs(options: argparse.Namespace) -> None:
     """Raise a ValueError where the report cannot be made, or would lack something."""
-    from xfuser.bench.extras import extra
+    from xfuser.core.extras import extra
 
     check_writable(options.output_dir)
     check_writable(os.path.dirname(options.timeline or "") or ".")

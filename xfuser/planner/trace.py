@@ -23,7 +23,8 @@ from torch.utils.flop_counter import flop_registry
 
 from xfuser.core.meters import Traffic
 
-MATMUL, ATTENTION, MEMORY = "matrix products", "attention", "memory"
+CACHES = (0, 6, 40, 50, 60, 72, 96, 126)  # MB
+MATMUL, ATTENTION, MEMORY = KINDS = "matrix products", "attention", "memory"
 ALLOCATIONS = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "detach")
 ALLOCATIONS += ("lift_fresh", "set_", "_unsafe_view", "alias")
 MESSAGES = {  # methods of a process group in the releases of torch, by what they do

@@ -1,0 +1,207 @@
+"""From events to seconds: the longest chain over a device's queue, its host, and its links.
+
+The host issues operators one after the other; the device computes them in that order, none before it was issued; a
+message begins once it was issued, what came before it on the device is done, and its link is free; a wait holds the
+device until a message is over. Nothing here knows a model or a method: what hides behind what follows from the order
+in which the engine issues it.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from xfuser.planner.machines import Machine
+from xfuser.planner.trace import CACHES, KINDS, MEMORY, Event, Message, Operator, Wait
+
+LINKS, BUBBLES, HOST, VAE, TEXT = "links", "bubbles", "host", "VAE", "text encoders"
+SIZES = np.array(CACHES) * 1e6
+PARTS = (*KINDS, LINKS, BUBBLES, HOST, VAE, TEXT)  # where the seconds of a call go
+
+
+class Operators(NamedTuple):
+    """Operators without a message between them, as arrays; ``missed`` has a column for each size in ``CACHES``."""
+
+    kinds: np.ndarray
+    flops: np.ndarray
+    scores: np.ndarray
+    bytes: np.ndarray
+    wide: np.ndarray
+    tiles: np.ndarray
+    missed: np.ndarray
+
+
+class Repeat(NamedTuple):
+    """A program that runs ``count`` times more, after it ran before."""
+
+    program: "Program"
+    count: int
+
+
+Program = list  # of Operators, Message, Wait and Repeat
+
+
+def program_of(events: Iterable[Event], fused: bool = False) -> Program:
+    """Events, as :class:`Clock` runs them; ``fused`` as a compiler leaves them."""
+    program: Program = []
+    known: dict[int, Program] = {}
+    run: list[tuple[Operator, np.ndarray]] = []
+    events = fuse(list(events)) if fused else list(events)
+
+    def close() -> None:
+        if run:
+            program.append(_arrays(run))
+            run.clear()
+
+    for event, missed in zip(events, _missed(events), strict=True):
+        if isinstance(event, Operator):
+            run.append((event, missed))
+            continue
+        close()
+        if isinstance(event, Message | Wait):
+            program.append(event)
+            continue
+        key = id(event[0])
+        inner = known.get(key) or known.setdefault(key, program_of(event[0], fused))
+        if program and isinstance(program[-1], Repeat) and program[-1].program is inner:
+            program[-1] = Repeat(inner, program[-1].count + event[1])
+        else:
+            program.append(Repeat(inner, event[1]))
+    close()
+    return program
+
+
+def _arrays(run: list[tuple[Operator, np.ndarray]]) -> Operators:
+    columns = [[KINDS.index(one.kind), one.flops, one.scores, one.bytes, one.wide, one.tiles] for one, _ in run]
+    return Operators(*np.array(columns, dtype=float).T, np.stack([missed for _, missed in run]))
+
+
+def _missed(events: list[Event]) -> list[np.ndarray]:
+    """Of each event, the bytes that reach the memory behind a cache of each size in ``CACHES``.
+
+    A tensor is found in a cache if less than its size was touched since the tensor was touched last. What is written
+    reaches the memory unless it is read again before.
+    """
+    missed = [np.zeros(len(CACHES)) for _ in events]
+    touched: dict[int, tuple[int, int, bool]] = {}  # of each tensor: when, by which event, and whether it was written
+    now = 0
+    for i, event in enumerate(events):
+        for is_write, tensors in ((False, event.reads), (True, event.writes)) if isinstance(event, Operator) else ():
+            for number, size in tensors:
+                when, last, was_written = touched.get(number, (-(1 << 60), i, False))
+                absent = now - when + size > SIZES
+                missed[i] += size * absent * (not is_write)
+                missed[last] += size * absent * was_written
+                now += size
+                touched[number] = now, i, is_write
+    for number, (_, last, was_written) in touched.items():
+        missed[last] += was_written * dict(events[last].writes).get(number, 0)
+    return missed
+
+
+def fuse(events: list[Event]) -> list[Event]:
+    """What a compiler makes of the operators: those that only move bytes are one kernel from one other to the next.
+
+    It reads what was made outside of it, and writes what is read behind it.
+    """
+    last = {number: i for i, event in enumerate(events) if isinstance(event, Operator) for number, _ in event.reads}
+    fused: list[Event] = []
+    start = 0
+    while start < len(events):
+        end = start
+        while end < len(events) and isinstance(events[end], Operator) and events[end].kind == MEMORY:
+            end += 1
+        if end - start > 1:
+            fused.append(_kernel(events[start:end], end, last))
+        else:
+            fused += events[start : start + 1]
+        start = max(end, start + 1)
+    return fused
+
+
+def _kernel(group: list[Operator], end: int, last: dict[int, int]) -> Operator:
+    reads, writes = {}, {}
+    for one in group:
+        for number, size in one.reads:
+            if number not in writes:
+                reads[number] = max(size, reads.get(number, 0))
+        writes |= dict(one.writes)
+    kept = {number: size for number, size in writes.items() if last.get(number, -1) >= end}
+    kept = kept or dict(group[-1].writes)
+    return Operator(MEMORY, 0.0, 0.0, False, tuple(reads.items()), tuple(kept.items()))
+
+
+@dataclass
+class Clock:
+    """The times of one rank: when its host, its device and its links are through with what they were given."""
+
+    machine: Machine
+    compiled: bool = False
+    host: float = 0.0
+    device: float = 0.0
+    out: float = 0.0
+    into: float = 0.0
+    spent: Counter = field(default_factory=Counter)  # seconds of the device by part
+    link: float = 0.0  # seconds of messages, hidden or not
+    due: dict[int, float] = field(default_factory=dict)
+
+    def run(self, program: Program) -> "Clock":
+        """Let all of a program pass."""
+        for one in program:
+            if isinstance(one, Operators):
+                self._operate(one)
+            elif isinstance(one, Message):
+                self._send(one)
+            elif isinstance(one, Wait):
+                self._wait(self.due.pop(one.number, 0.0))
+            else:
+                self._repeat(one)
+        return self
+
+    def _operate(self, run: Operators) -> None:
+        each, seconds = self.machine.host_seconds(self.compiled), self.machine.seconds(run)
+        for kind, name in enumerate(KINDS):
+            self.spent[name] += float(seconds[run.kinds == kind].sum())
+        busy = float(seconds.sum())
+        if self.machine.synchronous:
+            self.spent[HOST] += each * len(seconds)
+            self.host = self.device = max(self.host, self.device) + busy + each * len(seconds)
+            return
+        issued = self.host + each * np.arange(1, len(seconds) + 1)
+        rest = np.cumsum(seconds[::-1])[::-1]
+        end = max(self.device + busy, float(np.max(issued + rest)))
+        self.spent[HOST] += end - self.device - busy
+        self.host, self.device = float(issued[-1]), end
+
+    def _send(self, message: Message) -> None:
+        self.host += self.machine.host_seconds(self.compiled)
+        seconds = self.machine.link_seconds(message)
+        if message.operation == "recv":
+            start = max(self.host, self.device, self.into)
+            self.into = start + seconds
+        else:
+            start = max(self.host, self.device, self.out)
+            self.out = start + seconds
+        self.link += seconds * (message.operation != "recv")
+        self.due[message.number] = start + seconds
+
+    def _wait(self, until: float) -> None:
+        self.spent[LINKS] += max(0.0, until - self.device)
+        self.device = max(self.device, until)
+        if self.machine.synchronous:
+            self.host = self.device
+
+    def _repeat(self, repeat: Repeat) -> None:
+        """A block several times: once, and then as often as that took."""
+        before, spent, link = (self.host, self.device, self.out, self.into), self.spent.copy(), self.link
+        self.run(repeat.program)
+        more = repeat.count - 1
+        now = self.host, self.device, self.out, self.into
+        self.host, self.device, self.out, self.into = (b + (b - a) * more for a, b in zip(before, now, strict=True))
+        for name in self.spent:
+            self.spent[name] += (self.spent[name] - spent[name]) * more
+        self.link += (self.link - link) * more
+        self.spent[HOST] += max(0.0, self.host - self.device)
+        self.device = max(self.device, self.host)
