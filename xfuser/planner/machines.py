@@ -129,19 +129,22 @@ def machine_of(
     node: int = NODE,
     node_link: float | None = None,
     constants: dict[str, Constants] | None = None,
+    kernels: float | None = None,
 ) -> Machine:
     """The machine of this name: one that was calibrated here, or one of the data sheets.
 
     Args:
         links: pcie, nvlink, or a rate such as 200gbit; those of the data sheet if not given.
         node: devices in a node; ``node_link``: bytes a second between nodes, one way.
-        constants: by kind of links, in the place of those that are shipped.
+        constants: by kind of links, and kernels, where the data sheet has some: in the place of those that are shipped.
 
     Raises:
         ValueError: nothing is known of it.
     """
-    own = calibrated(name)
+    own = None if constants else calibrated(name)
     machine = own or _of_sheet(name, links, constants)
+    if kernels and machine.kernels != 1.0:
+        machine = replace(machine, kernels=kernels)
     if links and links not in KINDS:
         machine = replace(machine, link=in_bytes_a_second(links))
     return replace(machine, node=node, node_link=node_link or machine.node_link)

@@ -5,6 +5,7 @@ The pipeline, its scheduler, its tokenizers and the engine are real. Weights and
 """
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -69,7 +70,9 @@ class Rehearsed:
 @contextmanager
 def alone_of(world_size: int) -> Iterator[None]:
     """Within the context, this process is rank 0 of ``world_size``, on the CPU, and the others do not exist."""
+    hook = sys.excepthook  # torch puts the rank's name in front of errors, once more for each group
     dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
+    sys.excepthook = hook
     try:
         with devices.on_cpu():
             yield
