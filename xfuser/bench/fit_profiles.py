@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from xfuser.bench.points import Point, read
-from xfuser.planner.estimate import Counted, counted, estimate
+from xfuser.planner.estimate import Counted, Parts, counted, estimate
 from xfuser.planner.machines import FILE, Constants, machine_of, shipped
 from xfuser.planner.rehearsal import Rehearsed, Source, alone_of, rehearse
 
@@ -92,10 +92,13 @@ class Model:
 
     def __init__(self, points: list[Point], told: dict[Any, Rehearsed]) -> None:
         self._programs: dict[Any, Counted] = {}
+        parts: dict[Any, Parts] = {}  # the same for all degrees
         for point in points:
             key = point.counted, point.compiled
             if key not in self._programs and point.counted in told:
-                self._programs[key] = counted(told[point.counted], point.degrees[3], point.compiled)
+                program = counted(told[point.counted], point.degrees[3], point.compiled)
+                program.parts = parts.setdefault((point.model, point.size), program.parts)
+                self._programs[key] = program
 
     def seconds(self, point: Point, constants: np.ndarray) -> float:
         kernels = 1.0 if point.newest else float(np.exp(constants[list(BOUNDS).index("kernels")]))
@@ -106,7 +109,7 @@ class Model:
     def errors(self, points: list[Point], constants: np.ndarray) -> np.ndarray:
         """Logarithms of predicted by measured, and how far the constants are from their begin."""
         known: dict[Any, float] = {}
-        for point in points:
+        for point in sorted(points, key=lambda point: (point.machine, point.model, point.size, point.newest)):
             key = (*point.group[1:], point.degrees, point.newest)
             if key not in known:
                 known[key] = self.seconds(point, constants)
@@ -153,7 +156,7 @@ def _words(values: np.ndarray) -> str:
 def write(values: np.ndarray) -> None:
     """Put the constants into the package."""
     kept = shipped()
-    constants = {kind: {name: float(f"{x:.4g}") for name, x in asdict(one).items()} for kind, one in constants_of(values).items()}
+    constants = kept["constants"] | {kind: {name: float(f"{x:.4g}") for name, x in asdict(one).items()} for kind, one in constants_of(values).items()}
     kernels = float(f"{np.exp(values[list(BOUNDS).index('kernels')]):.3g}")
     sheets = {name: sheet | ({"kernels": kernels} if "kernels" in sheet else {}) for name, sheet in kept["machines"].items()}
     blocks = [

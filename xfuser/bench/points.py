@@ -27,6 +27,7 @@ UNLIKE = {  # words of a row's notes, to why it is left out
 }  # fmt: skip
 NEWEST = ("_flash_3", "FA4", "CUDNN_ATTN", "sdpa_cudnn")  # attention kernels of the device's own generation
 FIELDS = {"height": "height", "width": "width", "frames": "num_frames"}
+DISTILLED = 8  # steps
 DEGREES = ("ulysses", "ring", "cfg", "pipefusion", "tp")
 
 
@@ -78,7 +79,8 @@ class Point:
         return xFuserArgs(
             model=self.model, prompt="a", dtype="bf16", num_inference_steps=steps, ulysses_degree=ulysses,
             ring_degree=ring, use_cfg_parallel=cfg == 2, pipefusion_parallel_degree=stages,
-            tensor_parallel_degree=tensor, do_classifier_free_guidance=self.guided, **dict(self.size),
+            tensor_parallel_degree=tensor, do_classifier_free_guidance=self.guided,
+            negative_prompt="a" if self.guided else "", **dict(self.size),
         )  # fmt: skip
 
 
@@ -134,7 +136,7 @@ def _point(row: dict[str, str]) -> Point:
         machine=machine_name(row),
         model=model,
         size=size,
-        guided=published()[model]["guided"] and row["guidance"] != "false",
+        guided=_guided(row, published()[model]["guided"]),
         degrees=tuple(int(row[name] or 1) for name in DEGREES),
         steps=50 if "suggests 50" in row["notes"] else int(row["steps"] or 2),
         compiled=row["compile"] == "1",
@@ -143,3 +145,10 @@ def _point(row: dict[str, str]) -> Point:
         source=f"{row['source_repo']} {os.path.basename(row['source_path_or_thread'])}",
         seconds=float(row["value"]),
     )
+
+
+def _guided(row: dict[str, str], usually: bool) -> bool:
+    """Whether classifier-free guidance ran; a model of few steps, of which that is not said, is distilled."""
+    if row["guidance"] in ("true", "false"):
+        return row["guidance"] == "true"
+    return usually and row["guidance"] != "distilled" and not int(row["steps"] or 20) <= DISTILLED

@@ -14,15 +14,20 @@ from typing import NamedTuple
 import numpy as np
 
 from xfuser.planner.machines import Machine
-from xfuser.planner.trace import CACHES, KINDS, MEMORY, Event, Message, Operator, Wait
+from xfuser.planner.trace import CACHES, KINDS, MATMUL, MEMORY, Event, Message, Operator, Wait
 
 LINKS, BUBBLES, HOST, VAE, TEXT = "links", "bubbles", "host", "VAE", "text encoders"
+CALLS = 2  # operators' worth of the host for a message: to issue it, and to wait
+NEAR = 8  # operators that prepare a message, or take it apart
 SIZES = np.array(CACHES) * 1e6
 PARTS = (*KINDS, LINKS, BUBBLES, HOST, VAE, TEXT)  # where the seconds of a call go
 
 
 class Operators(NamedTuple):
-    """Operators without a message between them, as arrays; ``missed`` has a column for each size in ``CACHES``."""
+    """Operators without a message between them, as arrays.
+
+    ``eager``: those that no compiler sees; ``missed`` has a column for each size in ``CACHES``.
+    """
 
     kinds: np.ndarray
     flops: np.ndarray
@@ -30,6 +35,7 @@ class Operators(NamedTuple):
     bytes: np.ndarray
     wide: np.ndarray
     tiles: np.ndarray
+    eager: np.ndarray
     missed: np.ndarray
 
 
@@ -47,17 +53,18 @@ def program_of(events: Iterable[Event], fused: bool = False) -> Program:
     """Events, as :class:`Clock` runs them; ``fused`` as a compiler leaves them."""
     program: Program = []
     known: dict[int, Program] = {}
-    run: list[tuple[Operator, np.ndarray]] = []
-    events = fuse(list(events)) if fused else list(events)
+    run: list[tuple[Operator, bool, np.ndarray]] = []
+    events = list(events)
+    events, eager = fuse(events) if fused else (events, [True] * len(events))
 
     def close() -> None:
         if run:
             program.append(_arrays(run))
             run.clear()
 
-    for event, missed in zip(events, _missed(events), strict=True):
+    for event, is_eager, missed in zip(events, eager, _missed(events), strict=True):
         if isinstance(event, Operator):
-            run.append((event, missed))
+            run.append((event, is_eager, missed))
             continue
         close()
         if isinstance(event, Message | Wait):
@@ -73,9 +80,9 @@ def program_of(events: Iterable[Event], fused: bool = False) -> Program:
     return program
 
 
-def _arrays(run: list[tuple[Operator, np.ndarray]]) -> Operators:
-    columns = [[KINDS.index(one.kind), one.flops, one.scores, one.bytes, one.wide, one.tiles] for one, _ in run]
-    return Operators(*np.array(columns, dtype=float).T, np.stack([missed for _, missed in run]))
+def _arrays(run: list[tuple[Operator, bool, np.ndarray]]) -> Operators:
+    columns = [[KINDS.index(x.kind), x.flops, x.scores, x.bytes, x.wide, x.tiles, eager] for x, eager, _ in run]
+    return Operators(*np.array(columns, dtype=float).T, np.stack([missed for *_, missed in run]))
 
 
 def _missed(events: list[Event]) -> list[np.ndarray]:
@@ -101,24 +108,43 @@ def _missed(events: list[Event]) -> list[np.ndarray]:
     return missed
 
 
-def fuse(events: list[Event]) -> list[Event]:
-    """What a compiler makes of the operators: those that only move bytes are one kernel from one other to the next.
+def fuse(events: list[Event]) -> tuple[list[Event], list[bool]]:
+    """What a compiler makes of the operators, and which of them it does not see.
 
-    It reads what was made outside of it, and writes what is read behind it.
+    Those that only move bytes are one kernel from one other to the next: it reads what was made outside of it, and
+    writes what is read behind it. What prepares a message and takes it apart runs as it does without a compiler.
     """
     last = {number: i for i, event in enumerate(events) if isinstance(event, Operator) for number, _ in event.reads}
+    unseen = _around_messages(events)
     fused: list[Event] = []
+    eager: list[bool] = []
     start = 0
     while start < len(events):
         end = start
-        while end < len(events) and isinstance(events[end], Operator) and events[end].kind == MEMORY:
+        while end < len(events) and not unseen[end] and _moves(events[end]):
             end += 1
-        if end - start > 1:
-            fused.append(_kernel(events[start:end], end, last))
-        else:
-            fused += events[start : start + 1]
+        fused += [_kernel(events[start:end], end, last)] if end - start > 1 else events[start : start + 1]
+        eager.append(unseen[start])
         start = max(end, start + 1)
-    return fused
+    return fused, eager
+
+
+def _moves(event: Event) -> bool:
+    return isinstance(event, Operator) and event.kind == MEMORY
+
+
+def _around_messages(events: list[Event]) -> list[bool]:
+    """Of each event, whether there is no matrix product between it and a message, and few operators."""
+    unseen = [False] * len(events)
+    for i, event in enumerate(events):
+        if isinstance(event, Message | Wait):
+            for step in (-1, 1):
+                near = range(i, max(-1, i - NEAR) if step < 0 else min(len(events), i + NEAR), step)
+                for j in near:
+                    if type(events[j]) is tuple or (isinstance(events[j], Operator) and events[j].kind == MATMUL):
+                        break
+                    unseen[j] = True
+    return unseen
 
 
 def _kernel(group: list[Operator], end: int, last: dict[int, int]) -> Operator:
@@ -161,22 +187,23 @@ class Clock:
         return self
 
     def _operate(self, run: Operators) -> None:
-        each, seconds = self.machine.host_seconds(self.compiled), self.machine.seconds(run)
+        seconds = self.machine.seconds(run)
+        each = np.where(run.eager > 0, self.machine.host_seconds(False), self.machine.host_seconds(self.compiled))
         for kind, name in enumerate(KINDS):
             self.spent[name] += float(seconds[run.kinds == kind].sum())
         busy = float(seconds.sum())
         if self.machine.synchronous:
-            self.spent[HOST] += each * len(seconds)
-            self.host = self.device = max(self.host, self.device) + busy + each * len(seconds)
+            self.spent[HOST] += float(each.sum())
+            self.host = self.device = max(self.host, self.device) + busy + float(each.sum())
             return
-        issued = self.host + each * np.arange(1, len(seconds) + 1)
+        issued = self.host + np.cumsum(each)
         rest = np.cumsum(seconds[::-1])[::-1]
         end = max(self.device + busy, float(np.max(issued + rest)))
         self.spent[HOST] += end - self.device - busy
         self.host, self.device = float(issued[-1]), end
 
     def _send(self, message: Message) -> None:
-        self.host += self.machine.host_seconds(self.compiled)
+        self.host += CALLS * self.machine.host_seconds(False)
         seconds = self.machine.link_seconds(message)
         if message.operation == "recv":
             start = max(self.host, self.device, self.into)

@@ -10,6 +10,23 @@ from xfuser.planner.trace import Event, Message
 from xfuser.weights.text_encoders import PREFIX
 
 
+class Parts:
+    """What is computed once a call, beside the steps: the programs of components by their names."""
+
+    def __init__(self, programs: dict[str, Program]) -> None:
+        self._programs = programs
+        self._known: dict[Machine, Counter] = {}
+
+    def seconds(self, machine: Machine) -> Counter:
+        """Of the text encoders, and of all else."""
+        if machine not in self._known:
+            self._known = {machine: Counter()}
+            for name, program in self._programs.items():
+                kind = TEXT if name.startswith(PREFIX) else VAE
+                self._known[machine][kind] += Clock(machine).run(program).device
+        return self._known[machine]
+
+
 @dataclass
 class Counted:
     """A rehearsal as programs: what an estimate needs of it, for any machine.
@@ -22,7 +39,7 @@ class Counted:
 
     first: Program
     steps: list[Program]
-    parts: dict[str, Program]
+    parts: Parts
     stages: int
     between: list[Message]
 
@@ -31,7 +48,7 @@ def counted(told: Rehearsed, stages: int, compiled: bool) -> Counted:
     last = max(step for step, _ in told.steps)
     first = [event for (step, _), events in told.steps.items() if step == 0 for event in events]
     steps = [program_of(events, compiled) for (step, _), events in sorted(told.steps.items()) if step == last]
-    parts = {name: program_of(events) for name, events in told.parts.items()}
+    parts = Parts({name: program_of(events) for name, events in told.parts.items()})
     return Counted(program_of(first, compiled), steps, parts, stages, _between(first, stages))
 
 
@@ -76,9 +93,7 @@ def estimate(told: Counted, machine: Machine, steps: int, warmup: int, compiled:
         _add(found.spent, first.spent, 1)
         for clock in each:
             _add(found.spent, clock.spent, steps - 1)
-    for name, program in told.parts.items():
-        kind = TEXT if name.startswith(PREFIX) else VAE
-        found.spent[kind] += Clock(machine).run(program).device
+    found.spent.update(told.parts.seconds(machine))
     found.seconds = found.denoise + found.spent[VAE] + found.spent[TEXT]
     return found
 

@@ -59,6 +59,7 @@ class Machine:
         bandwidth: bytes a second of its memory; ``memory`` bytes that it has, None if all ranks share it.
         link, node_link: bytes a second one way, of a device within its node, and of a node to others.
         kernels: the share of the peak that the instructions of the attention kernels have.
+        feed: how many times as many operands a cycle reach its products as where these read registers.
         synchronous: whether the host itself computes: a CPU.
     """
 
@@ -72,6 +73,7 @@ class Machine:
     link: float
     constants: Constants
     kernels: float = 1.0
+    feed: float = 1.0
     wide: float = 0.5
     node: int = NODE
     node_link: float = 12.5e9
@@ -79,8 +81,8 @@ class Machine:
 
     @property
     def cycles(self) -> float:
-        """Of all processors in a second."""
-        return self.units * self.clock
+        """Of all processors in a second, in those of a generation whose products read registers."""
+        return self.units * self.clock * self.feed
 
     @property
     def cache_column(self) -> int:
@@ -169,8 +171,8 @@ def _of_sheet(name: str, links: str | None, constants: dict[str, Constants] | No
     reached = (constants or constants_of())[kind]
     return Machine(
         name=found, peak=sheet["peak_tflops"] * 1e12, units=sheet["units"], clock=sheet["gigahertz"] * 1e9,
-        cache=sheet["cache_mb"] * 1e6, bandwidth=sheet["memory_gb_s"] * 1e9, memory=int(sheet["memory_gib"] * 2**30),
-        link=link, constants=reached, kernels=sheet.get("kernels", 1.0),
+        cache=sheet["cache_mb"] * 1e6, bandwidth=sheet["memory_gb_s"] * 1e9, memory=sheet["memory_gib"] and sheet["memory_gib"] * 2**30,
+        link=link, constants=reached, **{name: sheet[name] for name in ("kernels", "feed", "wide", "synchronous") if name in sheet},
     )  # fmt: skip
 
 

@@ -96,7 +96,12 @@ def sized(name: str, inputs: InputConfig) -> dict[str, int]:
 def call_of(name: str, pipe: Any, inputs: InputConfig, dtype: torch.dtype) -> dict[str, Any]:
     """The arguments of a call of ``pipe`` with embeddings in the place of prompts."""
     entry = published()[name]
-    guided = entry["guided"] and inputs.do_classifier_free_guidance
+    guided = inputs.do_classifier_free_guidance and (entry["guided"] or any(inputs.negative_prompt))
+    if inputs.use_cfg_parallel and not guided:
+        raise ValueError(
+            f"use_cfg_parallel: {name} runs without classifier-free guidance; give a negative prompt (--negative_prompt),"
+            " or use the ranks for another method"
+        )
     batch, call = inputs.batch_size, sized(name, inputs) | {"num_inference_steps": inputs.num_inference_steps}
     for key, shape in entry["embeds"].items():
         mask = "mask" in key

@@ -139,7 +139,16 @@ class Source:
         _fake_parameters(part, self.fake)
         return part
 
+    def call(self, pipe: Any, wrapped: Any, inputs: InputConfig) -> dict[str, Any]:
+        """The arguments of the pipeline's call."""
+        return call_of(self.published, pipe, inputs, self.dtype) if self.published else wrapped.call_arguments()
+
+    def texts(self, inputs: InputConfig) -> dict[str, Tensor]:
+        """What text encoders take that the pipeline does not call."""
+        return texts_of(self.published, inputs.batch_size) if self.published else {}
+
     def pipeline(self, parts: dict[str, nn.Module]) -> Any:
+        """The pipeline of these modules."""
         pipe = pipeline_of(self.published, parts) if self.published else self._loaded(parts)
         pipe.set_progress_bar_config(disable=True)
         return pipe
@@ -174,18 +183,12 @@ class _Rehearsal:
             held = {name: getattr(wrapped, name, None) or part for name, part in parts.items()}
             told.weights = {name: int(weight_of(part) * heaviest.get(name, 1)) for name, part in held.items()}
             with self._meter, self._tracer.messages(), self._tracer:
-                self._call(wrapped, pipe, parts)
+                wrapped(**source.call(pipe, wrapped, self._inputs))
+                for name, tokens in source.texts(self._inputs).items():
+                    parts[name](tokens)
             wrapped.__dict__["_compiled"].close()
         self._sort()
         return told
-
-    def _call(self, wrapped: Any, pipe: Any, parts: dict[str, nn.Module]) -> None:
-        if not self._source.published:
-            wrapped(**wrapped.call_arguments())
-            return
-        wrapped(**call_of(self._source.published, pipe, self._inputs, self._source.dtype))
-        for name, tokens in texts_of(self._source.published, self._inputs.batch_size).items():
-            parts[name](tokens)
 
     def _simulated(self, name: str, part: nn.Module, method: str) -> Callable[..., Any]:
         """A method that computes shapes alone, takes and returns real tensors, and notes what it takes."""
