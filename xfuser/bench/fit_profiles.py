@@ -47,9 +47,10 @@ def main(arguments: list[str]) -> int:
     points = [point for point in points if point.counted in told]
     everywhere = model.fit(points, START)
     predicted: dict[str, float] = {}
+    slopes = model.slopes(points, everywhere)
     for machine in sorted({point.machine for point in points}):
         own = [point for point in points if point.machine == machine]
-        others = model.fit([point for point in points if point.machine != machine], everywhere)
+        others = model.without(machine, points, everywhere, slopes)
         predicted |= {point.id: model.seconds(point, others) for point in own}
         say(f"without {machine}: {_words(others)}")
     print("\n".join(report(points, predicted, left, everywhere)))
@@ -101,8 +102,8 @@ class Model:
                 self._programs[key] = program
 
     def seconds(self, point: Point, constants: np.ndarray) -> float:
-        kernels = 1.0 if point.newest else float(np.exp(constants[list(BOUNDS).index("kernels")]))
-        machine = machine_of(point.machine, constants=constants_of(constants), kernels=kernels)
+        kernels = float(np.exp(constants[list(BOUNDS).index("kernels")]))
+        machine = machine_of(point.machine, constants=constants_of(constants), kernels=kernels, newest=point.newest)
         told = estimate(self._programs[point.counted, point.compiled], machine, point.steps, 1, point.compiled)
         return {"step": told.step, "denoise": told.denoise, "call": told.seconds}[point.scope]
 
@@ -121,7 +122,7 @@ class Model:
         """The constants of least error, those beyond ``ROBUST`` weighing less: Gauss and Newton's steps, damped."""
         now, found, damping = start, self.errors(points, start), 1e-2
         for _ in range(rounds):
-            slopes = np.stack([self.errors(points, now + shift) - found for shift in 0.02 * np.eye(len(now))], 1) / 0.02
+            slopes = self.slopes(points, now)
             weights = 1 / np.sqrt(1 + (found / ROBUST) ** 2)
             matrix, side = slopes.T @ (weights[:, None] * slopes), slopes.T @ (weights * found)
             for _ in range(4):
@@ -136,6 +137,21 @@ class Model:
             if gain < 2e-3 * _loss(found):
                 break
         return now
+
+    def slopes(self, points: list[Point], constants: np.ndarray) -> np.ndarray:
+        """Of the errors, by each constant."""
+        found, width = self.errors(points, constants), 0.02
+        return np.stack([self.errors(points, constants + shift) - found for shift in width * np.eye(len(LOW))], 1) / width
+
+    def without(self, machine: str, points: list[Point], everywhere: np.ndarray, slopes: np.ndarray) -> np.ndarray:
+        """The constants of all points but those of a machine, by the slopes at the constants of all."""
+        kept = np.array([point.machine != machine for point in points] + [True] * len(LOW))
+        slopes, start = slopes[kept], self.errors(points, everywhere)[kept]
+        step = np.zeros(len(LOW))
+        for _ in range(20):
+            weights = 1 / np.sqrt(1 + ((start + slopes @ step) / ROBUST) ** 2)
+            step = -np.linalg.solve(slopes.T @ (weights[:, None] * slopes), slopes.T @ (weights * start))
+        return np.clip(everywhere + step, LOW, HIGH)
 
 
 def _loss(errors: np.ndarray) -> float:

@@ -14,8 +14,6 @@ from xfuser.planner.report import explain, ranked, table
 from xfuser.planner.scale import best_of, choices_of, with_groups
 from xfuser.planner.table import COLUMNS, OBJECTIVES, Row, plan
 
-STEPS = 20
-
 
 def main(arguments: list[str]) -> int:
     """Print what every legal combination of degrees takes; returns 1 where memory is given and none fits."""
@@ -24,7 +22,7 @@ def main(arguments: list[str]) -> int:
         from xfuser.cli.calibrate import run
 
         return run(arguments)
-    args = call_of(options)
+    args = call_of(options, any("inference" in argument for argument in arguments))
     check_known("objective", options.objective, OBJECTIVES)
     if options.gpus:
         return _with_times(options, args, *machines_of(options))
@@ -35,15 +33,14 @@ def main(arguments: list[str]) -> int:
     return _memory_alone(args, options.world_size)
 
 
-def call_of(options: argparse.Namespace) -> xFuserArgs:
-    """The arguments of the run; a prompt and a number of steps where none are given."""
+def call_of(options: argparse.Namespace, steps_given: bool) -> xFuserArgs:
+    """The arguments of the run, with what is not given as it usually is."""
     args = xFuserArgs.from_cli_args(options)
-    name = named(args.model)
-    steps = published()[name]["call"]["steps"] if name else STEPS
+    if (name := named(args.model)) and not steps_given:
+        args = replace(args, num_inference_steps=published()[name]["call"]["steps"])
     if args.dtype == "auto" and options.gpus:
         args = replace(args, dtype="bfloat16")
-    args = args if any(args.prompt) else replace(args, prompt="a")
-    return replace(args, num_inference_steps=args.num_inference_steps or steps)
+    return args if any(args.prompt) else replace(args, prompt="a")
 
 
 def machines_of(options: argparse.Namespace) -> tuple[int, Machine]:
@@ -145,6 +142,5 @@ def parser() -> FlexibleArgumentParser:
     flags.add_argument("--scale", nargs="+", type=int, metavar="N", help="The best configuration of each rank count.")
     flags.add_argument("--picture", metavar="FILE", default="plan.png", help="PNG file of it (default: plan.png).")
     flags.add_argument("--calibrate", action="store_true", help="Measure this machine, and keep its constants.")
-    xFuserArgs.add_cli_args(flags).set_defaults(num_inference_steps=None)
-    return flags
+    return xFuserArgs.add_cli_args(flags)
 

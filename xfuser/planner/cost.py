@@ -9,7 +9,7 @@ in which the engine issues it.
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,7 +24,7 @@ PARTS = (*KINDS, LINKS, BUBBLES, HOST, VAE, TEXT)  # where the seconds of a call
 
 
 class Operators(NamedTuple):
-    """Operators without a message between them, as arrays.
+    """Operators, as arrays.
 
     ``eager``: those that no compiler sees; ``missed`` has a column for each size in ``CACHES``.
     """
@@ -46,43 +46,48 @@ class Repeat(NamedTuple):
     count: int
 
 
-Program = list  # of Operators, Message, Wait and Repeat
+class Run(NamedTuple):
+    """Operators without a message between them: places in a program's arrays."""
+
+    start: int
+    stop: int
+
+
+@dataclass
+class Program:
+    """What a rank's queue gets: steps, and the operators of all runs among them."""
+
+    steps: list[Run | Message | Wait | Repeat]
+    operators: Operators | None
 
 
 def program_of(events: Iterable[Event], fused: bool = False) -> Program:
     """Events, as :class:`Clock` runs them; ``fused`` as a compiler leaves them."""
-    program: Program = []
+    steps: list[Any] = []
     known: dict[int, Program] = {}
-    run: list[tuple[Operator, bool, np.ndarray]] = []
+    kept: list[tuple[Operator, bool, np.ndarray]] = []
     events = list(events)
     events, eager = fuse(events) if fused else (events, [True] * len(events))
-
-    def close() -> None:
-        if run:
-            program.append(_arrays(run))
-            run.clear()
-
     for event, is_eager, missed in zip(events, eager, _missed(events), strict=True):
         if isinstance(event, Operator):
-            run.append((event, is_eager, missed))
-            continue
-        close()
-        if isinstance(event, Message | Wait):
-            program.append(event)
-            continue
-        key = id(event[0])
-        inner = known.get(key) or known.setdefault(key, program_of(event[0], fused))
-        if program and isinstance(program[-1], Repeat) and program[-1].program is inner:
-            program[-1] = Repeat(inner, program[-1].count + event[1])
+            start = steps.pop().start if steps and isinstance(steps[-1], Run) else len(kept)
+            kept.append((event, is_eager, missed))
+            steps.append(Run(start, len(kept)))
+        elif isinstance(event, Message | Wait):
+            steps.append(event)
         else:
-            program.append(Repeat(inner, event[1]))
-    close()
-    return program
+            key = id(event[0])
+            inner = known.get(key) or known.setdefault(key, program_of(event[0], fused))
+            count = event[1]
+            if steps and isinstance(steps[-1], Repeat) and steps[-1].program is inner:
+                count += steps.pop().count
+            steps.append(Repeat(inner, count))
+    return Program(steps, _arrays(kept) if kept else None)
 
 
-def _arrays(run: list[tuple[Operator, bool, np.ndarray]]) -> Operators:
-    columns = [[KINDS.index(x.kind), x.flops, x.scores, x.bytes, x.wide, x.tiles, eager] for x, eager, _ in run]
-    return Operators(*np.array(columns, dtype=float).T, np.stack([missed for *_, missed in run]))
+def _arrays(kept: list[tuple[Operator, bool, np.ndarray]]) -> Operators:
+    columns = [[KINDS.index(x.kind), x.flops, x.scores, x.bytes, x.wide, x.tiles, eager] for x, eager, _ in kept]
+    return Operators(*np.array(columns, dtype=float).T, np.stack([missed for *_, missed in kept]))
 
 
 def _missed(events: list[Event]) -> list[np.ndarray]:
@@ -175,9 +180,12 @@ class Clock:
 
     def run(self, program: Program) -> "Clock":
         """Let all of a program pass."""
-        for one in program:
-            if isinstance(one, Operators):
-                self._operate(one)
+        pace = _Pace(self.machine, self.compiled, program) if program.operators else None
+        for name, seconds in pace.spent.items() if pace else ():
+            self.spent[name] += seconds
+        for one in program.steps:
+            if isinstance(one, Run):
+                self._operate(one, pace)
             elif isinstance(one, Message):
                 self._send(one)
             elif isinstance(one, Wait):
@@ -186,21 +194,16 @@ class Clock:
                 self._repeat(one)
         return self
 
-    def _operate(self, run: Operators) -> None:
-        seconds = self.machine.seconds(run)
-        each = np.where(run.eager > 0, self.machine.host_seconds(False), self.machine.host_seconds(self.compiled))
-        for kind, name in enumerate(KINDS):
-            self.spent[name] += float(seconds[run.kinds == kind].sum())
-        busy = float(seconds.sum())
+    def _operate(self, run: Run, pace: "_Pace") -> None:
+        busy, each = pace.device[run.stop] - pace.device[run.start], pace.host[run.stop] - pace.host[run.start]
         if self.machine.synchronous:
-            self.spent[HOST] += float(each.sum())
-            self.host = self.device = max(self.host, self.device) + busy + float(each.sum())
+            self.spent[HOST] += each
+            self.host = self.device = max(self.host, self.device) + busy + each
             return
-        issued = self.host + np.cumsum(each)
-        rest = np.cumsum(seconds[::-1])[::-1]
-        end = max(self.device + busy, float(np.max(issued + rest)))
+        issued = self.host - pace.host[run.start] + pace.latest[run.start] + pace.device[run.stop]
+        end = max(self.device + busy, issued)
         self.spent[HOST] += end - self.device - busy
-        self.host, self.device = float(issued[-1]), end
+        self.host, self.device = self.host + each, end
 
     def _send(self, message: Message) -> None:
         self.host += CALLS * self.machine.host_seconds(False)
@@ -232,3 +235,24 @@ class Clock:
         self.link += (self.link - link) * more
         self.spent[HOST] += max(0.0, self.host - self.device)
         self.device = max(self.device, self.host)
+
+
+class _Pace:
+    """How long a program's operators take: sums up to each of them, of the device and of the host.
+
+    Attributes:
+        latest: by the start of a run, the most by which the issue of one of its operators is behind the device.
+        spent: seconds by kind.
+    """
+
+    def __init__(self, machine: Machine, compiled: bool, program: Program) -> None:
+        run = program.operators
+        seconds = machine.seconds(run)
+        each = np.where(run.eager > 0, machine.host_seconds(False), machine.host_seconds(compiled))
+        device, host = (np.concatenate([[0.0], np.cumsum(x)]) for x in (seconds, each))
+        starts = [one.start for one in program.steps if isinstance(one, Run)]
+        behind = np.maximum.reduceat(host[1:] - device[:-1], starts)
+        self.latest = dict(zip(starts, behind.tolist(), strict=True))
+        self.device, self.host = device.tolist(), host.tolist()
+        sums = np.bincount(run.kinds.astype(int), weights=seconds, minlength=len(KINDS))
+        self.spent = dict(zip(KINDS, sums.tolist(), strict=True))

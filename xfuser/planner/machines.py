@@ -58,7 +58,8 @@ class Machine:
         cache: bytes of the cache that they share.
         bandwidth: bytes a second of its memory; ``memory`` bytes that it has, None if all ranks share it.
         link, node_link: bytes a second one way, of a device within its node, and of a node to others.
-        kernels: the share of the peak that the instructions of the attention kernels have.
+        kernels: the share of the peak that the instructions of the attention kernels have; ``overlaps``: whether they
+            compute products and exponentials at the same time.
         feed: how many times as many operands a cycle reach its products as where these read registers.
         synchronous: whether the host itself computes: a CPU.
     """
@@ -74,6 +75,7 @@ class Machine:
     constants: Constants
     kernels: float = 1.0
     feed: float = 1.0
+    overlaps: bool = False
     wide: float = 0.5
     node: int = NODE
     node_link: float = 12.5e9
@@ -101,7 +103,8 @@ class Machine:
         waves = np.ceil(run.tiles / self.units) * self.units
         idle = np.where(run.tiles > 0, waves / np.maximum(run.tiles, 1), 1.0)
         products = run.flops * (idle / peak + 1 / (known.matmul * self.cycles))
-        attention = run.flops / (peak * self.kernels) + run.scores * known.attention / (EXPS * self.cycles)
+        products_of, others = run.flops / (peak * self.kernels), run.scores * known.attention / (EXPS * self.cycles)
+        attention = np.maximum(products_of, others) if self.overlaps else products_of + others
         return np.maximum(np.select([run.kinds == 0, run.kinds == 1], [products, attention], 0.0), moved)
 
     def link_seconds(self, message: Message) -> float:
@@ -132,6 +135,7 @@ def machine_of(
     node_link: float | None = None,
     constants: dict[str, Constants] | None = None,
     kernels: float | None = None,
+    newest: bool = False,
 ) -> Machine:
     """The machine of this name: one that was calibrated here, or one of the data sheets.
 
@@ -139,6 +143,7 @@ def machine_of(
         links: pcie, nvlink, or a rate such as 200gbit; those of the data sheet if not given.
         node: devices in a node; ``node_link``: bytes a second between nodes, one way.
         constants: by kind of links, and kernels, where the data sheet has some: in the place of those that are shipped.
+        newest: whether attention runs on kernels of the device's own generation, where others are usual.
 
     Raises:
         ValueError: nothing is known of it.
@@ -147,6 +152,8 @@ def machine_of(
     machine = own or _of_sheet(name, links, constants)
     if kernels and machine.kernels != 1.0:
         machine = replace(machine, kernels=kernels)
+    if newest:
+        machine = replace(machine, kernels=1.0, overlaps=True)
     if links and links not in KINDS:
         machine = replace(machine, link=in_bytes_a_second(links))
     return replace(machine, node=node, node_link=node_link or machine.node_link)

@@ -78,12 +78,16 @@ def pipeline_of(name: str, parts: dict[str, nn.Module]) -> Any:
     return pipe
 
 
-def texts_of(name: str, batch: int) -> dict[str, torch.Tensor]:
-    """What each text encoder of a published pipeline takes, ``[batch, tokens]``."""
-    entry = published()[name]
-    return {
-        part: torch.zeros(batch, value[2], dtype=torch.long) for part, value in entry.items() if part.startswith(PREFIX)
-    }
+def texts_of(name: str, inputs: InputConfig) -> list[tuple[str, torch.Tensor]]:
+    """What text encoders of a published pipeline take, ``[batch, tokens]``: prompts, and negative ones if it guides."""
+    entry, batch = published()[name], inputs.batch_size
+    tokens = {part: torch.zeros(batch, value[2], dtype=torch.long) for part, value in entry.items() if part.startswith(PREFIX)}
+    return list(tokens.items()) * (1 + guided(name, inputs))
+
+
+def guided(name: str, inputs: InputConfig) -> bool:
+    """Whether classifier-free guidance runs: where it usually does, or there is a negative prompt."""
+    return inputs.do_classifier_free_guidance and (published()[name]["guided"] or any(inputs.negative_prompt))
 
 
 def sized(name: str, inputs: InputConfig) -> dict[str, int]:
@@ -96,8 +100,8 @@ def sized(name: str, inputs: InputConfig) -> dict[str, int]:
 def call_of(name: str, pipe: Any, inputs: InputConfig, dtype: torch.dtype) -> dict[str, Any]:
     """The arguments of a call of ``pipe`` with embeddings in the place of prompts."""
     entry = published()[name]
-    guided = inputs.do_classifier_free_guidance and (entry["guided"] or any(inputs.negative_prompt))
-    if inputs.use_cfg_parallel and not guided:
+    guides = guided(name, inputs)
+    if inputs.use_cfg_parallel and not guides:
         raise ValueError(
             f"use_cfg_parallel: {name} runs without classifier-free guidance; give a negative prompt (--negative_prompt),"
             " or use the ranks for another method"
@@ -107,9 +111,9 @@ def call_of(name: str, pipe: Any, inputs: InputConfig, dtype: torch.dtype) -> di
         mask = "mask" in key
         value = torch.ones(batch, *shape, dtype=torch.long) if mask else torch.zeros(batch, *shape, dtype=dtype)
         value = list(value) if entry.get("lists") else value
-        call |= {key: value} | ({f"negative_{key}": value} if guided else {})
+        call |= {key: value} | ({f"negative_{key}": value} if guides else {})
     scale = "true_cfg_scale" if entry["pipeline"] == "QwenImagePipeline" else "guidance_scale"
-    call[scale] = 5.0 if guided else 0.0 if entry.get("lists") else 1.0
+    call[scale] = 5.0 if guides else 0.0 if entry.get("lists") else 1.0
     takes = inspect.signature(type(pipe).__call__).parameters
     call |= {key: None for key in ("prompt", "negative_prompt") if key in takes}
     return call | {"output_type": "pt"}

@@ -143,9 +143,9 @@ class Source:
         """The arguments of the pipeline's call."""
         return call_of(self.published, pipe, inputs, self.dtype) if self.published else wrapped.call_arguments()
 
-    def texts(self, inputs: InputConfig) -> dict[str, Tensor]:
+    def texts(self, inputs: InputConfig) -> list[tuple[str, Tensor]]:
         """What text encoders take that the pipeline does not call."""
-        return texts_of(self.published, inputs.batch_size) if self.published else {}
+        return texts_of(self.published, inputs) if self.published else []
 
     def pipeline(self, parts: dict[str, nn.Module]) -> Any:
         """The pipeline of these modules."""
@@ -184,7 +184,7 @@ class _Rehearsal:
             told.weights = {name: int(weight_of(part) * heaviest.get(name, 1)) for name, part in held.items()}
             with self._meter, self._tracer.messages(), self._tracer:
                 wrapped(**source.call(pipe, wrapped, self._inputs))
-                for name, tokens in source.texts(self._inputs).items():
+                for name, tokens in source.texts(self._inputs):
                     parts[name](tokens)
             wrapped.__dict__["_compiled"].close()
         self._sort()

@@ -148,6 +148,8 @@ class Tracer(TorchDispatchMode):
         kind, flops, scores, tiles = _cost(func, args, kwargs, result, inputs)
         wide = bool(inputs) and inputs[0].dtype in (torch.float32, torch.float64)
         self.trace.events.append(Operator(kind, flops, scores, wide, reads, writes, tiles))
+        if "conv" in func._schema.name and not wide:  # whose maps are put into the order that its units need, and back
+            self.trace.events.append(Operator(MEMORY, 0.0, 0.0, wide, reads, writes))
 
     def _number(self, x: Tensor) -> int:
         """The same for all tensors in one storage, for as long as it lives."""
