@@ -42,10 +42,17 @@ def main(arguments: list[str]) -> int:
         fail_together()
         return _run_rank(options, chosen)
     check_outputs(options)
+    if options.predict:
+        from xfuser.bench.predict import machine_here, prediction_table
+
+        machine_here()  # or an error, ahead of all that is measured
     told = run_ranks("bench", arguments, chosen)
     if told is None:
         return 1
     _report(options, told)
+    if options.predict:
+        engine, inputs = base_arguments(options).checked()
+        print(prediction_table(options, inputs, engine, chosen, told))
     return 0
 
 
@@ -70,6 +77,7 @@ def parser() -> FlexibleArgumentParser:
     flags.add_argument("--against", choices=["diffusers"], help="Also run Diffusers' own context parallelism.")
     flags.add_argument("--rounds", type=int, default=5, help="Interleaved rounds; medians are shown (default: 5).")
     flags.add_argument("--warm_up", type=int, default=1, help="Short calls ahead of each timed one (default: 1).")
+    flags.add_argument("--predict", action="store_true", help="Beside it, what xdit plan says of this machine.")
     flags.add_argument("--timeline", metavar="FILE", help="Draw what PipeFusion's stages did when into this PNG file.")
     flags.add_argument("--output_dir", default="results/bench", help="Folder for the report (default: results/bench).")
     flags.add_argument("--part", help=argparse.SUPPRESS)  # where rank 0 leaves what it measured for who started it
@@ -147,7 +155,7 @@ def of_this_world(chosen: list[Configuration]) -> list[Configuration]:
 
 def check_outputs(options: argparse.Namespace) -> None:
     """Raise a ValueError where the report cannot be made, or would lack something."""
-    from xfuser.bench.extras import extra
+    from xfuser.core.extras import extra
 
     check_writable(options.output_dir)
     check_writable(os.path.dirname(options.timeline or "") or ".")

@@ -4,7 +4,7 @@ import statistics
 import textwrap
 from typing import Any
 
-from xfuser.bench.extras import extra
+from xfuser.core.extras import extra
 from xfuser.bench.files import write_file
 
 PARTS = ("parameters", "buffers", "activations")

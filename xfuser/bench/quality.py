@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from xfuser.bench.extras import extra
+from xfuser.core.extras import extra
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 FID_SIDE = 299  # pixels, as the Inception network takes

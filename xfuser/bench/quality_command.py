@@ -10,7 +10,7 @@ from typing import Any
 
 from xfuser.bench.command import base_arguments, is_rank, of_this_world, run_ranks
 from xfuser.bench.configurations import Configuration, configurations
-from xfuser.bench.extras import extra
+from xfuser.core.extras import extra
 from xfuser.bench.files import write_json, write_text
 from xfuser.config import FlexibleArgumentParser, xFuserArgs
 from xfuser.config.args import shipped_folder

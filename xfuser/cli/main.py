@@ -5,6 +5,7 @@ import os
 import sys
 import time
 import uuid
+from dataclasses import replace
 from typing import Any
 
 from xfuser.cli.words import check_words, known_words
@@ -33,10 +34,11 @@ def main() -> int:
         args.model = args.model or SHIPPED_PIPELINE
         if not any(args.prompt):
             raise ValueError('there is nothing to draw: give --prompt "..."')
+        args = replace(args, model=args.model or SHIPPED_PIPELINE) if args.auto else args
         engine_config, _ = args.checked()
         check_words(engine_config.model_config.model, args.prompt, args.negative_prompt)
         check_writable(options.output_dir)
-        ranks = engine_config.world_size
+        ranks = devices.device_count() if args.auto else engine_config.world_size
         if ranks > 1 and not is_rank:
             return launch(ranks, arguments)
         pipe, call = prepare(args)

@@ -1,38 +1,145 @@
-"""``xdit plan``: which degrees of parallelism a number of ranks can be put to, and what memory each takes."""
+"""``xdit plan``: which degrees of parallelism a number of ranks can be put to, what each takes, and how long."""
 
+import argparse
 from dataclasses import replace
+from typing import Any
 
 from xfuser.config import FlexibleArgumentParser, xFuserArgs
+from xfuser.config.args import in_bytes
+from xfuser.config.config import check_known
 from xfuser.core import device as devices
-from xfuser.planner.table import COLUMNS, plan
+from xfuser.planner.machines import NODE, Machine, devices_of, in_bytes_a_second, machine_of
+from xfuser.planner.published import named, published
+from xfuser.planner.report import explain, ranked, table
+from xfuser.planner.scale import best_of, choices_of, with_groups
+from xfuser.planner.table import COLUMNS, OBJECTIVES, Row, plan
 
 
 def main(arguments: list[str]) -> int:
     """Print what every legal combination of degrees takes; returns 1 where memory is given and none fits."""
     options = parser().parse_args(arguments)
-    args = xFuserArgs.from_cli_args(options)
-    if not any(args.prompt):
-        args = replace(args, prompt="a")
+    if options.calibrate:
+        from xfuser.cli.calibrate import run
+
+        return run(arguments)
+    args = call_of(options, any("inference" in argument for argument in arguments))
+    check_known("objective", options.objective, OBJECTIVES)
+    if options.gpus:
+        return _with_times(options, args, *machines_of(options))
+    if options.world_size is None:
+        raise ValueError("give --gpus, such as 8xL40, or --world_size for the memory alone")
     if options.world_size < 1:
         raise ValueError(f"world_size={options.world_size} must be 1 or more")
-    rows = plan(args, options.world_size)
+    return _memory_alone(args, options.world_size)
+
+
+def call_of(options: argparse.Namespace, steps_given: bool) -> xFuserArgs:
+    """The arguments of the run, with what is not given as it usually is."""
+    args = xFuserArgs.from_cli_args(options)
+    if (name := named(args.model)) and not steps_given:
+        args = replace(args, num_inference_steps=published()[name]["call"]["steps"])
+    if args.dtype == "auto" and options.gpus:
+        args = replace(args, dtype="bfloat16")
+    return args if any(args.prompt) else replace(args, prompt="a")
+
+
+def machines_of(options: argparse.Namespace) -> tuple[int, Machine]:
+    """How many ranks ``--gpus`` of all nodes are, and the machine."""
+    count, name = devices_of(options.gpus)
+    if options.nodes < 1:
+        raise ValueError(f"nodes={options.nodes} must be 1 or more")
+    rate = in_bytes_a_second(options.node_link) if options.node_link else None
+    node = count if options.nodes > 1 else max(NODE, count)
+    return count * options.nodes, machine_of(name, options.links, node, rate)
+
+
+def _memory_alone(args: xFuserArgs, world_size: int) -> int:
+    rows = plan(args, world_size)
     memory = args.checked()[0].runtime_config.memory or devices.total_memory()
     width = max(len(row.name) for row in rows)
-    print(f"GB of a rank, {args.dtype}, {options.world_size} ranks")
+    print(f"GB of a rank, {args.dtype}, {world_size} ranks")
     print(f"{'':{width}}  " + "  ".join(COLUMNS))
     for row in sorted(rows, key=lambda row: row.peak):
         print(f"{row.name:{width}}  {row.text(memory)}")
     return 0 if memory is None or any(row.fits(memory) for row in rows) else 1
 
 
+def _with_times(options: argparse.Namespace, args: xFuserArgs, ranks: int, machine: Machine) -> int:
+    memory = in_bytes(args.memory) if args.memory else machine.memory
+    compiled = options.compile or args.use_torch_compile
+    args = replace(args, use_torch_compile=False)
+    title = (
+        f"{named(args.model) or args.model or 'the shipped pipeline'} on {machine.name}, {args.num_inference_steps}"
+        f" steps, {args.dtype}, {'compiled' if compiled else 'eager'}"
+    )
+    if options.scale:
+        return _scale(options, args, machine, memory, compiled, title)
+    rows = plan(args, ranks, machine, compiled, choices_of(ranks))
+    if options.objective == "throughput":
+        rows += with_groups(args, ranks, machine, compiled)
+    good, rest = ranked(rows, options.objective, memory, options.exact)
+    print(f"{ranks} ranks: {title}")
+    if good:
+        print("\n".join(table(good, options.objective)))
+    for row, reason in rest:
+        print(f"{row.name}: no: {reason}")
+    if options.explain:
+        print("\n".join(explain(_chosen(options.explain, good), machine, args.num_inference_steps, compiled)))
+    if good:
+        _draw("draw_plan", options.picture, f"{ranks} ranks: {title}", good)
+    return 0 if good else 1
+
+
+def _draw(kind: str, path: str, *what: Any) -> None:
+    """A picture, or why there is none: the table says the same."""
+    from xfuser.planner import picture
+
+    try:
+        print(getattr(picture, kind)(path, *what))
+    except ValueError as error:
+        print(error)
+
+
+def _chosen(name: str, rows: list[Row]) -> Row:
+    if name == "best" and rows:
+        return rows[0]
+    check_known("explain", name, ["best", *(row.name for row in rows)])
+    return next(row for row in rows if row.name == name)
+
+
+def _scale(
+    options: argparse.Namespace, args: xFuserArgs, machine: Machine, memory: int | None, compiled: bool, title: str
+) -> int:
+    best = best_of(options.scale, args, machine, compiled, memory, options.exact)
+    print(f"{title}\n   ranks   seconds  efficiency  device-seconds  configuration")
+    first = min(best)
+    for count, row in sorted(best.items()):
+        efficiency = first * best[first].seconds / (count * row.seconds)
+        print(f"{count:8}  {row.seconds:8.3g}  {efficiency:10.2f}  {count * row.seconds:14.4g}  {row.name}")
+    _draw("draw_scale", options.picture, title, best)
+    return 0
+
+
 def parser() -> FlexibleArgumentParser:
-    """The flags of ``xdit plan``: those of ``xdit``, and the number of ranks."""
+    """The flags of ``xdit plan``: those of ``xdit``, the machine, and what is asked of it."""
     flags = FlexibleArgumentParser(
         prog="xdit plan",
-        description="List the legal combinations of degrees of parallelism with the memory that a rank needs, by the"
-        " pipeline's configuration alone. The other flags are those that the run is to have; degrees are not given,"
-        " and --fully_shard_degree above 1 means all ranks of a replica.",
-        epilog="Example: xdit plan --model black-forest-labs/FLUX.1-dev --world_size 4 --memory 24GB --dtype bf16",
+        description="List the legal combinations of degrees of parallelism with the memory that a rank needs and, with"
+        " --gpus, the time of a call, by the pipeline's configuration alone; the fastest first. The other flags are"
+        " those that the run is to have; degrees are not given, and --fully_shard_degree above 1 means all ranks of a"
+        f" replica. Known without a download: {', '.join(published())}.",
+        epilog="Example: xdit plan --model flux.1-dev --gpus 4xH100 --compile",
     )
-    flags.add_argument("--world_size", type=int, required=True, metavar="N", help="Number of ranks.")
+    flags.add_argument("--world_size", type=int, metavar="N", help="Number of ranks, for the memory alone.")
+    flags.add_argument("--gpus", metavar="NxNAME", help="Devices of a node, such as 8xL40.")
+    flags.add_argument("--links", metavar="KIND", help="pcie, nvlink or a rate such as 64GB; else the data sheet's.")
+    flags.add_argument("--nodes", type=int, default=1, metavar="N", help="Nodes of so many --gpus (default: 1).")
+    flags.add_argument("--node_link", metavar="RATE", help="Of a node to others, such as 100gbit (the default).")
+    flags.add_argument("--objective", default="latency", help=f"{', '.join(OBJECTIVES)} (default: latency).")
+    flags.add_argument("--compile", action="store_true", help="Blocks are compiled, as by --use_torch_compile.")
+    flags.add_argument("--exact", action="store_true", help="Leave out what draws a slightly different picture.")
+    flags.add_argument("--explain", metavar="CONFIG", help="Where each number of a row is from; 'best' for the first.")
+    flags.add_argument("--scale", nargs="+", type=int, metavar="N", help="The best configuration of each rank count.")
+    flags.add_argument("--picture", metavar="FILE", default="plan.png", help="PNG file of it (default: plan.png).")
+    flags.add_argument("--calibrate", action="store_true", help="Measure this machine, and keep its constants.")
     return xFuserArgs.add_cli_args(flags)

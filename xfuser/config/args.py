@@ -1,6 +1,7 @@
 """The flags: every field of one dataclass is a flag, with its help, group and type."""
 
 import argparse
+import importlib
 import math
 import os
 import re
@@ -33,6 +34,7 @@ from xfuser.vae.engines import check_engine
 DTYPES = {"auto": None, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 DTYPES |= {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TEXT_ENCODER_MODES = ("replicate", "shard", "rank0", "offload")
+PLANNER = "xfuser.planner.auto"
 SHIPPED = os.path.join(os.path.dirname(os.path.dirname(__file__)), "assets")
 SHIPPED_PIPELINE = os.path.join(SHIPPED, "shapes-256")
 SHIPPED_SIDE = 256  # pixels that the shipped pipelines were trained with
@@ -97,6 +99,8 @@ class xFuserArgs:
     use_fp8_t5_encoder: bool = _runtime(False, "Store the T5 text encoder's weights in 8 bits.")
     dtype: str = _runtime("auto", "Weights: float32, float16, bfloat16; auto is bfloat16 on a GPU, else float32.")
 
+    auto: bool = _parallel(False, "Choose the degrees by plan, for the ranks that run: the fastest exact ones.")
+    allow_stale: bool = _parallel(False, "Let auto choose what draws a slightly different picture, too.")
     do_classifier_free_guidance: bool = _parallel(True, "Guide by the prompt (--no_... switches guidance off).")
     use_cfg_parallel: bool = _parallel(False, "Compute guidance's two branches on two groups of ranks.")
     use_split_batch: bool = _parallel(False, "Older name of --use_cfg_parallel.")
@@ -164,12 +168,21 @@ class xFuserArgs:
                 not available. No process group exists then.
         """
         fail_together()
+        if self.auto:
+            return self._chosen().create_config()
         configs = self.checked(launched_world_size())
         init_distributed_environment()
         return configs
 
+    def _chosen(self) -> "xFuserArgs":
+        """These arguments with degrees chosen by plan, the same on all ranks."""
+        self.checked()
+        init_distributed_environment()
+        return importlib.import_module(PLANNER).chosen(self)  # by name: the planner runs the engine, which reads these
+
     def checked(self, world_size: int | None = None) -> tuple[EngineConfig, InputConfig]:
         """As :meth:`create_config`, without touching process groups; any number of ranks where none is given."""
+        self._check_auto()
         if self.use_onediff:
             raise ValueError("use_onediff: OneDiff is no longer maintained, and is not supported; remove it")
         if self.use_torch_compile and (lacks := compiler.missing()):
@@ -192,6 +205,15 @@ class xFuserArgs:
         teacache = self.use_teacache and bool(self.model)
         check_folder(model.model, parallel.sequenced, parallel.pipelined, parallel.divides, teacache)
         return EngineConfig(model, self._runtime_config(), parallel), inputs
+
+    def _check_auto(self) -> None:
+        if self.allow_stale and not self.auto:
+            raise ValueError("allow_stale requires auto: add it, or choose the degrees of a stale method")
+        given = [names.flag for names in DEGREES.values() if self._is_given(names.flag)]
+        if self.auto and given:
+            raise ValueError(
+                f"auto chooses the degrees, and {given[0]}={getattr(self, given[0])!r} is given: remove one"
+            )
 
     def _parallel_config(self) -> ParallelConfig:
         guided_in_parallel = self.use_cfg_parallel or self.use_split_batch

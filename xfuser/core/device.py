@@ -47,6 +47,11 @@ def device_name() -> str:
         return platform.processor() or platform.machine()
 
 
+def device_count() -> int:
+    """Accelerators of this machine; 1 where there is none."""
+    return max(1, torch.accelerator.device_count()) if device_type() != "cpu" else 1
+
+
 def device(local_rank: int) -> torch.device:
     """The device of the rank with this index on its node; the CPU where there is no accelerator."""
     kind = _working_type()

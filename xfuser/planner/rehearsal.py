@@ -5,8 +5,9 @@ The pipeline, its scheduler, its tokenizers and the engine are real. Weights and
 """
 
 import os
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any
@@ -19,27 +20,32 @@ from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from xfuser.config import EngineConfig, InputConfig
 from xfuser.core import device as devices
 from xfuser.core.distributed import destroy_distributed_environment
+from xfuser.core.hooks import replaced
 from xfuser.core.logger import quiet_libraries
 from xfuser.core.meters import LiveMemory
 from xfuser.methods.pipefusion.blocks import divide
 from xfuser.models.plan import blocks_of
 from xfuser.models.registry import plan_of, planned_models
 from xfuser.parallel import xDiTParallel
+from xfuser.planner.published import call_of, module_of, named, parts_of, pipeline_of, texts_of
+from xfuser.planner.repeats import repeats
+from xfuser.planner.trace import Event, Mark, Tracer
 from xfuser.weights.fsdp import outermost_lists
 from xfuser.weights.placement import pipeline_split
 from xfuser.weights.skeleton import component, components_of
 
+STEP = "step"
 CODER = ("encode", "decode")  # the methods by which pipelines call their VAE
 
 
 @dataclass
-class Memory:
-    """Bytes on the rank that has most weights.
+class Rehearsed:
+    """What a call takes on the rank that has most weights: bytes, and the events of :mod:`xfuser.planner.trace`.
 
     Attributes:
         weights: of each component of the pipeline.
@@ -48,6 +54,8 @@ class Memory:
         live: of tensors other than weights, at the peak while a component computes; with what any component keeps for
             later, such as the keys and values of PipeFusion.
         kept: of those between the transformers' forwards.
+        steps: events of each sub-step, by step and patch.
+        parts: events of each other component's calls, by its name.
     """
 
     weights: dict[str, int] = field(default_factory=dict)
@@ -55,12 +63,16 @@ class Memory:
     units: dict[str, list[int]] = field(default_factory=dict)
     live: dict[str, int] = field(default_factory=dict)
     kept: int = 0
+    steps: dict[tuple[int, int], list[Event]] = field(default_factory=dict)
+    parts: dict[str, list[Event]] = field(default_factory=dict)
 
 
 @contextmanager
 def alone_of(world_size: int) -> Iterator[None]:
     """Within the context, this process is rank 0 of ``world_size``, on the CPU, and the others do not exist."""
+    hook = sys.excepthook  # torch puts the rank's name in front of errors, once more for each group
     dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
+    sys.excepthook = hook
     try:
         with devices.on_cpu():
             yield
@@ -76,33 +88,174 @@ def configs_of(model: str, cache: str | None = None) -> str:
     return snapshot_download(model, cache_dir=cache, allow_patterns=["*.json", "*.txt", "*.model", "*.jinja"])
 
 
-def rehearse(engine_config: EngineConfig, input_config: InputConfig) -> Memory:
+def rehearse(engine_config: EngineConfig, input_config: InputConfig, source: "Source | None" = None) -> Rehearsed:
     """What a call takes on a rank; within :func:`alone_of` the configuration's number of ranks.
+
+    ``source`` is kept between rehearsals of one pipeline, which then share what they have in common.
 
     Raises:
         ValueError: the configuration does not fit the pipeline.
         RuntimeError: a forward reads the values of its tensors, which have none.
     """
-    folder, dtype = engine_config.model_config.model, engine_config.runtime_config.dtype
-    parts = {name: part for name in components_of(folder) if (part := component(folder, name, dtype))}
-    fake, meter = FakeTensorMode(allow_non_fake_inputs=True), LiveMemory()
-    memory = Memory(live=dict.fromkeys(parts, 0))
-    for name, part in parts.items():
-        _fake_parameters(part, fake)
-        for method in CODER if hasattr(part, CODER[1]) else ("forward",):
-            setattr(part, method, _simulated(getattr(part, method), name, fake, meter, memory))
-    disable_progress_bar()
-    with quiet_libraries():
-        pipe = DiffusionPipeline.from_pretrained(folder, **parts)
-    pipe.set_progress_bar_config(disable=True)
-    heaviest = _heaviest_stage(pipe, engine_config)
-    memory.transformers = set(planned_models(pipe))
-    memory.units = {name: units_of(part) for name, part in parts.items()}
-    parallel = xDiTParallel(pipe, engine_config, input_config)
-    memory.weights = {name: int(weight_of(getattr(parallel, name)) * heaviest.get(name, 1)) for name in parts}
-    with meter:
-        parallel(**parallel.call_arguments())
-    return memory
+    runtime = engine_config.runtime_config
+    source = source or Source(engine_config.model_config.model, runtime.dtype)
+    with torch.no_grad(), quiet_libraries():
+        return _Rehearsal(source, engine_config, input_config).run()
+
+
+class Source:
+    """A pipeline's folder, or its published sizes, and what rehearsals of it share."""
+
+    def __init__(self, model: str, dtype: torch.dtype) -> None:
+        self.model, self.dtype = model, dtype
+        self.published = None if os.path.isdir(model) else named(model)
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.known: dict[Any, Any] = {}  # what components do and return that no configuration changes
+        self._parts: dict[str, nn.Module] = {}
+
+    def parts(self, fresh: bool) -> dict[str, nn.Module]:
+        """The modules; the transformers made anew, for this time alone, where a rehearsal changes them."""
+        if not self._parts:
+            self._parts = self._built()
+        if not fresh:
+            return dict(self._parts)
+        return {n: self._faked(self.module(n)) if plan_of(part) else part for n, part in self._parts.items()}
+
+    def _built(self) -> dict[str, nn.Module]:
+        if self.published:
+            parts = parts_of(self.published, self.dtype)
+        else:
+            found = {name: component(self.model, name, self.dtype) for name in components_of(self.model)}
+            parts = {name: part for name, part in found.items() if part}
+        return {name: self._faked(part) for name, part in parts.items()}
+
+    def module(self, name: str) -> nn.Module:
+        """One component, made anew, on the meta device."""
+        if self.published:
+            return module_of(self.published, name, self.dtype)
+        return component(self.model, name, self.dtype)
+
+    def _faked(self, part: nn.Module) -> nn.Module:
+        _fake_parameters(part, self.fake)
+        return part
+
+    def call(self, pipe: Any, wrapped: Any, inputs: InputConfig) -> dict[str, Any]:
+        """The arguments of the pipeline's call."""
+        return call_of(self.published, pipe, inputs, self.dtype) if self.published else wrapped.call_arguments()
+
+    def texts(self, inputs: InputConfig) -> list[tuple[str, Tensor]]:
+        """What text encoders take that the pipeline does not call."""
+        return texts_of(self.published, inputs) if self.published else []
+
+    def pipeline(self, parts: dict[str, nn.Module]) -> Any:
+        """The pipeline of these modules."""
+        pipe = pipeline_of(self.published, parts) if self.published else self._loaded(parts)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def _loaded(self, parts: dict[str, nn.Module]) -> Any:
+        disable_progress_bar()
+        return DiffusionPipeline.from_pretrained(self.model, **parts)
+
+
+class _Rehearsal:
+    """One call under one configuration."""
+
+    def __init__(self, source: Source, engine_config: EngineConfig, input_config: InputConfig) -> None:
+        self._source, self._engine, self._inputs = source, engine_config, input_config
+        self._meter, self._tracer = LiveMemory(), Tracer()
+        self._forwards = 0
+        self.told = Rehearsed()
+
+    def run(self) -> Rehearsed:
+        told, source, parallel = self.told, self._source, self._engine.parallel_config
+        parts = source.parts(fresh=parallel.divides)
+        with ExitStack() as stack:
+            told.live = dict.fromkeys(parts, 0)
+            for name, part in parts.items():
+                for method in CODER if hasattr(part, CODER[1]) else ("forward",):
+                    stack.enter_context(replaced(part, method, self._simulated(name, part, method)))
+            pipe = source.pipeline(parts)
+            heaviest = _heaviest_stage(pipe, self._engine, source)
+            told.transformers = set(planned_models(pipe))
+            told.units = {name: units_of(part) for name, part in parts.items()}
+            wrapped = xDiTParallel(pipe, self._engine, self._inputs)
+            held = {name: getattr(wrapped, name, None) or part for name, part in parts.items()}
+            told.weights = {name: int(weight_of(part) * heaviest.get(name, 1)) for name, part in held.items()}
+            with self._meter, self._tracer.messages(), self._tracer:
+                wrapped(**source.call(pipe, wrapped, self._inputs))
+                for name, tokens in source.texts(self._inputs):
+                    parts[name](tokens)
+            wrapped.__dict__["_compiled"].close()
+        self._sort()
+        return told
+
+    def _simulated(self, name: str, part: nn.Module, method: str) -> Callable[..., Any]:
+        """A method that computes shapes alone, takes and returns real tensors, and notes what it takes."""
+        original, fake, told = getattr(part, method), self._source.fake, self.told
+
+        def as_fake(x: Tensor) -> Tensor:
+            return x if isinstance(x, FakeTensor) else fake.from_tensor(x)
+
+        @wraps(original)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            key = self._key(name, method, args, kwargs)
+            if key in self._source.known:
+                live, events, output = self._source.known[key]
+                told.live[name] = max(told.live[name], self._meter.live + live)
+                self._tracer.trace.events += [Mark(name), *events]
+                return tree_map_only(FakeTensor, _zeros, output)
+            self._begin(name, part)
+            args, kwargs = tree_map_only(Tensor, as_fake, (args, kwargs))
+            before, self._meter.peak = self._meter.peak, self._meter.live
+            base, start = self._meter.live, len(self._tracer.trace.events)
+            with fake, self._meter, self._tracer, self._repeats(name, part):
+                output = original(*args, **kwargs)
+            told.live[name] = max(told.live[name], self._meter.peak)
+            if key:
+                self._source.known[key] = self._meter.peak - base, self._tracer.trace.events[start:], output
+            self._meter.peak = max(before, self._meter.peak)
+            return tree_map_only(FakeTensor, _zeros, output)
+
+        return call
+
+    def _key(self, name: str, method: str, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """By what the work of a component that is not divided is known; None for others."""
+        runtime = self._engine.runtime_config
+        divided = runtime.use_parallel_vae and method in CODER or runtime.text_encoder != "replicate"
+        if name in self.told.transformers or divided or self._engine.parallel_config.tensor_parallel_text_encoder:
+            return None
+        values = tree_leaves((args, kwargs))
+        return name, method, tuple(tuple(x.shape) if isinstance(x, Tensor) else str(x)[:40] for x in values)
+
+    def _begin(self, name: str, part: nn.Module) -> None:
+        if name not in self.told.transformers:
+            self._tracer.trace.events.append(Mark(name))
+            return
+        if self.told.live[name]:  # not its first call
+            self.told.kept = max(self.told.kept, self._meter.live)
+        state = getattr(part.forward, "call_state", None)
+        step, patch = (state.step, state.patch) if state else (-1 - self._forwards, 0)
+        self._forwards += 1
+        self._tracer.trace.events.append(Mark(STEP, step, patch))
+
+    def _repeats(self, name: str, part: nn.Module) -> AbstractContextManager[None]:
+        plan = plan_of(part) if name in self.told.transformers else None
+        return repeats(part, plan, self._tracer.trace, self._meter)
+
+    def _sort(self) -> None:
+        """Events by sub-step and by component. Without a call's state, forwards are told apart by their number."""
+        each = max(1, self._forwards // self._inputs.num_inference_steps)
+        for mark, events in self._tracer.trace.parts().items():
+            if mark.part == STEP:
+                step = mark.step if mark.step >= 0 else (-1 - mark.step) // each
+                self.told.steps.setdefault((step, mark.patch), []).extend(events)
+            else:
+                self.told.parts.setdefault(mark.part, []).extend(events)
+
+
+def _zeros(x: Tensor) -> Tensor:
+    return torch.zeros(x.shape, dtype=x.dtype)
 
 
 def weight_of(module: nn.Module) -> int:
@@ -128,36 +281,13 @@ def _fake_parameters(module: nn.Module, fake: FakeTensorMode) -> None:
             owner._parameters[key] = new[old]
 
 
-def _simulated(
-    original: Callable[..., Any], name: str, fake: FakeTensorMode, meter: LiveMemory, memory: Memory
-) -> Callable[..., Any]:
-    """A method that computes shapes alone, takes and returns real tensors, and notes its memory."""
-
-    def as_fake(x: Tensor) -> Tensor:
-        return x if isinstance(x, FakeTensor) else fake.from_tensor(x)
-
-    @wraps(original)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if memory.live[name] and name in memory.transformers:  # not its first call
-            memory.kept = max(memory.kept, meter.live)
-        args, kwargs = tree_map_only(Tensor, as_fake, (args, kwargs))
-        before, meter.peak = meter.peak, meter.live
-        with fake, meter:
-            output = original(*args, **kwargs)
-        memory.live[name] = max(memory.live[name], meter.peak)
-        meter.peak = max(before, meter.peak)
-        return tree_map_only(FakeTensor, lambda x: torch.zeros(x.shape, dtype=x.dtype), output)
-
-    return call
-
-
-def _heaviest_stage(pipe: Any, engine_config: EngineConfig) -> dict[str, float]:
+def _heaviest_stage(pipe: Any, engine_config: EngineConfig, source: Source) -> dict[str, float]:
     """Of each transformer, how much more the heaviest PipeFusion stage weighs than the first, which is rehearsed."""
     models, factors = planned_models(pipe), {}
     for name, layers in pipeline_split(models, type(pipe).__name__, engine_config.parallel_config).items():
         weights = []
         for stage in range(len(layers)):
-            model = component(engine_config.model_config.model, name, engine_config.runtime_config.dtype)
+            model = source.module(name)
             divide(model, models[name][1], layers, stage)
             weights.append(sum(x.nbytes for x in model.parameters()))
         factors[name] = max(weights) / weights[0]

@@ -1,92 +1,160 @@
-"""The legal combinations of degrees for a number of ranks, and the memory that each takes."""
+"""The legal combinations of degrees for a number of ranks: the memory that each takes, and the time."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 
 from xfuser.config import xFuserArgs
 from xfuser.config.args import shipped_folder
 from xfuser.config.config import DEGREES, in_words, legal_degrees
-from xfuser.planner.rehearsal import Memory, alone_of, configs_of, rehearse
+from xfuser.planner.estimate import Estimate, counted, estimate
+from xfuser.planner.machines import Machine
+from xfuser.planner.published import named
+from xfuser.planner.rehearsal import Rehearsed, Source, alone_of, configs_of, rehearse
 from xfuser.weights.text_encoders import PREFIX
 
 COLUMNS = ("transformer", "text encoders", "other weights", "kept", "encode", "denoise", "VAE", "peak")
 GATHERED = 2  # units at a time: the one that computes, and the one that is fetched meanwhile
+OBJECTIVES = ("latency", "throughput", "memory")
 
 
 @dataclass
 class Row:
-    """A combination of degrees, and the bytes that a rank needs by the names of ``COLUMNS``; or why it cannot be."""
+    """A combination of degrees, and the bytes that a rank needs by the names of ``COLUMNS``; or why it cannot be.
+
+    Attributes:
+        degrees: by the names of the methods; ``groups`` of so many ranks draw pictures of their own.
+        told: what was counted; ``time``: what that takes on a machine, where one is given.
+    """
 
     name: str
     needs: dict[str, int]
     refusal: str = ""
+    degrees: dict[str, int] = field(default_factory=dict)
+    groups: int = 1
+    told: Rehearsed | None = None
+    time: Estimate | None = None
 
     @property
     def peak(self) -> float:
         return self.needs.get("peak", float("inf"))
 
-    def fits(self, memory: int) -> bool:
-        return self.peak <= memory
+    @property
+    def exact(self) -> bool:
+        """Whether the picture is that of one rank."""
+        return self.degrees.get("pipefusion", 1) == 1
+
+    @property
+    def seconds(self) -> float:
+        return self.time.seconds if self.time else float("inf")
+
+    def fits(self, memory: int | None) -> bool:
+        return memory is None or self.peak <= memory
+
+    def value(self, objective: str) -> float:
+        """What is to be small."""
+        return {"latency": self.seconds, "throughput": self.seconds / self.groups, "memory": self.peak}[objective]
 
     def text(self, memory: int | None) -> str:
         """The row in words and numbers of GB."""
         if self.refusal:
             return f"no: {self.refusal}"
         numbers = "  ".join(f"{self.needs[name] / 1e9:{len(name)}.4g}" for name in COLUMNS)
-        if memory is None or self.fits(memory):
-            return numbers
+        return numbers if self.fits(memory) else f"{numbers}  no: {self.excess(memory)}"
+
+    def excess(self, memory: int) -> str:
+        """Why this is too much."""
         weights = sum(self.needs[name] for name in COLUMNS[:3])
         alone = "the weights alone" if weights > memory else "weights and activations"
-        return f"{numbers}  no: {alone} are above {memory / 1e9:.4g} GB"
+        return f"{alone} are above {memory / 1e9:.4g} GB"
 
 
 # Decisions need contents, which a rehearsal lacks; what a cache keeps is one activation of each stream and call.
 UNCACHED = {"use_fbcache": False, "use_teacache": False, "cache_threshold": None, "rel_l1_thresh": None}
 
 
-def plan(args: xFuserArgs, world_size: int) -> list[Row]:
-    """What every legal combination of degrees for so many ranks needs; ``args`` has all but the degrees.
+def plan(
+    args: xFuserArgs,
+    world_size: int,
+    machine: Machine | None = None,
+    compiled: bool = False,
+    choices: Iterable[dict[str, int]] | None = None,
+    source: Source | None = None,
+) -> list[Row]:
+    """What legal combinations of degrees for so many ranks need; ``args`` has all but the degrees.
+
+    Args:
+        machine: to tell the time on; none to tell the memory alone.
+        compiled: whether blocks are compiled.
+        choices: the combinations; all of them if not given.
+        source: what other calls of this function have in common with this one.
 
     Raises:
         ValueError: the pipeline is not found.
     """
-    args = replace(args, **UNCACHED)
-    base = args if shipped_folder(args.model) else replace(args, model=configs_of(args.model, args.download_dir))
+    base = located(replace(args, **UNCACHED))
+    source = source or source_of(base)
     with alone_of(world_size):
-        return [_row(base, degrees, world_size) for degrees in legal_degrees(world_size)]
+        choices = legal_degrees(world_size) if choices is None else choices
+        return [_row(base, degrees, world_size, machine, compiled, source) for degrees in choices]
 
 
-def _row(args: xFuserArgs, degrees: dict[str, int], world_size: int) -> Row:
+def located(args: xFuserArgs) -> xFuserArgs:
+    """The arguments with a model whose configurations are on this machine, or whose sizes are published."""
+    if shipped_folder(args.model) or named(args.model):
+        return args
+    return replace(args, model=configs_of(args.model, args.download_dir))
+
+
+def source_of(args: xFuserArgs) -> Source:
+    """What rehearsals of this pipeline share."""
+    engine = replace(args, use_torch_compile=False).checked()[0]
+    return Source(engine.model_config.model, engine.runtime_config.dtype)
+
+
+def with_degrees(args: xFuserArgs, degrees: dict[str, int]) -> xFuserArgs:
+    """The arguments with these degrees, by the names of the methods."""
+    flags = {DEGREES[method].flag: n for method, n in degrees.items()}
+    return replace(args, **flags | {"use_cfg_parallel": degrees.get("cfg", 1) == 2})
+
+
+def _row(
+    args: xFuserArgs, degrees: dict[str, int], world_size: int, machine: Machine | None, compiled: bool, source: Source
+) -> Row:
     name = in_words(degrees)
-    flags = {DEGREES[method].flag: n for method, n in degrees.items()} | {"use_cfg_parallel": degrees["cfg"] == 2}
     # Where weights are is computed from sizes; what the call does with them does not depend on it.
-    plain = {"text_encoder": "replicate", "fully_shard_degree": 1}
-    warmup = args.warmup_steps if degrees["pipefusion"] > 1 else 0
-    shards = world_size // degrees["dp"] if args.fully_shard_degree > 1 else 1
+    plain = {"text_encoder": "replicate", "fully_shard_degree": 1, "use_torch_compile": False}
+    stages = degrees.get("pipefusion", 1)
+    warmup = args.warmup_steps if stages > 1 else 0
+    shards = world_size // degrees.get("dp", 1) if args.fully_shard_degree > 1 else 1
     try:
-        replace(args, **flags, fully_shard_degree=shards).checked()
-        memory = rehearse(*replace(args, **flags, **plain, num_inference_steps=warmup + 2).checked())
+        wanted = with_degrees(args, degrees)
+        replace(wanted, fully_shard_degree=shards, use_torch_compile=False).checked()
+        told = rehearse(*replace(wanted, **plain, num_inference_steps=warmup + 2).checked(), source)
     except (ValueError, RuntimeError) as error:
-        return Row(name, {}, str(error).splitlines()[0])
-    return Row(name, needs_of(memory, args.text_encoder, world_size, shards))
+        return Row(name, {}, str(error).splitlines()[0], degrees)
+    row = Row(name, needs_of(told, args.text_encoder, world_size, shards), "", degrees, 1, told)
+    if machine:
+        row.time = estimate(counted(told, stages, compiled), machine, args.num_inference_steps, warmup, compiled)
+    return row
 
 
-def needs_of(memory: Memory, mode: str, world_size: int, shards: int) -> dict[str, int]:
+def needs_of(told: Rehearsed, mode: str, world_size: int, shards: int) -> dict[str, int]:
     """Bytes by the names of ``COLUMNS``, with text encoders in this mode and transformers in so many shards."""
     groups: dict[str, list[str]] = {"transformer": [], "text encoders": [], "other weights": []}
-    resident, active = dict(memory.weights), dict(memory.live)  # active: while a component computes
-    for name, weight in memory.weights.items():
+    resident, active = dict(told.weights), dict(told.live)  # active: while a component computes
+    for name, weight in told.weights.items():
         is_encoder = name.startswith(PREFIX)
-        kind = "transformer" if name in memory.transformers else "text encoders" if is_encoder else "other weights"
+        kind = "transformer" if name in told.transformers else "text encoders" if is_encoder else "other weights"
         groups[kind].append(name)
         ranks = shards if kind == "transformer" else world_size if is_encoder and mode == "shard" else 1
-        units = memory.units[name] if ranks > 1 else []
+        units = told.units[name] if ranks > 1 else []
         if is_encoder and mode == "offload":
             resident[name] = 0
             active[name] += weight
         elif units:
             resident[name] = weight - sum(units) + sum(-(-unit // ranks) for unit in units)
             active[name] += GATHERED * max(units)
-    needs = {kind: sum(resident[name] for name in names) for kind, names in groups.items()} | {"kept": memory.kept}
+    needs = {kind: sum(resident[name] for name in names) for kind, names in groups.items()} | {"kept": told.kept}
     for column, kind in {"encode": "text encoders", "denoise": "transformer", "VAE": "other weights"}.items():
         needs[column] = max((active[name] for name in groups[kind]), default=0)
     return needs | {"peak": sum(resident.values()) + max(active.values())}

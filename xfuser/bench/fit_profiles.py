@@ -1,0 +1,273 @@
+"""``python -m xfuser.bench.fit_profiles FOLDER``: fit the planner's constants to published measurements, and check them.
+
+Eight constants for each kind of links, most of which both kinds share, are fitted to all machines but one, and that one
+is predicted from its data sheet: the tables show every point so predicted. No constant belongs to a machine, a model or
+a configuration. ``--write`` puts the constants of all machines into the package.
+"""
+
+import argparse
+import json
+import math
+import os
+import pickle
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from xfuser.bench.points import Point, read
+from xfuser.planner.estimate import Counted, Parts, counted, estimate
+from xfuser.planner.machines import FILE, Constants, machine_of, shipped
+from xfuser.planner.rehearsal import Rehearsed, Source, alone_of, rehearse
+
+BOUNDS = {  # of what is fitted, and where to begin
+    "matmul": (2e3, 6900, 6e4), "attention": (0.3, 1.5, 6.0), "kernels": (0.4, 0.62, 1.0), "memory": (0.3, 0.85, 1.0),
+    "nvlink": (0.05, 0.6, 1.0), "pcie": (0.05, 0.6, 1.0), "host": (1e-6, 3e-5, 2e-4),
+    "host_compiled": (5e-7, 6e-6, 5e-5), "start": (1e-6, 3e-5, 3e-4),
+}  # fmt: skip
+LOW, START, HIGH = (np.log([values[i] for values in BOUNDS.values()]) for i in range(3))
+SURE = 0.5  # how far a constant may be from its begin, as a logarithm, where no point says anything of it
+ROBUST = 0.12  # errors beyond weigh less
+
+
+def main(arguments: list[str]) -> int:
+    """Fit, print the tables, and write the constants where that is asked."""
+    flags = argparse.ArgumentParser(prog="python -m xfuser.bench.fit_profiles", description=__doc__.splitlines()[0])
+    flags.add_argument("folder", help="With points.csv and points_from_images.csv.")
+    flags.add_argument("--counts", help="File to keep what was counted in, for the next time.")
+    flags.add_argument("--write", action="store_true", help="Put the constants of all machines into the package.")
+    options = flags.parse_args(arguments)
+    points, left = read(options.folder, shipped()["machines"])
+    told = rehearsals(points, options.counts)
+    model = Model(points, told)
+    points = [point for point in points if point.counted in told]
+    everywhere = model.fit(points, START)
+    predicted: dict[str, float] = {}
+    slopes = model.slopes(points, everywhere)
+    for machine in sorted({point.machine for point in points}):
+        own = [point for point in points if point.machine == machine]
+        others = model.without(machine, points, everywhere, slopes)
+        predicted |= {point.id: model.seconds(point, others) for point in own}
+        say(f"without {machine}: {_words(others)}")
+    print("\n".join(report(points, predicted, left, everywhere)))
+    if options.write:
+        write(everywhere)
+    return 0
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def rehearsals(points: Iterable[Point], path: str | None) -> dict[Any, Rehearsed]:
+    """What each configuration counts, by :attr:`Point.counted`."""
+    told: dict[Any, Rehearsed] = {}
+    if path and os.path.exists(path):
+        with open(path, "rb") as file:
+            told = pickle.load(file)
+    source: Source | None = None
+    for point in sorted({point.counted: point for point in points}.values(), key=lambda point: point.counted):
+        if point.counted in told:
+            continue
+        engine, inputs = point.arguments(3 if point.degrees[3] > 1 else 2).checked(point.ranks)
+        if source is None or source.model != point.model:
+            source = Source(point.model, engine.runtime_config.dtype)
+        say(f"counting {point.model} {dict(point.size)} {point.name}")
+        try:
+            with alone_of(point.ranks):
+                told[point.counted] = rehearse(engine, inputs, source)
+        except ValueError as error:
+            say(f"left out: {error}")
+    if path:
+        with open(path, "wb") as file:
+            pickle.dump(told, file)
+    return told
+
+
+class Model:
+    """Predictions of points by constants, which are given as logarithms in the order of :data:`BOUNDS`."""
+
+    def __init__(self, points: list[Point], told: dict[Any, Rehearsed]) -> None:
+        self._programs: dict[Any, Counted] = {}
+        parts: dict[Any, Parts] = {}  # the same for all degrees
+        for point in points:
+            key = point.counted, point.compiled
+            if key not in self._programs and point.counted in told:
+                program = counted(told[point.counted], point.degrees[3], point.compiled)
+                program.parts = parts.setdefault((point.model, point.size), program.parts)
+                self._programs[key] = program
+
+    def seconds(self, point: Point, constants: np.ndarray) -> float:
+        kernels = float(np.exp(constants[list(BOUNDS).index("kernels")]))
+        machine = machine_of(point.machine, constants=constants_of(constants), kernels=kernels, newest=point.newest)
+        told = estimate(self._programs[point.counted, point.compiled], machine, point.steps, 1, point.compiled)
+        return {"step": told.step, "denoise": told.denoise, "call": told.seconds}[point.scope]
+
+    def errors(self, points: list[Point], constants: np.ndarray) -> np.ndarray:
+        """Logarithms of predicted by measured, and how far the constants are from their begin."""
+        known: dict[Any, float] = {}
+        for point in sorted(points, key=lambda point: (point.machine, point.model, point.size, point.newest)):
+            key = (*point.group[1:], point.degrees, point.newest)
+            if key not in known:
+                known[key] = self.seconds(point, constants)
+            known[point.id] = math.log(known[key] / point.seconds)
+        own = (constants - START) / SURE * ROBUST
+        return np.concatenate([[known[point.id] for point in points], own])
+
+    def fit(self, points: list[Point], start: np.ndarray, rounds: int = 6) -> np.ndarray:
+        """The constants of least error, those beyond ``ROBUST`` weighing less: Gauss and Newton's steps, damped."""
+        now, found, damping = start, self.errors(points, start), 1e-2
+        for _ in range(rounds):
+            slopes = self.slopes(points, now)
+            weights = 1 / np.sqrt(1 + (found / ROBUST) ** 2)
+            matrix, side = slopes.T @ (weights[:, None] * slopes), slopes.T @ (weights * found)
+            for _ in range(4):
+                step = np.linalg.solve(matrix + damping * np.diag(np.diag(matrix)), side)
+                after = np.clip(now - step, LOW, HIGH)
+                errors = self.errors(points, after)
+                gain = _loss(found) - _loss(errors)
+                if gain > 0:
+                    now, found, damping = after, errors, damping / 3
+                    break
+                damping *= 6
+            if gain < 2e-3 * _loss(found):
+                break
+        return now
+
+    def slopes(self, points: list[Point], constants: np.ndarray) -> np.ndarray:
+        """Of the errors, by each constant."""
+        found, width = self.errors(points, constants), 0.02
+        return (
+            np.stack([self.errors(points, constants + shift) - found for shift in width * np.eye(len(LOW))], 1) / width
+        )
+
+    def without(self, machine: str, points: list[Point], everywhere: np.ndarray, slopes: np.ndarray) -> np.ndarray:
+        """The constants of all points but those of a machine, by the slopes at the constants of all."""
+        kept = np.array([point.machine != machine for point in points] + [True] * len(LOW))
+        slopes, start = slopes[kept], self.errors(points, everywhere)[kept]
+        step = np.zeros(len(LOW))
+        for _ in range(20):
+            weights = 1 / np.sqrt(1 + ((start + slopes @ step) / ROBUST) ** 2)
+            step = -np.linalg.solve(slopes.T @ (weights[:, None] * slopes), slopes.T @ (weights * start))
+        return np.clip(everywhere + step, LOW, HIGH)
+
+
+def _loss(errors: np.ndarray) -> float:
+    return float(np.sum(np.sqrt(1 + (errors / ROBUST) ** 2) - 1))
+
+
+def constants_of(values: np.ndarray) -> dict[str, Constants]:
+    """By kind of links."""
+    one = dict(zip(BOUNDS, map(float, np.exp(values)), strict=True))
+    shared = {name: one[name] for name in ("matmul", "attention", "memory", "host", "host_compiled", "start")}
+    return {kind: Constants(link=one[kind], start_node=2 * one["start"], **shared) for kind in ("nvlink", "pcie")}
+
+
+def _words(values: np.ndarray) -> str:
+    return ", ".join(f"{name} {value:.3g}" for name, value in zip(BOUNDS, np.exp(values), strict=True))
+
+
+def write(values: np.ndarray) -> None:
+    """Put the constants into the package."""
+    kept = shipped()
+    constants = kept["constants"] | {
+        kind: {name: float(f"{x:.4g}") for name, x in asdict(one).items()} for kind, one in constants_of(values).items()
+    }
+    kernels = float(f"{np.exp(values[list(BOUNDS).index('kernels')]):.3g}")
+    sheets = {
+        name: sheet | ({"kernels": kernels} if "kernels" in sheet else {}) for name, sheet in kept["machines"].items()
+    }
+    blocks = [
+        f' "{title}": {{\n' + ",\n".join(f'  "{name}": {json.dumps(one)}' for name, one in part.items()) + "\n }"
+        for title, part in (("constants", constants), ("machines", sheets))
+    ]
+    FILE.write_text("{\n" + ",\n".join(blocks) + "\n}\n", encoding="utf-8")
+
+
+def report(points: list[Point], predicted: dict[str, float], left: Any, everywhere: np.ndarray) -> list[str]:
+    """The tables as Markdown: the bars, every group with the failures first, what was left out."""
+    errors = {point.id: predicted[point.id] / point.seconds - 1 for point in points}
+    sizes = [abs(error) for error in errors.values()]
+    groups: dict[Any, list[Point]] = defaultdict(list)
+    for point in points:
+        groups[point.group].append(point)
+    choices = [choice for group in groups.values() if (choice := chosen(group, predicted))]
+    same = [choice for group in groups.values() for choice in _of_same_ranks(group, predicted)]
+    lines = [
+        f"{len(points)} points of {len({point.machine for point in points})} machines, each predicted without its machine.",
+        "",
+        "| | asked | found |",
+        "|---|---|---|",
+        f"| median error | 12 % | {100 * statistics.median(sizes):.1f} % |",
+        f"| within 30 % | 90 % | {100 * statistics.mean(size <= 0.3 for size in sizes):.0f} % |",
+        *_choice_lines("3 configurations or more", choices),
+        *_choice_lines("as above, of equal ranks, 2 or more", same),
+        "",
+        f"All machines together: {_words(everywhere)}.",
+        "",
+        "| machine | points | median error | within 30 % | mean |",
+        "|---|---|---|---|---|",
+    ]
+    for machine in sorted({point.machine for point in points}):
+        own = [errors[point.id] for point in points if point.machine == machine]
+        within = statistics.mean(abs(error) <= 0.3 for error in own)
+        lines.append(
+            f"| {machine} | {len(own)} | {100 * statistics.median(map(abs, own)):.0f} % | {100 * within:.0f} %"
+            f" | {100 * statistics.mean(own):+.0f} % |"
+        )
+    lines += ["", "| group | error of each configuration | best measured | named | costs |", "|---|---|---|---|---|"]
+    order = sorted(groups.values(), key=lambda group: -statistics.median(abs(errors[point.id]) for point in group))
+    lines += [_group_line(group, errors, chosen(group, predicted)) for group in order]
+    lines += [
+        "",
+        "| left out | rows |",
+        "|---|---|",
+        *(f"| {reason} | {count} |" for reason, count in left.most_common()),
+    ]
+    return lines
+
+
+def _choice_lines(title: str, choices: list[tuple[Point, Point, float]]) -> list[str]:
+    if not choices:
+        return []
+    right = statistics.mean(cost <= 0 for _, _, cost in choices)
+    return [
+        f"| best named, {title} ({len(choices)} groups) | 80 % | {100 * right:.0f} % |",
+        f"| what the named one costs (median) | 5 % | {100 * statistics.median(cost for *_, cost in choices):.1f} % |",
+    ]
+
+
+def chosen(group: list[Point], predicted: dict[str, float], least: int = 3) -> tuple[Point, Point, float] | None:
+    """The best measured, the one that is named, and what it costs more; None of groups with fewer configurations."""
+    measured: dict[Any, list[Point]] = defaultdict(list)
+    for point in group:
+        measured[point.degrees].append(point)
+    if len(measured) < least:
+        return None
+    times = {degrees: statistics.median(point.seconds for point in own) for degrees, own in measured.items()}
+    best = min(times, key=lambda degrees: times[degrees])
+    named = min(times, key=lambda degrees: predicted[measured[degrees][0].id])
+    return measured[best][0], measured[named][0], times[named] / times[best] - 1
+
+
+def _of_same_ranks(group: list[Point], predicted: dict[str, float]) -> list[tuple[Point, Point, float]]:
+    counts = sorted({point.ranks for point in group})
+    found = [chosen([point for point in group if point.ranks == count], predicted, 2) for count in counts]
+    return [choice for choice in found if choice]
+
+
+def _group_line(group: list[Point], errors: dict[str, float], choice: tuple[Point, Point, float] | None) -> str:
+    one = group[0]
+    size = "x".join(str(value) for _, value in one.size)
+    parts = ", ".join(f"{point.name} {100 * errors[point.id]:+.0f} %" for point in sorted(group, key=lambda p: p.ranks))
+    name = f"{one.machine} {one.model} {size} {'compiled' if one.compiled else 'eager'} ({one.source})"
+    told = f"{choice[0].name} | {choice[1].name} | {100 * choice[2]:.0f} %" if choice else " | | "
+    return f"| {name} | {parts} | {told} |"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,154 @@
+"""Published measurements, as the planner can be compared with: what was run, on what, and how long it took."""
+
+import csv
+import math
+import os
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from xfuser.config import xFuserArgs
+from xfuser.planner.published import named, published
+
+FILES = ("points.csv", "points_from_images.csv")
+MACHINES = {  # as the tables call them, to data sheets; of two names with a slash, the first that has one
+    "H100-80GB": "H100", "H100/H800": "H100", "H800/H100": "H100", "H200 141GB": "H200", "A100-80GB": "A100",
+    "A100-SXM4-80GB": "A100", "A100/A800": "A100", "A800/A100": "A100", "A800-80G": "A800", "A800-SXM4-80GB": "A800",
+    "L40-48GB": "L40",
+}  # fmt: skip
+UNLIKE = {  # words of a row's notes, to why it is left out
+    "anomalous": "anomalous", "onediff": "another compiler", "genmo": "another implementation",
+    "fitted cost model": "not measured", "extrapolated": "not measured", "FP8": "quantised messages",
+    "async Ulysses": "another method", "without gloo": "another method", "ControlNet": "another model",
+    "image edit": "another model", "2 input": "another model", "VAE patch": "another VAE", "VAE-P": "another VAE",
+    "TE-P": "another VAE", "fsdp ": "offload", "HSDP": "offload", "offload": "offload",
+    "framework LightX2V": "unnamed kernels", "framework FastVideo": "unnamed kernels",
+    "framework SGL": "unnamed kernels", "LightX2V no cfg": "unnamed kernels",
+}  # fmt: skip
+NEWEST = ("_flash_3", "FA4", "CUDNN_ATTN", "sdpa_cudnn")  # attention kernels of the device's own generation
+FIELDS = {"height": "height", "width": "width", "frames": "num_frames"}
+DISTILLED = 8  # steps
+DEGREES = ("ulysses", "ring", "cfg", "pipefusion", "tp")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One measurement.
+
+    Attributes:
+        degrees: Ulysses, ring, CFG, PipeFusion, tensor.
+        scope: ``call``, ``denoise`` or ``step``: what ``seconds`` are of.
+        newest: whether attention ran on kernels of the device's own generation.
+        source: of the same run of measurements.
+    """
+
+    id: str
+    machine: str
+    model: str
+    size: tuple[tuple[str, int], ...]
+    guided: bool
+    degrees: tuple[int, ...]
+    steps: int
+    compiled: bool
+    scope: str
+    newest: bool
+    source: str
+    seconds: float
+
+    @property
+    def ranks(self) -> int:
+        return math.prod(self.degrees)
+
+    @property
+    def counted(self) -> tuple[Any, ...]:
+        """What a rehearsal depends on."""
+        return self.model, self.size, self.guided, self.degrees
+
+    @property
+    def group(self) -> tuple[Any, ...]:
+        """The same but for the degrees."""
+        return self.source, self.machine, self.model, self.size, self.steps, self.compiled, self.scope
+
+    @property
+    def name(self) -> str:
+        return " x ".join(f"{name} {n}" for name, n in zip(DEGREES, self.degrees, strict=True) if n > 1) or "1 rank"
+
+    def arguments(self, steps: int) -> xFuserArgs:
+        """What to rehearse, with so many steps."""
+        ulysses, ring, cfg, stages, tensor = self.degrees
+        return xFuserArgs(
+            model=self.model, prompt="a", dtype="bf16", num_inference_steps=steps, ulysses_degree=ulysses,
+            ring_degree=ring, use_cfg_parallel=cfg == 2, pipefusion_parallel_degree=stages,
+            tensor_parallel_degree=tensor, do_classifier_free_guidance=self.guided,
+            negative_prompt="a" if self.guided else "", **dict(self.size),
+        )  # fmt: skip
+
+
+def read(folder: str, sheets: dict[str, Any]) -> tuple[list[Point], Counter]:
+    """The measurements of times that can be compared, and how many were left out by reason."""
+    found, left = [], Counter()
+    for name in FILES:
+        with open(os.path.join(folder, name), encoding="utf-8") as file:
+            rows = [row for row in csv.DictReader(file) if row["what"] in ("latency_s", "per_step_s")]
+        for row in rows:
+            reason = _unlike(row, sheets)
+            if reason:
+                left[reason] += 1
+            else:
+                found.append(_point(row))
+    return found, left
+
+
+def machine_name(row: dict[str, str]) -> str:
+    return MACHINES.get(row["gpu"], row["gpu"])
+
+
+def _unlike(row: dict[str, str], sheets: dict[str, Any]) -> str | None:
+    """Why a row cannot be compared; None where it can."""
+    if row["cache"] not in ("", "none") or row["quant"] not in ("", "none") or "age" in row["attention_backend"]:
+        return "step caches, quantised weights or attention"
+    if machine_name(row) not in sheets:
+        return "machine unstated, or not known"
+    if not named(row["model"]):
+        return "model not known"
+    whole = row["source_repo"].startswith("Wan-Video")  # which offloads whole models, between the steps
+    for word, reason in UNLIKE.items():
+        if word in row["notes"] and not (reason == "offload" and whole):
+            return reason
+    degrees = [int(row[name] or 1) for name in (*DEGREES, "dp")]
+    if math.prod(degrees) != int(row["n_gpus"]):
+        return "degrees unstated"
+    if row["scope"] not in ("e2e", "denoise", "step", "per_step", "transformer_forward"):
+        return "of a part alone"
+    if row["scope"] in ("e2e", "denoise") and row["what"] == "latency_s" and not row["steps"]:
+        return "steps unstated"
+    known = row["height"] or any(word in row["notes"] for word in ("CLI default", "pipeline defaults"))
+    return None if known or row["scope"] == "transformer_forward" else "size unstated"
+
+
+def _point(row: dict[str, str]) -> Point:
+    model = named(row["model"])
+    usual = published()[model]["call"]
+    size = tuple((name, int(row[field] or usual[name])) for field, name in FIELDS.items() if name in usual)
+    is_step = row["what"] == "per_step_s" or row["scope"] in ("step", "per_step", "transformer_forward")
+    return Point(
+        id=row["id"],
+        machine=machine_name(row),
+        model=model,
+        size=size,
+        guided=_guided(row, published()[model]["guided"]),
+        degrees=tuple(int(row[name] or 1) for name in DEGREES),
+        steps=50 if "suggests 50" in row["notes"] else int(row["steps"] or 2),
+        compiled=row["compile"] == "1",
+        scope="step" if is_step else "denoise" if row["scope"] == "denoise" else "call",
+        newest="FA3" in row["notes"] or row["attention_backend"] in NEWEST,
+        source=f"{row['source_repo']} {os.path.basename(row['source_path_or_thread'])}",
+        seconds=float(row["value"]),
+    )
+
+
+def _guided(row: dict[str, str], usually: bool) -> bool:
+    """Whether classifier-free guidance ran; a model of few steps, of which that is not said, is distilled."""
+    if row["guidance"] in ("true", "false"):
+        return row["guidance"] == "true"
+    return usually and row["guidance"] != "distilled" and not int(row["steps"] or 20) <= DISTILLED

@@ -1,0 +1,86 @@
+"""Degrees chosen by plan for the ranks that run: ``xFuserArgs(auto=True)``.
+
+The first rank plans, in a process of its own, as a plan needs process groups that do not exist here; all ranks get what
+it chose.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, replace
+
+from xfuser.config import xFuserArgs
+from xfuser.config.args import in_bytes
+from xfuser.core import device as devices
+from xfuser.core.distributed import get_world_group
+from xfuser.core.logger import logger
+from xfuser.planner.machines import calibrated, machine_of
+from xfuser.planner.report import ranked, why
+from xfuser.planner.scale import choices_of
+from xfuser.planner.table import plan, with_degrees
+
+LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def chosen(args: xFuserArgs) -> xFuserArgs:
+    """The arguments with the degrees of the fastest configuration; every rank must call it.
+
+    Raises:
+        ValueError: no model is named, nothing fits, or the machine is unknown.
+    """
+    world = get_world_group()
+    if not args.model:
+        raise ValueError("auto plans by the configurations of a pipeline: name it by model")
+    told = world.broadcast_object(_planned(args, world.world_size) if world.is_first_rank else None)
+    if "refused" in told:
+        raise ValueError(f"auto: {told['refused']}")
+    logger.info("auto: %s", told["reason"])
+    if world.is_first_rank:
+        print(f"auto: {told['reason']}", flush=True)
+    return with_degrees(replace(args, auto=False, allow_stale=False), told["degrees"])
+
+
+def _planned(args: xFuserArgs, world_size: int) -> dict:
+    """What :func:`main` says in a process of its own."""
+    alone = {name: value for name, value in os.environ.items() if name not in LAUNCHED}
+    command = [sys.executable, "-m", "xfuser.planner.auto"]
+    asked = json.dumps({"args": asdict(args), "ranks": world_size})
+    done = subprocess.run(command, input=asked, capture_output=True, text=True, env=alone, check=False)
+    if done.returncode:
+        return {"refused": f"the plan failed: {(done.stderr.strip().splitlines() or ['no error'])[-1]}"}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    """Plan what is asked on the standard input, and write the degrees and their reason, or why there are none."""
+    asked = json.load(sys.stdin)
+    try:
+        told = choice(xFuserArgs(**asked["args"]), asked["ranks"])
+    except ValueError as error:
+        told = {"refused": str(error)}
+    print(json.dumps(told))
+
+
+def choice(args: xFuserArgs, ranks: int) -> dict:
+    """The degrees of the fastest configuration for so many ranks of this machine, and the reason."""
+    name = devices.device_name()
+    machine = calibrated(name) or machine_of("CPU" if devices.device_type() == "cpu" else name)
+    stale, compiled = args.allow_stale, args.use_torch_compile
+    args = replace(args, auto=False, allow_stale=False, use_torch_compile=False)
+    memory = in_bytes(args.memory) if args.memory else machine.memory
+    rows = plan(args, ranks, machine, compiled, choices_of(ranks))
+    good, rest = ranked(rows, "latency", memory, exact=not stale)
+    if not good:
+        raise ValueError(
+            f"nothing fits {ranks} ranks: " + "; ".join(f"{row.name}: {reason}" for row, reason in rest[:4])
+        )
+    best = good[0]
+    reason = f"{best.name}, {best.seconds:.3g} s predicted on {machine.name}"
+    if len(good) > 1:
+        reason += f"; next, {good[1].name}: {why(good[1], best, 'latency')}"
+    return {"degrees": best.degrees, "reason": reason}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""The constants of the machine that this runs on, measured by all of its ranks at once: a minute at most."""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from xfuser.core import device as devices
+from xfuser.core.distributed import get_world_group
+from xfuser.planner.machines import CACHED, NODE, Constants, Machine
+from xfuser.planner.trace import Operator, Tracer
+
+SECONDS = 1.0  # for each figure
+NO_LIMIT = 1e12  # of what was measured together with the peak
+BLOCKS = 12  # of the transformer whose operators are timed
+
+
+def measure() -> Machine:
+    """What this rank's device, host and links reach, while the other ranks measure as well."""
+    group = get_world_group()
+    device, dtype = devices.device(group.local_rank), devices.default_dtype()
+    peak = _products(device, dtype)
+    small, large = _copies(device, 1 << 18), _copies(device, 1 << 24)
+    host, dispatch = _host(device, dtype)
+    start, rate = _links(device) if group.world_size > 1 else (0.0, large)
+    constants = Constants(NO_LIMIT, 0.0, 1.0, 1.0, host, dispatch, start, start)
+    is_cpu = device.type == "cpu"
+    machine = Machine(
+        name=devices.device_name(), peak=peak, units=1, clock=small / CACHED, cache=6e6 if is_cpu else 40e6,
+        bandwidth=large, memory=devices.total_memory(), link=rate, constants=constants,
+        kernels=_attention(device, dtype) / peak, wide=1.0 if is_cpu else 0.5, node=NODE, synchronous=is_cpu,
+    )  # fmt: skip
+    return _of_slowest(machine)
+
+
+def _of_slowest(machine: Machine) -> Machine:
+    """The machine as the first rank measured it, on every rank."""
+    return get_world_group().broadcast_object(machine)
+
+
+def _each(action: Callable[[], Any]) -> float:
+    """Seconds of an action: the median of as many as take :data:`SECONDS`, while all ranks do the same."""
+    action()
+    devices.synchronize()
+    get_world_group().barrier()
+    times, end = [], time.perf_counter() + SECONDS
+    while time.perf_counter() < end or len(times) < 5:
+        start = time.perf_counter()
+        action()
+        devices.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def _products(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a matrix product of the size of a feed-forward's."""
+    rows, width = (1024, 1024) if device.type == "cpu" else (8192, 8192)
+    x, weight = (
+        torch.randn(rows, width, device=device, dtype=dtype),
+        torch.randn(width, width, device=device, dtype=dtype),
+    )
+    return 2 * rows * width * width / _each(lambda: F.linear(x, weight))
+
+
+def _attention(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of an attention."""
+    heads, tokens, size = (8, 1024, 64) if device.type == "cpu" else (24, 16384, 128)
+    q = torch.randn(1, heads, tokens, size, device=device, dtype=dtype)
+    return 4 * heads * tokens * tokens * size / _each(lambda: F.scaled_dot_product_attention(q, q, q))
+
+
+def _copies(device: torch.device, elements: int) -> float:
+    """Bytes a second of an operator that reads and writes so many numbers."""
+    x, y = torch.randn(elements, device=device), torch.empty(elements, device=device)
+    return 2 * x.nbytes / _each(lambda: torch.mul(x, 1.01, out=y))
+
+
+def _host(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """Seconds of the host for an operator within a model, and for one that is called right away."""
+    from diffusers import FluxTransformer2DModel
+
+    model = FluxTransformer2DModel(
+        in_channels=16, num_layers=BLOCKS // 2, num_single_layers=BLOCKS // 2, attention_head_dim=16,
+        num_attention_heads=4, joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 6, 6),
+    )  # fmt: skip
+    model = model.to(device, dtype).eval()
+    numbers = {"hidden_states": (1, 16, 16), "encoder_hidden_states": (1, 8, 32), "pooled_projections": (1, 32)}
+    arguments = {name: torch.zeros(shape, device=device, dtype=dtype) for name, shape in numbers.items()}
+    arguments |= {name: torch.zeros(count, 3, device=device) for name, count in (("img_ids", 16), ("txt_ids", 8))}
+    arguments["timestep"] = torch.ones(1, device=device, dtype=dtype)
+    with torch.no_grad():
+        tracer = Tracer()
+        with tracer:
+            model(**arguments)
+        count = sum(isinstance(event, Operator) for event in tracer.trace.events)
+        x = torch.zeros(16, device=device)
+        return _each(lambda: model(**arguments)) / count, _each(lambda: [x.add(1) for _ in range(100)]) / 100
+
+
+def _links(device: torch.device) -> tuple[float, float]:
+    """Seconds until a message begins, and bytes a second behind that, of exchanges over all ranks."""
+    ranks = dist.get_world_size()
+
+    def exchange(count: int) -> float:
+        x, y = torch.zeros(ranks * count, device=device), torch.empty(ranks * count, device=device)
+        return _each_together(lambda: dist.all_to_all_single(y, x))
+
+    little, much = 256, 1 << 20
+    short, long = exchange(little), exchange(much)
+    return short, 4 * (ranks - 1) * (much - little) / max(long - short, 1e-9)
+
+
+def _each_together(action: Callable[[], Any], times: int = 30) -> float:
+    """As :func:`_each`, for what all ranks must do equally often."""
+    found = []
+    for _ in range(times):
+        devices.synchronize()
+        start = time.perf_counter()
+        action()
+        devices.synchronize()
+        found.append(time.perf_counter() - start)
+    return statistics.median(found)

@@ -1,0 +1,258 @@
+"""From events to seconds: the longest chain over a device's queue, its host, and its links.
+
+The host issues operators one after the other; the device computes them in that order, none before it was issued; a
+message begins once it was issued, what came before it on the device is done, and its link is free; a wait holds the
+device until a message is over. Nothing here knows a model or a method: what hides behind what follows from the order
+in which the engine issues it.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from xfuser.planner.machines import Machine
+from xfuser.planner.trace import CACHES, KINDS, MATMUL, MEMORY, Event, Message, Operator, Wait
+
+LINKS, BUBBLES, HOST, VAE, TEXT = "links", "bubbles", "host", "VAE", "text encoders"
+CALLS = 2  # operators' worth of the host for a message: to issue it, and to wait
+NEAR = 8  # operators that prepare a message, or take it apart
+SIZES = np.array(CACHES) * 1e6
+PARTS = (*KINDS, LINKS, BUBBLES, HOST, VAE, TEXT)  # where the seconds of a call go
+
+
+class Operators(NamedTuple):
+    """Operators, as arrays.
+
+    ``eager``: those that no compiler sees; ``missed`` has a column for each size in ``CACHES``.
+    """
+
+    kinds: np.ndarray
+    flops: np.ndarray
+    scores: np.ndarray
+    bytes: np.ndarray
+    wide: np.ndarray
+    tiles: np.ndarray
+    eager: np.ndarray
+    missed: np.ndarray
+
+
+class Repeat(NamedTuple):
+    """A program that runs ``count`` times more, after it ran before."""
+
+    program: "Program"
+    count: int
+
+
+class Run(NamedTuple):
+    """Operators without a message between them: places in a program's arrays."""
+
+    start: int
+    stop: int
+
+
+@dataclass
+class Program:
+    """What a rank's queue gets: steps, and the operators of all runs among them."""
+
+    steps: list[Run | Message | Wait | Repeat]
+    operators: Operators | None
+
+
+def program_of(events: Iterable[Event], fused: bool = False) -> Program:
+    """Events, as :class:`Clock` runs them; ``fused`` as a compiler leaves them."""
+    steps: list[Any] = []
+    known: dict[int, Program] = {}
+    kept: list[tuple[Operator, bool, np.ndarray]] = []
+    events = list(events)
+    events, eager = fuse(events) if fused else (events, [True] * len(events))
+    for event, is_eager, missed in zip(events, eager, _missed(events), strict=True):
+        if isinstance(event, Operator):
+            start = steps.pop().start if steps and isinstance(steps[-1], Run) else len(kept)
+            kept.append((event, is_eager, missed))
+            steps.append(Run(start, len(kept)))
+        elif isinstance(event, Message | Wait):
+            steps.append(event)
+        else:
+            key = id(event[0])
+            inner = known.get(key) or known.setdefault(key, program_of(event[0], fused))
+            count = event[1]
+            if steps and isinstance(steps[-1], Repeat) and steps[-1].program is inner:
+                count += steps.pop().count
+            steps.append(Repeat(inner, count))
+    return Program(steps, _arrays(kept) if kept else None)
+
+
+def _arrays(kept: list[tuple[Operator, bool, np.ndarray]]) -> Operators:
+    columns = [[KINDS.index(x.kind), x.flops, x.scores, x.bytes, x.wide, x.tiles, eager] for x, eager, _ in kept]
+    return Operators(*np.array(columns, dtype=float).T, np.stack([missed for *_, missed in kept]))
+
+
+def _missed(events: list[Event]) -> list[np.ndarray]:
+    """Of each event, the bytes that reach the memory behind a cache of each size in ``CACHES``.
+
+    A tensor is found in a cache if less than its size was touched since the tensor was touched last. What is written
+    reaches the memory unless it is read again before.
+    """
+    missed = [np.zeros(len(CACHES)) for _ in events]
+    touched: dict[int, tuple[int, int, bool]] = {}  # of each tensor: when, by which event, and whether it was written
+    now = 0
+    for i, event in enumerate(events):
+        for is_write, tensors in ((False, event.reads), (True, event.writes)) if isinstance(event, Operator) else ():
+            for number, size in tensors:
+                when, last, was_written = touched.get(number, (-(1 << 60), i, False))
+                absent = now - when + size > SIZES
+                missed[i] += size * absent * (not is_write)
+                missed[last] += size * absent * was_written
+                now += size
+                touched[number] = now, i, is_write
+    for number, (_, last, was_written) in touched.items():
+        missed[last] += was_written * dict(events[last].writes).get(number, 0)
+    return missed
+
+
+def fuse(events: list[Event]) -> tuple[list[Event], list[bool]]:
+    """What a compiler makes of the operators, and which of them it does not see.
+
+    Those that only move bytes are one kernel from one other to the next: it reads what was made outside of it, and
+    writes what is read behind it. What prepares a message and takes it apart runs as it does without a compiler.
+    """
+    last = {number: i for i, event in enumerate(events) if isinstance(event, Operator) for number, _ in event.reads}
+    unseen = _around_messages(events)
+    fused: list[Event] = []
+    eager: list[bool] = []
+    start = 0
+    while start < len(events):
+        end = start
+        while end < len(events) and not unseen[end] and _moves(events[end]):
+            end += 1
+        fused += [_kernel(events[start:end], end, last)] if end - start > 1 else events[start : start + 1]
+        eager.append(unseen[start])
+        start = max(end, start + 1)
+    return fused, eager
+
+
+def _moves(event: Event) -> bool:
+    return isinstance(event, Operator) and event.kind == MEMORY
+
+
+def _around_messages(events: list[Event]) -> list[bool]:
+    """Of each event, whether there is no matrix product between it and a message, and few operators."""
+    unseen = [False] * len(events)
+    for i, event in enumerate(events):
+        if isinstance(event, Message | Wait):
+            for step in (-1, 1):
+                near = range(i, max(-1, i - NEAR) if step < 0 else min(len(events), i + NEAR), step)
+                for j in near:
+                    if type(events[j]) is tuple or (isinstance(events[j], Operator) and events[j].kind == MATMUL):
+                        break
+                    unseen[j] = True
+    return unseen
+
+
+def _kernel(group: list[Operator], end: int, last: dict[int, int]) -> Operator:
+    reads, writes = {}, {}
+    for one in group:
+        for number, size in one.reads:
+            if number not in writes:
+                reads[number] = max(size, reads.get(number, 0))
+        writes |= dict(one.writes)
+    kept = {number: size for number, size in writes.items() if last.get(number, -1) >= end}
+    kept = kept or dict(group[-1].writes)
+    return Operator(MEMORY, 0.0, 0.0, False, tuple(reads.items()), tuple(kept.items()))
+
+
+@dataclass
+class Clock:
+    """The times of one rank: when its host, its device and its links are through with what they were given."""
+
+    machine: Machine
+    compiled: bool = False
+    host: float = 0.0
+    device: float = 0.0
+    out: float = 0.0
+    into: float = 0.0
+    spent: Counter = field(default_factory=Counter)  # seconds of the device by part
+    link: float = 0.0  # seconds of messages, hidden or not
+    due: dict[int, float] = field(default_factory=dict)
+
+    def run(self, program: Program) -> "Clock":
+        """Let all of a program pass."""
+        pace = _Pace(self.machine, self.compiled, program) if program.operators else None
+        for name, seconds in pace.spent.items() if pace else ():
+            self.spent[name] += seconds
+        for one in program.steps:
+            if isinstance(one, Run):
+                self._operate(one, pace)
+            elif isinstance(one, Message):
+                self._send(one)
+            elif isinstance(one, Wait):
+                self._wait(self.due.pop(one.number, 0.0))
+            else:
+                self._repeat(one)
+        return self
+
+    def _operate(self, run: Run, pace: "_Pace") -> None:
+        busy, each = pace.device[run.stop] - pace.device[run.start], pace.host[run.stop] - pace.host[run.start]
+        if self.machine.synchronous:
+            self.spent[HOST] += each
+            self.host = self.device = max(self.host, self.device) + busy + each
+            return
+        issued = self.host - pace.host[run.start] + pace.latest[run.start] + pace.device[run.stop]
+        end = max(self.device + busy, issued)
+        self.spent[HOST] += end - self.device - busy
+        self.host, self.device = self.host + each, end
+
+    def _send(self, message: Message) -> None:
+        self.host += CALLS * self.machine.host_seconds(False)
+        seconds = self.machine.link_seconds(message)
+        if message.operation == "recv":
+            start = max(self.host, self.device, self.into)
+            self.into = start + seconds
+        else:
+            start = max(self.host, self.device, self.out)
+            self.out = start + seconds
+        self.link += seconds * (message.operation != "recv")
+        self.due[message.number] = start + seconds
+
+    def _wait(self, until: float) -> None:
+        self.spent[LINKS] += max(0.0, until - self.device)
+        self.device = max(self.device, until)
+        if self.machine.synchronous:
+            self.host = self.device
+
+    def _repeat(self, repeat: Repeat) -> None:
+        """A block several times: once, and then as often as that took."""
+        before, spent, link = (self.host, self.device, self.out, self.into), self.spent.copy(), self.link
+        self.run(repeat.program)
+        more = repeat.count - 1
+        now = self.host, self.device, self.out, self.into
+        self.host, self.device, self.out, self.into = (b + (b - a) * more for a, b in zip(before, now, strict=True))
+        for name in self.spent:
+            self.spent[name] += (self.spent[name] - spent[name]) * more
+        self.link += (self.link - link) * more
+        self.spent[HOST] += max(0.0, self.host - self.device)
+        self.device = max(self.device, self.host)
+
+
+class _Pace:
+    """How long a program's operators take: sums up to each of them, of the device and of the host.
+
+    Attributes:
+        latest: by the start of a run, the most by which the issue of one of its operators is behind the device.
+        spent: seconds by kind.
+    """
+
+    def __init__(self, machine: Machine, compiled: bool, program: Program) -> None:
+        run = program.operators
+        seconds = machine.seconds(run)
+        each = np.where(run.eager > 0, machine.host_seconds(False), machine.host_seconds(compiled))
+        device, host = (np.concatenate([[0.0], np.cumsum(x)]) for x in (seconds, each))
+        starts = [one.start for one in program.steps if isinstance(one, Run)]
+        behind = np.maximum.reduceat(host[1:] - device[:-1], starts)
+        self.latest = dict(zip(starts, behind.tolist(), strict=True))
+        self.device, self.host = device.tolist(), host.tolist()
+        sums = np.bincount(run.kinds.astype(int), weights=seconds, minlength=len(KINDS))
+        self.spent = dict(zip(KINDS, sums.tolist(), strict=True))

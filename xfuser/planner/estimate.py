@@ -1,0 +1,103 @@
+"""The seconds of a whole call: text encoders, all steps, and the VAE."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from xfuser.planner.cost import BUBBLES, LINKS, TEXT, VAE, Clock, Program, program_of
+from xfuser.planner.machines import Machine
+from xfuser.planner.rehearsal import Rehearsed
+from xfuser.planner.trace import Event, Message
+from xfuser.weights.text_encoders import PREFIX
+
+
+class Parts:
+    """What is computed once a call, beside the steps: the programs of components by their names."""
+
+    def __init__(self, programs: dict[str, Program]) -> None:
+        self._programs = programs
+        self._known: dict[Machine, Counter] = {}
+
+    def seconds(self, machine: Machine) -> Counter:
+        """Of the text encoders, and of all else."""
+        if machine not in self._known:
+            self._known = {machine: Counter()}
+            for name, program in self._programs.items():
+                kind = TEXT if name.startswith(PREFIX) else VAE
+                self._known[machine][kind] += Clock(machine).run(program).device
+        return self._known[machine]
+
+
+@dataclass
+class Counted:
+    """A rehearsal as programs: what an estimate needs of it, for any machine.
+
+    Attributes:
+        first, steps: of the first step, and of each sub-step of the last one.
+        stages: of PipeFusion.
+        sent: bytes between two stages for each of the steps, and the message itself.
+    """
+
+    first: Program
+    steps: list[Program]
+    parts: Parts
+    stages: int
+    between: list[Message]
+
+
+def counted(told: Rehearsed, stages: int, compiled: bool) -> Counted:
+    last = max(step for step, _ in told.steps)
+    first = [event for (step, _), events in told.steps.items() if step == 0 for event in events]
+    steps = [program_of(events, compiled) for (step, _), events in sorted(told.steps.items()) if step == last]
+    parts = Parts({name: program_of(events) for name, events in told.parts.items()})
+    return Counted(program_of(first, compiled), steps, parts, stages, _between(first, stages))
+
+
+def _between(events: list[Event], stages: int) -> list[Message]:
+    """What a stage sends to the next in a step of the whole image."""
+    return [one for one in events if isinstance(one, Message) and one.operation == "send"] if stages > 1 else []
+
+
+@dataclass
+class Estimate:
+    """Seconds of a call, and where they go; ``step`` of one step among many."""
+
+    seconds: float = 0.0
+    step: float = 0.0
+    denoise: float = 0.0
+    spent: Counter = field(default_factory=Counter)
+    link: float = 0.0
+
+
+def estimate(told: Counted, machine: Machine, steps: int, warmup: int, compiled: bool) -> Estimate:
+    """Of a call with so many steps, the first ``warmup`` of which are synchronous where there are stages."""
+    found = Estimate()
+    first = Clock(machine, compiled).run(told.first)
+    each = [Clock(machine, compiled).run(program) for program in told.steps]
+    busy, stages = sum(clock.device for clock in each), told.stages
+    found.link = sum(clock.link for clock in each)
+    found.step = busy
+    if stages > 1:
+        hop = sum(map(machine.link_seconds, told.between))
+        patch = busy / len(each)
+        found.step = max(busy, stages * (patch + hop / len(each)))
+        synchronous = max(1, warmup)
+        once = stages * first.device + (stages - 1) * hop
+        found.denoise = synchronous * once + (stages - 1) * patch + max(0, steps - synchronous) * found.step
+        found.spent[BUBBLES] += synchronous * (stages - 1) * first.device + (stages - 1) * patch
+        found.spent[LINKS] += synchronous * (stages - 1) * hop + (steps - synchronous) * (found.step - busy)
+        _add(found.spent, first.spent, synchronous)
+        for clock in each:
+            _add(found.spent, clock.spent, max(0, steps - synchronous))
+    else:
+        found.denoise = first.device + (steps - 1) * found.step
+        _add(found.spent, first.spent, 1)
+        for clock in each:
+            _add(found.spent, clock.spent, steps - 1)
+    found.spent.update(told.parts.seconds(machine))
+    found.seconds = found.denoise + found.spent[VAE] + found.spent[TEXT]
+    return found
+
+
+def _add(total: Counter, spent: Counter, times: int) -> None:
+    for name, seconds in spent.items():
+        total[name] += seconds * times

@@ -1,0 +1,244 @@
+"""Machines: what their data sheets say, and the few constants that say how much of it is reached."""
+
+import difflib
+import json
+import os
+import re
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from xfuser.core import device as devices
+from xfuser.planner.trace import CACHES, Message
+
+if TYPE_CHECKING:
+    from xfuser.planner.cost import Operators
+
+FILE = Path(__file__).with_name("machines.json")
+NODE = 8  # devices in a node
+CACHED = 32  # bytes that a processor gets from the cache in a cycle
+KINDS = {"pcie": 32e9, "nvlink": 300e9}  # of links, and their usual bytes a second, one way
+EXPS = 16  # exponentials that a processor computes in a cycle
+
+
+@dataclass(frozen=True)
+class Constants:
+    """What a kind of machine reaches: eight figures.
+
+    Attributes:
+        matmul: FLOPs a cycle that the rest of a processor (loads, sums of tiles) keeps up with in matrix products; the
+            share of the peak that is reached follows from it.
+        attention: exponentials that the work on one score of an attention, beside its products, is worth.
+        memory, link: fractions of the memory's bandwidth, and of a link's one way.
+        host, host_compiled: seconds of the host for an operator, run one by one, or within compiled code.
+        start: seconds from the issue of a message to its first byte.
+        start_node: the same between nodes.
+    """
+
+    matmul: float
+    attention: float
+    memory: float
+    link: float
+    host: float
+    host_compiled: float
+    start: float
+    start_node: float
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A kind of device in nodes.
+
+    Attributes:
+        peak: FLOP/s of dense matrix products in 16 bits; in 32 bits it is ``wide`` of that.
+        units, clock: processors that compute one tile of a matrix product at a time each, and their cycles a second.
+        cache: bytes of the cache that they share.
+        bandwidth: bytes a second of its memory; ``memory`` bytes that it has, None if all ranks share it.
+        link, node_link: bytes a second one way, of a device within its node, and of a node to others.
+        kernels: the share of the peak that the instructions of the attention kernels have; ``overlaps``: whether they
+            compute products and exponentials at the same time.
+        feed: how many times as many operands a cycle reach its products as where these read registers.
+        synchronous: whether the host itself computes: a CPU.
+    """
+
+    name: str
+    peak: float
+    units: int
+    clock: float
+    cache: float
+    bandwidth: float
+    memory: int | None
+    link: float
+    constants: Constants
+    kernels: float = 1.0
+    feed: float = 1.0
+    overlaps: bool = False
+    wide: float = 0.5
+    node: int = NODE
+    node_link: float = 12.5e9
+    synchronous: bool = False
+
+    @property
+    def cycles(self) -> float:
+        """Of all processors in a second, in those of a generation whose products read registers."""
+        return self.units * self.clock * self.feed
+
+    @property
+    def cache_column(self) -> int:
+        return max(i for i, size in enumerate(CACHES) if size <= self.cache / 1e6)
+
+    def host_seconds(self, compiled: bool) -> float:
+        """Of one operator."""
+        return self.constants.host_compiled if compiled else self.constants.host
+
+    def seconds(self, run: "Operators") -> np.ndarray:
+        """Of the device, for each operator: what takes longer, its arithmetic or its bytes."""
+        known, peak = self.constants, self.peak * np.where(run.wide > 0, self.wide, 1.0)
+        moved = np.maximum(
+            run.missed[:, self.cache_column] / (known.memory * self.bandwidth), run.bytes / (CACHED * self.cycles)
+        )
+        waves = np.ceil(run.tiles / self.units) * self.units
+        idle = np.where(run.tiles > 0, waves / np.maximum(run.tiles, 1), 1.0)
+        products = run.flops * (idle / peak + 1 / (known.matmul * self.cycles))
+        products_of, others = run.flops / (peak * self.kernels), run.scores * known.attention / (EXPS * self.cycles)
+        attention = np.maximum(products_of, others) if self.overlaps else products_of + others
+        return np.maximum(np.select([run.kinds == 0, run.kinds == 1], [products, attention], 0.0), moved)
+
+    def link_seconds(self, message: Message) -> float:
+        """Of a message, from its issue to its end."""
+        here = [rank // self.node for rank in message.ranks]
+        local = max(here.count(node) for node in set(here))
+        if local == len(here):
+            return self.constants.start + message.sent / (self.constants.link * self.link)
+        total = len(here)
+        if message.operation == "all_to_all":  # all ranks of a node send to all others
+            crossing = message.sent * (total - local) / (total - 1) * min(self.node, local * (self.node // local))
+        else:  # around the ring, one of them does, for each group
+            crossing = message.sent * (self.node // local)
+        return self.constants.start_node + crossing / (self.constants.link * self.node_link)
+
+
+@cache
+def shipped() -> dict[str, Any]:
+    """``machines.json``: data sheets by name, and constants by kind of links."""
+    with open(FILE, encoding="utf-8") as file:
+        return json.load(file)
+
+
+def machine_of(
+    name: str,
+    links: str | None = None,
+    node: int = NODE,
+    node_link: float | None = None,
+    constants: dict[str, Constants] | None = None,
+    kernels: float | None = None,
+    newest: bool = False,
+) -> Machine:
+    """The machine of this name: one that was calibrated here, or one of the data sheets.
+
+    Args:
+        links: pcie, nvlink, or a rate such as 200gbit; those of the data sheet if not given.
+        node: devices in a node; ``node_link``: bytes a second between nodes, one way.
+        constants: by kind of links, and kernels, where the data sheet has some: in the place of those that are shipped.
+        newest: whether attention runs on kernels of the device's own generation, where others are usual.
+
+    Raises:
+        ValueError: nothing is known of it.
+    """
+    own = None if constants else calibrated(name)
+    machine = own or _of_sheet(name, links, constants)
+    if kernels and machine.kernels != 1.0:
+        machine = replace(machine, kernels=kernels)
+    if newest:
+        machine = replace(machine, kernels=1.0, overlaps=True)
+    if links and links not in KINDS:
+        machine = replace(machine, link=in_bytes_a_second(links))
+    return replace(machine, node=node, node_link=node_link or machine.node_link)
+
+
+def _of_sheet(name: str, links: str | None, constants: dict[str, Constants] | None) -> Machine:
+    sheets = shipped()["machines"]
+    known = {_plain(one): one for one in sheets}
+    found = known.get(_plain(name)) or next(
+        (known[one] for one in sorted(known, key=len, reverse=True) if one in _plain(name)), None
+    )
+    if found is None:
+        near = difflib.get_close_matches(_plain(name), known, 3)
+        raise ValueError(
+            f"gpus={name!r} is unknown: known are {', '.join(sheets)}"
+            + (f" (near it: {', '.join(known[one] for one in near)})" if near else "")
+            + ". On the machine itself, measure it once: xdit plan --calibrate"
+        )
+    sheet = sheets[found]
+    kind = links if links in KINDS else sheet["links"]
+    link = sheet["link_gb_s"] * 1e9 if kind == sheet["links"] else KINDS[kind]
+    reached = (constants or constants_of())[kind]
+    return Machine(
+        name=found, peak=sheet["peak_tflops"] * 1e12, units=sheet["units"], clock=sheet["gigahertz"] * 1e9,
+        cache=sheet["cache_mb"] * 1e6, bandwidth=sheet["memory_gb_s"] * 1e9, memory=sheet["memory_gib"] and sheet["memory_gib"] * 2**30,
+        link=link, constants=reached, **{name: sheet[name] for name in ("kernels", "feed", "wide", "synchronous") if name in sheet},
+    )  # fmt: skip
+
+
+def constants_of() -> dict[str, Constants]:
+    """The constants that are shipped, by kind of links."""
+    return {kind: Constants(**values) for kind, values in shipped()["constants"].items()}
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower().replace("geforce", ""))
+
+
+def in_bytes_a_second(rate: str) -> float:
+    """``"100gbit"`` or ``"64GB"`` as bytes a second.
+
+    Raises:
+        ValueError: it is no rate.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kmgt])(bit|b)(?:/s|ps)?", rate.strip().lower())
+    if not found:
+        raise ValueError(
+            f"{rate!r} is not a rate of a link: give {', '.join(KINDS)}, or a number such as 100gbit or 64GB"
+        )
+    number, unit, what = found.groups()
+    return float(number) * 1000 ** (" kmgt".index(unit)) / (8 if what == "bit" else 1)
+
+
+def devices_of(spec: str) -> tuple[int, str]:
+    """``"8xL40"`` as a number and a name; a name alone is one.
+
+    Raises:
+        ValueError: the number is none.
+    """
+    found = re.fullmatch(r"(?:(\d+) ?[xX×] ?)?(.+)", spec.strip())
+    count = int(found[1] or 1) if found else 0
+    if count < 1:
+        raise ValueError(f"gpus={spec!r}: give a number and a name, such as 8xL40")
+    return count, found[2]
+
+
+def cache_folder() -> Path:
+    """Where calibrated machines are kept: ``XFUSER_CACHE``, or ``xfuser`` in the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(os.environ.get("XFUSER_CACHE") or os.path.join(base, "xfuser")) / "machines"
+
+
+def calibrated(name: str | None = None) -> Machine | None:
+    """The machine of this name that was calibrated here; None where none was."""
+    path = cache_folder() / f"{_plain(name or devices.device_name())}.json"
+    if not path.is_file():
+        return None
+    with open(path, encoding="utf-8") as file:
+        kept = json.load(file)
+    return Machine(**kept | {"constants": Constants(**kept["constants"])})
+
+
+def keep(machine: Machine) -> Path:
+    """Write a calibrated machine into the cache folder; returns its file."""
+    path = cache_folder() / f"{_plain(machine.name)}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(asdict(machine), indent=1) + "\n", encoding="utf-8")
+    return path

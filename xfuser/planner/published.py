@@ -1,0 +1,121 @@
+"""Pipelines of published sizes, by name: what is needed to rehearse them, without a download.
+
+``published.json`` has, for each, the classes and configurations of its parts, where they differ from the classes'
+defaults (as in the models' own repositories), the shapes of a prompt's embeddings, and the usual call.
+"""
+
+import inspect
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from torch import nn
+
+from xfuser.config import InputConfig
+from xfuser.weights.skeleton import skeleton
+from xfuser.weights.text_encoders import PREFIX
+
+SETTINGS = {"requires_safety_checker": False, "is_distilled": True}  # of pipelines that take them
+FILE = Path(__file__).with_name("published.json")
+NOT_MODULES = ("pipeline", "scheduler", "embeds", "call", "guided", "config", "wide", "tiled", "lists", "as")
+
+
+@cache
+def published() -> dict[str, dict[str, Any]]:
+    """All of them; what is counted ``as`` another one has that one's parts."""
+    with open(FILE, encoding="utf-8") as file:
+        found = json.load(file)
+    return {name: found.get(entry.get("as"), {}) | entry for name, entry in found.items()}
+
+
+def named(model: str | None) -> str | None:
+    """The name in the table that a model's name stands for, with or without its owner on the hub; None for others."""
+    name = (model or "").rpartition("/")[2].lower()
+    candidates = (name, name.removesuffix("-diffusers"), name.removesuffix("-hf"))
+    return next((one for one in candidates if one in published()), None)
+
+
+def parts_of(name: str, dtype: torch.dtype) -> dict[str, nn.Module]:
+    """The modules of a published pipeline without weights."""
+    entry, parts = published()[name], {}
+    for part in (part for part in entry if part not in NOT_MODULES):
+        parts[part] = module_of(name, part, torch.float32 if part in entry.get("wide", ()) else dtype)
+    return parts
+
+
+def module_of(name: str, part: str, dtype: torch.dtype) -> nn.Module:
+    """One module of a published pipeline, anew."""
+    kind, config = published()[name][part][:2]
+    return _module(part, kind, config, dtype)
+
+
+def _module(part: str, kind: str, config: dict[str, Any], dtype: torch.dtype) -> nn.Module:
+    if not part.startswith(PREFIX):
+        return skeleton(lambda: getattr(diffusers, kind).from_config(config), dtype)
+    cls = getattr(transformers, kind)
+    module = skeleton(lambda: cls(cls.config_class(**config)), dtype)
+    module.tie_weights()
+    return module
+
+
+def pipeline_of(name: str, parts: dict[str, nn.Module]) -> Any:
+    """The pipeline of these parts; text encoders are not in it, as the call gives embeddings."""
+    entry = published()[name]
+    cls, (kind, config) = getattr(diffusers, entry["pipeline"]), entry["scheduler"]
+    given = {part: module for part, module in parts.items() if not part.startswith(PREFIX)}
+    given |= {"scheduler": getattr(diffusers, kind).from_config(config)} | entry.get("config", {})
+    takes = inspect.signature(cls.__init__).parameters
+    given |= {part: value for part, value in SETTINGS.items() if part in takes}
+    lacking = [part for part, spec in takes.items() if spec.default is spec.empty and part not in ("self", *given)]
+    given |= dict.fromkeys(lacking)
+    pipe = cls(**given)
+    if entry.get("tiled"):
+        pipe.vae.enable_tiling()
+    return pipe
+
+
+def texts_of(name: str, inputs: InputConfig) -> list[tuple[str, torch.Tensor]]:
+    """What text encoders of a published pipeline take, ``[batch, tokens]``: prompts, and negative ones if it guides."""
+    entry, batch = published()[name], inputs.batch_size
+    tokens = {
+        part: torch.zeros(batch, value[2], dtype=torch.long) for part, value in entry.items() if part.startswith(PREFIX)
+    }
+    return list(tokens.items()) * (1 + guided(name, inputs))
+
+
+def guided(name: str, inputs: InputConfig) -> bool:
+    """Whether classifier-free guidance runs: where it usually does, or there is a negative prompt."""
+    return inputs.do_classifier_free_guidance and (published()[name]["guided"] or any(inputs.negative_prompt))
+
+
+def sized(name: str, inputs: InputConfig) -> dict[str, int]:
+    """Height, width, frames and steps: those asked for, else those of the usual call."""
+    usual = published()[name]["call"]
+    asked = {key: getattr(inputs, key) for key in ("height", "width", "num_frames")}
+    return {key: asked[key] or usual[key] for key in usual if key != "steps"}
+
+
+def call_of(name: str, pipe: Any, inputs: InputConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """The arguments of a call of ``pipe`` with embeddings in the place of prompts."""
+    entry = published()[name]
+    guides = guided(name, inputs)
+    if inputs.use_cfg_parallel and not guides:
+        raise ValueError(
+            f"use_cfg_parallel: {name} runs without classifier-free guidance; give a negative prompt (--negative_prompt),"
+            " or use the ranks for another method"
+        )
+    batch, call = inputs.batch_size, sized(name, inputs) | {"num_inference_steps": inputs.num_inference_steps}
+    for key, shape in entry["embeds"].items():
+        mask = "mask" in key
+        value = torch.ones(batch, *shape, dtype=torch.long) if mask else torch.zeros(batch, *shape, dtype=dtype)
+        value = list(value) if entry.get("lists") else value
+        call |= {key: value} | ({f"negative_{key}": value} if guides else {})
+    scale = "true_cfg_scale" if entry["pipeline"] == "QwenImagePipeline" else "guidance_scale"
+    call[scale] = 5.0 if guides else 0.0 if entry.get("lists") else 1.0
+    takes = inspect.signature(type(pipe).__call__).parameters
+    call |= {key: None for key in ("prompt", "negative_prompt") if key in takes}
+    return call | {"output_type": "pt"}

@@ -1,0 +1,99 @@
+"""Modules that do what the one before them did are not run: of each kind, one is counted and multiplied.
+
+A block of a transformer is skipped where its class, its parameters and its arguments have the shapes of the block that
+ran before it, unless it is near an end of its list: hooks of the engine act at the first and at the last block. A
+VAE that works on one tile or frame after the other is treated alike.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from xfuser.core.hooks import replaced
+from xfuser.core.meters import LiveMemory
+from xfuser.models.plan import ModelPlan, blocks_of
+from xfuser.planner.trace import Event, Trace
+
+BLENDS = ("blend_v", "blend_h", "blend_t")  # of a VAE's tiles: thousands of operators, of a row each
+ENDS = 2  # blocks at each end of a list that run
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """Stands for a tensor."""
+
+    sizes: torch.Size
+    dtype: torch.dtype
+
+
+class _Seen(NamedTuple):
+    """What the last module of a kind did: its events, its output's shapes, and bytes that it left alive."""
+
+    events: list[Event]
+    output: Any
+    left: int
+
+
+@contextmanager
+def repeats(model: nn.Module, plan: ModelPlan | None, trace: Trace, meter: LiveMemory) -> Iterator[None]:
+    """Within the context, which is one call of a component, repeated modules are counted without running.
+
+    Hooks must be in place already; ``trace`` gets the tuple ``(events, 1)`` for a module that is skipped.
+    """
+    with ExitStack() as stack:
+        last: dict[Any, _Seen] = {}
+        if plan is None:
+            for name in (name for name in BLENDS if hasattr(model, name)):
+                stack.enter_context(replaced(model, name, lambda above, tile, extent: tile))
+            for name in ("encoder", "decoder"):
+                if isinstance(module := getattr(model, name, None), nn.Module):
+                    stack.enter_context(_counted(module, True, name, last, trace, meter))
+        elif not plan.skip:
+            own = [block for block in blocks_of(model, plan) if any(True for _ in block.module.parameters())]
+            for name in plan.blocks:
+                blocks = [block.module for block in own if block.list_name == name]
+                for i, block in enumerate(blocks):
+                    inside = ENDS <= i < len(blocks) - ENDS
+                    stack.enter_context(_counted(block, inside, name, last, trace, meter))
+        yield
+
+
+@contextmanager
+def _counted(
+    module: nn.Module, may_skip: bool, name: str, last: dict[Any, _Seen], trace: Trace, meter: LiveMemory
+) -> Iterator[None]:
+    """Within the context, a module notes what it does for those behind it, or does what the last one did."""
+    original = module.forward
+
+    @wraps(original)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        key = name, _kind(module, args, kwargs)
+        seen = last.get(key)
+        if may_skip and seen:
+            trace.events.append((seen.events, 1))
+            meter.live += seen.left
+            meter.peak = max(meter.peak, meter.live)
+            like = next(x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor))
+            return tree_map_only(_Shape, lambda x: like.new_empty(x.sizes, dtype=x.dtype), seen.output)
+        before, start = meter.live, len(trace.events)
+        output = original(*args, **kwargs)
+        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        made = {x.untyped_storage()._cdata: x.untyped_storage() for x in tree_leaves(output) if isinstance(x, Tensor)}
+        fresh = sum(storage.nbytes() for key, storage in made.items() if key not in given)
+        shapes = tree_map_only(Tensor, lambda x: _Shape(x.shape, x.dtype), output)
+        last[key] = _Seen(trace.events[start:], shapes, max(0, meter.live - before - fresh))
+        return output
+
+    with replaced(module, "forward", forward):
+        yield
+
+
+def _kind(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+    shapes = tuple(tuple(x.shape) if isinstance(x, Tensor) else type(x) for x in tree_leaves((args, kwargs)))
+    return type(module), tuple(tuple(x.shape) for x in module.parameters()), shapes
