@@ -2,11 +2,10 @@
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from functools import partial, wraps
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
@@ -19,6 +18,7 @@ from xfuser.core.attention.usp import usp_attention
 from xfuser.core.distributed import SequenceParallelGroupCoordinator
 from xfuser.core.hooks import Arguments, Binder, edited_arguments, edited_output, replaced
 from xfuser.methods.distrifusion import DistriFusion
+from xfuser.methods.masks import PairMasks, cut_pairs
 from xfuser.methods.naive_patch import NaivePatches
 from xfuser.methods.pipefusion.patches import Patches
 from xfuser.methods.pipefusion.pipefusion import PipeFusion
@@ -50,8 +50,7 @@ class SequenceParallel(ShardedModel):
         self._pipefusion, self._stage = pipefusion, None
         self._parts, self._alone = parts, isinstance(parts, NaivePatches)
         self._patches = Patches(1, getattr(model, "config", model), plan)
-        self._hide_keys: dict[tuple, bool] = {}  # what masks over pairs do, by the forward's index and their shape
-        self._unread: Tensor | None = None  # whether those that followed did the same
+        self._pair_masks = PairMasks(type(model).__name__)
         self._reset()
 
     def _reset(self) -> None:
@@ -63,7 +62,7 @@ class SequenceParallel(ShardedModel):
     def _hooks(self) -> Iterator[AbstractContextManager[None]]:
         self._stage = self._pipefusion and self._pipefusion.stage
         plan, blocks = self._plan, blocks_of(self._model, self._plan)
-        yield self._masks_alike()
+        yield self._pair_masks.alike()
         for block in blocks:
             yield edited_arguments(block.module, partial(self._enter_block, block.list_name))
             for name in plan.convolutions:
@@ -76,7 +75,9 @@ class SequenceParallel(ShardedModel):
             for module in map(self._model.get_submodule, matching(self._model, pattern)):
                 bind = Binder(module.forward)
                 if set(names) <= set(bind.names):
-                    yield replaced(module, "forward", self._on_all(module.forward, bind, names))
+                    place = pattern.partition("*.")[2]  # within a block, where it is of one
+                    whole = self._on_all(module.forward, bind, names)
+                    yield replaced(module, "forward", outside_of_graphs(whole, place))
         yield edited_output(blocks[-1].module, partial(self._leave_blocks, plan.outputs(blocks[-1].list_name)))
         if plan.head:
             yield edited_output(self._model.get_submodule(plan.head), self._leave_head)
@@ -260,7 +261,11 @@ class SequenceParallel(ShardedModel):
         layout, rank, ranks = self._attentions[name], shards.rank, shards.ranks
         queries, keys = shards.rows(layout.queries, q.shape[2]), shards.rows(layout.keys, k.shape[2])
         parts = self._parts if ranks > 1 else None
-        mask = None if mask is None else self._over_keys(mask[(None,) * (4 - mask.dim())], q, k)
+        mask = (
+            None
+            if mask is None
+            else self._pair_masks.over_keys(self._call.index, mask[(None,) * (4 - mask.dim())], q, k)
+        )
         per_key = mask is not None and mask.shape[2:] == (1, k.shape[2])
         if per_key:
             mask = additive(mask, q.dtype)
@@ -284,33 +289,6 @@ class SequenceParallel(ShardedModel):
             scale=scale, backend=self._backend, renew=renew if stage else None,
         )  # fmt: skip
 
-    def _over_keys(self, mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        """The key mask behind one that hides tokens from all others, and all others from them, over own tokens alone.
-
-        What hidden tokens attend to then does not matter, as nothing attends to them. An accelerator stands still for
-        each value that is read: only the first mask is, and the others are all together when the call ends.
-        """
-        if mask.stride(2) == 0:  # the same for all queries
-            return mask[:, :, :1]
-        if mask.dtype != torch.bool or mask.shape[2:] != (q.shape[2], k.shape[2]) or q.shape[2] != k.shape[2]:
-            return mask
-        shown = mask.diagonal(dim1=2, dim2=3).unsqueeze(2)
-        hides, place = (mask == (shown & shown.mT)).all(), (self._call.index, mask.shape)
-        if place not in self._hide_keys:
-            self._hide_keys[place] = bool(hides)
-        elif self._hide_keys[place]:
-            self._unread = hides if self._unread is None else self._unread & hides
-        return shown if self._hide_keys[place] else mask
-
-    @contextmanager
-    def _masks_alike(self) -> Iterator[None]:
-        yield
-        if self._unread is not None and not self._unread:
-            raise ValueError(
-                f"an attention mask of {type(self._model).__name__} hides tokens from some others, where the first of"
-                " its shape hid them from all: use CFG or data parallelism, where masks are not split"
-            )
-
     def _over_pairs(
         self, mask: Tensor, queries: Rows, keys: Rows, order: list[tuple[int, int]], q: Tensor, k: Tensor
     ) -> Tensor:
@@ -319,22 +297,4 @@ class SequenceParallel(ShardedModel):
         if self._call.tokens.ranks > 1 and mask.shape[2:] == (queries.total, k.shape[2]):
             # Of all queries, but cut with the keys.
             mask, order = self._group.all_gather(mask, dim=3, sizes=keys.key_lengths), [(0, keys.total)]
-        return _cut_pairs(mask, queries, ranks, keys, [(0, keys.total)] if self._stage else order, q.dtype)
-
-
-def _cut_pairs(
-    mask: Tensor, queries: Rows, ranks: range, keys: Rows, columns: list[tuple[int, int]], dtype: torch.dtype
-) -> Tensor:
-    """Of a mask over the full sequence, the queries of ``ranks``, and these columns.
-
-    Raises:
-        ValueError: the mask is for other sequences.
-    """
-    if mask.shape[2] not in (1, queries.total) or mask.shape[3] != keys.total:
-        raise ValueError(
-            f"an attention mask of shape {tuple(mask.shape)} fits neither the keys of this rank alone, [B, 1, 1, keys],"
-            f" nor the whole sequence, [B, 1, 1 or {queries.total}, {keys.total}]: it cannot be split"
-        )
-    if mask.shape[2] > 1:
-        mask = torch.cat([mask.narrow(2, *place) for rank in ranks for place in queries.places(rank)], dim=2)
-    return additive(torch.cat([mask.narrow(3, *place) for place in columns], dim=3), dtype)
+        return cut_pairs(mask, queries, ranks, keys, [(0, keys.total)] if self._stage else order, q.dtype)

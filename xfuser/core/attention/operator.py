@@ -6,6 +6,7 @@ known outside of the graph. So blocks share their graphs, and exchanges between 
 ``xfuser::run`` is the same for a module that is hooked as a whole.
 """
 
+import inspect
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -58,8 +59,11 @@ def _fake(
 
 def _run(x: Tensor, others: list[Tensor], names: list[str], place: str) -> Tensor:
     """The forward given to :func:`outside_of_graphs` for the running block's module at ``place``."""
-    forward = attrgetter(place)(_running.block).forward.outside
-    return forward(x, **dict(zip(names, others, strict=True))).contiguous()
+    given: dict[str, Any] = {}
+    for name, other in zip(names, others, strict=True):
+        given[name] = (*given[name], other) if name in given else (other,)
+    given = {name: some if len(some) > 1 else some[0] for name, some in given.items()}
+    return attrgetter(place)(_running.block).forward.outside(x, **given).contiguous()
 
 
 def _fake_run(x: Tensor, others: list[Tensor], names: list[str], place: str) -> Tensor:
@@ -81,19 +85,22 @@ attend, run = torch.ops.xfuser.attend.default, torch.ops.xfuser.run.default
 def outside_of_graphs(forward: Callable[..., Tensor], place: str) -> Callable[..., Tensor]:
     """``forward``, of a module within a block, for the module's place: no part of the block's graph.
 
-    It returns a tensor of the shape that it takes first. Where others of its arguments are neither None nor tensors by
-    keyword, the graph of a compiled block breaks.
+    It returns a tensor of the shape that it takes first. Where others of its arguments are neither None, nor tensors,
+    nor tuples of several tensors, the graph of a compiled block breaks.
     """
-    breaking = torch.compiler.disable(forward)
+    breaking, names = torch.compiler.disable(forward), tuple(inspect.signature(forward).parameters)
 
     @wraps(forward)
-    def outside(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def outside(*args: Any, **kwargs: Any) -> Tensor:
         if not torch.compiler.is_compiling():
-            return forward(x, *args, **kwargs)
-        given = {name: value for name, value in kwargs.items() if value is not None}
-        if args or not all(isinstance(value, Tensor) for value in given.values()):
-            return breaking(x, *args, **kwargs)
-        return run(x, list(given.values()), list(given), place)
+            return forward(*args, **kwargs)
+        given = dict(zip(names, args, strict=False)) | kwargs
+        x = given.pop(names[0])
+        parts = {name: value if isinstance(value, tuple) else (value,) for name, value in given.items()}
+        flat = [(name, one) for name, some in parts.items() for one in some if one is not None]
+        if not all(isinstance(one, Tensor) for _, one in flat):
+            return breaking(*args, **kwargs)
+        return run(x, [one for _, one in flat], [name for name, _ in flat], place)
 
     outside.outside = forward
     return outside

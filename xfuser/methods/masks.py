@@ -1,0 +1,72 @@
+"""Attention masks over pairs of tokens, where the tokens are on several ranks."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from xfuser.core.attention.kernels import additive
+from xfuser.methods.tokens import Rows
+
+
+class PairMasks:
+    """The masks over pairs of one model in one call: which of them only hide keys.
+
+    An accelerator stands still for each value that is read. So only the first mask of each shape is, and whether the
+    others were like it is read once, when the call ends.
+    """
+
+    def __init__(self, model: str) -> None:
+        self._model = model
+        self._hide_keys: dict[tuple, bool] = {}  # by the forward's index and the mask's shape
+        self._alike: Tensor | None = None
+
+    def over_keys(self, index: int, mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        """The key mask behind one that hides tokens from all others, and all others from them, over own tokens alone.
+
+        What hidden tokens attend to then does not matter, as nothing attends to them.
+
+        Args:
+            index: of the forward within its step.
+            mask: ``[B|1, H|1, 1|Sq, Sk]``.
+        """
+        if mask.stride(2) == 0:  # the same for all queries
+            return mask[:, :, :1]
+        if mask.dtype != torch.bool or mask.shape[2:] != (q.shape[2], k.shape[2]) or q.shape[2] != k.shape[2]:
+            return mask
+        shown = mask.diagonal(dim1=2, dim2=3).unsqueeze(2)
+        hides, place = (mask == (shown & shown.mT)).all(), (index, mask.shape)
+        if place not in self._hide_keys:
+            self._hide_keys[place] = bool(hides)
+        elif self._hide_keys[place]:
+            self._alike = hides if self._alike is None else self._alike & hides
+        return shown if self._hide_keys[place] else mask
+
+    @contextmanager
+    def alike(self) -> Iterator[None]:
+        """Around a call: raises a ValueError at its end where a mask that was not read does other than the first."""
+        yield
+        if self._alike is not None and not self._alike:
+            raise ValueError(
+                f"an attention mask of {self._model} hides tokens from some others, where the first of its shape hid"
+                " them from all: use CFG or data parallelism, where masks are not split"
+            )
+
+
+def cut_pairs(
+    mask: Tensor, queries: Rows, ranks: range, keys: Rows, columns: list[tuple[int, int]], dtype: torch.dtype
+) -> Tensor:
+    """Of a mask over the full sequence, the queries of ``ranks``, and these columns.
+
+    Raises:
+        ValueError: the mask is for other sequences.
+    """
+    if mask.shape[2] not in (1, queries.total) or mask.shape[3] != keys.total:
+        raise ValueError(
+            f"an attention mask of shape {tuple(mask.shape)} fits neither the keys of this rank alone, [B, 1, 1, keys],"
+            f" nor the whole sequence, [B, 1, 1 or {queries.total}, {keys.total}]: it cannot be split"
+        )
+    if mask.shape[2] > 1:
+        mask = torch.cat([mask.narrow(2, *place) for rank in ranks for place in queries.places(rank)], dim=2)
+    return additive(torch.cat([mask.narrow(3, *place) for place in columns], dim=3), dtype)
