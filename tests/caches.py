@@ -24,7 +24,10 @@ from xfuser.testing.loop import loop_of
 
 _video = zoo.FAMILIES["hunyuan_video"]
 TEXT_TO_VIDEO = {"hunyuan_video t2v": replace(_video, config=_video.config | {"image_condition_type": None})}
-FAMILIES = zoo.FAMILIES | TEXT_TO_VIDEO
+_wan = zoo.FAMILIES["wan"]
+_sizes = {"num_attention_heads": 12, "num_layers": 30, "attention_head_dim": 8, "in_channels": 16, "out_channels": 16}
+WAN = {"wan 1.3B": replace(_wan, config=_wan.config | _sizes, latents=(16, *_wan.latents[1:]))}
+FAMILIES = zoo.FAMILIES | TEXT_TO_VIDEO | WAN
 
 
 def family_of(name: str) -> zoo.Family:

@@ -134,8 +134,12 @@ TEA = [
     ("mochi", {"ulysses_degree": 2}, 2, BATCHED),
     ("cogvideox", {"data_parallel_degree": 2}, 2, BATCHED),
     ("hunyuan_video t2v", {"tensor_parallel_degree": 2}, 2, "none"),
+    ("ltx", {"ulysses_degree": 3}, 3, BATCHED),
+    ("wan 1.3B", {"ulysses_degree": 2}, 2, SEQUENTIAL),
 ]
-TEA_THRESHOLDS = {"flux": 1.0, "mochi": 1.0, "cogvideox": 1.0, "hunyuan_video t2v": 50.0}
+TEA_THRESHOLDS = {
+    "flux": 1.0, "mochi": 1.0, "cogvideox": 1.0, "hunyuan_video t2v": 50.0, "ltx": 0.5, "wan 1.3B": 1e9,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("family", "degrees", "ranks", "guidance"), TEA)
@@ -145,7 +149,7 @@ def test_teacache_decides_as_one_rank(pool, family, degrees, ranks, guidance):
     flags = {"use_teacache": True, "cache_threshold": threshold}
     (serial,) = pool.run(1, caches.draw_flagged, family, flags, call)
     (expected, skipped), again = serial
-    assert matrix.error(again[0], expected) == 0 and again[1] == skipped
+    assert matrix.error(again[0], expected) == 0 and again[1] == skipped and any(skipped.values())
     if family == "flux":
         by_oracle, of_oracle = caches.oracle_of(family, call, 1, 1, threshold, FLUX, STEPS)
         assert skipped == of_oracle and matrix.error(expected, by_oracle) <= matrix.TOLERANCE

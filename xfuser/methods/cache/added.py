@@ -52,8 +52,8 @@ class AddedCache:
         if self._runtime.use_teacache:
             plan = teacache_plan(type(self._model).__name__, self._model.config)
             threshold = plan.threshold if given is None else given
-            rule = TeaCache(plan.coefficients, threshold, plan.by_time, means, partial(_is_last, self._pipe, call))
-            return self._stack(rule, call)
+            must_run = partial(_must_run, self._pipe, call, plan.first)
+            return self._stack(TeaCache(plan, threshold, means, must_run), call)
         config = FirstBlockCacheConfig(THRESHOLD if given is None else given)
         if self._parallel.pipelined and (self._runtime.use_fbcache or _of_first_block(there)):
             enabled = (one.hook.threshold for one in there if hasattr(one.hook, "threshold"))
@@ -98,10 +98,17 @@ def cache_as(cls: type, known: type) -> None:
 
 def check_cache(pipe: Any, engine_config: EngineConfig) -> None:
     """Raise a ValueError where the cache that the flags ask for does not serve a pipeline's transformers."""
-    runtime = engine_config.runtime_config
-    for model, plan in planned_models(pipe).values():
+    runtime, models = engine_config.runtime_config, planned_models(pipe)
+    for model, plan in models.values():
         if runtime.use_teacache:
-            teacache_plan(type(model).__name__, model.config)
+            found = teacache_plan(type(model).__name__, model.config)
+            if len(models) > 1:
+                raise ValueError(
+                    f"use_teacache: the coefficients of {found.model} are not known to serve two transformers that"
+                    " divide the steps: use use_fbcache"
+                )
+            if found.threshold is None and runtime.cache_threshold is None:
+                raise ValueError(f"use_teacache: no threshold is published for {found.model}: give cache_threshold")
         elif runtime.use_fbcache:
             _check_blocks(model, plan)
 
@@ -129,7 +136,7 @@ def _of_first_block(there: list[Cached]) -> list[Cached]:
     return [one for one in there if one.kind == hooks.FIRST_BLOCK]
 
 
-def _is_last(pipe: Any, call: CallState) -> bool:
-    """Whether the step that is running is the last one of its schedule."""
+def _must_run(pipe: Any, call: CallState, first: int) -> bool:
+    """Whether the step that is running is one of the first of its schedule, or the last one."""
     steps = call.steps or getattr(pipe, "_num_timesteps", 0) or len(pipe.scheduler.timesteps)
-    return call.step == steps - 1
+    return not first <= call.step < steps - 1
