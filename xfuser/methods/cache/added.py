@@ -131,5 +131,5 @@ def _of_first_block(there: list[Cached]) -> list[Cached]:
 
 def _is_last(pipe: Any, call: CallState) -> bool:
     """Whether the step that is running is the last one of its schedule."""
-    steps = call.steps or getattr(pipe, "_num_timesteps", 0) or len(pipe.scheduler.timesteps)
+    steps = call.steps or getattr(pipe, "_num_timesteps", 0) or len(getattr(pipe.scheduler, "timesteps", ()))
     return call.step == steps - 1
