@@ -18,6 +18,7 @@ from xfuser.call import CallState
 from xfuser.core.attention import operator
 from xfuser.core.hooks import innermost, replaced
 from xfuser.core.logger import is_rank_zero, logger
+from xfuser.methods.cache.hooks import cached
 from xfuser.models.plan import ModelPlan, blocks_of
 from xfuser.models.registry import original_of
 
@@ -88,12 +89,12 @@ class CompiledBlocks:
 
 
 def _compiles(block: nn.Module) -> bool:
-    """Whether a block runs its class's code, without hooks inside that may leave a part of it out.
+    """Whether a block runs its class's code, without caches inside that may leave a part of it out.
 
     A forward of one instance alone, as of a stub, is no code of its class.
     """
     own = getattr(getattr(*innermost(block)), "__func__", None) is type(block).forward
-    return own and all(innermost(part)[0] is part for part in block.modules() if part is not block)
+    return own and all(one.module is block for one in cached(block))
 
 
 def _region(name: str) -> Callable[..., Any]:

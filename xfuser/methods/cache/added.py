@@ -138,5 +138,5 @@ def _of_first_block(there: list[Cached]) -> list[Cached]:
 
 def _must_run(pipe: Any, call: CallState, first: int) -> bool:
     """Whether the step that is running is one of the first of its schedule, or the last one."""
-    steps = call.steps or getattr(pipe, "_num_timesteps", 0) or len(pipe.scheduler.timesteps)
+    steps = call.steps or getattr(pipe, "_num_timesteps", 0) or len(getattr(pipe.scheduler, "timesteps", ()))
     return not first <= call.step < steps - 1

@@ -110,10 +110,11 @@ class Caching:
             self._refuse(kinds[hooks.SEA], "leaves no block out where weights are sharded")
 
     def _refuse(self, hook: Any, why: str) -> None:
+        flags = self._parallel.degrees() | {"num_pipeline_patch": self._parallel.num_pipeline_patch}
+        methods = ", ".join(flag for flag, degree in flags.items() if degree > 1)
         raise ValueError(
-            f"{type(hook).__name__} of {type(self._model).__name__} {why}: call disable_cache() on it, or use"
-            " FirstBlockCacheConfig, or other methods than"
-            f" {', '.join(flag for flag, degree in self._parallel.degrees().items() if degree > 1)}"
+            f"{type(hook).__name__} of {type(self._model).__name__} {why}: call disable_cache() on it, and use another"
+            f" cache, such as FirstBlockCacheConfig, or other methods than {methods}"
         )
 
 
