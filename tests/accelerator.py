@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-BYTES = 2 << 30
+BYTES, NAME = 2 << 30, "a pretended GPU"
 
 
 def install(monkeypatch, count=4):
@@ -32,6 +32,7 @@ def install(monkeypatch, count=4):
     module = types.SimpleNamespace(
         mem_get_info=touch("mem_get_info", (BYTES // 2, BYTES)),
         get_device_properties=lambda: types.SimpleNamespace(total_memory=BYTES),  # needs no context
+        get_device_name=lambda: NAME,
         get_rng_state=touch("get_rng_state", torch.get_rng_state()),
         set_rng_state=touch("set_rng_state"),
         max_memory_allocated=touch("max_memory_allocated", 0),

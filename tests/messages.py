@@ -133,6 +133,8 @@ class Messages:
 
     def together(self, original, operations):
         """In the place of ``batch_isend_irecv``."""
+        if self._on_host(operations[0].group):
+            return original(operations)
         self._batch = []
         try:
             works = original(operations)

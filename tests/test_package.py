@@ -33,7 +33,7 @@ FLOORS = {  # every name at the top, and what it may import of the others
     "planner": ENGINE,
     "testing": ENGINE | {"__init__"},
     "bench": ENGINE | {"testing", "cli", "planner"},
-    "cli": ENGINE | {"planner"},
+    "cli": ENGINE | {"planner", "testing"},
     "__init__": ENGINE | {"testing"},
     "logger": {"core"},
     "legacy": {"compat"},

@@ -17,6 +17,7 @@ from xfuser.pipeline_io.media import check_writable
 
 COMMANDS = {
     "bench": "xfuser.bench.command:main",
+    "doctor": "xfuser.cli.doctor:main",
     "plan": "xfuser.cli.plan:main",
     "quality": "xfuser.bench.quality_command:main",
 }  # functions that take the rest of the arguments, and return the exit code

@@ -26,6 +26,11 @@ def on_cpu() -> Iterator[None]:
         _spared = before
 
 
+def hide() -> None:
+    """Leave accelerators out in this process and those that it starts; to be called before anything asks for one."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def _working_type() -> str:
     return "cpu" if _spared else device_type()
 
@@ -61,6 +66,13 @@ def device(local_rank: int) -> torch.device:
 def backend() -> str:
     """The torch.distributed backend of this machine's device: nccl on CUDA, gloo on the CPU."""
     return torch.distributed.get_default_backend_for_device(device_type())
+
+
+def nccl_version() -> str | None:
+    """The release of NCCL that torch was built with; None without it."""
+    if not torch.distributed.is_nccl_available():
+        return None
+    return ".".join(map(str, torch.cuda.nccl.version()))
 
 
 def group_options(local_rank: int, backend_name: str) -> dict[str, torch.device]:

@@ -16,10 +16,13 @@ PATIENCE = 5  # seconds for the other ranks to fail, too
 
 
 class RankPool:
-    """``run(n, function, *args)`` calls ``function(*args)`` on n ranks and returns their results in rank order."""
+    """``run(n, function, *args)`` calls ``function(*args)`` on n ranks and returns their results in rank order.
 
-    def __init__(self, size: int) -> None:
-        self._size, self._jobs = size, 0
+    ``backend`` is that of their default process group: of an accelerator, there must be one for each rank.
+    """
+
+    def __init__(self, size: int, backend: str = "gloo") -> None:
+        self._size, self._jobs, self._backend = size, 0, backend
         self._workers: list[tuple[Any, Any]] = []
 
     def run(self, ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
@@ -46,7 +49,8 @@ class RankPool:
         self._store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # where ranks find others
         for _ in range(self._size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, sys.path, self._store.port), daemon=True)
+            args = (theirs, sys.path, self._store.port, self._backend)
+            process = context.Process(target=_serve, args=args, daemon=True)
             process.start()
             self._workers.append((process, ours))
 
@@ -71,16 +75,21 @@ class RankPool:
             return True, f"died with exit code {process.exitcode}"
 
 
-def _serve(pipe: Any, path: list[str], port: int) -> None:
+def _serve(pipe: Any, path: list[str], port: int, backend: str) -> None:
     sys.path[:] = path
     import torch
+
+    from xfuser.core import device as devices
 
     torch.set_num_threads(1)
     store = dist.TCPStore("localhost", port, is_master=False)
     while True:
         rank, ranks, job, function, args = pipe.recv()
         try:
-            dist.init_process_group("gloo", store=dist.PrefixStore(job, store), rank=rank, world_size=ranks)
+            if backend != "gloo":
+                devices.use(rank)
+            options = devices.group_options(rank, backend)
+            dist.init_process_group(backend, store=dist.PrefixStore(job, store), rank=rank, world_size=ranks, **options)
             dist.barrier()  # else a rank with little to do is gone before others have found it
             result = function(*args)
             _leave()

@@ -1,0 +1,102 @@
+"""The report of a machine with GPUs: it runs here, ticks nothing that has not run, and fails where a check does."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from pretended import NAME, pretended
+
+from xfuser.testing.gpu import speed
+from xfuser.testing.gpu.report import PATHS, Check, outcome_of, render, state_of
+from xfuser.testing.gpu.staging import Staged
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_it_runs_here_and_ticks_nothing():
+    command = [sys.executable, "-m", "xfuser.testing.gpu", "--device", "cpu", "--short"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    boxes = [line for line in done.stdout.splitlines() if line.startswith("- [")]
+    assert len(boxes) == len(PATHS) and all(line.startswith("- [ ]") and "not run" in line for line in boxes)
+    assert "7 of 9 checks passed on the CPU" in done.stdout and ", 0 failed," in done.stdout
+
+
+def outcome(name, result):
+    """Of a check that returns this text, raises this error, or cannot run for this reason, which begins with a dash."""
+
+    def run():
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    why = str(result).removeprefix("-")
+    return outcome_of(Check("tensor", name, run, None if why == str(result) else why))
+
+
+def outcomes(results):
+    return [outcome(f"check {i}", result) for i, result in enumerate(results)]
+
+
+@pytest.mark.parametrize(
+    ("results", "accelerated", "box", "told"),
+    [
+        (("1e-7", "2e-7"), True, "[x]", "2 of 2 checks passed"),
+        (("1e-7", "2e-7"), False, "[ ]", "not run on a GPU"),
+        (("1e-7", "-it takes 2"), True, "[ ]", "in part: 1 of 2 checks passed; check 1 not run: it takes 2"),
+        (("-it takes 2", "-it takes 4"), True, "[ ]", "not run: it takes 2"),
+        (("1e-7", ValueError("rank 0:\nno\nyes\nrank 1:\nno")), True, "[ ]", "**failed**: check 1: ValueError: yes"),
+        ((), True, "[ ]", "not run"),
+    ],
+)
+def test_a_path_is_ticked_when_all_of_it_has_run(results, accelerated, box, told):
+    found = state_of("tensor", outcomes(results), accelerated)
+    assert found[0] == box and told in found[1]
+    assert f"- {box} {PATHS['tensor']} — {found[1]}" in render(outcomes(results), accelerated)
+
+
+def test_the_list_of_paths_is_that_of_the_docs():
+    listed = (ROOT / "docs" / "design.md").read_text()
+    assert all(f"- {title}" in listed for title in PATHS.values())
+
+
+def test_time_of_messages_that_is_hidden():
+    messages, computes = speed.union([(0, 4), (2, 6), (10, 12)]), speed.union([(5, 11)])
+    assert messages == [(0, 6), (10, 12)]
+    whole, both = speed.length(messages), speed.length(speed.union(messages + computes))
+    assert whole + speed.length(computes) - both == 2
+
+
+def by_the_host():
+    """What comes of the collectives that methods use, of tensors on a device that gloo does not know."""
+    with pretended():
+        group, rank = dist.new_group(backend=f"cpu:gloo,{NAME}:gloo"), dist.get_rank()
+        with Staged():
+            x = torch.arange(4, device=NAME) + 10 * rank
+            total = x.clone()
+            dist.all_reduce(total, group=group)
+            parts = [torch.empty_like(x) for _ in range(2)]
+            dist.all_gather(parts, x, group=group)
+            dist.broadcast(first := x.clone(), src=0, group=group)
+            swapped = torch.empty(2 + 4 * rank, dtype=x.dtype, device=NAME)
+            dist.all_to_all_single(swapped, x, [1 + 2 * rank] * 2, [1, 3], group=group)
+            received = torch.empty_like(x)
+            operations = [dist.P2POp(dist.isend, x, 1 - rank, group), dist.P2POp(dist.irecv, received, 1 - rank, group)]
+            [work.wait() for work in dist.batch_isend_irecv(operations)]
+            late = torch.empty_like(x)
+            works = [dist.irecv(late, 1 - rank, group=group), dist.isend(x, 1 - rank, group=group)]
+            [work.wait() for work in works]
+        assert {one.device.type for one in (total, *parts, first, received, late, swapped)} == {NAME}
+        return [one.tolist() for one in (total, *parts, first, received, late, swapped)]
+
+
+def test_collectives_go_by_the_host(pool):
+    own, other = [0, 1, 2, 3], [10, 11, 12, 13]
+    expected = [[10, 12, 14, 16], own, other, own]
+    swapped = [[0, 10], [1, 2, 3, 11, 12, 13]]
+    assert pool.run(2, by_the_host) == [[*expected, other, other, swapped[0]], [*expected, own, own, swapped[1]]]
