@@ -143,4 +143,3 @@ def parser() -> FlexibleArgumentParser:
     flags.add_argument("--picture", metavar="FILE", default="plan.png", help="PNG file of it (default: plan.png).")
     flags.add_argument("--calibrate", action="store_true", help="Measure this machine, and keep its constants.")
     return xFuserArgs.add_cli_args(flags)
-

@@ -203,7 +203,9 @@ class xFuserArgs:
             raise ValueError("allow_stale requires auto: add it, or choose the degrees of a stale method")
         given = [names.flag for names in DEGREES.values() if self._is_given(names.flag)]
         if self.auto and given:
-            raise ValueError(f"auto chooses the degrees, and {given[0]}={getattr(self, given[0])!r} is given: remove one")
+            raise ValueError(
+                f"auto chooses the degrees, and {given[0]}={getattr(self, given[0])!r} is given: remove one"
+            )
 
     def _parallel_config(self) -> ParallelConfig:
         guided_in_parallel = self.use_cfg_parallel or self.use_split_batch

@@ -72,7 +72,9 @@ def choice(args: xFuserArgs, ranks: int) -> dict:
     rows = plan(args, ranks, machine, compiled, choices_of(ranks))
     good, rest = ranked(rows, "latency", memory, exact=not stale)
     if not good:
-        raise ValueError(f"nothing fits {ranks} ranks: " + "; ".join(f"{row.name}: {reason}" for row, reason in rest[:4]))
+        raise ValueError(
+            f"nothing fits {ranks} ranks: " + "; ".join(f"{row.name}: {reason}" for row, reason in rest[:4])
+        )
     best = good[0]
     reason = f"{best.name}, {best.seconds:.3g} s predicted on {machine.name}"
     if len(good) > 1:

@@ -59,7 +59,10 @@ def _each(action: Callable[[], Any]) -> float:
 def _products(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a matrix product of the size of a feed-forward's."""
     rows, width = (1024, 1024) if device.type == "cpu" else (8192, 8192)
-    x, weight = torch.randn(rows, width, device=device, dtype=dtype), torch.randn(width, width, device=device, dtype=dtype)
+    x, weight = (
+        torch.randn(rows, width, device=device, dtype=dtype),
+        torch.randn(width, width, device=device, dtype=dtype),
+    )
     return 2 * rows * width * width / _each(lambda: F.linear(x, weight))
 
 

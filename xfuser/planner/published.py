@@ -81,7 +81,9 @@ def pipeline_of(name: str, parts: dict[str, nn.Module]) -> Any:
 def texts_of(name: str, inputs: InputConfig) -> list[tuple[str, torch.Tensor]]:
     """What text encoders of a published pipeline take, ``[batch, tokens]``: prompts, and negative ones if it guides."""
     entry, batch = published()[name], inputs.batch_size
-    tokens = {part: torch.zeros(batch, value[2], dtype=torch.long) for part, value in entry.items() if part.startswith(PREFIX)}
+    tokens = {
+        part: torch.zeros(batch, value[2], dtype=torch.long) for part, value in entry.items() if part.startswith(PREFIX)
+    }
     return list(tokens.items()) * (1 + guided(name, inputs))
 
 
@@ -103,8 +105,8 @@ def call_of(name: str, pipe: Any, inputs: InputConfig, dtype: torch.dtype) -> di
     guides = guided(name, inputs)
     if inputs.use_cfg_parallel and not guides:
         raise ValueError(
-            f"use_cfg_parallel: {name} runs without classifier-free guidance; give a negative prompt (--negative_prompt),"
-            " or use the ranks for another method"
+            f"use_cfg_parallel: {name} runs without classifier-free guidance; give a negative prompt"
+            " (--negative_prompt), or use the ranks for another method"
         )
     batch, call = inputs.batch_size, sized(name, inputs) | {"num_inference_steps": inputs.num_inference_steps}
     for key, shape in entry["embeds"].items():

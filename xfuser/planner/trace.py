@@ -130,7 +130,9 @@ class Tracer(TorchDispatchMode):
             return func(*args, **kwargs)
         self._busy = True
         try:
-            result = _all_places(*args) if func is NONZERO and isinstance(args[0], FakeTensor) else func(*args, **kwargs)
+            result = (
+                _all_places(*args) if func is NONZERO and isinstance(args[0], FakeTensor) else func(*args, **kwargs)
+            )
         finally:
             self._busy = False
         if not func.is_view and func._schema.name.partition("::")[2] not in ALLOCATIONS:
