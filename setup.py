@@ -14,7 +14,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["xfuser", "xfuser.*"]),
-    package_data={"xfuser": ["py.typed", "assets/**/*"]},
+    package_data={"xfuser": ["py.typed", "assets/**/*", "planner/*.json"]},
     install_requires=[
         "torch>=2.7",  # fully_shard(ignored_params=...)
         "diffusers>=0.36",

@@ -1,6 +1,8 @@
 """What xdit plan foresees is what runs take, and what cannot fit is refused before it is loaded."""
 
 import gc
+import math
+from dataclasses import replace
 
 import pytest
 import running
@@ -12,9 +14,15 @@ from xfuser.cli.plan import main, parser
 from xfuser.config.args import in_bytes
 from xfuser.config.config import legal_degrees
 from xfuser.core.meters import LiveMemory
+from xfuser.planner import repeats
+from xfuser.planner.cost import Clock, fuse, program_of
+from xfuser.planner.machines import Constants, keep, machine_of
 from xfuser.planner.rehearsal import alone_of, rehearse, weight_of
 from xfuser.planner.table import COLUMNS, needs_of, plan
+from xfuser.planner.trace import MATMUL, MEMORY, Message, Operator, Wait
 from xfuser.weights.loading import load_pipeline
+
+CONSTANTS = Constants(1e30, 0.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0)  # of a machine that is its data sheet
 
 
 def asked(path, degrees, **changes):
@@ -130,3 +138,119 @@ def test_sizes():
     assert [in_bytes(size) for size in ("24GB", "1.5 KiB", "3m")] == [24 * 10**9, 1536, 3 * 10**6]
     with pytest.raises(ValueError, match="'much' is not a size"):
         in_bytes("much")
+
+
+def seconds_of(rows):
+    return {row.name: row.seconds for row in rows if not row.refusal}
+
+
+def published_rows(ranks, machine, compiled, **changes):
+    args = xFuserArgs(**{"model": "flux.1-dev", "prompt": "a", "dtype": "bf16", "num_inference_steps": 28} | changes)
+    choices = [one for one in legal_degrees(ranks) if one["cfg"] == one["dp"] == one["tensor"] == 1]
+    return plan(args, ranks, machine_of(machine), compiled, choices)
+
+
+def test_a_published_model_is_counted_without_a_download():
+    """The products of Flux.1-dev at 1024 pixels that Diffusers' benchmark prints, 59,523 GFLOP, and its weights."""
+    told = published_rows(1, "H100", True)[0].told
+    flops = sum(_flops(told.steps[1, 0], MATMUL))
+    assert flops == pytest.approx(59523e9, rel=1e-3)
+    assert told.weights["transformer"] == pytest.approx(2 * 11.9e9, rel=0.01)
+
+
+def _flops(events, kind):
+    for event in events:
+        if type(event) is tuple:
+            yield from (event[1] * flops for flops in _flops(event[0], kind))
+        elif isinstance(event, Operator) and event.kind == kind:
+            yield event.flops
+
+
+def test_repeated_blocks_are_what_running_them_gives(folder_of, monkeypatch):
+    """Of a transformer with many blocks: operators, FLOPs, bytes and memory are the same with all blocks run."""
+    args = asked(folder_of("flux"), {"pipefusion_parallel_degree": 2}, num_inference_steps=3)
+    told = []
+    for ends in (1, 100):
+        monkeypatch.setattr(repeats, "ENDS", ends)
+        with alone_of(2):
+            told.append(rehearse(*args.checked()))
+    few, all_of_them = told
+    for key, events in all_of_them.steps.items():
+        assert sum(_flops(few.steps[key], MATMUL)) == sum(_flops(events, MATMUL))
+    assert few.live == all_of_them.live and few.kept == all_of_them.kept
+
+
+def test_times_follow_from_the_machine():
+    """More ranks are faster, slow links hurt, and a compiled step is not slower; parts sum up to the whole."""
+    fast = published_rows(4, "H100", True)
+    slow = published_rows(2, "L20", False)
+    assert seconds_of(fast)["ulysses 4"] < seconds_of(published_rows(1, "H100", True))["all degrees 1"]
+    assert seconds_of(fast)["ulysses 4"] <= seconds_of(published_rows(4, "H100", False))["ulysses 4"]
+    for row in fast + slow:
+        assert sum(row.time.spent.values()) == pytest.approx(row.seconds, rel=0.02), row.name
+    assert not next(row for row in fast if row.name == "pipefusion 4").exact
+
+
+def test_the_longest_chain():
+    """A message hides behind what does not wait for it; a slow host holds a fast device."""
+    machine = replace(machine_of("CPU"), peak=1e9, synchronous=False, bandwidth=1e30, link=1e6, constants=CONSTANTS)
+    product = Operator(MATMUL, 1e9, 0.0, False, (), ())  # a second
+    message, ready = Message(1, "send", (0, 1), 10**6), Wait(1)  # a second, too
+    times = [
+        Clock(machine).run(program_of(events)).device
+        for events in ([message, product, ready], [message, ready, product], [product] * 3, [([product], 5)])
+    ]
+    assert times == pytest.approx([1, 2, 3, 5], rel=1e-3)
+    slow = replace(machine, constants=replace(CONSTANTS, host=2.0))
+    assert Clock(slow).run(program_of([product] * 3)).device == pytest.approx(7, rel=1e-3)
+
+
+def test_a_compiler_fuses_what_only_moves_bytes():
+    moves = [Operator(MEMORY, 0.0, 0.0, False, ((i, 8),), ((i + 1, 8),)) for i in range(3)]
+    product = Operator(MATMUL, 1.0, 0.0, False, ((3, 8),), ((4, 8),))
+    events, eager = fuse([*moves, product])
+    assert [event.kind for event in events] == [MEMORY, MATMUL] and not any(eager)
+    assert events[0].reads == ((0, 8),) and events[0].writes == ((3, 8),)
+
+
+def test_unknown_machines_and_bad_flags_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("XFUSER_CACHE", str(tmp_path))
+    with pytest.raises(ValueError, match=r"(?s)gpus='Voodoo2' is unknown.*H100.*--calibrate"):
+        machine_of("Voodoo2")
+    for flags, words in (
+        (["--gpus", "0xH100"], "a number and a name"),
+        (["--gpus", "2xH100", "--links", "string"], "is not a rate"),
+        (["--gpus", "2xH100", "--objective", "beauty"], "objective='beauty' is unknown"),
+        ([], "--gpus"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            main(["--model", "flux.1-dev", *flags])
+    assert machine_of("NVIDIA H100 80GB HBM3").name == "H100"
+    keep(replace(machine_of("CPU"), name="My Machine"))
+    assert machine_of("my machine").synchronous
+
+
+def test_the_ranking_explains_itself(folder_of, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XFUSER_CACHE", str(tmp_path))
+    flags = ["--model", folder_of("sd3"), "--height", "80", "--width", "48", "--max_sequence_length", "6"]
+    assert main([*flags, "--gpus", "2xCPU", "--dtype", "fp32", "--exact", "--explain", "best"]) == 0
+    out = capsys.readouterr().out
+    assert "pipefusion 2: no: not exact" in out and "  best" in out and "GFLOP" not in out
+    assert "counted in a step" in out and (tmp_path / "plan.png").stat().st_size > 1000
+    assert main([*flags, "--gpus", "CPU", "--dtype", "fp32", "--scale", "1", "2"]) == 0
+    assert "efficiency" in capsys.readouterr().out
+
+
+def chosen_on(path, flags):
+    engine, inputs = asked(path, {"auto": True} | flags).create_config()
+    return engine.parallel_config.degrees(), inputs.use_cfg_parallel
+
+
+def test_auto_chooses_alike_on_all_ranks(pool, folder_of):
+    one, other = pool.run(2, chosen_on, folder_of("sd3"), {})
+    assert one == other and math.prod(one[0].values()) == 2 and one[0]["pipefusion_parallel_degree"] == 1
+    with pytest.raises(ValueError, match="auto chooses the degrees"):
+        asked("x", {"auto": True, "ring_degree": 2}).checked()
+    with pytest.raises(ValueError, match="allow_stale requires auto"):
+        asked("x", {"allow_stale": True}).checked()

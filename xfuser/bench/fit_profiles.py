@@ -1,4 +1,4 @@
-"""``python -m xfuser.bench.fit_profiles FOLDER``: fit the planner's constants to published measurements, and check them.
+"""``python -m xfuser.bench.fit_profiles FOLDER``: fit the planner's constants to published measurements.
 
 Eight constants for each kind of links, most of which both kinds share, are fitted to all machines but one, and that one
 is predicted from its data sheet: the tables show every point so predicted. No constant belongs to a machine, a model or
@@ -25,12 +25,12 @@ from xfuser.planner.machines import FILE, Constants, machine_of, shipped
 from xfuser.planner.rehearsal import Rehearsed, Source, alone_of, rehearse
 
 BOUNDS = {  # of what is fitted, and where to begin
-    "matmul": (2e3, 6900, 6e4), "attention": (0.3, 1.5, 6.0), "kernels": (0.4, 0.62, 1.0), "memory": (0.3, 0.85, 1.0),
-    "nvlink": (0.05, 0.6, 1.0), "pcie": (0.05, 0.6, 1.0), "host": (1e-6, 3e-5, 2e-4),
+    "matmul": (2e3, 6900, 6e4), "attention": (0.3, 2.0, 6.0), "kernels": (0.4, 0.7, 1.0), "memory": (0.3, 0.7, 1.0),
+    "nvlink": (0.05, 0.4, 1.0), "pcie": (0.05, 0.5, 1.0), "host": (1e-6, 3e-5, 2e-4),
     "host_compiled": (5e-7, 6e-6, 5e-5), "start": (1e-6, 3e-5, 3e-4),
 }  # fmt: skip
 LOW, START, HIGH = (np.log([values[i] for values in BOUNDS.values()]) for i in range(3))
-SURE = 0.5  # how far a constant may be from its begin, as a logarithm, where no point says anything of it
+SURE = 0.05  # as far from its begin, as a logarithm, a constant weighs as much as a point with an error of ROBUST
 ROBUST = 0.12  # errors beyond weigh less
 
 
@@ -174,13 +174,12 @@ def _words(values: np.ndarray) -> str:
 def write(values: np.ndarray) -> None:
     """Put the constants into the package."""
     kept = shipped()
+    fitted = {kind: asdict(one) for kind, one in constants_of(values).items()}
     constants = kept["constants"] | {
-        kind: {name: float(f"{x:.4g}") for name, x in asdict(one).items()} for kind, one in constants_of(values).items()
+        kind: {name: float(f"{value:.4g}") for name, value in one.items()} for kind, one in fitted.items()
     }
-    kernels = float(f"{np.exp(values[list(BOUNDS).index('kernels')]):.3g}")
-    sheets = {
-        name: sheet | ({"kernels": kernels} if "kernels" in sheet else {}) for name, sheet in kept["machines"].items()
-    }
+    kernels = {"kernels": float(f"{np.exp(values[list(BOUNDS).index('kernels')]):.3g}")}
+    sheets = {name: sheet | (kernels if "kernels" in sheet else {}) for name, sheet in kept["machines"].items()}
     blocks = [
         f' "{title}": {{\n' + ",\n".join(f'  "{name}": {json.dumps(one)}' for name, one in part.items()) + "\n }"
         for title, part in (("constants", constants), ("machines", sheets))
@@ -198,7 +197,7 @@ def report(points: list[Point], predicted: dict[str, float], left: Any, everywhe
     choices = [choice for group in groups.values() if (choice := chosen(group, predicted))]
     same = [choice for group in groups.values() for choice in _of_same_ranks(group, predicted)]
     lines = [
-        f"{len(points)} points of {len({point.machine for point in points})} machines, each predicted without its machine.",
+        f"{len(points)} points of {len({point.machine for point in points})} machines, each without its own.",
         "",
         "| | asked | found |",
         "|---|---|---|",

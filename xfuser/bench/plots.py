@@ -4,8 +4,8 @@ import statistics
 import textwrap
 from typing import Any
 
-from xfuser.core.extras import extra
 from xfuser.bench.files import write_file
+from xfuser.core.extras import extra
 
 PARTS = ("parameters", "buffers", "activations")
 

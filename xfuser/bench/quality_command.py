@@ -10,11 +10,11 @@ from typing import Any
 
 from xfuser.bench.command import base_arguments, is_rank, of_this_world, run_ranks
 from xfuser.bench.configurations import Configuration, configurations
-from xfuser.core.extras import extra
 from xfuser.bench.files import write_json, write_text
 from xfuser.config import FlexibleArgumentParser, xFuserArgs
 from xfuser.config.args import shipped_folder
 from xfuser.core.distributed.failure import fail_together
+from xfuser.core.extras import extra
 from xfuser.pipeline_io.media import check_writable
 from xfuser.testing.shapes import scenes
 from xfuser.testing.shapes.check import check

@@ -25,7 +25,8 @@ def run(arguments: list[str]) -> int:
             f"{machine.name}, {get_world_group().world_size} ranks at once: matrix products {machine.peak / 1e9:.4g}"
             f" GFLOP/s, attention {machine.kernels * machine.peak / 1e9:.4g} GFLOP/s,"
             f" memory {machine.bandwidth / 1e9:.3g} GB/s, host {known.host * 1e6:.3g} us an operator (right away"
-            f" {known.host_compiled * 1e6:.3g} us), link {machine.link / 1e9:.3g} GB/s behind {known.start * 1e6:.3g} us"
+            f" {known.host_compiled * 1e6:.3g} us),"
+            f" link {machine.link / 1e9:.3g} GB/s behind {known.start * 1e6:.3g} us"
         )
         print(path)
     destroy_distributed_environment()

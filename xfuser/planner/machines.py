@@ -176,10 +176,12 @@ def _of_sheet(name: str, links: str | None, constants: dict[str, Constants] | No
     kind = links if links in KINDS else sheet["links"]
     link = sheet["link_gb_s"] * 1e9 if kind == sheet["links"] else KINDS[kind]
     reached = (constants or constants_of())[kind]
+    held = sheet["memory_gib"] and sheet["memory_gib"] * 2**30
+    more = {name: sheet[name] for name in ("kernels", "feed", "wide", "synchronous") if name in sheet}
     return Machine(
         name=found, peak=sheet["peak_tflops"] * 1e12, units=sheet["units"], clock=sheet["gigahertz"] * 1e9,
-        cache=sheet["cache_mb"] * 1e6, bandwidth=sheet["memory_gb_s"] * 1e9, memory=sheet["memory_gib"] and sheet["memory_gib"] * 2**30,
-        link=link, constants=reached, **{name: sheet[name] for name in ("kernels", "feed", "wide", "synchronous") if name in sheet},
+        cache=sheet["cache_mb"] * 1e6, bandwidth=sheet["memory_gb_s"] * 1e9, memory=held,
+        link=link, constants=reached, **more,
     )  # fmt: skip
 
 
@@ -213,7 +215,7 @@ def devices_of(spec: str) -> tuple[int, str]:
     Raises:
         ValueError: the number is none.
     """
-    found = re.fullmatch(r"(?:(\d+) ?[xX×] ?)?(.+)", spec.strip())
+    found = re.fullmatch(r"(?:(\d+) ?[xX] ?)?(.+)", spec.strip())
     count = int(found[1] or 1) if found else 0
     if count < 1:
         raise ValueError(f"gpus={spec!r}: give a number and a name, such as 8xL40")

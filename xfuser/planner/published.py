@@ -105,8 +105,8 @@ def call_of(name: str, pipe: Any, inputs: InputConfig, dtype: torch.dtype) -> di
     guides = guided(name, inputs)
     if inputs.use_cfg_parallel and not guides:
         raise ValueError(
-            f"use_cfg_parallel: {name} runs without classifier-free guidance; give a negative prompt (--negative_prompt),"
-            " or use the ranks for another method"
+            f"use_cfg_parallel: {name} runs without classifier-free guidance; give a negative prompt"
+            " (--negative_prompt), or use the ranks for another method"
         )
     batch, call = inputs.batch_size, sized(name, inputs) | {"num_inference_steps": inputs.num_inference_steps}
     for key, shape in entry["embeds"].items():

@@ -222,7 +222,7 @@ class _Rehearsal:
     def _key(self, name: str, method: str, args: tuple, kwargs: dict[str, Any]) -> Any:
         """By what the work of a component that is not divided is known; None for others."""
         runtime = self._engine.runtime_config
-        divided = runtime.use_parallel_vae and method in CODER or runtime.text_encoder != "replicate"
+        divided = (runtime.use_parallel_vae and method in CODER) or runtime.text_encoder != "replicate"
         if name in self.told.transformers or divided or self._engine.parallel_config.tensor_parallel_text_encoder:
             return None
         values = tree_leaves((args, kwargs))

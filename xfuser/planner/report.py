@@ -71,7 +71,8 @@ def explain(row: Row, machine: Machine, steps: int, compiled: bool) -> list[str]
         f" {machine.cache / 1e6:.3g} MB, {CACHED} bytes a cycle and processor",
         f"           host {host * 1e6:.3g} us an operator; link {machine.link / 1e9:.4g} GB/s one way,"
         f" {known.link:.0%} of it reached, {known.start * 1e6:.3g} us until a message begins;"
-        f" between nodes {machine.node_link / 1e9:.4g} GB/s of a node of {machine.node}, {known.start_node * 1e6:.3g} us",
+        f" between nodes {machine.node_link / 1e9:.4g} GB/s of a node of {machine.node},"
+        f" {known.start_node * 1e6:.3g} us",
         f"  counted in a step: {flops[MATMUL] / 1e12:.4g} TFLOP of matrix products, {flops[ATTENTION] / 1e12:.4g} TFLOP"
         f" and {scores / 1e9:.4g} G scores of attention, {moved / 1e9:.4g} GB touched by operators as they are,"
         f" {count} operators",
