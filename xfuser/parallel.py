@@ -20,7 +20,7 @@ from xfuser.core.distributed import (
     get_world_group,
 )
 from xfuser.core.distributed.utils import share, split_sizes
-from xfuser.core.hooks import Binder, replaced
+from xfuser.core.hooks import Binder
 from xfuser.core.logger import quiet_libraries
 from xfuser.methods.cfg import GuidanceParallel
 from xfuser.methods.compiled import CompiledBlocks, uncompiled
@@ -37,6 +37,7 @@ from xfuser.models.registry import planned_models, set_plan
 from xfuser.pipeline_io.agreement import shared_arguments
 from xfuser.pipeline_io.arguments import pipeline_arguments
 from xfuser.pipeline_io.media import media_of, write_media
+from xfuser.pipeline_io.progress import quiet_progress
 from xfuser.vae.engines import parallel_vae
 from xfuser.weights.placement import Placement
 from xfuser.weights.text_encoders import text_encoders
@@ -124,7 +125,7 @@ class xDiTParallel:
         with ExitStack() as stack:
             if get_world_group().world_size > 1:
                 stack.enter_context(quiet_libraries())
-                stack.enter_context(_quiet_progress(self._pipe))
+                stack.enter_context(quiet_progress(self._pipe))
             self._take_out_compiled(stack)
             for context in self._vae_contexts():
                 stack.enter_context(context)
@@ -320,11 +321,3 @@ def parallelize(
             "PipeFusion, DistriFusion and naive patches go by the scheduler's steps: give parallelize() the scheduler"
         )
     return xDiTParallel(Loop(transformer, scheduler), engine_config)
-
-
-def _quiet_progress(pipe: Any) -> AbstractContextManager[None]:
-    """Within the context, only rank 0 shows a progress bar."""
-    before = getattr(pipe, "_progress_bar_config", {})
-    return replaced(
-        pipe, "_progress_bar_config", before if get_world_group().is_first_rank else before | {"disable": True}
-    )

@@ -1,5 +1,6 @@
 """Every rank calls a pipeline with rank 0's random states, and tensors such as latents."""
 
+import copy
 import hashlib
 from typing import Any
 
@@ -14,29 +15,36 @@ def shared_arguments(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[s
     """Give every rank rank 0's states of torch's default generators and of the generators in the arguments, and its
     values of the tensors in them. Only tensors that differ are sent.
 
-    Returns the arguments, with new tensors in the place of those that differed.
+    Returns the arguments, with new tensors in the place of those that differed. The state of a modular pipeline is looked
+    into.
 
     Raises:
         ValueError: on all ranks, if they were given different generators or tensors of different shapes.
     """
     world = get_world_group()
-    leaves, spec = tree_flatten_with_path((args, dict(sorted(kwargs.items()))))
+    states = {name: x for name, x in kwargs.items() if isinstance(getattr(x, "values", None), dict)}
+    opened = kwargs | {name: x.values for name, x in states.items()}
+    leaves, spec = tree_flatten_with_path((args, dict(sorted(opened.items()))))
     generators = {keystr(path): x for path, x in leaves if isinstance(x, torch.Generator)}
     tensors = {keystr(path): x for path, x in leaves if isinstance(x, torch.Tensor)}
     kinds = dict.fromkeys(generators, "a generator")
     kinds |= {name: f"{x.dtype} of shape {tuple(x.shape)}" for name, x in tensors.items()}
     given = world.all_gather_object((kinds, {name: _digest(x) for name, x in tensors.items()}))
     _refuse_differences([kinds for kinds, _ in given])
-    defaults, states = world.broadcast_object((devices.rng_states(), [one.get_state() for one in generators.values()]))
+    defaults, own = world.broadcast_object((devices.rng_states(), [one.get_state() for one in generators.values()]))
     devices.set_rng_states(defaults)
-    for generator, state in zip(generators.values(), states, strict=True):
+    for generator, state in zip(generators.values(), own, strict=True):
         generator.set_state(state)
     differ = {name for _, theirs in given for name in theirs if theirs[name] != given[0][1][name]}
     values = [
         world.broadcast(x.to(world.device, copy=True)).to(x.device) if keystr(path) in differ else x
         for path, x in leaves
     ]
-    return tree_unflatten(values, spec)
+    args, kwargs = tree_unflatten(values, spec)
+    for name, state in states.items():
+        values, kwargs[name] = kwargs[name], copy.copy(state)
+        kwargs[name].values = values
+    return args, kwargs
 
 
 def _refuse_differences(given: list[dict[str, str]]) -> None:
