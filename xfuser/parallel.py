@@ -36,9 +36,10 @@ from xfuser.methods.sequence import SequenceParallel
 from xfuser.methods.unet.maps import MapParallel
 from xfuser.models.plan import ModelPlan
 from xfuser.models.registry import planned_models, set_plan
-from xfuser.pipeline_io.agreement import quiet_progress, shared_arguments
+from xfuser.pipeline_io.agreement import shared_arguments
 from xfuser.pipeline_io.arguments import pipeline_arguments
 from xfuser.pipeline_io.media import media_of, write_media
+from xfuser.pipeline_io.progress import quiet_progress
 from xfuser.vae.engines import parallel_vae
 from xfuser.weights.placement import Placement
 from xfuser.weights.text_encoders import text_encoders

@@ -1,7 +1,7 @@
 """Every rank calls a pipeline with rank 0's random states, and tensors such as latents."""
 
+import copy
 import hashlib
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -9,36 +9,42 @@ from torch.utils._pytree import keystr, tree_flatten_with_path, tree_unflatten
 
 from xfuser.core import device as devices
 from xfuser.core.distributed import get_world_group
-from xfuser.core.hooks import replaced
 
 
 def shared_arguments(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """Give every rank rank 0's states of torch's default generators and of the generators in the arguments, and its
     values of the tensors in them. Only tensors that differ are sent.
 
-    Returns the arguments, with new tensors in the place of those that differed.
+    Returns the arguments, with new tensors in the place of those that differed. The state of a modular pipeline is
+    looked into.
 
     Raises:
         ValueError: on all ranks, if they were given different generators or tensors of different shapes.
     """
     world = get_world_group()
-    leaves, spec = tree_flatten_with_path((args, dict(sorted(kwargs.items()))))
+    states = {name: x for name, x in kwargs.items() if isinstance(getattr(x, "values", None), dict)}
+    opened = kwargs | {name: x.values for name, x in states.items()}
+    leaves, spec = tree_flatten_with_path((args, dict(sorted(opened.items()))))
     generators = {keystr(path): x for path, x in leaves if isinstance(x, torch.Generator)}
     tensors = {keystr(path): x for path, x in leaves if isinstance(x, torch.Tensor)}
     kinds = dict.fromkeys(generators, "a generator")
     kinds |= {name: f"{x.dtype} of shape {tuple(x.shape)}" for name, x in tensors.items()}
     given = world.all_gather_object((kinds, {name: _digest(x) for name, x in tensors.items()}))
     _refuse_differences([kinds for kinds, _ in given])
-    defaults, states = world.broadcast_object((devices.rng_states(), [one.get_state() for one in generators.values()]))
+    defaults, own = world.broadcast_object((devices.rng_states(), [one.get_state() for one in generators.values()]))
     devices.set_rng_states(defaults)
-    for generator, state in zip(generators.values(), states, strict=True):
+    for generator, state in zip(generators.values(), own, strict=True):
         generator.set_state(state)
     differ = {name for _, theirs in given for name in theirs if theirs[name] != given[0][1][name]}
     values = [
         world.broadcast(x.to(world.device, copy=True)).to(x.device) if keystr(path) in differ else x
         for path, x in leaves
     ]
-    return tree_unflatten(values, spec)
+    args, kwargs = tree_unflatten(values, spec)
+    for name, state in states.items():
+        values, kwargs[name] = kwargs[name], copy.copy(state)
+        kwargs[name].values = values
+    return args, kwargs
 
 
 def _refuse_differences(given: list[dict[str, str]]) -> None:
@@ -56,11 +62,3 @@ def _refuse_differences(given: list[dict[str, str]]) -> None:
 def _digest(x: torch.Tensor) -> bytes:
     """Tells values of one shape apart."""
     return hashlib.blake2b(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy(), digest_size=16).digest()
-
-
-def quiet_progress(pipe: Any) -> AbstractContextManager[None]:
-    """Within the context, only rank 0 shows a progress bar."""
-    before = getattr(pipe, "_progress_bar_config", {})
-    return replaced(
-        pipe, "_progress_bar_config", before if get_world_group().is_first_rank else before | {"disable": True}
-    )

@@ -19,7 +19,8 @@ def pipeline_arguments(pipe: Any, inputs: InputConfig) -> dict[str, Any]:
     Raises:
         ValueError: something is given that this pipeline does not take, or a prompt is missing.
     """
-    takes = inspect.signature(type(pipe).__call__).parameters
+    takes = getattr(getattr(pipe, "blocks", None), "input_names", None)  # of a modular pipeline
+    takes = takes or inspect.signature(type(pipe).__call__).parameters
     given = {name: getattr(inputs, name) for name in PLAIN}
     if "video_length" in takes:
         given["video_length"] = given.pop("num_frames")

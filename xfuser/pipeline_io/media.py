@@ -18,11 +18,15 @@ FRAMES_PER_SECOND = 16
 
 def media_of(output: Any) -> list[Any]:
     """One entry per image or video of what a pipeline returned: PIL images, arrays ``[H, W, C]``, lists of frames,
-    or tensors."""
-    for name in ("images", "frames"):
-        if hasattr(output, name):
-            return list(getattr(output, name))
-    return list(output[0])
+    or tensors.
+
+    Modular pipelines return what they were asked for by name: that alone, or several in a dict, or all of their state.
+    """
+    for name in ("images", "frames", "videos"):
+        found = output.get(name) if isinstance(output, dict) else getattr(output, name, None)
+        if found is not None:
+            return list(found)
+    return list(output[0] if isinstance(output, tuple) else output)
 
 
 def check_writable(directory: str) -> None:

@@ -67,3 +67,11 @@ def plain_steps(get_timesteps: Callable[..., Any], call: CallState) -> Callable[
 def _steps(count: int, call: CallState) -> int:
     """Pipelines that pass sigmas take the number of timesteps for the number of steps."""
     return count // call.patches if count > call.steps else count
+
+
+def loops_of(pipe: Any) -> list[Any]:
+    """The blocks of a modular pipeline that loop, and have a progress bar; of other pipelines none."""
+    blocks = [getattr(pipe, "_blocks", None)]  # its public name gives copies
+    for block in blocks:
+        blocks += getattr(block, "sub_blocks", {}).values()
+    return [block for block in blocks if hasattr(block, "progress_bar")]

@@ -12,7 +12,7 @@ from xfuser.core.distributed import GroupCoordinator
 from xfuser.core.hooks import Arguments, replaced
 from xfuser.methods.pipefusion.blocks import StageBlocks
 from xfuser.methods.pipefusion.channel import Channel, Route, open_channels
-from xfuser.methods.pipefusion.loop import plain_steps, stepwise_callbacks, stepwise_progress
+from xfuser.methods.pipefusion.loop import loops_of, plain_steps, stepwise_callbacks, stepwise_progress
 from xfuser.methods.pipefusion.refusals import refuse
 from xfuser.methods.pipefusion.scheduler import patchwise
 from xfuser.methods.pipefusion.stage import Stage
@@ -125,6 +125,6 @@ class PipeFusion:
             stack.callback(vars(pipe).__setitem__, "scheduler", pipe.scheduler)
             vars(pipe)["scheduler"] = patchwise(pipe.scheduler, call, stage.patches, end_substep)
             for name, stepwise in (("progress_bar", stepwise_progress), ("get_timesteps", plain_steps)):
-                if hasattr(pipe, name):
-                    stack.enter_context(replaced(pipe, name, stepwise(getattr(pipe, name), call)))
+                for owner in filter(lambda one, name=name: hasattr(one, name), (pipe, *loops_of(pipe))):
+                    stack.enter_context(replaced(owner, name, stepwise(getattr(owner, name), call)))
             yield
