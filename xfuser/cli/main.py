@@ -17,6 +17,7 @@ COMMANDS = {
     "bench": "xfuser.bench.command:main",
     "plan": "xfuser.cli.plan:main",
     "quality": "xfuser.bench.quality_command:main",
+    "serve": "xfuser.serve.command:main",
 }  # functions that take the rest of the arguments, and return the exit code
 
 
