@@ -28,11 +28,11 @@ def page(server: Server) -> gradio.Blocks:
     running: dict[str, Job] = {}  # of each browser session
 
     async def draw(
-        prompt: str, negative: str, size: str, steps: float, seed: float | None, history: list, call: gradio.Request
+        prompt: str, negative: str, size: str, steps: float, seed: str, history: list, call: gradio.Request
     ) -> AsyncIterator[tuple[Any, ...]]:
         try:
             values = {"prompt": prompt, "negative_prompt": negative, "size": size, "num_inference_steps": int(steps)}
-            request = ImageRequest(**values, seed=None if seed is None else int(seed), partial_images=4)
+            request = ImageRequest(**values, seed=seed or None, partial_images=4)
             (job,) = await server.submit(request)
         except (Failure, ValidationError) as error:
             raise gradio.Error(str(error)) from error
@@ -60,7 +60,7 @@ def page(server: Server) -> gradio.Blocks:
                 negative = gradio.Textbox("", label="Negative prompt")
                 size = gradio.Dropdown(SIZES, value=SIZES[0], label="Size", allow_custom_value=True)
                 steps = gradio.Slider(1, 100, server.inputs.num_inference_steps, step=1, label="Steps", elem_id="steps")
-                seed = gradio.Number(None, label="Seed (random if empty)", precision=0, elem_id="seed")
+                seed = gradio.Textbox("", label="Seed (random if empty)", elem_id="seed")
                 with gradio.Row():
                     start = gradio.Button("Draw", variant="primary", elem_id="draw")
                     stop = gradio.Button("Cancel", elem_id="cancel")
@@ -68,7 +68,7 @@ def page(server: Server) -> gradio.Blocks:
             with gradio.Column():
                 status = gradio.HTML("", elem_id="status")
                 shown = gradio.Image(label="Picture", format="png", elem_id="picture")
-        past = gradio.Gallery(label="History", format="png", columns=5, elem_id="history")
+        past = gradio.Gallery(label="History", format="png", columns=5, height=240, elem_id="history")
         history = gradio.State([])
         inputs = [prompt, negative, size, steps, seed, history]
         options = {"concurrency_limit": None, "show_progress": "hidden"}
