@@ -300,7 +300,7 @@ def test_what_cannot_be_served_is_told_in_one_line(tmp_path, monkeypatch):
         command.listening("127.0.0.1", taken.getsockname()[1])
     for flags, told in [
         (["--max_batch", "0"], "max_batch=0"),
-        (["--ulysses_degre", "2"], "--help"),
+        (["--no_such_flag", "2"], "--help"),
         (["--model", str(tmp_path / "no")], "does not exist"),
     ]:
         with pytest.raises(ValueError, match=told):

@@ -28,7 +28,8 @@ def create_app(server: Server, videos: bool = True) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        server.engine.start()
+        if not server.engine.ident:  # else it is started already
+            server.engine.start()
         yield
         await asyncio.to_thread(server.engine.stop)
 

@@ -19,18 +19,23 @@ DEFAULT_MODEL = "shapes-256"
 
 def main(arguments: list[str]) -> int:
     """Serve until it is interrupted; on a rank, draw until the engine ends. Returns the exit code."""
-    options = parser().parse_args(arguments)
-    args = xFuserArgs.from_cli_args(options)
-    args = replace(args, model=args.model or DEFAULT_MODEL)
+    args, own, options = parsed(arguments)
     if options.engine:
         from xfuser.serve.worker import serve
 
         serve(args, options.engine)
         return 0
-    own = Options(**{spec.name: getattr(options, spec.name) for spec in fields(Options)})
     check(args, own)
     with listening(options.host, options.port) as port:
         run(args, arguments, own, port)
+
+
+def parsed(arguments: list[str]) -> tuple[xFuserArgs, Options, argparse.Namespace]:
+    """Flags as what the pipeline takes, what the server takes, and all of them."""
+    options = parser().parse_args(arguments)
+    args = xFuserArgs.from_cli_args(options)
+    own = Options(**{spec.name: getattr(options, spec.name) for spec in fields(Options)})
+    return replace(args, model=args.model or DEFAULT_MODEL), own, options
 
 
 def check(args: xFuserArgs, own: Options) -> None:

@@ -13,9 +13,9 @@ from diffusers import DPMSolverMultistepScheduler
 
 from xfuser.config.args import SHIPPED_PIPELINE
 
-RAISES, RAISES_ON_LAST_RANK, HANGS_ON_LAST_RANK = 101, 102, 103
-ONLY_ALONE, NEVER_FITS, SLOW = 104, 105, 106  # the first two run out of memory, with several pictures or always
-SECONDS = 0.1  # of a slow step
+RAISES, RAISES_ON_LAST_RANK, HANGS_ON_LAST_RANK = 31, 32, 33
+ONLY_ALONE, NEVER_FITS, SLOW = 34, 35, 36  # the first two run out of memory, with several pictures or always
+SECONDS = 0.15  # of a slow step
 
 
 class FaultyScheduler(DPMSolverMultistepScheduler):
