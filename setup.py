@@ -3,7 +3,10 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 BENCH = ["matplotlib", "torchmetrics"]
+SERVE = ["fastapi", "uvicorn", "pydantic>=2", "prometheus-client", "gradio"]
+RAY = ["ray[serve]"]
 TEST = ["pytest", "ruff", "hypothesis", "distvae", "imageio", "imageio-ffmpeg", "optimum-quanto", "peft"]
+TEST += ["openai", "selenium"]
 
 setup(
     name="xfuser",
@@ -23,6 +26,13 @@ setup(
         "safetensors",
         "yunchang",
     ],
-    extras_require={"flash-attn": ["flash-attn"], "distvae": ["distvae"], "bench": BENCH, "test": TEST + BENCH},
+    extras_require={
+        "flash-attn": ["flash-attn"],
+        "distvae": ["distvae"],
+        "bench": BENCH,
+        "serve": SERVE,
+        "ray": SERVE + RAY,
+        "test": TEST + BENCH + SERVE + RAY,
+    },
     entry_points={"console_scripts": ["xdit=xfuser.cli.main:main"]},
 )

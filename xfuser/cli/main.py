@@ -20,6 +20,7 @@ COMMANDS = {
     "doctor": "xfuser.cli.doctor:main",
     "plan": "xfuser.cli.plan:main",
     "quality": "xfuser.bench.quality_command:main",
+    "serve": "xfuser.serve.command:main",
 }  # functions that take the rest of the arguments, and return the exit code
 
 

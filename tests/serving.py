@@ -1,0 +1,77 @@
+"""A server of the tests: `xdit serve` as a user starts it, on a port of its own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).parent.parent
+PATIENCE = 180  # seconds; a busy machine starts ranks slowly
+
+
+def until(look, what, patience=PATIENCE):
+    """The first true value of ``look()``."""
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline:
+        if found := look():
+            return found
+        time.sleep(0.05)
+    raise AssertionError(f"{what} did not come about in {patience} s")
+
+
+class Served:
+    """A running `xdit serve`; ``url`` is where it listens."""
+
+    def __init__(self, folder, *flags):
+        environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+        environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, "-m", "xfuser.cli", "serve", "--port", "0", *map(str, flags)]
+        self.log = Path(folder) / "serve.log"
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
+        line = until(lambda: self._line() or self.process.poll(), "the server's first line")
+        assert isinstance(line, str), self.log.read_text()
+        self.url = line.split()[2]
+
+    def _line(self):
+        return next((line for line in self.log.read_text().splitlines() if line.startswith("xdit serve: http")), None)
+
+    def health(self):
+        try:
+            with urllib.request.urlopen(f"{self.url}/health") as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError as error:
+            return json.load(error)
+        except urllib.error.URLError:
+            return {"ready": False}
+
+    def ready(self):
+        until(lambda: self.process.poll() is not None or self.health()["ready"], "a ready server")
+        assert self.process.poll() is None, self.log.read_text()
+        return self
+
+    def ranks(self):
+        """Process ids of the ranks."""
+        return sorted(
+            child.pid for child in psutil.Process(self.process.pid).children() if "--engine" in child.cmdline()
+        )
+
+    def metric(self, name):
+        with urllib.request.urlopen(f"{self.url}/metrics") as answer:
+            lines = answer.read().decode().splitlines()
+        return float(next(line.split()[-1] for line in lines if line.startswith(f"{name} ")))
+
+    def interrupt(self):
+        """Ctrl-C; returns the seconds until all of it has ended."""
+        ranks, start = [psutil.Process(pid) for pid in self.ranks()], time.monotonic()
+        self.process.send_signal(signal.SIGINT)
+        self.process.wait(PATIENCE)
+        until(lambda: not any(rank.is_running() for rank in ranks), "the ranks' end")
+        return time.monotonic() - start

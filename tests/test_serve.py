@@ -1,0 +1,313 @@
+"""`xdit serve`: the unmodified OpenAI client draws what one rank draws, and faults stay with their requests."""
+
+import base64
+import io
+import os
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import openai
+import pytest
+import running
+import torch
+from PIL import Image
+from serving import ROOT, Served, until
+
+from xfuser.config import xFuserArgs
+from xfuser.serve import command
+from xfuser.serve.jobs import Failure, Job, JobQueue
+from xfuser.serve.requests import ImageRequest, Limits
+from xfuser.testing import faults
+
+SIDE, STEPS = 128, 3
+PROMPT = "a red circle above a blue square"
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("serve")
+    flags = (
+        "--model",
+        faults.faulty_pipeline(str(folder)),
+        "--ulysses_degree",
+        2,
+        "--hang_timeout",
+        8,
+        "--trust_remote_code",
+    )
+    server = Served(folder, *flags, "--max_queue", 12, "--max_batch", 4, "--height", SIDE, "--width", SIDE)
+    yield server
+    server.process.kill()
+    server.process.wait()
+
+
+@pytest.fixture
+def client(served):
+    served.ready()
+    return openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0, timeout=300)
+
+
+def draw(client, prompt=PROMPT, steps=STEPS, **fields):
+    own = {name: fields.pop(name) for name in ("seed", "negative_prompt", "retry") if name in fields}
+    body = {"num_inference_steps": steps} | own
+    answer = client.images.generate(prompt=prompt, extra_body=body, **fields)
+    pictures = [pixels(base64.b64decode(one.b64_json)) for one in answer.data if one.b64_json]
+    return pictures[0] if len(pictures) == 1 else pictures
+
+
+def pixels(data):
+    return np.asarray(Image.open(io.BytesIO(data)), dtype=np.int16)
+
+
+@running.remembered
+def serial(prompt=PROMPT, seed=0, steps=STEPS, side=SIDE):
+    """The picture that the bare pipeline draws alone."""
+    pipe = running.loaded(command.xFuserArgs(model="shapes-256").checked()[0].model_config.model)
+    sizes = {"height": side, "width": side, "num_inference_steps": steps, "guidance_scale": 3.5}
+    made = pipe(prompt, **sizes, generator=torch.Generator().manual_seed(seed), max_sequence_length=256)
+    return np.asarray(made.images[0], dtype=np.int16)
+
+
+def same(drawn, expected):
+    return drawn.shape == expected.shape and int(np.abs(drawn - expected).max()) <= 1  # rounding to 8 bits
+
+
+def in_thread(function, *args, **kwargs):
+    """Start a call; its future."""
+    pool = ThreadPoolExecutor(1)
+    future = pool.submit(function, *args, **kwargs)
+    pool.shutdown(wait=False)
+    return future
+
+
+def drawing(served, client):
+    """Start a slow picture; its future, once it is drawn."""
+    before = served.metric("xdit_steps_total")
+    future = in_thread(draw, client, steps=faults.SLOW)
+    until(lambda: served.metric("xdit_steps_total") > before, "a first step")
+    return future
+
+
+def test_the_openai_client_draws_what_one_rank_draws(served, client):
+    first, second = draw(client, seed=3, n=2)
+    assert same(first, serial(seed=3)) and same(second, serial(seed=4))
+    (answer,) = client.images.generate(
+        prompt=PROMPT, response_format="url", size="64x64", extra_body={"seed": 3, "num_inference_steps": STEPS}
+    ).data
+    path = served.log.parent / "results" / answer.url.rsplit("/", 1)[1]
+    assert same(pixels(path.read_bytes()), serial(seed=3, side=64))
+    assert [model.id for model in client.models.list()] == ["faulty"]
+
+
+@pytest.mark.parametrize(
+    "fields, param, told",
+    [
+        ({"size": "100x64"}, "size", "multiples of 16"),
+        ({"size": "4096x64"}, "size", "to 2048"),
+        ({"n": 11}, "n", "less than or equal to 10"),
+        ({"style": "vivid"}, "style", "allowed are prompt"),
+        ({"prompt": ""}, "prompt", "at least 1"),
+        ({"model": "dall-e-3"}, "model", "'faulty'"),
+    ],
+)
+def test_errors_say_what_is_allowed(client, fields, param, told):
+    with pytest.raises((openai.BadRequestError, openai.NotFoundError)) as error:
+        draw(client, **{"prompt": PROMPT} | fields)
+    assert error.value.body["param"] == param and told in error.value.body["message"]
+    assert error.value.body["type"] == "invalid_request_error"
+
+
+def test_what_the_pipeline_refuses_fails_alone(client):
+    """A request that it raises a ValueError for is in one batch with good ones."""
+    blocking = in_thread(draw, client, size="64x64", steps=40)
+    good = [in_thread(draw, client, seed=seed, negative_prompt="a cat") for seed in (1, 2)]
+    assert len({draw.result().tobytes() for draw in good}) == 2 and blocking.result().shape == (64, 64, 3)
+    with pytest.raises(openai.BadRequestError, match="takes no picture"):
+        client.images.edit(image=("a.png", io.BytesIO(b"x"), "image/png"), prompt=PROMPT)
+
+
+def test_pictures_of_a_batch_are_those_drawn_alone(served, client):
+    """Also one after the other: nothing of one request is seen in another."""
+    blocking = drawing(served, client)
+    calls, before = served.metric("xdit_batch_size_count"), served.metric("xdit_batch_size_sum")
+    prompts = [PROMPT, "a green square", "a blue circle", PROMPT]
+    others = [in_thread(draw, client, prompt, seed=seed) for seed, prompt in enumerate(prompts)]
+    until(lambda: served.health()["queue"] == 4, "four waiting pictures")
+    for seed, (prompt, other) in enumerate(zip(prompts, others, strict=True)):
+        assert same(other.result(), serial(prompt, seed))
+    assert served.metric("xdit_batch_size_count") - calls == 1 and served.metric("xdit_batch_size_sum") - before == 4
+    first, _, again = (draw(client, prompt, seed=3) for prompt in (PROMPT, "a green square", PROMPT))
+    assert np.array_equal(first, again)
+    blocking.result()
+
+
+def test_events_tell_steps_and_show_previews(client):
+    options = {"stream": True, "partial_images": 2, "extra_body": {"num_inference_steps": 6, "seed": 3}}
+    events = list(client.images.generate(prompt=PROMPT, **options))
+    kinds = [event.type.split(".")[1] for event in events]
+    assert kinds[-1] == "completed" and 1 <= kinds.count("partial_image") <= 2
+    steps = [event.step for event in events if event.type == "image_generation.progress"]
+    assert steps == sorted(steps) and steps[-1] == 6
+    assert same(pixels(base64.b64decode(events[-1].b64_json)), serial(seed=3, steps=6))
+    preview = next(event for event in events if event.type == "image_generation.partial_image")
+    assert pixels(base64.b64decode(preview.b64_json)).shape == (SIDE // 2, SIDE // 2, 3) or SIDE // 8 < 32
+
+
+@pytest.mark.parametrize("by", ["delete", "disconnect"])
+def test_a_cancelled_request_ends_within_a_step(served, client, by):
+    events = client.images.generate(prompt=PROMPT, stream=True, extra_body={"num_inference_steps": faults.SLOW})
+    name = next(event.id for event in events if event.step > 0)
+    before = served.metric("xdit_steps_total")
+    if by == "delete":
+        client.delete(f"/images/generations/{name}", cast_to=object)
+        with pytest.raises(openai.APIError, match="cancelled"):
+            list(events)
+    else:
+        events.close()
+    assert same(draw(client, seed=5), serial(seed=5))
+    assert served.metric("xdit_steps_total") - before < faults.SLOW / 2 + STEPS  # a busy machine tells late
+    assert served.metric("xdit_restarts_total") == 0
+
+
+def test_a_cancelled_request_leaves_the_others_of_its_batch(served, client):
+    blocking = drawing(served, client)
+    kept = in_thread(draw, client, seed=1, steps=20)
+    left = in_thread(draw, client.with_options(timeout=1.0), seed=2, steps=20)
+    with pytest.raises(openai.APITimeoutError):
+        left.result()
+    blocking.result()
+    assert same(kept.result(), serial(seed=1, steps=20))
+
+
+def test_a_full_queue_says_when_to_come_again(served, client):
+    blocking = drawing(served, client)
+    waiting = in_thread(draw, client, n=10)
+    until(lambda: served.health()["queue"] == 10, "ten waiting pictures")
+    with pytest.raises(openai.RateLimitError) as error:
+        draw(client, n=3)
+    assert error.value.response.headers["retry-after"] and error.value.body["code"] == "rate_limit_exceeded"
+    assert len(waiting.result()) == 10
+    blocking.result()
+
+
+def test_an_exception_fails_its_batch_alone(served, client):
+    ranks = served.ranks()
+    with pytest.raises(openai.InternalServerError, match="a fault was asked for") as error:
+        draw(client, steps=faults.RAISES)
+    assert error.value.body["code"] == "pipeline_failed"
+    assert same(draw(client, seed=5), serial(seed=5)) and served.ranks() == ranks
+
+
+def test_out_of_memory_halves_a_batch_and_refuses_what_is_alone(served, client):
+    ranks = served.ranks()
+    assert len(draw(client, steps=faults.ONLY_ALONE, n=3, size="64x64")) == 3
+    with pytest.raises(openai.BadRequestError, match="too large for the memory"):
+        draw(client, steps=faults.NEVER_FITS)
+    assert same(draw(client, seed=5), serial(seed=5)) and served.ranks() == ranks
+
+
+def test_a_killed_rank_takes_its_batch_and_nothing_else(served, client):
+    """The others of the queue survive, and what asked for it is drawn again."""
+    running_one = drawing(served, client)
+    again = in_thread(draw, client, steps=faults.SLOW, seed=1, size="64x64", retry=True)
+    until(lambda: served.health()["queue"] == 1, "a waiting picture")
+    queued = in_thread(draw, client, seed=5)
+    until(lambda: served.health()["queue"] == 2, "two waiting pictures")
+    os.kill(served.ranks()[1], signal.SIGKILL)
+    with pytest.raises(openai.APIStatusError) as error:
+        running_one.result()
+    assert error.value.status_code == 503 and error.value.body["code"] == "engine_restarted"
+    served.ready()
+    before = served.metric("xdit_steps_total")
+    until(lambda: served.metric("xdit_steps_total") > before, "a step of what is drawn again")
+    os.kill(served.ranks()[0], signal.SIGKILL)
+    assert again.result().shape == (64, 64, 3)
+    assert same(queued.result(), serial(seed=5))
+
+
+@pytest.mark.parametrize("steps, status", [(faults.HANGS_ON_LAST_RANK, 503), (faults.RAISES_ON_LAST_RANK, 500)])
+def test_ranks_that_wait_for_one_are_started_anew(served, client, steps, status):
+    before = served.metric("xdit_restarts_total")
+    with pytest.raises(openai.APIStatusError) as error:
+        draw(client, steps=steps)
+    assert error.value.status_code == status
+    until(lambda: served.metric("xdit_restarts_total") > before, "a restart")
+    served.ready()
+    assert same(draw(client, seed=5), serial(seed=5))
+
+
+def test_ctrl_c_ends_all(served, client):
+    drawn = drawing(served, client)
+    assert served.interrupt() <= 5
+    assert drawn.exception() and served.process.returncode == 0
+
+
+def job(name, most=4, **settings):
+    return Job(name, "", 0, settings, most=most)
+
+
+def test_no_shape_starves():
+    """Whatever comes behind it, a job waits for no more batches than there are jobs ahead of it."""
+    queue = JobQueue(1000)
+    queue.put([job(f"small {i}", height=64) for i in range(6)] + [job("large", height=512)])
+    batches = 0
+    while True:
+        batch = queue.take()
+        if batch[0].prompt == "large":
+            break
+        batches += 1
+        queue.put([job("late", height=64) for _ in range(8)])
+    assert batches == 2
+
+
+def test_what_a_batch_has_in_common():
+    queue = JobQueue(10)
+    guided = Job("c", "a cat", 0, {"height": 64}, most=4)
+    pictured = Job("d", "", 0, {"height": 64}, most=4, image=b"")
+    jobs = [job("a", height=64), job("b", height=80), guided, pictured, job("e", height=64), job("f", 1, height=64)]
+    queue.put(jobs)
+    jobs[4].cancelled = True
+    batches = [[one.prompt for one in queue.take()] for _ in range(6)]
+    assert batches == [["a"], ["b"], ["c"], ["d"], ["f"], []]
+    with pytest.raises(Failure, match="10 may"):
+        queue.put(jobs * 2)
+
+
+def limits(**args):
+    configs = xFuserArgs(model="shapes-256", **args).checked()
+    return Limits(*configs, side=1024, batch=4)
+
+
+def test_unknown_words_and_videos_are_refused():
+    abilities = {"pipeline": "PixArtSigmaPipeline", "videos": False, "pictures": False, "multiple": 16}
+    for fields, told in [
+        ({"prompt": "a red dragon"}, "'dragon'"),
+        ({"prompt": PROMPT, "model": "other"}, "shapes-256"),
+    ]:
+        with pytest.raises(Failure, match=told):
+            limits().jobs(ImageRequest(**fields), abilities, "shapes-256")
+    with pytest.raises(Failure, match="POST /v1/videos"):
+        limits().jobs(ImageRequest(prompt=PROMPT), abilities | {"videos": True}, "shapes-256")
+    jobs = limits().jobs(ImageRequest(prompt=PROMPT, seed=7, n=3), abilities, "shapes-256")
+    assert [one.seed for one in jobs] == [7, 8, 9]
+
+
+def test_what_cannot_be_served_is_told_in_one_line(tmp_path, monkeypatch):
+    with command.listening("127.0.0.1", 0) as taken, pytest.raises(ValueError, match="choose another --port"):
+        command.listening("127.0.0.1", taken.getsockname()[1])
+    for flags, told in [
+        (["--max_batch", "0"], "max_batch=0"),
+        (["--no_such_flag", "2"], "--help"),
+        (["--model", str(tmp_path / "no")], "does not exist"),
+    ]:
+        with pytest.raises(ValueError, match=told):
+            command.main(flags)
+    monkeypatch.setattr(command, "PACKAGES", ("fastapi", "no_such_package"))
+    with pytest.raises(ValueError, match=r"requires no_such_package: pip install 'xfuser\[serve\]'"):
+        command.main([])
+    told = [sys.executable, "-m", "xfuser.cli", "serve", "--port", "-1"]
+    done = subprocess.run(told, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr

@@ -1,0 +1,110 @@
+"""A rank of the server: a batch draws what each of its jobs would alone, and a cancelled one leaves nothing."""
+
+import io
+from multiprocessing import Pipe
+from typing import Any
+
+import numpy as np
+import pytest
+import running
+import safetensors.torch
+import torch
+import whole
+from PIL import Image
+
+from xfuser import xDiTParallel, xFuserArgs
+from xfuser.serve import worker
+from xfuser.weights.loading import load_pipeline
+
+SETTINGS = {"height": 80, "width": 48, "num_inference_steps": 3, "guidance_scale": 3.5}
+PROMPTS = ("a red circle", "the cat above a green square above a blue circle", "a")
+
+
+def job(number: int, prompt: str = PROMPTS[0], **fields: Any) -> dict[str, Any]:
+    plain = {"negative_prompt": "", "settings": SETTINGS, "image": None, "preview_every": 0}
+    return plain | {"id": str(number), "prompt": prompt, "seed": number} | fields
+
+
+def draws(path: str, batches: list[Any], cancelled: tuple[str, ...] = (), **degrees: Any) -> Any:
+    """How each batch ended; what is named is cancelled before the first one begins. On rank 0, what it sent besides."""
+    args = xFuserArgs(model=path, max_sequence_length=7, no_use_resolution_binning="pixart" in path, **degrees)
+    engine_config, inputs = args.create_config()
+    pipe = xDiTParallel(load_pipeline(engine_config, inputs), engine_config, inputs)
+    pipe.set_progress_bar_config(disable=True)
+    ours, theirs = Pipe()
+    if cancelled:
+        ours.send(("cancel", set(cancelled)))
+    ends = [worker.draw(pipe, inputs, batch, theirs) for batch in batches]
+    sent = []
+    while ours.poll():
+        sent.append(ours.recv())
+    pipe.unwrap()
+    return ends, sent
+
+
+def latents(end: Any) -> list[torch.Tensor]:
+    kind, results = end
+    assert kind == "done", results
+    return [safetensors.torch.load(result)["latents"] for result in results]
+
+
+@pytest.mark.parametrize(
+    "family, degrees",
+    [
+        ("pixart_sigma", {"use_cfg_parallel": True}),
+        ("flux", {"data_parallel_degree": 2}),
+        ("sd3", {"ulysses_degree": 2}),
+    ],
+)
+def test_a_batch_is_what_its_jobs_are_alone(pool, folder_of, family, degrees):
+    """In latents, with prompts of different lengths; and before and behind it, each job alone."""
+    jobs = [job(seed, prompt) for seed, prompt in enumerate(PROMPTS)]
+    options = {"output_type": "latent"}
+    (alone, _), *_ = pool.run(1, _draws_with, folder_of(family), [[one] for one in jobs], options)
+    (together, _), *_ = pool.run(2, _draws_with, folder_of(family), [[jobs[0]], jobs, [jobs[0]]], options | degrees)
+    expected = [latents(end)[0] for end in alone]
+    first, batch, again = (latents(end) for end in together)
+    for drawn, wanted in zip([*first, *batch, *again], [expected[0], *expected, expected[0]], strict=True):
+        assert running.error(drawn.numpy(), wanted.numpy()) <= running.TOLERANCE
+
+
+def _draws_with(path: str, batches: list[Any], options: dict[str, Any]) -> Any:
+    return draws(path, batches, **options)
+
+
+def _cancelled(path: str, batches: list[Any], degrees: dict[str, Any]) -> Any:
+    return draws(path, batches, ("0",), **degrees)
+
+
+@pytest.mark.parametrize("degrees", [{"pipefusion_parallel_degree": 2}, {"distrifusion_degree": 2}, {"ring_degree": 2}])
+def test_behind_a_cancelled_batch_the_next_is_as_ever(pool, folder_of, degrees):
+    batches = [[job(0)], [job(1)], [job(2, settings=SETTINGS | {"height": 81})], [job(1)]]
+    for ends, sent in pool.run(2, _cancelled, folder_of("pixart_sigma"), batches, degrees)[:1]:
+        kinds = [kind for kind, _ in ends]
+        assert kinds == ["cancelled", "done", "invalid", "done"] and "divisible" in ends[2][1]
+        assert ends[1][1] == ends[3][1]
+        assert [message[1] for message in sent] == [1, 2, 3] * 2
+    (fresh, _), _ = pool.run(2, _draws_with, folder_of("pixart_sigma"), [[job(1)]], degrees)
+    assert fresh == ends[1:2]
+
+
+def test_a_picture_is_edited_and_previewed(pool, folder_of, tmp_path):
+    """Flux' latents are packed, and jobs with a picture are drawn from it."""
+    picture = whole.picture()
+    picture.save(tmp_path / "own.png")
+    file = io.BytesIO()
+    picture.transpose(Image.Transpose.ROTATE_180).save(file, "PNG")
+    batches = [[job(0, preview_every=1)], [job(0, image=file.getvalue())]]
+    options = {"img_file_path": str(tmp_path / "own.png")}
+    (serial, sent), *_ = pool.run(1, _draws_with, folder_of("flux"), batches, options)
+    (parallel, _), *_ = pool.run(2, _draws_with, folder_of("flux"), batches, options | {"ring_degree": 2})
+    pixels = [[_pixels(end[1][0]) for end in ends] for ends in (serial, parallel)]
+    assert not np.array_equal(*pixels[0])
+    for one, other in zip(*pixels, strict=True):
+        assert np.abs(one - other).max() <= 1
+    previews = [details["0"] for _, _, details in sent if "0" in details]
+    assert previews and _pixels(previews[0]).shape == (80, 48, 3)
+
+
+def _pixels(data: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(data)), dtype=np.int16)

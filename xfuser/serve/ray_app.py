@@ -1,0 +1,64 @@
+"""The same server as a Ray Serve deployment: ``serve run xfuser.serve.ray_app:build ulysses_degree=2 replicas=2``."""
+
+import time
+
+from fastapi import FastAPI
+from ray import serve
+from ray.serve import Application
+
+from xfuser.core import device as devices
+from xfuser.serve.app import create_app
+from xfuser.serve.command import check, parsed
+from xfuser.serve.server import Server
+
+POLL = 0.1  # seconds
+
+
+@serve.ingress()
+class Replica:
+    """One engine with its ranks, on one machine; it is ready when they are.
+
+    Args:
+        arguments: the flags of ``xdit serve``.
+        videos: whether this is the only replica, which then answers what is asked of a video's job.
+    """
+
+    def __init__(self, arguments: list[str], videos: bool) -> None:
+        args, own, _ = parsed(arguments)
+        self._server, self._videos = Server(args, arguments, own), videos
+        self._server.engine.start()
+        while self._server.engine.why:
+            self.check_health()
+            time.sleep(POLL)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return create_app(self._server, self._videos)
+
+    def check_health(self) -> None:
+        """Raise where the ranks do not start: Ray then makes another replica."""
+        if self._server.engine.dead:
+            raise RuntimeError(self._server.why_not_ready())
+
+
+def build(options: dict[str, str]) -> Application:
+    """The application: ``replicas`` of an engine each, all other options are flags of ``xdit serve``.
+
+    Raises:
+        ValueError: a flag is wrong, on the machine that deploys.
+    """
+    replicas = int(options.get("replicas", 1))
+    flags = {name: str(value) for name, value in options.items() if name != "replicas"}
+    arguments = [f"--{name}" + (f"={value}" if value.lower() != "true" else "") for name, value in flags.items()]
+    args, own, _ = parsed(arguments)
+    check(args, own)
+    ranks = args.checked()[0].world_size
+    needs = {"CPU": ranks} if devices.device_type() == "cpu" else {"CPU": ranks, "GPU": ranks}
+    deployment = serve.deployment(
+        Replica,
+        num_replicas=replicas,
+        max_ongoing_requests=own.max_queue,
+        ray_actor_options={"num_cpus": ranks, "num_gpus": needs.get("GPU", 0)},
+        placement_group_bundles=[needs],  # one, as the ranks of a replica are on one machine
+        placement_group_strategy="STRICT_PACK",
+    )
+    return deployment.bind(arguments, replicas == 1)

@@ -1,0 +1,48 @@
+"""A pipeline that fails as it is asked to: by the number of steps of a call.
+
+Diffusers runs this file from the copy's own folder, with ``trust_remote_code``.
+"""
+
+import json
+import os
+import shutil
+import time
+from typing import Any
+
+from diffusers import DPMSolverMultistepScheduler
+
+from xfuser.config.args import SHIPPED_PIPELINE
+
+RAISES, RAISES_ON_LAST_RANK, HANGS_ON_LAST_RANK = 31, 32, 33
+ONLY_ALONE, NEVER_FITS, SLOW = 34, 35, 36  # the first two run out of memory, with several pictures or always
+SECONDS = 0.15  # of a slow step
+
+
+class FaultyScheduler(DPMSolverMultistepScheduler):
+    """The shipped pipeline's, with faults behind the first forward."""
+
+    def step(self, model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
+        steps, rank = self.num_inference_steps, int(os.environ.get("RANK", "0"))
+        is_last = rank == int(os.environ.get("WORLD_SIZE", "1")) - 1
+        if steps == RAISES or (steps == RAISES_ON_LAST_RANK and is_last):
+            raise RuntimeError("a fault was asked for")
+        if steps == NEVER_FITS or (steps == ONLY_ALONE and len(sample) > 1):
+            raise MemoryError("a fault was asked for")
+        if steps == HANGS_ON_LAST_RANK and is_last:
+            time.sleep(3600)
+        if steps == SLOW:
+            time.sleep(SECONDS)
+        return super().step(model_output, timestep, sample, *args, **kwargs)
+
+
+def faulty_pipeline(folder: str) -> str:
+    """A copy of the shipped pipeline in ``folder``, with that scheduler; returns its path."""
+    path = os.path.join(folder, "faulty")
+    shutil.copytree(SHIPPED_PIPELINE, path)
+    shutil.copy(__file__, os.path.join(path, "scheduler", "faults.py"))
+    index = os.path.join(path, "model_index.json")
+    with open(index, encoding="utf-8") as file:
+        parts = json.load(file) | {"scheduler": ["faults", FaultyScheduler.__name__]}
+    with open(index, "w", encoding="utf-8") as file:
+        json.dump(parts, file)
+    return path
