@@ -233,12 +233,12 @@ def _register():
 
 
 @contextmanager
-def pretended():
+def pretended(backend=NAME):
     """Within the context, this rank's device is the pretended one, and its default group of that device's backend."""
     _register()
     rank, ranks, store = dist.get_rank(), dist.get_world_size(), c10d._get_default_store()
     dist.destroy_process_group()
-    dist.init_process_group(NAME, store=dist.PrefixStore(NAME, store), rank=rank, world_size=ranks)
+    dist.init_process_group(backend, store=dist.PrefixStore(NAME, store), rank=rank, world_size=ranks)
     dist.all_reduce(torch.zeros(1))  # else a rank with little to do is gone before others have found it
     device = Device()
     messages = device.messages

@@ -10,7 +10,9 @@ import torch
 import torch.distributed as dist
 from pretended import NAME, pretended
 
-from xfuser.testing.gpu import speed
+from xfuser.core.distributed import destroy_distributed_environment
+from xfuser.testing import matrix
+from xfuser.testing.gpu import ranks, speed
 from xfuser.testing.gpu.report import PATHS, Check, outcome_of, render, state_of
 from xfuser.testing.gpu.staging import Staged
 
@@ -100,3 +102,18 @@ def test_collectives_go_by_the_host(pool):
     expected = [[10, 12, 14, 16], own, other, own]
     swapped = [[0, 10], [1, 2, 3, 11, 12, 13]]
     assert pool.run(2, by_the_host) == [[*expected, other, other, swapped[0]], [*expected, own, own, swapped[1]]]
+
+
+def shared(*cell):
+    """What a rank of the report draws that shares a device with others."""
+    with pretended(f"cpu:gloo,{NAME}:gloo"):
+        result, _ = ranks.drawn(*cell, torch.float32)
+        destroy_distributed_environment()
+        return result
+
+
+@pytest.mark.parametrize("method", matrix.METHODS)
+def test_ranks_share_a_device(pool, method):
+    count, degrees, call = matrix.setting("flux", method)
+    expected = matrix.reference("flux", degrees, call)
+    assert max(matrix.error(one, expected) for one in pool.run(count, shared, "flux", degrees, call)) < matrix.TOLERANCE

@@ -88,7 +88,7 @@ def on_device() -> Iterator[torch.device]:
     device = devices.device(dist.get_rank())
     devices.use(dist.get_rank())
     torch.backends.cudnn.allow_tf32 = False  # convolutions are compared in float32
-    by_host = device.type != "cpu" and dist.get_backend() == "gloo" and dist.get_world_size() > 1
+    by_host = device.type != "cpu" and dist.get_backend() != devices.backend() and dist.get_world_size() > 1
     quiet()
     with Staged() if by_host else nullcontext():
         yield device
