@@ -3,6 +3,7 @@
 import gc
 import math
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import running
@@ -18,7 +19,7 @@ from xfuser.planner import repeats
 from xfuser.planner.cost import Clock, fuse, program_of
 from xfuser.planner.machines import Constants, keep, machine_of
 from xfuser.planner.rehearsal import alone_of, rehearse, weight_of
-from xfuser.planner.table import COLUMNS, needs_of, plan
+from xfuser.planner.table import COLUMNS, needs_of, plan, source_of
 from xfuser.planner.trace import MATMUL, MEMORY, Message, Operator, Wait
 from xfuser.weights.loading import load_pipeline
 
@@ -140,19 +141,18 @@ def test_sizes():
         in_bytes("much")
 
 
-def seconds_of(rows):
-    return {row.name: row.seconds for row in rows if not row.refusal}
+FLUX = xFuserArgs(model="flux.1-dev", prompt="a", dtype="bf16", num_inference_steps=28)
+source = cache(lambda: source_of(FLUX))  # which rehearsals share
 
 
-def published_rows(ranks, machine, compiled, **changes):
-    args = xFuserArgs(**{"model": "flux.1-dev", "prompt": "a", "dtype": "bf16", "num_inference_steps": 28} | changes)
-    choices = [one for one in legal_degrees(ranks) if one["cfg"] == one["dp"] == one["tensor"] == 1]
-    return plan(args, ranks, machine_of(machine), compiled, choices)
+def published_row(machine, compiled, **degrees):
+    (row,) = plan(FLUX, math.prod(degrees.values()), machine_of(machine), compiled, [degrees], source())
+    return row
 
 
 def test_a_published_model_is_counted_without_a_download():
     """The products of Flux.1-dev at 1024 pixels that Diffusers' benchmark prints, 59,523 GFLOP, and its weights."""
-    told = published_rows(1, "H100", True)[0].told
+    told = published_row("H100", True).told
     flops = sum(_flops(told.steps[1, 0], MATMUL))
     assert flops == pytest.approx(59523e9, rel=1e-3)
     assert told.weights["transformer"] == pytest.approx(2 * 11.9e9, rel=0.01)
@@ -181,14 +181,15 @@ def test_repeated_blocks_are_what_running_them_gives(folder_of, monkeypatch):
 
 
 def test_times_follow_from_the_machine():
-    """More ranks are faster, slow links hurt, and a compiled step is not slower; parts sum up to the whole."""
-    fast = published_rows(4, "H100", True)
-    slow = published_rows(2, "L20", False)
-    assert seconds_of(fast)["ulysses 4"] < seconds_of(published_rows(1, "H100", True))["all degrees 1"]
-    assert seconds_of(fast)["ulysses 4"] <= seconds_of(published_rows(4, "H100", False))["ulysses 4"]
-    for row in fast + slow:
+    """More ranks are faster, slow links hurt, a compiled step is not slower; parts sum up to the whole."""
+    one, fast = published_row("H100", True), published_row("H100", True, ulysses=4)
+    eager, slow = published_row("H100", False, ulysses=4), published_row("L20", True, ulysses=4)
+    staged = published_row("H100", True, pipefusion=2)
+    assert fast.seconds < one.seconds and fast.seconds < eager.seconds
+    assert slow.time.spent["links"] > fast.time.spent["links"]
+    for row in (one, fast, eager, slow, staged):
         assert sum(row.time.spent.values()) == pytest.approx(row.seconds, rel=0.02), row.name
-    assert not next(row for row in fast if row.name == "pipefusion 4").exact
+    assert fast.exact and not staged.exact and staged.time.spent["bubbles"] > 0
 
 
 def test_the_longest_chain():

@@ -177,6 +177,8 @@ class xFuserArgs:
     def _chosen(self) -> "xFuserArgs":
         """These arguments with degrees chosen by plan, the same on all ranks."""
         self.checked()
+        if not self.model:
+            raise ValueError("auto plans by the configurations of a pipeline: name it by model")
         init_distributed_environment()
         return importlib.import_module(PLANNER).chosen(self)  # by name: the planner runs the engine, which reads these
 

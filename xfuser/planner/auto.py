@@ -27,11 +27,9 @@ def chosen(args: xFuserArgs) -> xFuserArgs:
     """The arguments with the degrees of the fastest configuration; every rank must call it.
 
     Raises:
-        ValueError: no model is named, nothing fits, or the machine is unknown.
+        ValueError: nothing fits, or the machine is unknown.
     """
     world = get_world_group()
-    if not args.model:
-        raise ValueError("auto plans by the configurations of a pipeline: name it by model")
     told = world.broadcast_object(_planned(args, world.world_size) if world.is_first_rank else None)
     if "refused" in told:
         raise ValueError(f"auto: {told['refused']}")

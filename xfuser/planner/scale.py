@@ -9,16 +9,17 @@ from xfuser.planner.report import ranked
 from xfuser.planner.table import Row, located, plan, source_of
 
 FEW = 16  # ranks up to which all combinations are looked at
-MOST = {"ulysses": 64, "ring": 32, "pipefusion": 8, "tensor": 8, "dp": 64}  # degrees beyond are not looked at
+MOST = {"ulysses": 64, "ring": 16, "pipefusion": 8, "tensor": 8, "dp": 64}  # degrees beyond are not looked at
 
 
 def choices_of(ranks: int) -> list[dict[str, int]]:
-    """The combinations to look at: all of them for few ranks, those of three methods at most for many."""
+    """The combinations to look at: all of them for few ranks, for many those of two methods, with guidance or not."""
     legal = legal_degrees(ranks)
     if ranks <= FEW:
         return legal
     near = [one for one in legal if all(one.get(method, 1) <= most for method, most in MOST.items())]
-    return [one for one in near if one["tensor"] == one["dp"] == 1 and sum(n > 1 for n in one.values()) <= 3]
+    few = [one for one in near if sum(n > 1 for method, n in one.items() if method != "cfg") <= 2]
+    return [one for one in few if one["tensor"] == one["dp"] == 1]
 
 
 def best_of(
