@@ -94,7 +94,7 @@ def path_of(folder_of, tmp_path_factory):
 
 
 def drawn(name, path, degrees, **changes):
-    """What a modular pipeline draws, wrapped with these degrees, or bare where they are None; and through a state."""
+    """What a modular pipeline draws, wrapped with these degrees, or bare where they are None."""
     make, output = MAKERS[name]
     pipe, call = make(path)
     call |= {"output_type": "pt", "generator": torch.Generator().manual_seed(0)} | changes
