@@ -28,6 +28,7 @@ SANA_WM = ModelPlan(
     blocks=("blocks",),
     attention={},
     head=None,
+    image="x",
     unsequenced="its attention is a recurrence from frame to frame, and averages each frame's tokens",
     unpiped="its attention is a recurrence from frame to frame, which a patch cannot renew",
 )

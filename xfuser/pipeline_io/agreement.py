@@ -15,8 +15,8 @@ def shared_arguments(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[s
     """Give every rank rank 0's states of torch's default generators and of the generators in the arguments, and its
     values of the tensors in them. Only tensors that differ are sent.
 
-    Returns the arguments, with new tensors in the place of those that differed. The state of a modular pipeline is
-    looked into.
+    Returns the arguments, with new tensors in the place of those that differed. So it is with tensors in the state of a
+    modular pipeline.
 
     Raises:
         ValueError: on all ranks, if they were given different generators or tensors of different shapes.
