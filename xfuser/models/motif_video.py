@@ -10,4 +10,5 @@ MOTIF_VIDEO = ModelPlan(
     needs_text=True,
     per_token={"attention_mask": Tokens(("image", "text"), dim=-1), "image_rotary_emb": Tokens(("image",), dim=0)},
     returns=("image", "text"),
+    by_number=("image_embeds",),
 )
