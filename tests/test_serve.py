@@ -8,19 +8,21 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import imageio
 import numpy as np
 import openai
 import pytest
 import running
 import torch
+import whole
 from PIL import Image
-from serving import ROOT, Served, until
 
 from xfuser.config import xFuserArgs
 from xfuser.serve import command
 from xfuser.serve.jobs import Failure, Job, JobQueue
 from xfuser.serve.requests import ImageRequest, Limits
 from xfuser.testing import faults
+from xfuser.testing.serving import ROOT, Served, until
 
 SIDE, STEPS = 128, 3
 PROMPT = "a red circle above a blue square"
@@ -120,11 +122,10 @@ def test_errors_say_what_is_allowed(client, fields, param, told):
     assert error.value.body["type"] == "invalid_request_error"
 
 
-def test_what_the_pipeline_refuses_fails_alone(client):
-    """A request that it raises a ValueError for is in one batch with good ones."""
-    blocking = in_thread(draw, client, size="64x64", steps=40)
-    good = [in_thread(draw, client, seed=seed, negative_prompt="a cat") for seed in (1, 2)]
-    assert len({draw.result().tobytes() for draw in good}) == 2 and blocking.result().shape == (64, 64, 3)
+def test_jobs_of_a_batch_that_the_pipeline_refuses_are_drawn_alone(served, client):
+    """So that one bad request does not fail the others."""
+    ranks = served.ranks()
+    assert len(draw(client, steps=faults.REFUSES_BATCHES, n=3, size="64x64")) == 3 and served.ranks() == ranks
     with pytest.raises(openai.BadRequestError, match="takes no picture"):
         client.images.edit(image=("a.png", io.BytesIO(b"x"), "image/png"), prompt=PROMPT)
 
@@ -243,6 +244,34 @@ def test_ctrl_c_ends_all(served, client):
     drawn = drawing(served, client)
     assert served.interrupt() <= 5
     assert drawn.exception() and served.process.returncode == 0
+
+
+def test_videos_are_jobs(tmp_path):
+    """With a picture to start from; the file is what a call of the bare pipeline gives."""
+    size = ("--height", 160, "--width", 96, "--num_frames", 9, "--num_inference_steps", STEPS)
+    served = Served(tmp_path, "--model", whole.save("ltx_i2v", tmp_path), *size).ready()
+    try:
+        client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0, timeout=300)
+        file = io.BytesIO()
+        whole.picture(160, 96).save(file, "PNG")
+        given = {"prompt": "a red circle", "input_reference": ("a.png", file.getvalue(), "image/png")}
+        videos = [client.videos.create(**given, extra_body={"seed": seed}) for seed in (1, 2, 1)]
+        until(lambda: client.videos.retrieve(videos[2].id).status == "completed", "the last video")
+        first, second, third = (client.videos.download_content(video.id).content for video in videos)
+        assert first == third != second
+        (tmp_path / "first.mp4").write_bytes(first)
+        assert imageio.get_reader(tmp_path / "first.mp4").count_frames() == 9
+        assert client.videos.delete(videos[0].id).deleted
+        with pytest.raises(openai.NotFoundError, match="there is no video"):
+            client.videos.retrieve(videos[0].id)
+        slow = client.videos.create(**given, extra_body={"num_inference_steps": 1000})
+        until(lambda: client.videos.retrieve(slow.id).status == "in_progress", "a first step")
+        client.videos.delete(slow.id)
+        with pytest.raises(openai.BadRequestError, match="POST /v1/videos"):
+            client.images.generate(prompt="a red circle")
+        assert client.videos.create(**given, size="96x160").size == "96x160"
+    finally:
+        served.interrupt()
 
 
 def job(name, most=4, **settings):
