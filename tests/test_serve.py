@@ -20,7 +20,9 @@ from PIL import Image
 from xfuser.config import xFuserArgs
 from xfuser.serve import command
 from xfuser.serve.jobs import Failure, Job, JobQueue
+from xfuser.serve.options import Options
 from xfuser.serve.requests import ImageRequest, Limits
+from xfuser.serve.server import Server
 from xfuser.testing import faults
 from xfuser.testing.serving import ROOT, Served, until
 
@@ -322,6 +324,16 @@ def test_unknown_words_and_videos_are_refused():
         limits().jobs(ImageRequest(prompt=PROMPT), abilities | {"videos": True}, "shapes-256")
     jobs = limits().jobs(ImageRequest(prompt=PROMPT, seed=7, n=3), abilities, "shapes-256")
     assert [one.seed for one in jobs] == [7, 8, 9]
+
+
+def test_what_takes_too_much_memory_is_refused():
+    """By the planner's count for that size, before it is accepted; the engine need not run for that."""
+    args = xFuserArgs(model="shapes-256", memory="100MB", ulysses_degree=2, no_use_resolution_binning=True)
+    server = Server(args, [], Options())
+    sizes = [{"height": side, "width": side, "num_frames": None} for side in (256, 1024)]
+    server.check_memory(sizes[0])
+    with pytest.raises(Failure, match=r"takes 0\.\d+ GB of a rank, which has 0\.1 GB"):
+        server.check_memory(sizes[1])
 
 
 def test_what_cannot_be_served_is_told_in_one_line(tmp_path, monkeypatch):

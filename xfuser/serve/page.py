@@ -9,6 +9,7 @@ from fastapi import FastAPI
 from PIL import Image
 from pydantic import ValidationError
 
+from xfuser.config.config import DEGREES, in_words
 from xfuser.serve.jobs import Failure, Job
 from xfuser.serve.requests import ImageRequest
 from xfuser.serve.server import Server
@@ -81,7 +82,8 @@ def page(server: Server) -> gradio.Blocks:
 def methods(server: Server) -> str:
     """The methods by which the ranks draw, in words."""
     config = server.engine_config.parallel_config
-    return f"{config.world_size} rank{'s' * (config.world_size > 1)}: {config}"
+    degrees = {name: getattr(config, names.field) for name, names in DEGREES.items()}
+    return f"{config.world_size} rank{'s' * (config.world_size > 1)}: {in_words(degrees)}"
 
 
 def bar(job: Job) -> str:
