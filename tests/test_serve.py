@@ -128,8 +128,14 @@ def test_jobs_of_a_batch_that_the_pipeline_refuses_are_drawn_alone(served, clien
     """So that one bad request does not fail the others."""
     ranks = served.ranks()
     assert len(draw(client, steps=faults.REFUSES_BATCHES, n=3, size="64x64")) == 3 and served.ranks() == ranks
-    with pytest.raises(openai.BadRequestError, match="takes no picture"):
-        client.images.edit(image=("a.png", io.BytesIO(b"x"), "image/png"), prompt=PROMPT)
+
+
+def test_pictures_are_checked_before_they_are_accepted(client):
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "PNG")
+    for data, told in [(b"no picture", "not a picture"), (file.getvalue(), "takes no picture")]:
+        with pytest.raises(openai.BadRequestError, match=told):
+            client.images.edit(image=("a.png", io.BytesIO(data), "image/png"), prompt=PROMPT)
 
 
 def test_pictures_of_a_batch_are_those_drawn_alone(served, client):

@@ -44,9 +44,8 @@ def add_routes(app: FastAPI, server: Server) -> None:
             raise Failure(409, f"the video {name!r} is not drawn yet: ask for its status", "not_ready")
         if failure := job.future.exception():
             raise failure
-        return Response(
-            job.future.result(), media_type="image/gif" if job.future.result()[:3] == b"GIF" else "video/mp4"
-        )
+        data = job.future.result()
+        return Response(data, media_type="image/gif" if data.startswith(b"GIF") else "video/mp4")
 
     @app.delete("/v1/videos/{name}")
     def delete(name: str) -> dict[str, Any]:
