@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-from fastapi import FastAPI, HTTPException, Request as Call
+from fastapi import FastAPI, Request as Call
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from pydantic import ValidationError
@@ -39,9 +39,6 @@ def create_app(server: Server, videos: bool = True) -> FastAPI:
     app.add_exception_handler(Failure, lambda call, failure: refusal(failure))
     app.add_exception_handler(ValidationError, lambda call, error: refusal(invalid(error.errors())))
     app.add_exception_handler(RequestValidationError, lambda call, error: refusal(invalid(error.errors())))
-    app.add_exception_handler(
-        HTTPException, lambda call, error: refusal(Failure(error.status_code, str(error.detail), "not_found"))
-    )
     _add_state(app, server)
     _add_images(app, server)
     if videos:

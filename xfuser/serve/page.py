@@ -69,7 +69,9 @@ def page(server: Server) -> gradio.Blocks:
             with gradio.Column():
                 status = gradio.HTML("", elem_id="status")
                 shown = gradio.Image(label="Picture", format="png", elem_id="picture")
-        past = gradio.Gallery(label="History", format="png", columns=5, height=240, elem_id="history")
+        past = gradio.Gallery(
+            label="History", format="png", columns=5, height=240, object_fit="contain", elem_id="history"
+        )
         history = gradio.State([])
         inputs = [prompt, negative, size, steps, seed, history]
         options = {"concurrency_limit": None, "show_progress": "hidden"}
