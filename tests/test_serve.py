@@ -3,6 +3,7 @@
 import base64
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,13 +19,14 @@ import whole
 from PIL import Image
 
 from xfuser.config import xFuserArgs
+from xfuser.config.args import SHIPPED_PIPELINE
 from xfuser.serve import command
 from xfuser.serve.jobs import Failure, Job, JobQueue
 from xfuser.serve.options import Options
 from xfuser.serve.requests import ImageRequest, Limits
 from xfuser.serve.server import Server
 from xfuser.testing import faults
-from xfuser.testing.serving import ROOT, Served, until
+from xfuser.testing.serving import PATIENCE, ROOT, Served, until
 
 SIDE, STEPS = 128, 3
 PROMPT = "a red circle above a blue square"
@@ -69,7 +71,7 @@ def pixels(data):
 @running.remembered
 def serial(prompt=PROMPT, seed=0, steps=STEPS, side=SIDE):
     """The picture that the bare pipeline draws alone."""
-    pipe = running.loaded(command.xFuserArgs(model="shapes-256").checked()[0].model_config.model)
+    pipe = running.loaded(SHIPPED_PIPELINE)
     sizes = {"height": side, "width": side, "num_inference_steps": steps, "guidance_scale": 3.5}
     made = pipe(prompt, **sizes, generator=torch.Generator().manual_seed(seed), max_sequence_length=256)
     return np.asarray(made.images[0], dtype=np.int16)
@@ -358,3 +360,11 @@ def test_what_cannot_be_served_is_told_in_one_line(tmp_path, monkeypatch):
     told = [sys.executable, "-m", "xfuser.cli", "serve", "--port", "-1"]
     done = subprocess.run(told, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_a_server_whose_ranks_do_not_start_ends(tmp_path):
+    model = tmp_path / "damaged"
+    shutil.copytree(SHIPPED_PIPELINE, model)
+    (model / "scheduler" / "scheduler_config.json").write_text("{")
+    served = Served(tmp_path, "--model", model)
+    assert served.process.wait(PATIENCE) == 1 and "scheduler" in served.log.read_text()

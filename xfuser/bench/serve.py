@@ -54,7 +54,8 @@ def main() -> None:
     options = flags.parse_args()
     pipe, inputs = bare_pipeline(options.steps)
     with tempfile.TemporaryDirectory() as folder:
-        model = ("--model", faulty_pipeline(folder), "--trust_remote_code", "--num_inference_steps", options.steps)
+        model = ["--model", faulty_pipeline(folder), "--trust_remote_code", "--no_use_resolution_binning"]
+        model += ["--num_inference_steps", options.steps]
         served = Served(folder, *model, "--ulysses_degree", options.ranks).ready()
         try:
             asyncio.run(fault_run(served, options, serial_pictures(pipe, inputs)))
@@ -69,7 +70,8 @@ def main() -> None:
 
 def bare_pipeline(steps: int) -> tuple[Any, dict[str, Any]]:
     """The shipped pipeline in this process, and the arguments of its call but size and generator."""
-    configs = xFuserArgs(model="shapes-256", prompt=PROMPT, num_inference_steps=steps).create_config()
+    args = xFuserArgs("shapes-256", prompt=PROMPT, num_inference_steps=steps, no_use_resolution_binning=True)
+    configs = args.create_config()
     parallel = xDiTParallel(load_pipeline(*configs), *configs)
     call = {name: value for name, value in parallel.call_arguments().items() if name not in ("height", "width")}
     pipe = parallel.unwrap()
