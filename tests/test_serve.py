@@ -138,6 +138,8 @@ def test_pictures_are_checked_before_they_are_accepted(client):
     for data, told in [(b"no picture", "not a picture"), (file.getvalue(), "takes no picture")]:
         with pytest.raises(openai.BadRequestError, match=told):
             client.images.edit(image=("a.png", io.BytesIO(data), "image/png"), prompt=PROMPT)
+    with pytest.raises(openai.BadRequestError, match="send one, as image"):
+        client.images.edit(image=[("a.png", file.getvalue()), ("b.png", file.getvalue())], prompt=PROMPT)
 
 
 def test_pictures_of_a_batch_are_those_drawn_alone(served, client):

@@ -127,13 +127,16 @@ async def fields_of(call: Call, picture: str) -> tuple[dict[str, Any], bytes | N
             return await call.json(), None
         except ValueError as error:
             raise Failure(400, f"the body is not JSON: {error}", "invalid_value") from error
-    form, image = dict(await call.form()), None
-    for name, value in list(form.items()):
-        if isinstance(value, UploadFile):
-            if name.removesuffix("[]") != picture:
-                raise Failure(400, f"the file {name!r} is not supported: remove it", "invalid_value", name)
-            image = await form.pop(name).read()
-    return form, image
+    fields, image = {}, None
+    for name, value in (await call.form()).multi_items():
+        if not isinstance(value, UploadFile):
+            fields[name] = value
+        elif image is not None or name.removesuffix("[]") != picture:
+            told = f"the file {name!r} is not supported: send one, as {picture}"
+            raise Failure(400, told, "invalid_value", name)
+        else:
+            image = await value.read()
+    return fields, image
 
 
 async def _finished(server: Server, call: Call, jobs: list[Job]) -> None:

@@ -24,7 +24,7 @@ class Request(BaseModel):
 
     prompt: str = Field(min_length=1, max_length=LONGEST_PROMPT)
     model: str | None = None
-    size: str | None = None
+    size: str | None = Field(None, max_length=20)
     user: str | None = None
     seed: int | None = Field(None, ge=0, lt=2**63)
     negative_prompt: str = Field("", max_length=LONGEST_PROMPT)
