@@ -28,6 +28,7 @@ from xfuser.weights.loading import load_pipeline
 
 SHAPES, SEEDS, PROMPT = ((64, 64), (64, 128), (128, 64), (128, 128)), 4, "a red circle above a blue square"
 INVALID = "100x64"  # a size
+ROUNDS = 7
 WARM = 100  # requests behind which memory is read first
 
 
@@ -63,7 +64,8 @@ def main() -> None:
             served.interrupt()
         served = Served(folder, *model).ready()
         try:
-            asyncio.run(costs(served, pipe, inputs))
+            for side in (SHAPES[0][0], 256):
+                asyncio.run(costs(served, pipe, inputs, side))
         finally:
             served.interrupt()
 
@@ -177,30 +179,30 @@ def memory_of(served: Served) -> int:
     return sum(psutil.Process(pid).memory_info().rss for pid in (served.process.pid, *served.ranks()))
 
 
-async def costs(served: Served, pipe: Any, call: dict[str, Any], rounds: int = 10, clients: int = 8) -> None:
+async def costs(served: Served, pipe: Any, call: dict[str, Any], side: int, clients: int = 8) -> None:
     """What a request costs beside a call, and what drawing together brings; runs of both are interleaved."""
-    shape, overheads, gains = SHAPES[0], [], []
-    body = {"prompt": PROMPT, "seed": 0, "size": "{}x{}".format(*shape)}
+    overheads, gains = [], []
+    body = {"prompt": PROMPT, "seed": 0, "size": f"{side}x{side}"}
     async with httpx.AsyncClient(base_url=served.url, timeout=600) as client:
 
         async def post() -> None:
             (await client.post("/v1/images/generations", json=body)).raise_for_status()
 
-        for _ in range(rounds):
+        for _ in range(ROUNDS):
             start = time.perf_counter()
-            drawn(pipe, call, shape, 0)
+            drawn(pipe, call, (side, side), 0)
             between = time.perf_counter()
             await post()
             overheads.append(time.perf_counter() - between - (between - start))
-        for _ in range(rounds):
+        for _ in range(ROUNDS):
             start = time.perf_counter()
             for _ in range(clients):
                 await post()
             between = time.perf_counter()
             await asyncio.gather(*(post() for _ in range(clients)))
             gains.append((between - start) / (time.perf_counter() - between))
-    print(f"a request beside pipe(...), one rank: {1000 * statistics.median(overheads):+.0f} ms")
-    print(f"{clients} clients at once beside one after the other, one rank: {statistics.median(gains):.2f} x")
+    print(f"{side} pixels, one rank: a request beside pipe(...): {1000 * statistics.median(overheads):+.0f} ms")
+    print(f"{side} pixels, one rank: {clients} clients beside one after the other: {statistics.median(gains):.2f} x")
 
 
 def _spread(values: list[float]) -> str:
