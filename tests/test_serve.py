@@ -3,24 +3,30 @@
 import base64
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import imageio
 import numpy as np
 import openai
 import pytest
 import running
 import torch
+import whole
 from PIL import Image
-from serving import ROOT, Served, until
 
 from xfuser.config import xFuserArgs
+from xfuser.config.args import SHIPPED_PIPELINE
 from xfuser.serve import command
 from xfuser.serve.jobs import Failure, Job, JobQueue
+from xfuser.serve.options import Options
 from xfuser.serve.requests import ImageRequest, Limits
+from xfuser.serve.server import Server
 from xfuser.testing import faults
+from xfuser.testing.serving import PATIENCE, ROOT, Served, until
 
 SIDE, STEPS = 128, 3
 PROMPT = "a red circle above a blue square"
@@ -65,7 +71,7 @@ def pixels(data):
 @running.remembered
 def serial(prompt=PROMPT, seed=0, steps=STEPS, side=SIDE):
     """The picture that the bare pipeline draws alone."""
-    pipe = running.loaded(command.xFuserArgs(model="shapes-256").checked()[0].model_config.model)
+    pipe = running.loaded(SHIPPED_PIPELINE)
     sizes = {"height": side, "width": side, "num_inference_steps": steps, "guidance_scale": 3.5}
     made = pipe(prompt, **sizes, generator=torch.Generator().manual_seed(seed), max_sequence_length=256)
     return np.asarray(made.images[0], dtype=np.int16)
@@ -120,13 +126,20 @@ def test_errors_say_what_is_allowed(client, fields, param, told):
     assert error.value.body["type"] == "invalid_request_error"
 
 
-def test_what_the_pipeline_refuses_fails_alone(client):
-    """A request that it raises a ValueError for is in one batch with good ones."""
-    blocking = in_thread(draw, client, size="64x64", steps=40)
-    good = [in_thread(draw, client, seed=seed, negative_prompt="a cat") for seed in (1, 2)]
-    assert len({draw.result().tobytes() for draw in good}) == 2 and blocking.result().shape == (64, 64, 3)
-    with pytest.raises(openai.BadRequestError, match="takes no picture"):
-        client.images.edit(image=("a.png", io.BytesIO(b"x"), "image/png"), prompt=PROMPT)
+def test_jobs_of_a_batch_that_the_pipeline_refuses_are_drawn_alone(served, client):
+    """So that one bad request does not fail the others."""
+    ranks = served.ranks()
+    assert len(draw(client, steps=faults.REFUSES_BATCHES, n=3, size="64x64")) == 3 and served.ranks() == ranks
+
+
+def test_pictures_are_checked_before_they_are_accepted(client):
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "PNG")
+    for data, told in [(b"no picture", "not a picture"), (file.getvalue(), "takes no picture")]:
+        with pytest.raises(openai.BadRequestError, match=told):
+            client.images.edit(image=("a.png", io.BytesIO(data), "image/png"), prompt=PROMPT)
+    with pytest.raises(openai.BadRequestError, match="send one, as image"):
+        client.images.edit(image=[("a.png", file.getvalue()), ("b.png", file.getvalue())], prompt=PROMPT)
 
 
 def test_pictures_of_a_batch_are_those_drawn_alone(served, client):
@@ -245,6 +258,34 @@ def test_ctrl_c_ends_all(served, client):
     assert drawn.exception() and served.process.returncode == 0
 
 
+def test_videos_are_jobs(tmp_path):
+    """With a picture to start from; the file is what a call of the bare pipeline gives."""
+    size = ("--height", 160, "--width", 96, "--num_frames", 9, "--num_inference_steps", STEPS)
+    served = Served(tmp_path, "--model", whole.save("ltx_i2v", tmp_path), *size).ready()
+    try:
+        client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0, timeout=300)
+        file = io.BytesIO()
+        whole.picture(160, 96).save(file, "PNG")
+        given = {"prompt": "a red circle", "input_reference": ("a.png", file.getvalue(), "image/png")}
+        videos = [client.videos.create(**given, extra_body={"seed": seed}) for seed in (1, 2, 1)]
+        until(lambda: client.videos.retrieve(videos[2].id).status == "completed", "the last video")
+        first, second, third = (client.videos.download_content(video.id).content for video in videos)
+        assert first == third != second
+        (tmp_path / "first.mp4").write_bytes(first)
+        assert imageio.get_reader(tmp_path / "first.mp4").count_frames() == 9
+        assert client.videos.delete(videos[0].id).deleted
+        with pytest.raises(openai.NotFoundError, match="there is no video"):
+            client.videos.retrieve(videos[0].id)
+        slow = client.videos.create(**given, extra_body={"num_inference_steps": 1000})
+        until(lambda: client.videos.retrieve(slow.id).status == "in_progress", "a first step")
+        client.videos.delete(slow.id)
+        with pytest.raises(openai.BadRequestError, match="POST /v1/videos"):
+            client.images.generate(prompt="a red circle")
+        assert client.videos.create(**given, size="96x160").size == "96x160"
+    finally:
+        served.interrupt()
+
+
 def job(name, most=4, **settings):
     return Job(name, "", 0, settings, most=most)
 
@@ -295,6 +336,16 @@ def test_unknown_words_and_videos_are_refused():
     assert [one.seed for one in jobs] == [7, 8, 9]
 
 
+def test_what_takes_too_much_memory_is_refused():
+    """By the planner's count for that size, before it is accepted; the engine need not run for that."""
+    args = xFuserArgs(model="shapes-256", memory="100MB", ulysses_degree=2, no_use_resolution_binning=True)
+    server = Server(args, [], Options())
+    sizes = [{"height": side, "width": side, "num_frames": None} for side in (256, 1024)]
+    server.check_memory(sizes[0])
+    with pytest.raises(Failure, match=r"takes 0\.\d+ GB of a rank, which has 0\.1 GB"):
+        server.check_memory(sizes[1])
+
+
 def test_what_cannot_be_served_is_told_in_one_line(tmp_path, monkeypatch):
     with command.listening("127.0.0.1", 0) as taken, pytest.raises(ValueError, match="choose another --port"):
         command.listening("127.0.0.1", taken.getsockname()[1])
@@ -311,3 +362,11 @@ def test_what_cannot_be_served_is_told_in_one_line(tmp_path, monkeypatch):
     told = [sys.executable, "-m", "xfuser.cli", "serve", "--port", "-1"]
     done = subprocess.run(told, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_a_server_whose_ranks_do_not_start_ends(tmp_path):
+    model = tmp_path / "damaged"
+    shutil.copytree(SHIPPED_PIPELINE, model)
+    (model / "scheduler" / "scheduler_config.json").write_text("{")
+    served = Served(tmp_path, "--model", model)
+    assert served.process.wait(PATIENCE) == 1 and "scheduler" in served.log.read_text()

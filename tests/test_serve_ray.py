@@ -8,7 +8,8 @@ import openai
 import psutil
 import pytest
 import test_serve
-from serving import until
+
+from xfuser.testing.serving import until
 
 STEPS = test_serve.STEPS
 

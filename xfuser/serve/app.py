@@ -4,11 +4,12 @@ import asyncio
 import base64
 import json
 import os
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-from fastapi import FastAPI, HTTPException, Request as Call
+from fastapi import FastAPI, Request as Call
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from pydantic import ValidationError
@@ -16,9 +17,10 @@ from starlette.datastructures import UploadFile
 
 from xfuser.serve.jobs import Failure, Job
 from xfuser.serve.requests import ImageRequest
-from xfuser.serve.server import Server, error_body, now
+from xfuser.serve.server import Server, error_body
 
 RETRY_AFTER = "2"  # seconds
+FILE = re.compile(r"[0-9a-f]{32}\.png")  # names that a server gives
 
 
 def create_app(server: Server, videos: bool = True) -> FastAPI:
@@ -37,9 +39,6 @@ def create_app(server: Server, videos: bool = True) -> FastAPI:
     app.add_exception_handler(Failure, lambda call, failure: refusal(failure))
     app.add_exception_handler(ValidationError, lambda call, error: refusal(invalid(error.errors())))
     app.add_exception_handler(RequestValidationError, lambda call, error: refusal(invalid(error.errors())))
-    app.add_exception_handler(
-        HTTPException, lambda call, error: refusal(Failure(error.status_code, str(error.detail), "not_found"))
-    )
     _add_state(app, server)
     _add_images(app, server)
     if videos:
@@ -79,7 +78,7 @@ def _add_state(app: FastAPI, server: Server) -> None:
 
     @app.get("/files/{name}")
     def file(name: str) -> FileResponse:
-        if not os.path.isfile(server.path(name)):
+        if not FILE.fullmatch(name) or not os.path.isfile(server.path(name)):
             raise Failure(404, f"there is no file {name!r}: it is removed, or was never made", "not_found")
         return FileResponse(server.path(name))
 
@@ -100,7 +99,7 @@ def _add_images(app: FastAPI, server: Server) -> None:
             return StreamingResponse(events, media_type="text/event-stream")
         await _finished(server, call, jobs)
         data = [server.entry(job, request.response_format, base) for job in jobs]
-        return JSONResponse({"created": now(), "data": data, "id": jobs[0].id})
+        return JSONResponse({"created": jobs[0].created, "data": data, "id": jobs[0].id})
 
     @app.post("/v1/images/generations")
     async def generations(call: Call, request: ImageRequest) -> Response:
@@ -124,14 +123,20 @@ def _add_images(app: FastAPI, server: Server) -> None:
 async def fields_of(call: Call, picture: str) -> tuple[dict[str, Any], bytes | None]:
     """The fields of a JSON or form body, and the file of this name in it."""
     if "json" in call.headers.get("content-type", ""):
-        return await call.json(), None
-    form, image = dict(await call.form()), None
-    for name, value in list(form.items()):
-        if isinstance(value, UploadFile):
-            if name.removesuffix("[]") != picture:
-                raise Failure(400, f"the file {name!r} is not supported: remove it", "invalid_value", name)
-            image = await form.pop(name).read()
-    return form, image
+        try:
+            return await call.json(), None
+        except ValueError as error:
+            raise Failure(400, f"the body is not JSON: {error}", "invalid_value") from error
+    fields, image = {}, None
+    for name, value in (await call.form()).multi_items():
+        if not isinstance(value, UploadFile):
+            fields[name] = value
+        elif image is not None or name.removesuffix("[]") != picture:
+            told = f"the file {name!r} is not supported: send one, as {picture}"
+            raise Failure(400, told, "invalid_value", name)
+        else:
+            image = await value.read()
+    return fields, image
 
 
 async def _finished(server: Server, call: Call, jobs: list[Job]) -> None:
@@ -161,15 +166,15 @@ async def _events(server: Server, job: Job, response_format: str, base: str) -> 
     """Server-sent events: each step, previews as partial images, and the picture or the error."""
     previews = 0
     try:
-        async for now_job in server.progress(job):
-            steps = {"id": job.id, "step": now_job.step, "steps": job.settings["num_inference_steps"]}
+        async for _ in server.progress(job):
+            steps = {"id": job.id, "step": job.step, "steps": job.settings["num_inference_steps"]}
             yield _event("image_generation.progress", steps)
-            if now_job.previews > previews:
-                picture = base64.b64encode(now_job.preview or b"").decode()
+            if job.previews > previews:
+                picture = base64.b64encode(job.preview or b"").decode()
                 yield _event(
                     "image_generation.partial_image", _described(job, picture) | {"partial_image_index": previews}
                 )
-                previews = now_job.previews
+                previews = job.previews
         if failure := job.future.exception():
             yield _event("error", error_body(failure))
             return

@@ -47,7 +47,7 @@ class Engine(threading.Thread):
     Attributes:
         abilities: what the first rank tells of its pipeline; None until the ranks are ready for the first time.
         why: why the engine is not ready, empty if it is.
-        dead: whether it gave up, as the ranks do not start; ``when_dead`` is called then.
+        dead: whether it gave up, as the ranks do not start; ``when_dead`` is called behind the end.
     """
 
     def __init__(
@@ -76,12 +76,21 @@ class Engine(threading.Thread):
         self.wake()
         self.join()
 
-    def pids(self) -> list[int]:
-        """The processes of the ranks."""
-        return [process.pid for process in self._processes()]
-
     def run(self) -> None:
         """Until it is stopped: start the ranks, and let them draw until one fails."""
+        try:
+            self._run()
+        finally:  # also behind an error of this thread
+            self.dead = not self._stopping
+            self.why = self.why or "an error of the server, which its log tells"
+            for process in self._processes():
+                process.kill()
+            for job in self._queue.take_all() + (self._batch.jobs if self._batch else []):
+                self._fail(job, Failure(503, f"the server stops: {self.why}", "engine_stopped"))
+            shutil.rmtree(self._folder)
+            self.when_dead()
+
+    def _run(self) -> None:
         while not self._stopping and not self.dead:
             launcher = threading.Thread(target=self._launch, args=(self.address,), daemon=True)
             try:
@@ -93,11 +102,6 @@ class Engine(threading.Thread):
                     self._serve()
             except RanksDown as down:
                 self._end(down, launcher)
-        for job in iter(lambda: self._queue.take(), []):
-            self._fail(job, Failure(503, f"the server stops: {self.why}", "engine_stopped"))
-        if self.dead:
-            self.when_dead()
-        shutil.rmtree(self._folder)
 
     def _accept(self, listener: socket.socket, launcher: threading.Thread) -> None:
         """Wait until all ranks have told that they are ready."""

@@ -94,15 +94,22 @@ class JobQueue:
 
     def cancel(self, job: Job) -> None:
         """End a job within one step, if it has no result yet."""
-        if not job.future.done():
-            job.cancelled = True
-            job.finish(Failure(409, "this request was cancelled", "cancelled"))
-            self.notify()
+        job.cancelled = True
+        with self._lock:
+            self._jobs = [one for one in self._jobs if one is not job]
+        job.finish(Failure(409, "this request was cancelled", "cancelled"))
+        self.notify()
 
     def put_back(self, jobs: list[Job]) -> None:
         """Jobs that were taken and are to be drawn again, ahead of all others."""
         with self._lock:
             self._jobs[:0] = jobs
+
+    def take_all(self) -> list[Job]:
+        """All that wait."""
+        with self._lock:
+            jobs, self._jobs = self._jobs, []
+            return jobs
 
     def take(self) -> list[Job]:
         """The oldest job and those that can be drawn with it; empty if there is none. Cancelled jobs are dropped."""

@@ -9,6 +9,7 @@ from fastapi import FastAPI
 from PIL import Image
 from pydantic import ValidationError
 
+from xfuser.config.config import DEGREES, in_words
 from xfuser.serve.jobs import Failure, Job
 from xfuser.serve.requests import ImageRequest
 from xfuser.serve.server import Server
@@ -68,7 +69,9 @@ def page(server: Server) -> gradio.Blocks:
             with gradio.Column():
                 status = gradio.HTML("", elem_id="status")
                 shown = gradio.Image(label="Picture", format="png", elem_id="picture")
-        past = gradio.Gallery(label="History", format="png", columns=5, height=240, elem_id="history")
+        past = gradio.Gallery(
+            label="History", format="png", columns=5, height=240, object_fit="contain", elem_id="history"
+        )
         history = gradio.State([])
         inputs = [prompt, negative, size, steps, seed, history]
         options = {"concurrency_limit": None, "show_progress": "hidden"}
@@ -81,7 +84,8 @@ def page(server: Server) -> gradio.Blocks:
 def methods(server: Server) -> str:
     """The methods by which the ranks draw, in words."""
     config = server.engine_config.parallel_config
-    return f"{config.world_size} rank{'s' * (config.world_size > 1)}: {config}"
+    degrees = {name: getattr(config, names.field) for name, names in DEGREES.items()}
+    return f"{config.world_size} rank{'s' * (config.world_size > 1)}: {in_words(degrees)}"
 
 
 def bar(job: Job) -> str:

@@ -1,10 +1,12 @@
 """What clients may send, by OpenAI's names and those of a Diffusers pipeline, and the jobs that it makes."""
 
+import io
 import math
 import random
 from dataclasses import replace
 from typing import Any, Literal
 
+from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
 from xfuser.cli.words import check_words
@@ -22,7 +24,7 @@ class Request(BaseModel):
 
     prompt: str = Field(min_length=1, max_length=LONGEST_PROMPT)
     model: str | None = None
-    size: str | None = None
+    size: str | None = Field(None, max_length=20)
     user: str | None = None
     seed: int | None = Field(None, ge=0, lt=2**63)
     negative_prompt: str = Field("", max_length=LONGEST_PROMPT)
@@ -45,6 +47,15 @@ class VideoRequest(Request):
 
     seconds: int | None = Field(None, ge=1, le=60)
     num_frames: int | None = Field(None, ge=1, le=60 * FRAMES_PER_SECOND)
+
+
+def check_picture(data: bytes) -> None:
+    """Raise a :class:`Failure` for what is no picture."""
+    try:
+        with Image.open(io.BytesIO(data)) as picture:
+            picture.load()
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise Failure(400, f"the file is not a picture that can be read: {error}", "invalid_value", "image") from error
 
 
 class Limits:

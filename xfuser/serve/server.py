@@ -4,7 +4,6 @@ import asyncio
 import base64
 import os
 import threading
-import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -19,7 +18,7 @@ from xfuser.serve.engine import Engine
 from xfuser.serve.jobs import Failure, Job, JobQueue
 from xfuser.serve.metrics import Metrics
 from xfuser.serve.options import Options
-from xfuser.serve.requests import Limits, Request
+from xfuser.serve.requests import Limits, Request, check_picture
 
 LOOK = 0.03  # seconds between looks at the progress of a job
 KEPT_FILES = 1000
@@ -55,7 +54,7 @@ class Server:
 
     def why_not_ready(self) -> str:
         """Empty where requests are accepted."""
-        return f"gave up: {self.engine.why}" if self.engine.dead else self.engine.why
+        return f"the engine ended: {self.engine.why}" if self.engine.dead else self.engine.why
 
     async def submit(self, request: Request, image: bytes | None = None) -> list[Job]:
         """Put the jobs of a request into the queue.
@@ -66,8 +65,10 @@ class Server:
         try:
             if self.engine.why or self.engine.abilities is None:
                 raise Failure(503, f"not ready: {self.why_not_ready()}", "not_ready")
+            if image:
+                check_picture(image)
             jobs = self.limits.jobs(request, self.engine.abilities, self.model, image)
-            await asyncio.to_thread(self._check_memory, jobs[0].settings)
+            await asyncio.to_thread(self.check_memory, jobs[0].settings)
             self.queue.put(jobs)
         except Failure as failure:
             self.metrics.failures.labels(failure.code).inc()
@@ -86,13 +87,13 @@ class Server:
             if (job.step, job.previews) != seen:
                 seen = (job.step, job.previews)
                 yield job
-            await asyncio.wait([asyncio.wrap_future(job.future)], timeout=LOOK)
+            await asyncio.sleep(LOOK)
         yield job
 
-    def write(self, job: Job, kind: str) -> str:
-        """Write a result into the output folder, whose oldest files of this server go; returns the file's name."""
+    def write(self, job: Job) -> str:
+        """Write a picture into the output folder, whose oldest files of this server go; returns the file's name."""
         os.makedirs(self.options.output_dir, exist_ok=True)
-        name = f"{job.id}.{kind}"
+        name = f"{job.id}.png"
         with open(self.path(name), "wb") as file:
             file.write(job.future.result())
         self._files[name] = None
@@ -107,10 +108,10 @@ class Server:
     def entry(self, job: Job, response_format: str, base: str) -> dict[str, Any]:
         """A picture as OpenAI's API gives it, with its seed."""
         if response_format == "url":
-            return {"url": f"{base}files/{self.write(job, 'png')}", "seed": job.seed}
+            return {"url": f"{base}files/{self.write(job)}", "seed": job.seed}
         return {"b64_json": base64.b64encode(job.future.result()).decode(), "seed": job.seed}
 
-    def _check_memory(self, settings: dict[str, Any]) -> None:
+    def check_memory(self, settings: dict[str, Any]) -> None:
         """Refuse, by the planner's count, what one picture of this shape takes too much memory for."""
         memory = self.engine_config.runtime_config.memory or devices.total_memory()
         if memory is None:
@@ -139,8 +140,3 @@ def error_body(failure: Failure) -> dict[str, Any]:
     """In the shape of OpenAI's errors."""
     kind = "invalid_request_error" if failure.status < 429 else "server_error"
     return {"error": {"message": str(failure), "type": kind, "param": failure.param, "code": failure.code}}
-
-
-def now() -> int:
-    """Seconds, as OpenAI's API counts them."""
-    return int(time.time())

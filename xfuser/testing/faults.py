@@ -14,7 +14,8 @@ from diffusers import DPMSolverMultistepScheduler
 from xfuser.config.args import SHIPPED_PIPELINE
 
 RAISES, RAISES_ON_LAST_RANK, HANGS_ON_LAST_RANK = 31, 32, 33
-ONLY_ALONE, NEVER_FITS, SLOW = 34, 35, 36  # the first two run out of memory, with several pictures or always
+ONLY_ALONE, NEVER_FITS = 34, 35  # runs out of memory, with several pictures or always
+SLOW, REFUSES_BATCHES = 36, 37
 SECONDS = 0.15  # of a slow step
 
 
@@ -28,6 +29,8 @@ class FaultyScheduler(DPMSolverMultistepScheduler):
             raise RuntimeError("a fault was asked for")
         if steps == NEVER_FITS or (steps == ONLY_ALONE and len(sample) > 1):
             raise MemoryError("a fault was asked for")
+        if steps == REFUSES_BATCHES and len(sample) > 1:
+            raise ValueError("a fault was asked for")
         if steps == HANGS_ON_LAST_RANK and is_last:
             time.sleep(3600)
         if steps == SLOW:

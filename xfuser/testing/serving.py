@@ -1,4 +1,4 @@
-"""A server of the tests: `xdit serve` as a user starts it, on a port of its own."""
+"""A server to test: ``xdit serve`` as a user starts it, on a port of its own."""
 
 import json
 import os
@@ -8,16 +8,19 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
+OF_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 PATIENCE = 180  # seconds; a busy machine starts ranks slowly
 
 
-def until(look, what, patience=PATIENCE):
-    """The first true value of ``look()``."""
+def until(look: Callable[[], Any], what: str, patience: float = PATIENCE) -> Any:
+    """The first true value of ``look()``; an AssertionError that names ``what`` if there is none in time."""
     deadline = time.monotonic() + patience
     while time.monotonic() < deadline:
         if found := look():
@@ -29,8 +32,10 @@ def until(look, what, patience=PATIENCE):
 class Served:
     """A running `xdit serve`; ``url`` is where it listens."""
 
-    def __init__(self, folder, *flags):
-        environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    def __init__(self, folder: str | Path, *flags: Any) -> None:
+        environment = {
+            name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        }
         environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         command = [sys.executable, "-m", "xfuser.cli", "serve", "--port", "0", *map(str, flags)]
         self.log = Path(folder) / "serve.log"
@@ -40,10 +45,11 @@ class Served:
         assert isinstance(line, str), self.log.read_text()
         self.url = line.split()[2]
 
-    def _line(self):
+    def _line(self) -> str | None:
         return next((line for line in self.log.read_text().splitlines() if line.startswith("xdit serve: http")), None)
 
-    def health(self):
+    def health(self) -> dict[str, Any]:
+        """What ``/health`` tells."""
         try:
             with urllib.request.urlopen(f"{self.url}/health") as answer:
                 return json.load(answer)
@@ -52,23 +58,25 @@ class Served:
         except urllib.error.URLError:
             return {"ready": False}
 
-    def ready(self):
+    def ready(self) -> "Served":
+        """Wait until it is; returns the server."""
         until(lambda: self.process.poll() is not None or self.health()["ready"], "a ready server")
         assert self.process.poll() is None, self.log.read_text()
         return self
 
-    def ranks(self):
+    def ranks(self) -> list[int]:
         """Process ids of the ranks."""
         return sorted(
             child.pid for child in psutil.Process(self.process.pid).children() if "--engine" in child.cmdline()
         )
 
-    def metric(self, name):
+    def metric(self, name: str) -> float:
+        """A value of ``/metrics``."""
         with urllib.request.urlopen(f"{self.url}/metrics") as answer:
             lines = answer.read().decode().splitlines()
         return float(next(line.split()[-1] for line in lines if line.startswith(f"{name} ")))
 
-    def interrupt(self):
+    def interrupt(self) -> float:
         """Ctrl-C; returns the seconds until all of it has ended."""
         ranks, start = [psutil.Process(pid) for pid in self.ranks()], time.monotonic()
         self.process.send_signal(signal.SIGINT)
