@@ -175,7 +175,7 @@ def test_a_rank_chooses_its_device_before_anything_else(asked, monkeypatch, laun
     config, _ = xFuserArgs(ulysses_degree=4, dtype="auto").create_config()
     assert config.runtime_config.memory is None and config.runtime_config.dtype is torch.bfloat16
     bound = {"device_id": torch.device("cuda", 1)}
-    assert asked == [("set_device_index", 1), ("init_process_group", "nccl", bound)]
+    assert asked == [("set_device_index", 1), ("init_process_group", "nccl", bound | {"timeout": ending.TIME_LIMIT})]
     assert distributed.get_world_group().device == bound["device_id"] and devices.total_memory() == accelerator.BYTES
 
 
@@ -183,7 +183,7 @@ def test_a_rank_that_is_given_by_number_chooses_its_device(asked, monkeypatch):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     distributed.init_distributed_environment(world_size=4, rank=2)
     bound = {"device_id": torch.device("cuda", 2)}
-    assert asked == [("set_device_index", 2), ("init_process_group", "nccl", bound)]
+    assert asked == [("set_device_index", 2), ("init_process_group", "nccl", bound | {"timeout": ending.TIME_LIMIT})]
     assert devices.group_options(2, "gloo") == {}  # it is of no device
 
 

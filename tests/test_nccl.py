@@ -2,7 +2,6 @@
 and nothing that the host waits for."""
 
 from collections import Counter
-from unittest import mock
 
 import nccl
 import pytest
@@ -12,8 +11,8 @@ from pretended import NAME, pretended
 
 from xfuser import xDiTParallel, xFuserArgs
 from xfuser.core.distributed import destroy_distributed_environment
-from xfuser.methods.sequence import SequenceParallel
-from xfuser.models.plan import ModelPlan, blocks_of
+from xfuser.methods.masks import PairMasks
+from xfuser.models.plan import blocks_of
 from xfuser.models.registry import plan_of
 from xfuser.testing import matrix
 from xfuser.testing.loop import loop_of
@@ -188,11 +187,10 @@ def test_what_the_host_waits_for_is_counted(pool):
 
 def test_a_mask_that_changes_its_kind_is_refused():
     """What the first one of its shape hides is taken of all: another one raises when the call ends."""
-    method = SequenceParallel(torch.nn.Linear(1, 1), ModelPlan(("blocks",), {"attention": ("image",)}), mock.Mock())
-    method._call = mock.Mock(index=0)
+    masks = PairMasks("Linear")
     q, shown = torch.zeros(1, 1, 3, 4), torch.tensor([True, True, False]).view(1, 1, 1, 3)
     keys = shown & shown.mT
-    with method._masks_alike():
-        assert torch.equal(method._over_keys(keys, q, q), shown) and torch.equal(method._over_keys(keys, q, q), shown)
-    with pytest.raises(ValueError, match="of Linear hides tokens from some others"), method._masks_alike():
-        method._over_keys(torch.ones(3, 3).tril().bool().view(1, 1, 3, 3), q, q)
+    with masks.alike():
+        assert torch.equal(masks.over_keys(0, keys, q, q), shown) and torch.equal(masks.over_keys(0, keys, q, q), shown)
+    with pytest.raises(ValueError, match="of Linear hides tokens from some others"), masks.alike():
+        masks.over_keys(0, torch.ones(3, 3).tril().bool().view(1, 1, 3, 3), q, q)
