@@ -118,6 +118,7 @@ def errors_of_all_classes(backend, degrees):
     return found
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("method", ["ulysses", "ring"])
 def test_all_classes_under_flex(pool, method):
     for errors in pool.run(2, errors_of_all_classes, "flex", METHODS[method]):

@@ -126,12 +126,14 @@ def test_errors_say_what_is_allowed(client, fields, param, told):
     assert error.value.body["type"] == "invalid_request_error"
 
 
+@pytest.mark.matrix
 def test_jobs_of_a_batch_that_the_pipeline_refuses_are_drawn_alone(served, client):
     """So that one bad request does not fail the others."""
     ranks = served.ranks()
     assert len(draw(client, steps=faults.REFUSES_BATCHES, n=3, size="64x64")) == 3 and served.ranks() == ranks
 
 
+@pytest.mark.matrix
 def test_pictures_are_checked_before_they_are_accepted(client):
     file = io.BytesIO()
     Image.new("RGB", (8, 8)).save(file, "PNG")
@@ -157,6 +159,7 @@ def test_pictures_of_a_batch_are_those_drawn_alone(served, client):
     blocking.result()
 
 
+@pytest.mark.matrix
 def test_events_tell_steps_and_show_previews(client):
     options = {"stream": True, "partial_images": 2, "extra_body": {"num_inference_steps": 6, "seed": 3}}
     events = list(client.images.generate(prompt=PROMPT, **options))
@@ -185,6 +188,7 @@ def test_a_cancelled_request_ends_within_a_step(served, client, by):
     assert served.metric("xdit_restarts_total") == 0
 
 
+@pytest.mark.matrix
 def test_a_cancelled_request_leaves_the_others_of_its_batch(served, client):
     blocking = drawing(served, client)
     kept = in_thread(draw, client, seed=1, steps=20)
@@ -195,6 +199,7 @@ def test_a_cancelled_request_leaves_the_others_of_its_batch(served, client):
     assert same(kept.result(), serial(seed=1, steps=20))
 
 
+@pytest.mark.matrix
 def test_a_full_queue_says_when_to_come_again(served, client):
     blocking = drawing(served, client)
     waiting = in_thread(draw, client, n=10)
@@ -214,6 +219,7 @@ def test_an_exception_fails_its_batch_alone(served, client):
     assert same(draw(client, seed=5), serial(seed=5)) and served.ranks() == ranks
 
 
+@pytest.mark.matrix
 def test_out_of_memory_halves_a_batch_and_refuses_what_is_alone(served, client):
     ranks = served.ranks()
     assert len(draw(client, steps=faults.ONLY_ALONE, n=3, size="64x64")) == 3
@@ -241,6 +247,7 @@ def test_a_killed_rank_takes_its_batch_and_nothing_else(served, client):
     assert same(queued.result(), serial(seed=5))
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("steps, status", [(faults.HANGS_ON_LAST_RANK, 503), (faults.RAISES_ON_LAST_RANK, 500)])
 def test_ranks_that_wait_for_one_are_started_anew(served, client, steps, status):
     before = served.metric("xdit_restarts_total")
@@ -258,6 +265,7 @@ def test_ctrl_c_ends_all(served, client):
     assert drawn.exception() and served.process.returncode == 0
 
 
+@pytest.mark.matrix
 def test_videos_are_jobs(tmp_path):
     """With a picture to start from; the file is what a call of the bare pipeline gives."""
     size = ("--height", 160, "--width", 96, "--num_frames", 9, "--num_inference_steps", STEPS)
@@ -364,6 +372,7 @@ def test_what_cannot_be_served_is_told_in_one_line(tmp_path, monkeypatch):
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
 
 
+@pytest.mark.matrix
 def test_a_server_whose_ranks_do_not_start_ends(tmp_path):
     model = tmp_path / "damaged"
     shutil.copytree(SHIPPED_PIPELINE, model)

@@ -23,6 +23,7 @@ def browser():
     driver.quit()
 
 
+@pytest.mark.matrix
 def test_a_person_draws_and_cancels(browser, tmp_path):
     served = Served(tmp_path).ready()
     try:

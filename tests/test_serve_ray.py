@@ -49,6 +49,7 @@ def deploy(**options):
     serve.run(build({"height": test_serve.SIDE, "width": test_serve.SIDE} | options), name="xdit")
 
 
+@pytest.mark.matrix
 def test_two_replicas_of_one_rank_one_of_them_killed(cluster):
     deploy(replicas=2)
     assert [len(pids) for pids in ranks().values()] == [1, 1]
@@ -63,6 +64,7 @@ def test_two_replicas_of_one_rank_one_of_them_killed(cluster):
     until(lambda: len(ranks()) == 2, "another replica")
 
 
+@pytest.mark.matrix
 def test_one_replica_of_two_ranks(cluster):
     deploy(replicas=1, ulysses_degree=2)
     until(lambda: [len(pids) for pids in ranks().values()] == [2], "one replica of two ranks")
