@@ -17,7 +17,7 @@ def pytest_addoption(parser):
     parser.addoption("--matrix", action="store_true", help="run every class under every method")
 
 
-MANY, SAMPLE = 5, 6  # a test with more cases than that runs every so many of them, where not all are asked for
+MANY, SAMPLE = 5, 8  # a test with more cases than that runs every so many of them, where not all are asked for
 
 
 def pytest_collection_modifyitems(config, items):

@@ -212,6 +212,12 @@ class _Hook(torch._C._acc.PrivateUse1Hooks):
 
 
 class _Module(backend_registration._DummyBackendModule):
+    def is_available(self):
+        return _Hook.there
+
+    def device_count(self):
+        return int(_Hook.there)
+
     def get_rng_state(self):
         return torch.get_rng_state()
 

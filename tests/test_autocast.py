@@ -45,6 +45,7 @@ def test_every_class_under_autocast(pool, families, degrees):
         assert not {family: error for family, error in found.items() if error > ROUNDING}
 
 
+@pytest.mark.matrix
 def test_pipefusion_with_ulysses_under_autocast(pool):
     degrees = matrix.PIPED | {"num_pipeline_patch": 2, "ulysses_degree": 2}
     for found in pool.run(4, errors, ["sd3", "pixart", "hunyuan_dit"], degrees):

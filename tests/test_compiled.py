@@ -293,7 +293,7 @@ def test_blocks_that_cannot_be_compiled_run_eagerly(pool):
         assert matrix.error(latents, expected) <= matrix.TOLERANCE
 
 
-def test_a_missing_compiler_is_told_ahead_of_all(monkeypatch):
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("/nowhere/g++",))
-    with pytest.raises(ValueError, match="use_torch_compile: no C\\+\\+ compiler is found: install g"):
+def test_a_missing_compiler_is_told_ahead_of_all():
+    nowhere = torch._inductor.config.patch({"cpp.cxx": ("/nowhere/g++",)})
+    with nowhere, pytest.raises(ValueError, match="use_torch_compile: no C\\+\\+ compiler is found: install g"):
         xFuserArgs(use_torch_compile=True, model="shapes-256").checked(1)

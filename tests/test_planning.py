@@ -180,6 +180,7 @@ def test_repeated_blocks_are_what_running_them_gives(folder_of, monkeypatch):
     assert few.live == all_of_them.live and few.kept == all_of_them.kept
 
 
+@pytest.mark.matrix
 def test_times_follow_from_the_machine():
     """More ranks are faster, slow links hurt, a compiled step is not slower; parts sum up to the whole."""
     one, fast = published_row("H100", True), published_row("H100", True, ulysses=4)
@@ -231,6 +232,7 @@ def test_unknown_machines_and_bad_flags_are_refused(tmp_path, monkeypatch):
     assert machine_of("my machine").synchronous
 
 
+@pytest.mark.matrix
 def test_the_ranking_explains_itself(folder_of, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XFUSER_CACHE", str(tmp_path))

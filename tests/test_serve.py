@@ -144,6 +144,7 @@ def test_pictures_are_checked_before_they_are_accepted(client):
         client.images.edit(image=[("a.png", file.getvalue()), ("b.png", file.getvalue())], prompt=PROMPT)
 
 
+@pytest.mark.matrix
 def test_pictures_of_a_batch_are_those_drawn_alone(served, client):
     """Also one after the other: nothing of one request is seen in another."""
     blocking = drawing(served, client)
@@ -172,6 +173,7 @@ def test_events_tell_steps_and_show_previews(client):
     assert pixels(base64.b64decode(preview.b64_json)).shape == (SIDE // 2, SIDE // 2, 3) or SIDE // 8 < 32
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("by", ["delete", "disconnect"])
 def test_a_cancelled_request_ends_within_a_step(served, client, by):
     events = client.images.generate(prompt=PROMPT, stream=True, extra_body={"num_inference_steps": faults.SLOW})
@@ -211,6 +213,7 @@ def test_a_full_queue_says_when_to_come_again(served, client):
     blocking.result()
 
 
+@pytest.mark.matrix
 def test_an_exception_fails_its_batch_alone(served, client):
     ranks = served.ranks()
     with pytest.raises(openai.InternalServerError, match="a fault was asked for") as error:
@@ -228,6 +231,7 @@ def test_out_of_memory_halves_a_batch_and_refuses_what_is_alone(served, client):
     assert same(draw(client, seed=5), serial(seed=5)) and served.ranks() == ranks
 
 
+@pytest.mark.matrix
 def test_a_killed_rank_takes_its_batch_and_nothing_else(served, client):
     """The others of the queue survive, and what asked for it is drawn again."""
     running_one = drawing(served, client)
