@@ -46,7 +46,8 @@ class SequenceParallel(ShardedModel):
         parts: DistriFusion | NaivePatches | None = None,
     ) -> None:
         super().__init__(model, plan, group, backend)
-        self.many, self.idle = plan.whole or plan.many, plan.idle
+        alone = group.world_size == 1 and not pipefusion  # all calls are then local
+        self.many, self.idle = alone or plan.whole or plan.many, plan.idle
         self._pipefusion, self._stage = pipefusion, None
         self._parts, self._alone = parts, isinstance(parts, NaivePatches)
         self._patches = Patches(1, getattr(model, "config", model), plan)
