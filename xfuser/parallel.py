@@ -31,6 +31,7 @@ from xfuser.methods.data import DataParallel, split_decode
 from xfuser.methods.distrifusion import DistriFusion
 from xfuser.methods.naive_patch import NaivePatches
 from xfuser.methods.pipefusion.loop import has_callback
+from xfuser.methods.progress import quiet_progress
 from xfuser.methods.refusals import Refusals
 from xfuser.methods.sequence import SequenceParallel
 from xfuser.methods.unet.maps import MapParallel
@@ -39,7 +40,6 @@ from xfuser.models.registry import planned_models, set_plan
 from xfuser.pipeline_io.agreement import shared_arguments
 from xfuser.pipeline_io.arguments import pipeline_arguments
 from xfuser.pipeline_io.media import media_of, write_media
-from xfuser.pipeline_io.progress import quiet_progress
 from xfuser.vae.engines import parallel_vae
 from xfuser.weights.placement import Placement
 from xfuser.weights.text_encoders import text_encoders
