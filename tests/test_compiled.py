@@ -194,7 +194,6 @@ def test_a_block_is_one_graph_that_all_of_its_class_have(pool, family, method):
             assert matrix.error(latents, expected) <= matrix.TOLERANCES.get(family, matrix.TOLERANCE)
 
 
-ROUGH = matrix.TOLERANCES | {"stable_audio": 3e-5}  # four of its steps make more of the last bits than two do
 OTHERS = [
     pytest.param(name, marks=pytest.mark.covering if name == "sana" else pytest.mark.matrix)
     for name, family in FAMILIES.items()
@@ -216,7 +215,7 @@ def test_further_classes_break_no_graph_that_is_whole_without_a_wrap(pool, famil
         assert known
     degrees = {"use_cfg_parallel": True} if matrix.refusal(family, "ulysses2") else {"ulysses_degree": 2}
     for latents, graphs, breaks in pool.run(2, breaks_of, family, degrees):
-        assert matrix.error(latents, expected) <= ROUGH.get(family, matrix.TOLERANCE)
+        assert matrix.error(latents, expected) <= matrix.TOLERANCES.get(family, matrix.TOLERANCE)
         assert breaks <= known and (known or graphs <= 2)
 
 

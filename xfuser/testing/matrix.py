@@ -22,8 +22,8 @@ from xfuser.testing.zoo import FAMILIES, KINDS, Family
 
 TOLERANCE = 1e-5
 # Kandinsky 5 rotates queries and keys in bfloat16, which blows the last bits of other batch sizes up; so does the
-# recurrence of SANA-WM, whose forward in float32 is 2e-4 from that in float64.
-TOLERANCES = {"kandinsky5": 1e-4, "sana_wm": 1e-4}
+# recurrence of SANA-WM, whose forward in float32 is 2e-4 from that in float64. Stable Audio's rounding grows by steps.
+TOLERANCES = {"kandinsky5": 1e-4, "sana_wm": 1e-4, "stable_audio": 3e-5}
 TRANSFORMERS = "diffusers.models.transformers."  # where Diffusers keeps them
 BREAKING = {"HiDreamImageTransformer2DModel", "MochiTransformer3DModel"}  # their blocks read values of tensors
 PIPED = {"pipefusion_parallel_degree": 2, "warmup_steps": 1}
