@@ -9,8 +9,10 @@ import tiny
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.models import attention_dispatch
+from torch._dynamo.utils import counters
 
 from xfuser import xFuserArgs
+from xfuser.core.attention import dispatch
 from xfuser.core.attention.intercept import intercepted
 from xfuser.core.hooks import replaced
 from xfuser.testing import matrix
@@ -160,6 +162,25 @@ def test_kernels_that_take_lengths(pool):
     expected = pool.run(1, by_backend, "sage", None)[0]
     for latents in pool.run(2, by_backend, "sage_varlen", {"ulysses_degree": 2}):
         assert matrix.error(latents, expected) <= matrix.TOLERANCE
+
+
+def graphs_of_flex(path, call):
+    """Graphs behind each of two calls, and functions that were compiled for it and are kept."""
+    torch._dynamo.reset()
+    counters.clear()
+    pipe, found = DiffusionPipeline.from_pretrained(path), []
+    wrapped = running.wrap(pipe, METHODS["ulysses"] | {"attention_backend": "flex", "use_torch_compile": True})
+    for _ in range(2):
+        wrapped(**call)
+        found.append((counters["stats"]["unique_graphs"], dispatch._compiled.cache_info().currsize))
+    running.unwrap(wrapped)
+    return found
+
+
+@pytest.mark.matrix
+def test_a_second_call_with_flex_compiles_and_keeps_nothing_more(pool, folder_of):
+    for first, second in pool.run(2, graphs_of_flex, folder_of("flux"), tiny.call_of("flux", 1)):
+        assert first == second
 
 
 def test_flex_in_compiled_blocks_is_compiled(pool, folder_of):

@@ -78,6 +78,7 @@ def _taking(key: Any, function: Callable[..., Any], attend: Callable[..., Tensor
         out = attend(name, lambda: _as_for_sdpa(name, given, defaults))
         return function(**given) if out is None else out.transpose(1, 2)
 
+    backend.in_place_of = function
     return backend
 
 
@@ -135,7 +136,11 @@ def _registry() -> Any:
 
 
 def _function(name: str) -> Callable[..., Any]:
-    return _registry()._backends[name]
+    """Diffusers' own function, which outlives the call: what is cached for it is, too."""
+    function = _registry()._backends[name]
+    while hasattr(function, "in_place_of"):
+        function = function.in_place_of
+    return function
 
 
 @functools.cache
@@ -145,14 +150,15 @@ def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
 
 def _call(name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, **more: Any) -> Any:
     function = _function(name)
-    if mask is not None and "attn_mask" not in _parameters(function):
+    names = _parameters(function)
+    if mask is not None and "attn_mask" not in names:
         raise ValueError(f"the attention backend {name!r} takes no mask, and this model has one: use 'native'")
     if mask is not None and "varlen" in name:
         k, v, mask = _kept_first(k, v, mask)
     if name == "flex" and asked.compiled:  # which holds all scores at once where it is not
         function = _compiled(function)
     given = {"attn_mask": mask, "scale": scale, **more}
-    given = {key: value for key, value in given.items() if key in _parameters(_function(name))}
+    given = {key: value for key, value in given.items() if key in names}
     return function(*(x.transpose(1, 2) for x in (q, k, v)), **given)
 
 
