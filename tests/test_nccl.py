@@ -21,7 +21,6 @@ from xfuser.testing.zoo import FAMILIES
 COVERING = ("ulysses2 x ring2", "pipefusion2 M=2 x ulysses2")
 UNLIKE = ("pixart", "sd3", "z_image", "cogvideox", "ltx2", "sana", "unet", "stable_audio")  # under all methods
 CELLS = [(family, method) for family in FAMILIES for method in matrix.METHODS if FAMILIES[family].present]
-CELLS.remove(("unet", "distrifusion2"))  # its bands make tensors that the pretended device lacks
 CELLS = [(*cell, {}) for cell in CELLS if not matrix.refusal(*cell) and (cell[0] in UNLIKE or cell[1] in COVERING)]
 EACH = [("hunyuan_video_15", method, {}) for method in matrix.METHODS]  # with masks over pairs, and long text
 EACH += [("flux", "cfg2", {"guidance": "sequential", "images": 3}), ("wan", "cfg2", {"guidance": "sequential"})]

@@ -73,7 +73,9 @@ class MapBands(Bands):
         above = [place for place, row in enumerate(rows) if row in need and row < mine.start]
         below = [place for place, row in enumerate(rows) if row in need and row >= mine.stop]
         with self._staleness.exchange("rows", own, [len(one) for one in lent]) as full:
-            return tuple(full[side].movedim(0, self.dim) if side else None for side in (above, below))
+            # Not by an index of numbers, which a GPU would get from the host.
+            sides = [[full[place : place + 1] for place in side] for side in (above, below)]
+            return tuple(torch.cat(side).movedim(0, self.dim) if side else None for side in sides)
 
     def joined(self, moments: Tensor, eps: float) -> Tensor:
         """As in :class:`Bands`, by the mode's definition; ``eps`` is a part of the variances."""
