@@ -47,6 +47,7 @@ def pixart(blocks: int = 8, heads: int = 8, head_dim: int = 64, vae: Callable[[]
 
 
 def pixart_call(side: int, steps: int, guidance: float = 1.0, tokens: int = 32) -> dict[str, Any]:
+    """Arguments of a call of PixArt: a square image of ``side`` pixels, ``tokens`` of text."""
     text, other = torch.randn(2, 1, tokens, TEXT, generator=torch.Generator().manual_seed(0))
     call = {
         "prompt_embeds": text, "prompt_attention_mask": torch.ones(1, tokens), "negative_prompt": None,
@@ -71,6 +72,7 @@ def flux(double: int = 4, single: int = 8, heads: int = 8) -> Any:
 
 
 def flux_call(height: int, width: int, text: int, steps: int) -> dict[str, Any]:
+    """Arguments of a call of Flux, sizes in pixels, ``text`` tokens of text."""
     generator = torch.Generator().manual_seed(0)
     return {
         "prompt_embeds": torch.randn(1, text, TEXT, generator=generator),

@@ -23,6 +23,7 @@ class Configuration:
 
     @property
     def ranks(self) -> int:
+        """How many ranks the configuration takes."""
         return self.engine.world_size
 
 

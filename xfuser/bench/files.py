@@ -16,8 +16,10 @@ def write_file(path: str, write: Callable[[str], Any]) -> str:
 
 
 def write_text(path: str, text: str) -> str:
+    """Write a file in UTF-8, complete or not at all; returns its path."""
     return write_file(path, lambda unfinished: Path(unfinished).write_text(text, encoding="utf-8"))
 
 
 def write_json(path: str, value: Any) -> str:
+    """Write a value as JSON, complete or not at all; returns the file's path."""
     return write_text(path, json.dumps(value, indent=1) + "\n")

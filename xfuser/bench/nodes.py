@@ -25,6 +25,7 @@ class Node:
     address: str
 
     def run(self, *command: str) -> None:
+        """Run a command on this node to its end."""
         _run("ip", "netns", "exec", self.namespace, *command)
 
     def start(self, *command: str, **options: object) -> subprocess.Popen:

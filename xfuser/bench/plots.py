@@ -17,6 +17,7 @@ def pyplot() -> Any:
 
 
 def save(figure: Any, path: str) -> str:
+    """Write a figure to an image file and close it; returns the file's path."""
     written = write_file(path, lambda unfinished: figure.savefig(unfinished, dpi=110, bbox_inches="tight"))
     pyplot().close(figure)
     return written

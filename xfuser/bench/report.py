@@ -45,6 +45,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def describe(machine: dict[str, Any]) -> str:
+    """One sentence about the machine and the versions of a report."""
     return (
         f"{machine['device']}, {machine['cores']} cores, {machine['threads']} threads a rank, torch {machine['torch']},"
         f" diffusers {machine['diffusers']}, {machine['system']}."
@@ -128,8 +129,10 @@ def _asynchronous(row: dict[str, Any], serial: float) -> str | None:
 
 
 def megabytes(count: float) -> str:
+    """A number of bytes for people: MB, or kB where there are few."""
     return f"{count / 1e6:.3g} MB" if count >= 1e5 else f"{count / 1e3:.3g} kB" if count else "0"
 
 
 def decibels(psnr: float) -> str:
+    """A peak signal-to-noise ratio for people; equal images have one above 119 dB."""
     return f"{psnr:.1f} dB" if psnr < 119 else "> 119 dB"

@@ -97,6 +97,7 @@ class Contender:
 
 
 def ours(workload: Workload, configuration: Configuration) -> Contender:
+    """The contender that wraps a workload's pipeline with a configuration of this library."""
     return Contender(configuration.name, lambda: wrapped(workload.pipe(configuration.engine), configuration.engine))
 
 

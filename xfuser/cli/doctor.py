@@ -57,6 +57,7 @@ def here() -> list[str]:
 
 
 def installed(name: str) -> str | None:
+    """The version of an installed package, None where it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:

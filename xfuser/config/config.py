@@ -134,6 +134,7 @@ class ParallelConfig:
 
     @property
     def world_size(self) -> int:
+        """How many ranks the degrees take: their product."""
         return math.prod(self.degrees().values())
 
     @property
@@ -258,6 +259,7 @@ class EngineConfig:
 
     @property
     def world_size(self) -> int:
+        """How many ranks the degrees take: their product."""
         return self.parallel_config.world_size
 
 

@@ -9,6 +9,7 @@ class FlexibleArgumentParser(argparse.ArgumentParser):
     """``--ulysses-degree 2`` and ``--ulysses_degree=2`` are the same flag; bad input raises a ValueError."""
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        """As in argparse; flags may be written with hyphens in place of underscores."""
         if args is None:
             import sys
 
@@ -16,6 +17,7 @@ class FlexibleArgumentParser(argparse.ArgumentParser):
         return super().parse_known_args([_with_underscores(arg) for arg in args], namespace)
 
     def error(self, message: str) -> NoReturn:
+        """Raise a ValueError, where argparse would end the process."""
         raise ValueError(f"{self.prog}: {message} (--help lists the flags)")
 
 
@@ -35,4 +37,5 @@ class SwitchAction(argparse.Action):
         super().__init__([option_strings[0], self._opposite], dest, nargs=0, default=default, **kwargs)
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        """Set True for the flag, False for its opposite."""
         setattr(namespace, self.dest, option_string != self._opposite)

@@ -54,6 +54,7 @@ class Traffic(TorchDispatchMode):
 
     @property
     def total(self) -> int:
+        """Bytes sent by all operations."""
         return sum(self.sent.values())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:

@@ -44,10 +44,12 @@ class NaivePatches:
         return rows if self.across else 1
 
     def keys(self, keys: Rows, rank: int) -> list[tuple[int, int]]:
+        """The places of this rank's own tokens among the keys: it sees no other."""
         return keys.places(rank)
 
     @contextmanager
     def reach(
         self, name: str, keys: Rows, rank: int, key: Tensor, value: Tensor, mask: Tensor | None
     ) -> Iterator[tuple]:
+        """Keys, values and mask as they are: nothing comes from other ranks."""
         yield key, value, mask

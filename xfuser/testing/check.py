@@ -38,6 +38,7 @@ class PlanCheck:
 
     @property
     def fits(self) -> bool:
+        """Whether the error is within the tolerance."""
         return self.error <= self.tolerance
 
     def __str__(self) -> str:

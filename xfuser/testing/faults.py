@@ -23,6 +23,7 @@ class FaultyScheduler(DPMSolverMultistepScheduler):
     """The shipped pipeline's, with faults behind the first forward."""
 
     def step(self, model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
+        """As of the shipped pipeline, with the fault that the number of steps asks for."""
         steps, rank = self.num_inference_steps, int(os.environ.get("RANK", "0"))
         is_last = rank == int(os.environ.get("WORLD_SIZE", "1")) - 1
         if steps == RAISES or (steps == RAISES_ON_LAST_RANK and is_last):

@@ -163,6 +163,7 @@ def unknown_classes() -> list[str]:
 
 
 def main() -> None:
+    """Run the matrix, or print what is supported."""
     parser = argparse.ArgumentParser(prog="python -m xfuser.testing.matrix", description=__doc__)
     parser.add_argument("families", nargs="*", default=list(FAMILIES), help=f"of {', '.join(FAMILIES)}; all by default")
     parser.add_argument("--support", action="store_true", help="print what is supported, and run nothing")

@@ -56,6 +56,7 @@ class Displaced:
         self.kept: dict[tuple[str, int], torch.Tensor] = {}
 
     def forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The transformer's forward, part by part."""
         latents = args[0] if args else kwargs[self.plan.latents]
         dim, unit, self.width = layout(self.model, self.plan, latents)
         self.tokens = latents.shape[dim] // unit * self.width
@@ -118,6 +119,7 @@ class PartByPart:
         self.part: int | None = None  # None: the whole image in one forward
 
     def forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The transformer's forward, part by part."""
         latents = args[0] if args else kwargs[self.plan.latents]
         dim, unit, width = layout(self.model, self.plan, latents)
         self.tokens = latents.shape[dim] // unit * width
@@ -159,6 +161,7 @@ class PartByPart:
         return torch.cat([own[stream] + starts[stream] for stream in streams])
 
     def text(self, words: int) -> torch.Tensor:
+        """The text tokens that this part computes."""
         return torch.arange(words)
 
 
@@ -172,9 +175,11 @@ class Lagging(PartByPart):
         self.fresh: dict[tuple[str, int], torch.Tensor] = {}
 
     def waits(self) -> bool:
+        """Whether the step is synchronous."""
         return self.step < self.synchronous
 
     def project(self, name: str, streams: tuple[str, ...], columns: slice, output: torch.Tensor) -> torch.Tensor:
+        """Projections of all tokens, of which those of other parts are stale."""
         key = (name, self.call)
         if self.part is None:
             self.fresh[key] = output.clone()
@@ -195,6 +200,7 @@ class Lagging(PartByPart):
         return result
 
     def text(self, words: int) -> torch.Tensor:
+        """The text tokens that this part computes."""
         if words < self.parts:  # all have it, and the first gives its keys
             return torch.arange(words if self.part == 0 else 0)
         return _ranges(words, self.parts, longer_last=True)[self.part]
@@ -204,6 +210,7 @@ class Alone(PartByPart):
     """Naive patches: attention between tokens sees those of the own part, and all text."""
 
     def attend(self, original: Callable[..., torch.Tensor], q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> Any:
+        """Attention that sees the tokens of the own part, and all text."""
         words = None if self.part is None else k.shape[2] - self.tokens
         if words is None or words < 0:  # of the text encoder, or to text alone
             return original(q, k, v, *args, **kwargs)

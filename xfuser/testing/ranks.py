@@ -26,6 +26,11 @@ class RankPool:
         self._workers: list[tuple[Any, Any]] = []
 
     def run(self, ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """Call a function on the first ``ranks`` ranks; returns what each returned.
+
+        Raises:
+            RuntimeError: it failed on a rank; the text has the traceback of each.
+        """
         if not self._workers:
             self._start()
         self._jobs += 1
@@ -39,6 +44,7 @@ class RankPool:
         return [result for _, result in answers]
 
     def close(self) -> None:
+        """End the ranks' processes."""
         for process, _ in self._workers:
             process.kill()
             process.join()

@@ -35,6 +35,7 @@ class Bands:
         self.frames: int | None = None  # behind it, if it was one of videos
 
     def refusal(self, problem: str) -> ValueError:
+        """The error that names the model, the problem and what to change."""
         return ValueError(f"{self.owner}: {problem}. {self.advice}")
 
     def sizes(self, height: int, where: str) -> list[int]:
@@ -84,6 +85,7 @@ class Bands:
         return next((dim for dim in range(1, x.dim()) if x.shape[dim] == height * width), None)
 
     def piece(self, x: Tensor, sizes: list[int]) -> Piece:
+        """This rank's band as a piece, where the bands of all ranks have these heights."""
         return share(sizes, self.rank).start, x
 
     def stop(self, piece: Piece) -> int:
@@ -144,6 +146,7 @@ class Bands:
 
 
 def common(a: range, b: range) -> range:
+    """The numbers that are in both ranges."""
     return range(max(a.start, b.start), max(a.start, b.start, min(a.stop, b.stop)))
 
 

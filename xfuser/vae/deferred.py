@@ -25,6 +25,7 @@ from xfuser.vae.functions import SUMS
 
 
 def same_rows(rows: range) -> range:
+    """The input rows of an operation that works row by row."""
     return rows
 
 
@@ -43,6 +44,7 @@ class Map:
     pieces: list[Piece] | None = None  # what is held
 
     def hold(self, pieces: list[Piece]) -> None:
+        """Take these pieces for the map's rows; what it was computed from is no longer needed."""
         self.pieces, self.inputs, self.compute = pieces, [], None
 
     def beneath(self, end: "Map | None" = None) -> list["Map"]:
@@ -60,6 +62,7 @@ class Map:
         return list(found)[::-1]
 
     def held(self) -> list["Map"]:
+        """Those of :meth:`beneath` whose rows are held."""
         return [x for x in self.beneath() if x.pieces is not None]
 
     def wanted(self, rows: range) -> dict["Map", range]:
@@ -81,6 +84,7 @@ class DeferredMap(Tensor):
 
     @staticmethod
     def __new__(cls, deferral: "Deferral", map: Map) -> "DeferredMap":
+        """A tensor in the map's shape, without memory."""
         return Tensor._make_wrapper_subclass(cls, map.like.shape, dtype=map.like.dtype, device=map.device)
 
     def __init__(self, deferral: "Deferral", map: Map) -> None:
@@ -117,6 +121,7 @@ class Deferral:
         self._handles = weakref.WeakValueDictionary[int, DeferredMap]()  # in the order that all ranks make them in
 
     def defer(self, map: Map) -> DeferredMap:
+        """A tensor in place of this map, which is computed when its rows are needed."""
         handle = DeferredMap(self, map)
         self._handles[next(self._numbers)] = handle
         return handle

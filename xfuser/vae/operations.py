@@ -27,6 +27,7 @@ class RowPadding(NamedTuple):
 
 
 def padding_of(x: Tensor) -> RowPadding | None:
+    """The rows of padding that a map has been given, None where it has none."""
     return getattr(x, "_row_padding", None)
 
 
@@ -50,6 +51,7 @@ class Window(NamedTuple):
 
     @property
     def keeps_height(self) -> bool:
+        """Whether the output has as many rows as the input."""
         return self.step == 1 and 2 * self.padding.top == 2 * self.padding.bottom == self.reach
 
     def outputs(self, sizes: list[int]) -> list[range]:
@@ -64,6 +66,7 @@ class Window(NamedTuple):
         return range(first, first + (len(rows) - 1) * self.step + self.reach + 1)
 
     def outside(self, rows: range) -> tuple[int, int]:
+        """How many of these input rows lie above the map, and how many below it."""
         return max(0, -rows.start), max(0, rows.stop - self.height)
 
     def inside(self, rows: range) -> range:

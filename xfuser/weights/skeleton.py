@@ -71,9 +71,11 @@ class Folder(NamedTuple):
     given: set[str]  # components that are not to be loaded from it
 
     def of(self, name: str) -> str:
+        """Path of a component's folder."""
         return os.path.join(self.path, name)
 
     def dtype(self, name: str) -> torch.dtype:
+        """The dtype that a component is loaded in."""
         dtypes = self.dtypes
         return (dtypes.get(name, dtypes.get("default")) if isinstance(dtypes, dict) else dtypes) or torch.float32
 

@@ -54,10 +54,12 @@ class GroupCoordinator:
 
     @property
     def is_first_rank(self) -> bool:
+        """Whether this rank is the group's first."""
         return self.rank == self.first_rank
 
     @property
     def is_last_rank(self) -> bool:
+        """Whether this rank is the group's last."""
         return self.rank == self.last_rank
 
     @property
@@ -260,6 +262,7 @@ class SequenceParallelGroupCoordinator(GroupCoordinator):
         return range(start, start + self.ulysses_world_size)
 
     def destroy(self) -> None:
+        """End the group and those of Ulysses and ring within it."""
         for name in ("ulysses_group", "ring_group"):
             self._end(name)
         super().destroy()

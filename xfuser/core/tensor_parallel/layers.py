@@ -46,6 +46,7 @@ class Gathered(Divided):
 
     @_for_inference
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """All outputs, of which this rank computes its own."""
         own = super().forward(x, *args, **kwargs)
         dim = -1 if isinstance(self, nn.Linear | nn.Embedding) else 1
         return self._group.all_gather(own, dim=dim, sizes=self._shards.sizes)
@@ -56,6 +57,7 @@ class Summed(Divided):
 
     @_for_inference
     def forward(self, x: Tensor) -> Tensor:
+        """All outputs, summed over the ranks; the bias is added once."""
         is_linear = isinstance(self, nn.Linear)
         out = F.linear(x, self.weight) if is_linear else self._conv_forward(x, self.weight, None)
         out = self._group.all_reduce(out)
@@ -68,6 +70,7 @@ class SummedOfAll(Summed):
     """As :class:`Summed`, but gets all inputs, and takes its own."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Take this rank's inputs of all, then as :class:`Summed`."""
         dim = x.dim() - 1 if isinstance(self, nn.Linear) else 1
         return super().forward(self._shards.part(x, dim, self._group.rank_in_group))
 
@@ -77,6 +80,7 @@ class SpanningRMSNorm(Divided):
 
     @_for_inference
     def forward(self, x: Tensor) -> Tensor:
+        """Normalise this rank's channels by the mean square of all."""
         squares = x.float().square().sum(-1, keepdim=True)
         own = squares / x.shape[-1]
         mean = self._group.all_reduce(squares) / self._shards.total
@@ -90,6 +94,7 @@ class SpanningNorm(Divided):
 
     @_for_inference
     def forward(self, x: Tensor) -> Tensor:
+        """Normalise the channels of all ranks; returns this rank's."""
         parts = self._group.all_gather(x, dim=-1, separate_tensors=True, sizes=self._shards.sizes)
         return self._shards.part(super().forward(self._shards.full(parts, -1)), -1, self._group.rank_in_group)
 

@@ -38,9 +38,11 @@ class MapBands(Bands):
         self._finer: list[list[int]] = []  # heights from before each halving
 
     def refuse(self, problem: str) -> NoReturn:
+        """Raise a ValueError that names the model, the problem and what to change."""
         raise ValueError(f"{self.owner}: {problem}. {self.advice}")
 
     def now(self, sizes: list[int], x: Tensor) -> None:
+        """Note the heights of all bands at an operation; a new height is half of the last one, rounded up."""
         before, rows = sum(self._sizes), sum(sizes)
         if rows not in (before, -(-before // 2)):
             advice = "Use an image whose rows of latents can be halved more often"

@@ -52,13 +52,16 @@ class Pools:
 
     @cached_property
     def shared(self) -> RankPool:
+        """Ranks that share one accelerator, over gloo."""
         return RankPool(self.most)
 
     @cached_property
     def own(self) -> RankPool:
+        """Ranks that have an accelerator each, over its own backend."""
         return RankPool(min(self.most, self.count), devices.backend())
 
     def of(self, own: bool) -> RankPool:
+        """The ranks that have an accelerator each, or those that share one."""
         return self.own if own else self.shared
 
     def missing(self, own: bool, ranks: int) -> str | None:
@@ -70,6 +73,7 @@ class Pools:
         return f"{self.count or 'no'} accelerator{'s' * (self.count > 1)} here, and it takes {ranks}"
 
     def close(self) -> None:
+        """End all ranks that were started."""
         for name in ("shared", "own"):
             if name in vars(self):
                 getattr(self, name).close()

@@ -197,4 +197,5 @@ def union(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def length(spans: list[tuple[int, int]]) -> int:
+    """The sum of the lengths of spans that do not overlap."""
     return sum(stop - start for start, stop in spans)

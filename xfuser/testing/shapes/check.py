@@ -227,6 +227,7 @@ def spoil(scene: Scene, measure: str, rng: np.random.Generator) -> Scene:
 
 
 def main() -> None:
+    """Print how often the checker is right about true and about spoilt pictures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=1)
