@@ -1,4 +1,4 @@
-"""U-Nets: pipelines over them under the methods that serve them, and what those that do not serve them say."""
+"""U-Nets: pipelines over them under the methods that serve them, and what those that do not support them say."""
 
 from contextlib import contextmanager, nullcontext
 
@@ -312,9 +312,9 @@ def test_the_maps_above_make_a_corrected_variance_negative():
 @pytest.mark.parametrize(
     ("degrees", "message"),
     [
-        ({"ulysses_degree": 2}, "sequence parallelism .* does not serve UNet2DConditionModel: .* maps of several"),
-        ({"pipefusion_parallel_degree": 2}, "PipeFusion does not serve UNet2DConditionModel: .* Use CFG, data"),
-        ({"num_pipeline_patch": 2}, "PipeFusion does not serve"),
+        ({"ulysses_degree": 2}, "sequence parallelism .* does not support UNet2DConditionModel: .* maps of several"),
+        ({"pipefusion_parallel_degree": 2}, "PipeFusion does not support UNet2DConditionModel: .* Use CFG, data"),
+        ({"num_pipeline_patch": 2}, "PipeFusion does not support"),
     ],
 )
 def test_methods_over_tokens_and_stages_are_refused_before_any_group(path_of, degrees, message):

@@ -222,7 +222,7 @@ def test_classes_without_a_plan_go_by_that_of_diffusers(pool, family):
 
 
 def unplanned_in_patches():
-    with pytest.raises(ValueError, match="PipeFusion does not serve WanTransformer3DModel: there is no plan for it"):
+    with pytest.raises(ValueError, match="PipeFusion does not support WanTransformer3DModel: there is no plan for it"):
         unplanned("wan", {"pipefusion_parallel_degree": 1, "num_pipeline_patch": 2})
 
 
@@ -351,7 +351,7 @@ def test_pipefusion_refuses_what_is_not_of_a_patch(pool):
 
 def cached_pictures(degrees):
     known = with_conditions("flux2", lambda rows, draw: {"kv_cache_mode": "extract", "num_ref_tokens": 6})
-    with pytest.raises(ValueError, match="do not serve kv_cache_mode='extract' of Flux2Transformer2DModel"):
+    with pytest.raises(ValueError, match="do not support kv_cache_mode='extract' of Flux2Transformer2DModel"):
         matrix.draw_family(known, degrees, {})
 
 

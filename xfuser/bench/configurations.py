@@ -33,7 +33,7 @@ def configurations(texts: list[str] | None, ranks: list[int], base: xFuserArgs) 
     ``{ranks}`` in a text stands for each number of ranks. None stands for all presets.
 
     Raises:
-        ValueError: a text is no preset and no flags, or its flags ask for what is not available.
+        ValueError: a text is neither a preset nor flags, or its flags ask for what is not available.
     """
     found: dict[str, Configuration] = {}
     for text in PRESETS if texts is None else texts:

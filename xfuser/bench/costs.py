@@ -18,7 +18,7 @@ FORMULAS: dict[str, tuple[str, Callable[[int, int], float]]] = {  # by flag: in 
 HEAD = """## Costs
 
 p = {tokens:,} tokens, hs = {hidden}, L = {layers}, {element} bytes an element. Sent: by the rank that sends most, in a
-step. Parameters, activations (live tensors that are no buffers): of serial. Buffers: what outlives a step, also in
+step. Parameters, activations (live tensors other than buffers): of serial. Buffers: what outlives a step, also in
 units of the keys and values of all layers (2 · p·hs·L).
 
 | method | ranks | latency / serial | sent a step | formula | by formula | sent / formula | parameters | activations \

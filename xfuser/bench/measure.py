@@ -152,7 +152,7 @@ class _Steps:
 
     def _end(self, model: Any, args: tuple, output: Any) -> None:
         self.memory.epoch = None
-        self.memory.free_of_epoch(output)  # what the pipeline keeps of it is no buffer
+        self.memory.free_of_epoch(output)  # what the pipeline keeps of it is not a buffer
 
 
 @contextmanager

@@ -67,7 +67,7 @@ def _pictures(given: str | list[str]) -> list[str]:
 
 def _network(path: str) -> torch.nn.Module:
     if not os.path.isfile(path):
-        raise ValueError(f"features={path!r} is no file: give that of a network (docs/fid.md says which)")
+        raise ValueError(f"features={path!r} is not a file: give that of a network (docs/fid.md says which)")
     try:
         try:
             network: Any = torch.jit.load(path, map_location="cpu")

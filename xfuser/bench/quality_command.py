@@ -149,7 +149,7 @@ def _compared(directory: str, name: str, pictures: list[Any], serial: list[Any])
     told = {"paths": paths, "psnr": [psnr(a.float(), b.float()) for a, b in pairs]}
     try:
         return told | {"ssim": [ssim(_flat(a), _flat(b)) for a, b in pairs]}
-    except ValueError as error:  # without torchmetrics the rest is of use, too
+    except ValueError as error:  # without torchmetrics the rest is useful, too
         print(f"SSIM is left out: {error}", file=sys.stderr)
         return told | {"ssim": None}
 

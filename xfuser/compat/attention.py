@@ -30,7 +30,7 @@ class xFuserLongContextAttention(nn.Module):
         scatter_idx, gather_idx: the dimensions of heads and tokens, 2 and 1.
         ring_impl_type: the order of tokens over the ranks, which matters to ``causal`` alone.
         use_pack_qkv, use_sync: without effect.
-        use_kv_cache: without effect where there is no PipeFusion, and refused where there is.
+        use_kv_cache: ignored without PipeFusion, a ValueError with it.
         attn_type: yunchang's name of a kernel. One that is absent is replaced by the best one here, with a warning.
         attn_processor: without effect but for a warning.
 
@@ -132,7 +132,7 @@ def USP(
     Args:
         query, key, value: this rank's tokens, ``[B, H, S_local, D]``.
         joint_query, joint_key, joint_value: tokens that every rank holds, ``[B, H, T, D]``.
-        attn_layer: names a cache of keys; without effect where there is no PipeFusion, and refused where there is.
+        attn_layer: names a cache of keys; ignored without PipeFusion, a ValueError with it.
 
     Returns:
         ``[B, H, S_local, D]``, or ``[B, H, T + S_local, D]`` in the order of ``joint_strategy``.

@@ -91,7 +91,7 @@ class CompiledBlocks:
 def _compiles(block: nn.Module) -> bool:
     """Whether a block runs its class's code, without caches inside that may leave a part of it out.
 
-    A forward of one instance alone, as of a stub, is no code of its class.
+    A forward of one instance alone, as of a stub, is not code of its class.
     """
     own = getattr(getattr(*innermost(block)), "__func__", None) is type(block).forward
     return own and all(one.module is block for one in cached(block))

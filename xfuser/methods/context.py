@@ -48,7 +48,7 @@ class ContextParallel(ShardedModel):
         self._lengths: dict[tuple, list[list[int]]] = {}  # of queries and keys of all ranks, for each situation
         self._reset()
         logger.info(
-            "There is no plan for %s here: sequence parallelism goes by the context-parallel plan that it has in"
+            "This library has no plan for %s: sequence parallelism uses the context-parallel plan that it has in"
             " Diffusers. PipeFusion needs a plan.",
             type(model).__name__,
         )

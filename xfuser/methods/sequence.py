@@ -93,7 +93,7 @@ class SequenceParallel(ShardedModel):
         given = [name for name in self._plan.by_number if arguments.get(name) is not None]
         if given and (self._stage or self._group.world_size > 1):
             raise ValueError(
-                f"sequence parallelism and PipeFusion do not serve {given[0]}={arguments[given[0]]!r} of"
+                f"sequence parallelism and PipeFusion do not support {given[0]}={arguments[given[0]]!r} of"
                 f" {type(self._model).__name__}, whose blocks then pick tokens by their number: remove it, or use"
                 " CFG or data parallelism"
             )

@@ -46,7 +46,7 @@ class ModelPlan:
     Attributes:
         blocks: names of the ModuleLists whose modules are the blocks, in the order of execution.
         attention: name of each self- or joint-attention module within a block, to the streams that it
-            concatenates, in order. Cross-attention to what is no stream is not named: it needs nothing from other
+            concatenates, in order. Cross-attention to anything but streams is not named: it needs nothing from other
             ranks.
         optional: those of ``attention`` that not all blocks have.
         embed: name of the module that makes tokens of latents, row by row; None for one that takes more than latents.
@@ -62,7 +62,7 @@ class ModelPlan:
             its length: every rank has all of it, beside its share of the image.
         needs_text: whether the blocks fail where there is no text token at all.
         per_token: arguments of the blocks with one entry per token, such as rotary tables and key masks; a tuple for
-            an argument that is a tuple of different ones, with None for those that are no such.
+            an argument that is a tuple of different ones, with None for those that have no such entries.
         leading: arguments of the blocks that count tokens at the beginning of a stream, to that stream.
         spread: those of ``per_token`` that the forward also applies between the last block and the head.
         segments: arguments of the blocks: the parts of the sequence that see themselves and what is ahead of them
@@ -102,8 +102,8 @@ class ModelPlan:
         undivided: modules whose weights the forward uses without calling the layers that have them.
         unpaired: attention modules whose results leave them by another way than their output linear.
         context: the class's own context-parallel plan of Diffusers, in place of all that is said here about blocks.
-        unsequenced: why sequence parallelism (Ulysses, ring) cannot serve the class; None where it does.
-        unpiped: why PipeFusion cannot serve the class; None where it does.
+        unsequenced: why sequence parallelism (Ulysses, ring) cannot support the class; None where it does.
+        unpiped: why PipeFusion cannot support the class; None where it does.
     """
 
     blocks: tuple[str, ...]

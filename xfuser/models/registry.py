@@ -170,7 +170,7 @@ def _by_context(module: nn.Module, context: dict[str, Any]) -> ModelPlan:
     unbatched = tuple(name for name, entry in split.items() if getattr(entry, "split_dim", 1) == 0)
     return ModelPlan(
         blocks=(), attention={}, latents=first, unbatched=unbatched, context=context,
-        unpiped="there is no plan for it here that says what its blocks are",
+        unpiped="it has no plan that says what its blocks are",
     )  # fmt: skip
 
 
@@ -191,7 +191,7 @@ def planned_models(pipe) -> dict[str, tuple[nn.Module, ModelPlan]]:
 
 
 def check_methods(cls: str, plan: ModelPlan, sequence: bool, pipelined: bool) -> None:
-    """Raise a ValueError where sequence parallelism or PipeFusion is asked for, and does not serve the class."""
+    """Raise a ValueError where sequence parallelism or PipeFusion is asked for, and does not support the class."""
     served = ["CFG", "data parallelism"]
     if plan.unsequenced is None:
         served.insert(0, "Ulysses, ring")
@@ -202,14 +202,14 @@ def check_methods(cls: str, plan: ModelPlan, sequence: bool, pipelined: bool) ->
         (pipelined, "PipeFusion", plan.unpiped),
     ):
         if asked and reason:
-            raise ValueError(f"{method} does not serve {cls}: {reason}. Use {', '.join(served[:-1])} or {served[-1]}")
+            raise ValueError(f"{method} does not support {cls}: {reason}. Use {', '.join(served[:-1])} or {served[-1]}")
 
 
 def check_folder(
     path: str, sequence: bool = False, pipelined: bool = False, divides: bool = False, teacache: bool = False
 ) -> None:
     """Raise a ValueError, without loading weights, for a folder that is not a pipeline, has no known transformer, or
-    one that a method does not serve. ``divides`` are methods that divide weights, which quantised ones are not.
+    one that a method does not support. ``divides`` are methods that divide weights, which quantised ones are not.
 
     Names on the hub pass; they are checked once they are loaded.
     """

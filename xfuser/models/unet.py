@@ -14,6 +14,6 @@ UNET = ModelPlan(
         "mid_block_additional_residual",
         "down_intrablock_additional_residuals",
     ),
-    unsequenced="a U-Net works on maps of several resolutions, which are no sequence of tokens",
+    unsequenced="a U-Net works on maps of several resolutions, not on one sequence of tokens",
     unpiped="a U-Net's blocks hand maps of several resolutions on to blocks far behind them, by skip connections",
 )

@@ -198,7 +198,7 @@ def in_bytes_a_second(rate: str) -> float:
     """``"100gbit"`` or ``"64GB"`` as bytes a second.
 
     Raises:
-        ValueError: it is no rate.
+        ValueError: it is not a rate.
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kmgt])(bit|b)(?:/s|ps)?", rate.strip().lower())
     if not found:

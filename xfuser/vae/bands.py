@@ -113,7 +113,7 @@ class Bands:
     ) -> tuple[Tensor | None, Tensor | None]:
         """As :meth:`halo`, the rows above this rank's own and those below; ``own_rows`` gives rows of this rank's band.
 
-        Only rows that are needed are sent, also by ranks that are no neighbours. ``like`` is a part of the map.
+        Only rows that are needed are sent, also between ranks that are not neighbours. ``like`` is a part of the map.
         """
         held = [share(sizes, rank) for rank in range(self.ranks)]
         ranks = dist.get_process_group_ranks(self.group)

@@ -147,7 +147,7 @@ def parallelize_vae(
         group: the ranks; all by default.
         split: ``"height"``, ``"width"``, or ``"auto"``: the longer one.
         chunk_rows: output rows (columns, if those are split) that a convolution computes at a time, which bounds its
-            workspace; also of use on one rank. ``"auto"``: as many as need a quarter of the free memory.
+            workspace; also useful on one rank. ``"auto"``: as many as need a quarter of the free memory.
 
     Returns:
         A function that undoes it.

@@ -134,7 +134,7 @@ def pipeline_split(
         return {}
     if len(models) > 1:
         problem = f"{' and '.join(models)} divide the steps, and the later one would begin without keys and values"
-        raise ValueError(f"PipeFusion does not serve {pipeline}: {problem}. {USE_OTHERS}")
+        raise ValueError(f"PipeFusion does not support {pipeline}: {problem}. {USE_OTHERS}")
     return loaded_for or {name: stage_layers(model, plan, stages, asked) for name, (model, plan) in models.items()}
 
 
@@ -142,7 +142,7 @@ def _check_methods(model: nn.Module, plan: ModelPlan, parallel: ParallelConfig) 
     kind = type(model).__name__
     if parallel.patched and (plan.context or not plan.patched):
         why = plan.unsequenced or plan.unpiped
-        raise ValueError(f"DistriFusion and naive patches do not serve {kind}: {why}. {USE_OTHERS}")
+        raise ValueError(f"DistriFusion and naive patches do not support {kind}: {why}. {USE_OTHERS}")
     check_methods(kind, plan, parallel.sequenced, parallel.pipelined)
     if parallel.sequenced or parallel.pipelined or parallel.patched:
         attentions_of(model, plan)  # refuses blocks of another layout

@@ -137,7 +137,7 @@ class GroupCoordinator:
         return objects
 
     def broadcast_tensor_dict(self, tensor_dict: dict[str, Any] | None = None, src: int = 0) -> dict[str, Any]:
-        """Member ``src``'s dict on every member; values that are no tensors are pickled."""
+        """Member ``src``'s dict on every member; values other than tensors are pickled."""
         if self.world_size == 1:
             return tensor_dict
         mine = self.rank_in_group == src
@@ -159,7 +159,7 @@ class GroupCoordinator:
         return received[0]
 
     def send_tensor_dict(self, tensor_dict: dict[str, Any], dst: int | None = None) -> None:
-        """Send a dict to member ``dst`` (the next one by default); values that are no tensors are pickled."""
+        """Send a dict to member ``dst`` (the next one by default); values other than tensors are pickled."""
         self.send_object(_described(tensor_dict), dst)
         for value in tensor_dict.values():
             if isinstance(value, Tensor):

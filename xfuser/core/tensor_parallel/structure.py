@@ -33,7 +33,7 @@ def describe(
         scheme: None for pairs where they are known, and outputs elsewhere; ``"col"`` for each layer's outputs, which
             are gathered; ``"row"`` for each layer's inputs, with partial sums added up.
         undivided: names of modules in which nothing is divided, as their weights are used without calling them.
-        unpaired: names of modules that are no pairs, whatever layers they have.
+        unpaired: names of modules that are not pairs, whatever layers they have.
 
     Raises:
         ValueError: an attention module has fewer heads than there are ranks, or another library has replaced the

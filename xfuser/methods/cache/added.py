@@ -97,7 +97,7 @@ def cache_as(cls: type, known: type) -> None:
 
 
 def check_cache(pipe: Any, engine_config: EngineConfig) -> None:
-    """Raise a ValueError where the cache that the flags ask for does not serve a pipeline's transformers."""
+    """Raise a ValueError where the cache that the flags ask for does not support a pipeline's transformers."""
     runtime, models = engine_config.runtime_config, planned_models(pipe)
     for model, plan in models.values():
         if runtime.use_teacache:
@@ -119,7 +119,7 @@ def _check_blocks(model: nn.Module, plan: ModelPlan) -> None:
     served = len(blocks) > 1 and all(carriers == carried[0] and "hidden_states" in carriers for carriers in carried)
     if not served or not all(_is_known(block.module) for block in blocks):
         raise ValueError(
-            f"use_fbcache: Diffusers' First-Block-Cache does not serve the blocks of {type(model).__name__}: remove it"
+            f"use_fbcache: Diffusers' First-Block-Cache does not support {type(model).__name__}: remove it"
         )
 
 

@@ -53,7 +53,7 @@ def find_background(labels: np.ndarray) -> str:
 
 
 def find_objects(labels: np.ndarray, background: str) -> list[Found]:
-    """Return the connected areas of one colour, other than the background, which are no mere lines."""
+    """Return the connected areas of one colour, other than the background, without mere lines."""
     blocks = labels.reshape(GRID, CELL, GRID, CELL).transpose(0, 2, 1, 3).reshape(GRID, GRID, -1)
     found = []
     for index, name in enumerate(NAMES):
