@@ -240,6 +240,8 @@ def test_presets_follow_the_flags_of_the_library():
         (("--case", "large"), "case='large' must be one of"),
         (("--case", "tiny", "--model", "x"), "without a model"),
         (("--rounds", "0"), "rounds=0"),
+        (("--use_teacache",), "the serial run can have use_fbcache alone"),
+        (("--use_fbcache", "--compile"), "the serial run can have use_fbcache alone"),
         (("--ranks", "1"), "nothing to compare"),
         (("--model", "/nowhere"), "does not exist"),
         (("--output_dir", "/proc/nowhere"), "not a folder that can be written to"),

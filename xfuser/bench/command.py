@@ -111,6 +111,10 @@ def chosen_configurations(options: argparse.Namespace) -> list[Configuration]:
     for name, least in (("rounds", 1), ("warm_up", 0)):
         if getattr(options, name) < least:
             raise ValueError(f"{name}={getattr(options, name)}: a whole number of {least} or more is needed")
+    if options.use_teacache or (options.use_fbcache and (options.compile or options.against)):
+        raise ValueError(
+            "the serial run can have use_fbcache alone, without compile and against: give the cache within --configs"
+        )
     texts = options.configs
     if options.case:
         from xfuser.bench.cases import CASES

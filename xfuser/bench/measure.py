@@ -24,8 +24,8 @@ from xfuser.models.registry import planned_models
 
 def measure(workload: Workload, contenders: list[Contender], rounds: int, warm_up: int) -> dict[str, Any]:
     """All that is measured on these ranks, the same on each of them: what ``xfuser.bench.report`` reads."""
-    with _shape(workload.pipe()) as shape:
-        serial, expected = _count(workload, workload.pipe(), None)
+    with workload.serial() as pipe, _shape(pipe) as shape:
+        serial, expected = _count(workload, pipe, None)
     told = {"ranks": dist.get_world_size(), "shape": shape, "serial": of_all_ranks(serial), "rows": []}
     running = []
     for contender in contenders:
@@ -37,8 +37,9 @@ def measure(workload: Workload, contenders: list[Contender], rounds: int, warm_u
     beside, alone = [], []
     for turn in range(rounds):
         say(f"round {turn + 1} of {rounds}")
-        beside.append(_seconds(lambda: workload.run(workload.pipe())))
-        alone.append(_seconds(lambda: workload.run(workload.pipe()) if get_world_group().is_first_rank else None))
+        for times, runs in ((beside, True), (alone, get_world_group().is_first_rank)):
+            with workload.serial() as pipe:
+                times.append(_seconds(lambda pipe=pipe, runs=runs: workload.run(pipe) if runs else None))
         for contender, row in running:
             _time(workload, contender, row, warm_up)
     told["serial"] |= {"beside": beside, "seconds": alone}

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
@@ -17,6 +17,9 @@ from xfuser.bench.configurations import Configuration
 from xfuser.config import EngineConfig, InputConfig, ParallelConfig, xFuserArgs
 from xfuser.core import device as devices
 from xfuser.core.distributed import get_world_group
+from xfuser.methods.cache import hooks
+from xfuser.methods.cache.added import THRESHOLD, first_block_cache
+from xfuser.models.registry import planned_models
 from xfuser.parallel import xDiTParallel
 from xfuser.pipeline_io.arguments import pipeline_arguments
 from xfuser.pipeline_io.media import media_of
@@ -53,6 +56,17 @@ class Workload:
             pipe = load_pipeline(_whole(engine), self._inputs)
         pipe.set_progress_bar_config(disable=True)
         return pipe
+
+    @contextmanager
+    def serial(self) -> Iterator[Any]:
+        """The bare pipeline; with First-Block-Cache where that is asked for beside the configurations."""
+        pipe, runtime = self.pipe(), self._engine.runtime_config
+        threshold = THRESHOLD if runtime.cache_threshold is None else runtime.cache_threshold
+        with ExitStack() as stack:
+            for model, _ in planned_models(pipe).values() if runtime.use_fbcache else ():
+                stack.enter_context(first_block_cache(model, threshold))
+                stack.enter_context(hooks.in_context(hooks.managers(hooks.cached(model)), "serial"))
+            yield pipe
 
     def call(self, prompt: str | None = None) -> dict[str, Any]:
         """The arguments of the call; with ``prompt`` in place of those asked for."""

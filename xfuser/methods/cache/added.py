@@ -48,33 +48,21 @@ class AddedCache:
 
     def _added(self, there: list[Cached], call: CallState) -> AbstractContextManager[None]:
         given = self._runtime.cache_threshold
+        threshold = THRESHOLD if given is None else given
         means = SharedMeans(call, get_forward_group(), get_branch_group())
         if self._runtime.use_teacache:
             plan = teacache_plan(type(self._model).__name__, self._model.config)
-            threshold = plan.threshold if given is None else given
             must_run = partial(_must_run, self._pipe, call, plan.first)
-            return self._stack(TeaCache(plan, threshold, means, must_run), call)
-        config = FirstBlockCacheConfig(THRESHOLD if given is None else given)
+            return self._stack(TeaCache(plan, plan.threshold if given is None else given, means, must_run), call)
         if self._parallel.pipelined and (self._runtime.use_fbcache or _of_first_block(there)):
             enabled = (one.hook.threshold for one in there if hasattr(one.hook, "threshold"))
-            return self._stack(FirstBlock(next(enabled, config.threshold), means), call)
-        return self._first_block(config) if self._runtime.use_fbcache else nullcontext()
+            return self._stack(FirstBlock(next(enabled, threshold), means), call)
+        return first_block_cache(self._model, threshold) if self._runtime.use_fbcache else nullcontext()
 
     def _stack(self, rule: Rule, call: CallState) -> AbstractContextManager[None]:
         blocks = blocks_of(self._model, self._plan)
         own = [block for block in blocks if not isinstance(block.module, Stub)]
         return BlockStack(self._plan, own, rule if own[0] is blocks[0] else None, call).hooked()
-
-    @contextmanager
-    def _first_block(self, config: FirstBlockCacheConfig) -> Iterator[None]:
-        apply_first_block_cache(self._model, config)
-        hooks.refresh(self._model)
-        try:
-            yield
-        finally:
-            for one in _of_first_block(hooks.cached(self._model)):
-                hooks.remove(one)
-            hooks.refresh(self._model)
 
     @contextmanager
     def _removed(self, there: list[Cached]) -> Iterator[None]:
@@ -85,6 +73,19 @@ class AddedCache:
         finally:
             for one, name in names:
                 one.module._diffusers_hook.register_hook(one.hook, name)
+
+
+@contextmanager
+def first_block_cache(model: nn.Module, threshold: float = THRESHOLD) -> Iterator[None]:
+    """Within the context, a transformer has Diffusers' First-Block-Cache."""
+    apply_first_block_cache(model, FirstBlockCacheConfig(threshold))
+    hooks.refresh(model)
+    try:
+        yield
+    finally:
+        for one in _of_first_block(hooks.cached(model)):
+            hooks.remove(one)
+        hooks.refresh(model)
 
 
 def cache_as(cls: type, known: type) -> None:
