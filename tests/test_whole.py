@@ -23,7 +23,6 @@ DEFAULT = {
     "pipefusion2": {"wan", "wan_i2v", "hunyuan_video", "ltx", "qwen_image", "flux_fill", "cogview4", "aura_flow"},
 }  # fmt: skip
 REFUSED = {  # by PipeFusion, where the transformer's class is not refused
-    "wan_two": "divide the steps",
     "ltx_i2v": "patches must be rows of both",
     "qwen_image_edit": "patches must be rows of both",
     "flux_kontext": "patches must be rows of both",

@@ -30,7 +30,7 @@ from xfuser.methods.context import ContextParallel
 from xfuser.methods.data import DataParallel, split_decode
 from xfuser.methods.distrifusion import DistriFusion
 from xfuser.methods.naive_patch import NaivePatches
-from xfuser.methods.pipefusion.loop import has_callback
+from xfuser.methods.pipefusion.loop import needs_whole_steps
 from xfuser.methods.progress import quiet_progress
 from xfuser.methods.refusals import Refusals
 from xfuser.methods.sequence import SequenceParallel
@@ -100,7 +100,7 @@ class xDiTParallel:
         """Call the pipeline on all ranks; every rank returns the full result."""
         self._check_usable()
         arguments = Binder(self._pipe.__call__)(args, kwargs)
-        call = self._new_call(every_step_whole=has_callback(arguments))
+        call = self._new_call(every_step_whole=needs_whole_steps(self._pipe, arguments))
         if self._pipefusion:
             args, kwargs = (), self._pipefusion.arguments(arguments, call)
         with self._running(call):

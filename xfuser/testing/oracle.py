@@ -16,8 +16,9 @@ from unittest import mock
 import torch
 from torch import nn
 
+from xfuser.core.hooks import replaced
 from xfuser.models.plan import ModelPlan, blocks_of
-from xfuser.models.registry import plan_of
+from xfuser.models.registry import plan_of, planned_models
 
 STACKED = ("to_qkv_mlp_proj", "img_qkv_proj", "to_qkv")  # queries, keys and values by one linear
 OF_TEXT = ("add_k_proj", "add_v_proj", "txt_kv_proj")
@@ -52,6 +53,7 @@ class Displaced:
     def __init__(self, model: nn.Module, plan: ModelPlan, patches: int, warmup: int, order: int) -> None:
         self.model, self.plan, self.patches, self.synchronous = model, plan, patches, max(1, warmup * order)
         self.step = self.call = 0
+        self.first: int | None = None  # step in which the model was called first
         self.patch: int | None = None
         self.kept: dict[tuple[str, int], torch.Tensor] = {}
 
@@ -61,7 +63,8 @@ class Displaced:
         self.tokens = latents.shape[dim] // unit * self.width
         rows = bands(latents.shape[dim] // unit, self.patches)
         self.own = [slice(band.start * self.width, band.stop * self.width) for band in rows]
-        if self.step < self.synchronous:
+        self.first = self.step if self.first is None else self.first
+        if self.step < self.first + self.synchronous:
             self.patch = None
             output = original(*args, **kwargs)
         else:
@@ -221,7 +224,7 @@ def distrifusion(pipe: Any, parts: int, warmup: int, renews: bool = True, cache:
     """Within the context, a bare pipeline draws with DistriFusion's semantics; ``renews`` is false for ``no_sync``.
     ``cache`` (``cache_oracle.py``) may leave blocks out."""
     state = Lagging(pipe, parts, warmup, renews)
-    with _projecting(pipe, state), cache.skipping(state) if cache else nullcontext(), _whole_forward(pipe, state):
+    with _projecting(state), cache.skipping(state) if cache else nullcontext(), _whole_forward(pipe, state):
         yield
 
 
@@ -244,17 +247,20 @@ def naive(pipe: Any, parts: int, scheme: str) -> Iterator[None]:
 @contextmanager
 def displaced(pipe: Any, patches: int, warmup: int, cache: Any = None) -> Iterator[None]:
     """Within the context, a bare pipeline draws with PipeFusion's semantics; ``cache`` (``cache_oracle.py``) may leave
-    blocks out."""
-    state = Displaced(pipe.transformer, plan_of(pipe.transformer), patches, warmup, pipe.scheduler.order)
-    skipping = cache.skipping(state) if cache else nullcontext()
-    with _projecting(pipe, state), skipping, _whole_forward(pipe, state):
+    blocks out. Of transformers that divide the steps, each begins with synchronous ones."""
+    with ExitStack() as stack:
+        for model, plan in planned_models(pipe).values():
+            state = Displaced(model, plan, patches, warmup, pipe.scheduler.order)
+            stack.enter_context(_projecting(state))
+            stack.enter_context(cache.skipping(state) if cache else nullcontext())
+            stack.enter_context(_whole_forward(pipe, state))
         yield
 
 
 @contextmanager
-def _projecting(pipe: Any, state: Displaced | Lagging) -> Iterator[None]:
+def _projecting(state: Displaced | Lagging) -> Iterator[None]:
     """Within the context, key and value projections of the blocks' attention are what ``state`` makes of them."""
-    model, plan = pipe.transformer, plan_of(pipe.transformer)
+    model, plan = state.model, state.plan
     with ExitStack() as stack:
         for block in blocks_of(model, plan):
             for attention, streams in plan.attentions().items():
@@ -284,7 +290,7 @@ def _keys_and_values(attention: nn.Module, stacked: nn.Linear) -> slice:
 @contextmanager
 def _whole_forward(pipe: Any, state: Displaced | PartByPart) -> Iterator[None]:
     """Within the context, the transformer's forward is that of ``state``, which counts steps and calls."""
-    model, step = pipe.transformer, pipe.scheduler.step
+    model, plan, step = state.model, state.plan, pipe.scheduler.step
     original = model.forward
 
     def counted(*args: Any, **kwargs: Any) -> Any:
@@ -292,17 +298,10 @@ def _whole_forward(pipe: Any, state: Displaced | PartByPart) -> Iterator[None]:
         return step(*args, **kwargs)
 
     counted.__wrapped__ = step
-    model.forward = lambda *args, **kwargs: state.forward(original, *args, **kwargs)
-    pipe.scheduler.step = counted
-    hooks = []
-    if isinstance(state, PartByPart):
-        plan = state.plan
-        end = model.get_submodule(plan.head) if plan.head else blocks_of(model, plan)[-1].module
-        hooks.append(end.register_forward_hook(state.complete))
-    try:
+    with ExitStack() as stack:
+        stack.enter_context(replaced(model, "forward", partial(state.forward, original)))
+        stack.enter_context(replaced(pipe.scheduler, "step", counted))
+        if isinstance(state, PartByPart):
+            end = model.get_submodule(plan.head) if plan.head else blocks_of(model, plan)[-1].module
+            stack.callback(end.register_forward_hook(state.complete).remove)
         yield
-    finally:
-        model.__dict__.pop("forward")
-        pipe.scheduler.__dict__.pop("step")
-        for hook in hooks:
-            hook.remove()

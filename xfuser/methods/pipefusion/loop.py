@@ -5,11 +5,19 @@ from typing import Any
 
 from xfuser.call import CallState
 from xfuser.core.hooks import Arguments
+from xfuser.models.registry import planned_models
 
 
-def has_callback(arguments: Arguments) -> bool:
-    """Whether a pipeline's call asks for the latents of its steps."""
-    return arguments.get("callback_on_step_end") is not None or arguments.get("callback") is not None
+def needs_whole_steps(pipe: Any, arguments: Arguments) -> bool:
+    """Whether all ranks need the latents of each step: for a callback, or as any step may call another transformer."""
+    callback = arguments.get("callback_on_step_end") is not None or arguments.get("callback") is not None
+    return callback or (len(planned_models(pipe)) > 1 and boundary_of(pipe) is None)
+
+
+def boundary_of(pipe: Any) -> float | None:
+    """The timestep below which a pipeline calls its second transformer (Wan 2.2); None where it does not say so."""
+    ratio = getattr(getattr(pipe, "config", None), "boundary_ratio", None)
+    return None if ratio is None else ratio * pipe.scheduler.config.num_train_timesteps
 
 
 def stepwise_callbacks(arguments: Arguments, call: CallState) -> Arguments:

@@ -29,10 +29,14 @@ class PatchwiseScheduler:
     Every stage steps, so that random numbers are drawn alike everywhere; only the last stage's latents count.
     """
 
-    def __init__(self, scheduler: Any, call: CallState, patches: Patches, end_substep: EndSubstep) -> None:
+    def __init__(
+        self, scheduler: Any, call: CallState, patches: Patches, end_substep: EndSubstep, boundary: float | None
+    ) -> None:
         own = vars(self)
         own.update(_copies=[scheduler], _first={}, _results=[], _begun=False, _end_substep=end_substep)
-        own.update(_call=call, _patches=patches, _bind=Binder(scheduler.step), _noise=_FullNoise(patches))
+        own.update(
+            _call=call, _patches=patches, _boundary=boundary, _bind=Binder(scheduler.step), _noise=_FullNoise(patches)
+        )
         # Pipelines look at the signatures of these.
         own["step"] = wraps(scheduler.step)(partial(self._step))
         own["set_timesteps"] = wraps(scheduler.set_timesteps)(partial(self._set_timesteps))
@@ -102,6 +106,8 @@ class PatchwiseScheduler:
         if not self._call.steps:  # the schedule was made before this stand-in was there
             self._call.announce(len(real.timesteps), real.order)
         self._call.begin(len(real.timesteps) - (first or 0))
+        if self._boundary is not None:
+            self._call.start(int((real.timesteps[first or 0 :] >= self._boundary).sum()))
         self._copies = [real, *(copy.deepcopy(real) for _ in range(self._call.patches - 1))]
         self._begun = True
 
@@ -147,8 +153,12 @@ class PatchwiseScheduler:
 _OWN = frozenset(name for name in vars(PatchwiseScheduler) if not name.startswith("__"))
 
 
-def patchwise(scheduler: Any, call: CallState, patches: Patches, end_substep: EndSubstep) -> Any:
+def patchwise(
+    scheduler: Any, call: CallState, patches: Patches, end_substep: EndSubstep, boundary: float | None = None
+) -> Any:
     """A stand-in for ``scheduler``, of its class, too.
+
+    ``boundary`` is the timestep below which the pipeline calls another transformer, if it does.
 
     Raises:
         ValueError: the scheduler's steps need the full latents.
@@ -159,7 +169,7 @@ def patchwise(scheduler: Any, call: CallState, patches: Patches, end_substep: En
         refuse(kind.__name__, "its noise is one Brownian path of the full latents", other)
     if scheduler.config.get("thresholding"):
         refuse(f"thresholding=True of {kind.__name__}", "it is a quantile of the full latents", "Remove it")
-    return type(kind.__name__, (PatchwiseScheduler, kind), {})(scheduler, call, patches, end_substep)
+    return type(kind.__name__, (PatchwiseScheduler, kind), {})(scheduler, call, patches, end_substep, boundary)
 
 
 class _FullNoise(TorchFunctionMode):

@@ -17,7 +17,7 @@ from xfuser.methods.pipefusion.channel import Channel, Route, skips
 from xfuser.methods.pipefusion.patches import Patches
 from xfuser.methods.pipefusion.refusals import refuse
 from xfuser.methods.tokens import TokenShares, Window
-from xfuser.models.plan import ModelPlan, blocks_of
+from xfuser.models.plan import blocks_of
 
 SAME_CALLS = "Remove what changes guidance during the call"
 
@@ -30,19 +30,22 @@ class Stage:
 
     Args:
         channels: this rank's ends of the channels between stages.
+        on_start: called with this stage when its transformer is called first in a denoising loop.
     """
 
     def __init__(
-        self, model: nn.Module, plan: ModelPlan, blocks: StageBlocks, channels: dict[Route, Channel], call: CallState
+        self, blocks: StageBlocks, channels: dict[Route, Channel], call: CallState, on_start: Callable[["Stage"], None]
     ) -> None:
+        model, plan = blocks.model, blocks.plan
         self._model, self._plan, self._owners, self._group = model, plan, blocks.owners, blocks.group
-        self._channels, self._call = channels, call
+        self._channels, self._call, self._on_start = channels, call, on_start
         self._name, self.number = type(model).__name__, self._group.rank_in_group
         self.patches = Patches(call.patches, getattr(model, "config", model), plan)
-        self._forget()
+        self.forget()
 
-    def _forget(self) -> None:
-        """Drop the state of the last denoising loop."""
+    def forget(self) -> None:
+        """Drop the state of the last denoising loop, or of the transformer's part of one."""
+        self._first = 0  # step in which the transformer was called first
         self._latents: list[Tensor] = []  # input of each call of the first sub-step
         self._outputs: list[tuple[list[Tensor], Any]] = []  # full output of each call: tensors, tree
         self._autocast = False  # whether the dtypes of activations depend on their operators
@@ -58,7 +61,7 @@ class Stage:
 
     @property
     def started(self) -> bool:
-        """Whether the transformer has been called."""
+        """Whether the transformer has been called, and no other since."""
         return bool(self._latents)
 
     def part(self, output: Tensor) -> Tensor:
@@ -91,7 +94,7 @@ class Stage:
     def active(self) -> Iterator[None]:
         """Within the context, tokens come from the previous stage and go to the next."""
         self._call.around(self._model, self._layer)
-        self._call.computes(self.part)
+        self._call.at_schedule(self.forget)
         blocks = blocks_of(self._model, self._plan)
         own = [block for block, owner in zip(blocks, self._owners, strict=True) if owner == self.number]
         with ExitStack() as stack:
@@ -178,24 +181,34 @@ class Stage:
     def _enter(self, arguments: Arguments) -> int:
         """Check a call of the transformer against those before; returns its index."""
         call, latents = self._call, arguments[self._plan.latents]
-        if (call.step, call.patch, call.index) == (0, 0, 0):
-            self._forget()
-            self._autocast = torch.is_autocast_enabled(latents.device.type)
-            for (kind, *_), channel in self._channels.items():
-                channel.tagged = self._autocast and kind != "latents"
+        if not self.started:
+            self._start(latents.device)
         for argument in (*self._plan.residuals, *self._plan.counts_steps, *self._plan.beside):
             if arguments.get(argument) is not None:
                 why = (
                     "it depends on the full latents or the number of the step, or its tokens are no rows of the latents"
                 )
                 refuse(f"{argument!r} of {self._name}", why)
-        if (call.step, call.patch) == (0, 0):
+        if (call.step, call.patch) == (self._first, 0):
             self._latents.append(latents)
         before = [tuple(x.shape) for x in self._latents]
         if call.index >= len(before) or before[call.index] != latents.shape:
             what = f"latents of shape {tuple(latents.shape)} in call {call.index} of {self._name} in step {call.step}"
             refuse(what, f"those of the first step had {before}", SAME_CALLS)
         return call.index
+
+    def _start(self, device: torch.device) -> None:
+        """Ahead of the transformer's first call: from here on, for some steps, it computes the whole image at once."""
+        if not self._call.whole:
+            why = "no stage has all latents there"
+            refuse(f"the first call of {self._name} in step {self._call.step}", why, "Pass a callback_on_step_end")
+        self._first = self._call.step
+        self._call.start(self._first)
+        self._call.computes(self.part)
+        self._autocast = torch.is_autocast_enabled(device.type)
+        for (kind, *_), channel in self._channels.items():
+            channel.tagged = self._autocast and kind != "latents"
+        self._on_start(self)
 
     def _blank(self, parts: list[Tensor]) -> list[Tensor]:
         """Zeros in the shapes of the full outputs, of which ``parts`` are computed here."""
