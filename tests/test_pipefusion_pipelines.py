@@ -14,6 +14,9 @@ PARTS = {  # on the first, in the default run
 CASES = {  # pipelines, and changes of their calls
     "wan_two": {"num_inference_steps": 7},
     "wan_two_i2v": {"num_inference_steps": 7},
+    "flux_kontext": {"num_inference_steps": 4},
+    "flux2": {"num_inference_steps": 4},
+    "qwen_image_edit": {},
 }
 
 

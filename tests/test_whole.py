@@ -23,10 +23,7 @@ DEFAULT = {
     "pipefusion2": {"wan", "wan_i2v", "hunyuan_video", "ltx", "qwen_image", "flux_fill", "cogview4", "aura_flow"},
 }  # fmt: skip
 REFUSED = {  # by PipeFusion, where the transformer's class is not refused
-    "ltx_i2v": "patches must be rows of both",
-    "qwen_image_edit": "patches must be rows of both",
-    "flux_kontext": "patches must be rows of both",
-    "flux2": "patches must be rows of both",
+    "ltx_i2v": "patches are rows of what the scheduler steps",
     "skyreels_v2_forcing": "copy their scheduler",
     "hunyuan_image_guided": "does not support AdaptiveProjectedMixGuidance of HunyuanImagePipeline",
     "cosmos": "turn their scheduler back",

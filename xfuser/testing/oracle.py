@@ -16,7 +16,7 @@ from unittest import mock
 import torch
 from torch import nn
 
-from xfuser.core.hooks import replaced
+from xfuser.core.hooks import Binder, replaced
 from xfuser.models.plan import ModelPlan, blocks_of
 from xfuser.models.registry import plan_of, planned_models
 
@@ -54,6 +54,7 @@ class Displaced:
         self.model, self.plan, self.patches, self.synchronous = model, plan, patches, max(1, warmup * order)
         self.step = self.call = 0
         self.first: int | None = None  # step in which the model was called first
+        self.stepped: int | None = None  # rows of packed latents that the scheduler steps; behind them are pictures
         self.patch: int | None = None
         self.kept: dict[tuple[str, int], torch.Tensor] = {}
 
@@ -61,7 +62,8 @@ class Displaced:
         latents = args[0] if args else kwargs[self.plan.latents]
         dim, unit, self.width = layout(self.model, self.plan, latents)
         self.tokens = latents.shape[dim] // unit * self.width
-        rows = bands(latents.shape[dim] // unit, self.patches)
+        count = self.stepped or latents.shape[dim] // unit
+        rows, self.pictures = bands(count, self.patches), slice(count * self.width, self.tokens)
         self.own = [slice(band.start * self.width, band.stop * self.width) for band in rows]
         self.first = self.step if self.first is None else self.first
         if self.step < self.first + self.synchronous:
@@ -76,7 +78,8 @@ class Displaced:
             parts = [
                 x.narrow(dim, b.start * unit, (b.stop - b.start) * unit) for x, b in zip(tensors, rows, strict=True)
             ]
-            whole = torch.cat(parts, dim=dim)
+            pictures = tensors[0].narrow(dim, count * unit, latents.shape[dim] - count * unit)
+            whole = torch.cat([*parts, pictures], dim=dim)
             kind = type(outputs[0])
             output = whole if kind is torch.Tensor else (whole,) if kind is tuple else kind(sample=whole)
         self.call += 1
@@ -102,6 +105,9 @@ class Displaced:
         kept[:, image] = output[:, image]
         if self.patch == 0:
             kept[:, text] = output[:, text]
+            if image.stop > image.start:
+                pictures = slice(start + self.pictures.start, start + self.pictures.stop)
+                kept[:, pictures] = output[:, pictures]
         result = output.clone()
         result[..., columns] = kept[..., columns]
         return result
@@ -295,6 +301,8 @@ def _whole_forward(pipe: Any, state: Displaced | PartByPart) -> Iterator[None]:
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         state.step, state.call = state.step + 1, 0
+        sample = Binder(step)(args, kwargs)["sample"]
+        state.stepped = sample.shape[plan.packed] if sample.dim() == 3 else None
         return step(*args, **kwargs)
 
     counted.__wrapped__ = step

@@ -1,10 +1,15 @@
-"""What a pipeline's loop shows of its steps, each of which has several sub-steps: N steps, as without PipeFusion."""
+"""What a pipeline's loop shows of its steps, each of which has several sub-steps: N steps, as without PipeFusion; and
+what is computed once a step."""
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from functools import wraps
 from typing import Any
 
+from torch import Tensor, nn
+
 from xfuser.call import CallState
-from xfuser.core.hooks import Arguments
+from xfuser.core.hooks import Arguments, replaced
 from xfuser.models.registry import planned_models
 
 
@@ -75,6 +80,20 @@ def plain_steps(get_timesteps: Callable[..., Any], call: CallState) -> Callable[
 def _steps(count: int, call: CallState) -> int:
     """Pipelines that pass sigmas take the number of timesteps for the number of steps."""
     return count // call.patches if count > call.steps else count
+
+
+def once_a_step(module: nn.Module, call: CallState) -> AbstractContextManager[None]:
+    """Within the context, a module that works on text alone computes with patch 0, and other patches reuse it."""
+    outputs: dict[int, Tensor] = {}
+    original = module.forward
+
+    @wraps(original)
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        if call.patch == 0:
+            outputs[call.index] = original(*args, **kwargs)
+        return outputs[call.index]
+
+    return replaced(module, "forward", forward)
 
 
 def loops_of(pipe: Any) -> list[Any]:

@@ -137,8 +137,8 @@ class PipeFusion:
         """Within the context, the pipeline's scheduler steps patches; its progress bar and timesteps count steps."""
         pipe, patches = self._pipe, self._running.patches
 
-        def end_substep(results: list[torch.Tensor]) -> None:
-            self._running.end_substep(results)
+        def end_substep(results: list[torch.Tensor], sample: torch.Tensor) -> None:
+            self._running.end_substep(results, sample)
             if getattr(pipe, "_num_timesteps", 0) > call.steps:
                 pipe._num_timesteps = call.steps  # of which the pipeline has counted those of all patches
 

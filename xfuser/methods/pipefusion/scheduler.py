@@ -16,7 +16,7 @@ from xfuser.core.hooks import Binder
 from xfuser.methods.pipefusion.patches import Patches
 from xfuser.methods.pipefusion.refusals import refuse
 
-EndSubstep = Callable[[list[Tensor]], None]  # takes the tensors of a sub-step's result, to complete them in place
+EndSubstep = Callable[[list[Tensor], Tensor], None]  # takes a step's results, to complete them in place, and its sample
 
 
 class PatchwiseScheduler:
@@ -134,7 +134,7 @@ class PatchwiseScheduler:
         with self._noise.of_patch(patch, sample):
             parts, tree = tree_flatten(self._copies[patch].step(**arguments))
         self._results = [self._full(index, part, sample) for index, part in enumerate(parts)]
-        self._end_substep([x for x in self._results if isinstance(x, Tensor)])
+        self._end_substep([x for x in self._results if isinstance(x, Tensor)], sample)
         return tree_unflatten(self._results, tree)
 
     def _full(self, index: int, part: Any, sample: Tensor) -> Any:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from functools import partial, wraps
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,9 +11,11 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from xfuser.call import CallState, Forward
 from xfuser.core.attention.kv_buffer import KVBuffer
+from xfuser.core.distributed import get_sp_group
 from xfuser.core.hooks import Arguments, edited_arguments, edited_output, replaced
 from xfuser.methods.pipefusion.blocks import StageBlocks
 from xfuser.methods.pipefusion.channel import Channel, Route, skips
+from xfuser.methods.pipefusion.loop import once_a_step
 from xfuser.methods.pipefusion.patches import Patches
 from xfuser.methods.pipefusion.refusals import refuse
 from xfuser.methods.tokens import TokenShares, Window
@@ -47,6 +49,7 @@ class Stage:
         """Drop the state of the last denoising loop, or of the transformer's part of one."""
         self._first = 0  # step in which the transformer was called first
         self._latents: list[Tensor] = []  # input of each call of the first sub-step
+        self.patches.behind = 0
         self._outputs: list[tuple[list[Tensor], Any]] = []  # full output of each call: tensors, tree
         self._autocast = False  # whether the dtypes of activations depend on their operators
         self._buffers: dict[tuple[tuple[str, int], int], KVBuffer] = {}
@@ -68,18 +71,18 @@ class Stage:
         """View of what this rank computes of an output in this sub-step: no row of it before the last stage."""
         if not self.is_last:
             return self.patches.view(output, range(0))
-        return output if self._call.synchronous else self.patches.of(output, self._call.patch)
+        return output if self._call.synchronous else self.patches.of(self.patches.stepped(output), self._call.patch)
 
     def window(self, tokens: int) -> Window:
         """The tokens of this sub-step, of an image with that many."""
         return Window(range(tokens)) if self._call.synchronous else self._window(tokens, self._call.patch)
 
     def _window(self, tokens: int, patch: int) -> Window:
-        return Window(self.patches.tokens(self._latents[0], tokens, patch), text=patch == 0)
+        return self.patches.window(self._latents[0], tokens, patch)
 
     def smallest_window(self, tokens: int) -> int:
         """Image tokens of the smallest patch, the last one."""
-        return len(self.patches.tokens(self._latents[0], tokens, self._call.patches - 1))
+        return len(self._window(tokens, self._call.patches - 1).image)
 
     def renew(
         self, name: tuple[str, int], places: list[tuple], total: int, k: Tensor, v: Tensor, mask: Tensor | None
@@ -114,17 +117,18 @@ class Stage:
             if self._plan.text is None and self._call.patches > 1 and not self._call.compiled:
                 for block in own:
                     for name in self._plan.text_modules:
-                        stack.enter_context(self._once_a_step(block.module.get_submodule(name)))
+                        stack.enter_context(once_a_step(block.module.get_submodule(name), self._call))
             yield
 
-    def end_substep(self, results: list[Tensor]) -> None:
-        """To be called when the scheduler has stepped; ``results`` are the tensors of the step, the next latents first.
+    def end_substep(self, results: list[Tensor], sample: Tensor) -> None:
+        """To be called when the scheduler has stepped; ``results`` are the tensors of the step, the next latents first,
+        and ``sample`` the latents that were stepped.
 
         The last stage's latents go to the first one. Where a step ends with full latents on all ranks, ``results`` are
         completed in place.
         """
         call, latents = self._call, results[0]
-        self._check_substep(latents)
+        self._check_substep(latents, sample)
         if not call.synchronous:
             self._received_before = self._received
         self._received = []
@@ -150,13 +154,17 @@ class Stage:
         following = self._call.after(*substep)
         return None if following is None or self._call.ends_whole(following[0] - 1) else following
 
-    def _check_substep(self, latents: Tensor) -> None:
+    def _check_substep(self, latents: Tensor, sample: Tensor) -> None:
         name, calls, before, dim = self._name, self._call.index + 1, len(self._latents), self.patches.dim(latents)
         if calls != before:
             refuse(f"{calls} calls of {name} in step {self._call.step}", f"the first had {before}", SAME_CALLS)
-        if any(latents.shape[dim] != x.shape[dim] or latents.dim() != x.dim() for x in self._latents):
+        if before and (self._call.step, self._call.patch) == (self._first, 0):
+            self.patches.find_pictures(self._latents[0], sample, get_sp_group().world_size)
+        if any(
+            latents.shape[dim] != x.shape[dim] - self.patches.behind or latents.dim() != x.dim() for x in self._latents
+        ):
             what = f"a scheduler step of {tuple(latents.shape)} where {name} was given {tuple(self._latents[0].shape)}"
-            refuse(what, "patches must be rows of both, so the latents can have no image beside them")
+            refuse(what, "patches are rows of what the scheduler steps, which the transformer must see as they are")
 
     def _layer(self, forward: Forward, arguments: Arguments) -> Any:
         """The outermost layer: puts the computed part of the output into the full one."""
@@ -225,12 +233,14 @@ class Stage:
         def forward(latents: Tensor) -> Tensor:
             if self.number == 0 and self._call.synchronous:
                 return embed(latents)
-            rows = self.patches.rows(latents, self._call.patch) if self.number == 0 else range(1)
-            tokens = embed(self.patches.view(latents, rows))
-            dim = self.patches.dim(tokens)
-            full = _zeros(tokens, dim, self.patches.row_count(latents))
+            window = self.patches.window(latents, self.patches.row_count(latents), self._call.patch)
+            rows = window.ranges if self.number == 0 else (range(1),)
+            parts = [embed(self.patches.view(latents, one)) for one in rows]
+            dim = self.patches.dim(parts[0])
+            full = _zeros(parts[0], dim, self.patches.row_count(latents))
             if self.number == 0:
-                full.narrow(dim, rows.start, len(rows)).copy_(tokens)
+                for one, part in zip(rows, parts, strict=True):
+                    full.narrow(dim, one.start, len(one)).copy_(part)
             return full
 
         return forward
@@ -303,19 +313,6 @@ class Stage:
                 arguments[name] = channel.receive([skip.numel()], skip)[0].view(skip.shape)
 
         return edited_arguments(consumer, edit)
-
-    def _once_a_step(self, module: nn.Module) -> AbstractContextManager[None]:
-        """Within the context, a module that works on text alone computes with patch 0, and other patches reuse it."""
-        outputs: dict[int, Tensor] = {}
-        original = module.forward
-
-        @wraps(original)
-        def forward(*args: Any, **kwargs: Any) -> Tensor:
-            if self._call.patch == 0:
-                outputs[self._call.index] = original(*args, **kwargs)
-            return outputs[self._call.index]
-
-        return replaced(module, "forward", forward)
 
 
 def _own_tokens(shares: TokenShares) -> dict[str, int]:
