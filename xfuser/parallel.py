@@ -27,6 +27,7 @@ from xfuser.methods.cache.use import CacheUse
 from xfuser.methods.cfg import GuidanceParallel
 from xfuser.methods.compiled import CompiledBlocks, uncompiled
 from xfuser.methods.context import ContextParallel
+from xfuser.methods.controlnet import ControlNet
 from xfuser.methods.data import DataParallel, split_decode
 from xfuser.methods.distrifusion import DistriFusion
 from xfuser.methods.naive_patch import NaivePatches
@@ -36,7 +37,7 @@ from xfuser.methods.refusals import Refusals
 from xfuser.methods.sequence import SequenceParallel
 from xfuser.methods.unet.maps import MapParallel
 from xfuser.models.plan import ModelPlan
-from xfuser.models.registry import planned_models, set_plan
+from xfuser.models.registry import controlnets_of, planned_models, set_plan
 from xfuser.pipeline_io.agreement import shared_arguments
 from xfuser.pipeline_io.arguments import pipeline_arguments
 from xfuser.pipeline_io.media import media_of, write_media
@@ -157,6 +158,9 @@ class xDiTParallel:
             methods.append(DataParallel(get_dp_group(), models.values()))
         if self._pipefusion or self._sp.world_size > 1 or self._backend not in TORCHS_CHOICE:
             methods += [self._sequence(model, plan, parts.get(name)) for name, (model, plan) in models.items()]
+        if self._pipefusion:
+            nets = controlnets_of(self._pipe)
+            methods += [ControlNet(*net, self._sp, self._backend, self._pipefusion) for net in nets]
         if methods:
             splits_batch = parallel.cfg_degree * parallel.dp_degree > 1
             methods.insert(0, Refusals(self._pipe, [model for model, _ in models.values()], splits_batch))

@@ -15,9 +15,10 @@ from unittest import mock
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from xfuser.models.plan import ModelPlan, blocks_of
-from xfuser.models.registry import plan_of
+from xfuser.models.registry import controlnets_of, plan_of
 
 STACKED = ("to_qkv_mlp_proj", "img_qkv_proj", "to_qkv")  # queries, keys and values by one linear
 OF_TEXT = ("add_k_proj", "add_v_proj", "txt_kv_proj")
@@ -51,7 +52,7 @@ class Displaced:
 
     def __init__(self, model: nn.Module, plan: ModelPlan, patches: int, warmup: int, order: int) -> None:
         self.model, self.plan, self.patches, self.synchronous = model, plan, patches, max(1, warmup * order)
-        self.step = self.call = 0
+        self.step = self.call = self.counted = 0
         self.patch: int | None = None
         self.kept: dict[tuple[str, int], torch.Tensor] = {}
 
@@ -68,7 +69,8 @@ class Displaced:
             outputs = []
             for patch in range(self.patches):
                 self.patch = patch
-                outputs.append(original(*args, **kwargs))
+                given = tree_map(lambda x: x, (args, kwargs))  # a forward may empty the lists that it is given
+                outputs.append(original(*given[0], **given[1]))
             tensors = [x if isinstance(x, torch.Tensor) else x[0] for x in outputs]
             parts = [
                 x.narrow(dim, b.start * unit, (b.stop - b.start) * unit) for x, b in zip(tensors, rows, strict=True)
@@ -76,6 +78,23 @@ class Displaced:
             whole = torch.cat(parts, dim=dim)
             kind = type(outputs[0])
             output = whole if kind is torch.Tensor else (whole,) if kind is tuple else kind(sample=whole)
+        self.call += 1
+        return output
+
+    def control(self, transformer: "Displaced", original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The residuals of a ControlNet, each ``[B, tokens, C]``, of which those of a part are made with it."""
+        self.step, self.patch = transformer.step, None
+        if self.counted != self.step:
+            self.call, self.counted = 0, self.step
+        if self.step < self.synchronous:
+            output = original(*args, **kwargs)
+        else:
+            self.own, self.tokens, outputs = transformer.own, transformer.tokens, []
+            for patch in range(self.patches):
+                self.patch = patch
+                outputs.append(original(*args, **kwargs))
+            parts = [tree_map(lambda x, own=own: x[:, own], one) for one, own in zip(outputs, self.own, strict=True)]
+            output = tree_map(lambda *x: torch.cat(x, dim=1), *parts)
         self.call += 1
         return output
 
@@ -218,10 +237,10 @@ def _ranges(count: int, parts: int, longer_last: bool = False) -> list[torch.Ten
 
 @contextmanager
 def distrifusion(pipe: Any, parts: int, warmup: int, renews: bool = True, cache: Any = None) -> Iterator[None]:
-    """Within the context, a bare pipeline draws with DistriFusion's semantics; ``renews`` is false for ``no_sync``.
-    ``cache`` (``cache_oracle.py``) may leave blocks out."""
+    """A bare pipeline draws with DistriFusion's semantics; ``renews`` is false for ``no_sync``; ``cache`` as below."""
     state = Lagging(pipe, parts, warmup, renews)
-    with _projecting(pipe, state), cache.skipping(state) if cache else nullcontext(), _whole_forward(pipe, state):
+    skipping = cache.skipping(state) if cache else nullcontext()
+    with _projecting(state.model, state.plan, state), skipping, _whole_forward(pipe, state):
         yield
 
 
@@ -243,18 +262,22 @@ def naive(pipe: Any, parts: int, scheme: str) -> Iterator[None]:
 
 @contextmanager
 def displaced(pipe: Any, patches: int, warmup: int, cache: Any = None) -> Iterator[None]:
-    """Within the context, a bare pipeline draws with PipeFusion's semantics; ``cache`` (``cache_oracle.py``) may leave
-    blocks out."""
+    """A bare pipeline draws with PipeFusion's semantics; ``cache`` (``cache_oracle.py``) may leave blocks out."""
     state = Displaced(pipe.transformer, plan_of(pipe.transformer), patches, warmup, pipe.scheduler.order)
     skipping = cache.skipping(state) if cache else nullcontext()
-    with _projecting(pipe, state), skipping, _whole_forward(pipe, state):
+    with ExitStack() as stack:
+        for net, plan in controlnets_of(pipe):
+            control = Displaced(net, plan, patches, warmup, pipe.scheduler.order)
+            stack.enter_context(_projecting(net, plan, control))
+            stack.enter_context(mock.patch.object(net, "forward", partial(control.control, state, net.forward)))
+        for context in (_projecting(pipe.transformer, state.plan, state), skipping, _whole_forward(pipe, state)):
+            stack.enter_context(context)
         yield
 
 
 @contextmanager
-def _projecting(pipe: Any, state: Displaced | Lagging) -> Iterator[None]:
+def _projecting(model: nn.Module, plan: ModelPlan, state: Displaced | Lagging) -> Iterator[None]:
     """Within the context, key and value projections of the blocks' attention are what ``state`` makes of them."""
-    model, plan = pipe.transformer, plan_of(pipe.transformer)
     with ExitStack() as stack:
         for block in blocks_of(model, plan):
             for attention, streams in plan.attentions().items():

@@ -88,14 +88,17 @@ class Channel:
         end_group(self._group)
 
 
-def open_channels(pipelines: list[list[int]], plan: ModelPlan, owners: list[int], depth: int) -> dict[Route, Channel]:
+def open_channels(
+    pipelines: list[list[int]], plan: ModelPlan, owners: list[int], depth: int, takers: int
+) -> dict[Route, Channel]:
     """This rank's channels to other stages of its pipeline, by the stage of each block.
 
-    Every rank of the world must call it: ``pipelines`` are the global ranks of the stages of each pipeline.
+    Every rank of the world must call it: ``pipelines`` are the global ranks of the stages of each pipeline. Of these,
+    the first ``takers`` need the latents of the last one.
     """
     last, channels, rank = owners[-1], {}, dist.get_rank()
     routes = {("tokens", stage, stage + 1) for stage in range(last)} | {route for _, route in skips(plan, owners)}
-    routes |= {("latents", last, 0)} if last else set()
+    routes |= {("latents", last, stage) for stage in range(min(takers, last))}
     for kind, sender, receiver in sorted(routes):
         for ranks in pipelines:
             ends = [ranks[sender], ranks[receiver]]

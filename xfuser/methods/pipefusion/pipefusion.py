@@ -12,11 +12,17 @@ from xfuser.core.distributed import GroupCoordinator
 from xfuser.core.hooks import Arguments, replaced
 from xfuser.methods.pipefusion.blocks import StageBlocks
 from xfuser.methods.pipefusion.channel import Channel, Route, open_channels
-from xfuser.methods.pipefusion.loop import loops_of, plain_steps, stepwise_callbacks, stepwise_progress
+from xfuser.methods.pipefusion.loop import (
+    loops_of,
+    plain_steps,
+    stepwise_callbacks,
+    stepwise_control,
+    stepwise_progress,
+)
 from xfuser.methods.pipefusion.refusals import refuse
 from xfuser.methods.pipefusion.scheduler import patchwise
 from xfuser.methods.pipefusion.stage import Stage
-from xfuser.models.registry import planned_models
+from xfuser.models.registry import controlnets_of, planned_models
 
 FULL_PREDICTION = "it needs the full prediction, and each sub-step makes only a patch of it"
 
@@ -65,7 +71,7 @@ class PipeFusion:
                 if type(guider) is not ClassifierFreeGuidance or guider.config.guidance_rescale:
                     change = "Use ClassifierFreeGuidance() without guidance_rescale"
                     refuse(f"{type(guider).__name__} of {name}", f"{FULL_PREDICTION}, or it counts steps", change)
-        return stepwise_callbacks(arguments, call)
+        return stepwise_callbacks(stepwise_control(self._pipe, arguments, call.patches), call)
 
     @contextmanager
     def enter(self, call: CallState) -> Iterator[None]:
@@ -74,9 +80,11 @@ class PipeFusion:
             self._group.barrier()  # stages come to the same failure one after the other
             self._close_channels()
         ((model, plan),) = planned_models(self._pipe).values()
+        controlled = bool(controlnets_of(self._pipe))  # every stage runs these, and needs fresh latents for them
         if not self._channels:
-            self._channels = open_channels(self._group.group_ranks, plan, self._blocks.owners, call.patches)
-        self.stage = Stage(model, plan, self._blocks, self._channels, call)
+            takers = self._group.world_size if controlled else 1
+            self._channels = open_channels(self._group.group_ranks, plan, self._blocks.owners, call.patches, takers)
+        self.stage = Stage(model, plan, self._blocks, self._channels, call, controlled)
         with self.stage.active(), self._stepping(call, self.stage):
             try:
                 yield
