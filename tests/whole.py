@@ -23,6 +23,7 @@ from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder
 from PIL import Image
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
+from xfuser.testing import oracle
 from xfuser.testing.zoo import FAMILIES, TEXT, WIDTH, WORDS
 
 Parts = dict[str, Any]
@@ -142,6 +143,13 @@ def loaded(path: str, name: str) -> Any:
     pipe = diffusers.DiffusionPipeline.from_pretrained(path, dtype=WHOLE[name].dtype, **absent | WHOLE[name].unsaved())
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def displaced(path: str, name: str, patches: int, **changes: Any) -> np.ndarray:
+    """What the oracle draws with that many patches, and one synchronous step."""
+    pipe = loaded(path, name)
+    with oracle.displaced(pipe, patches, 1), WHOLE[name].within():
+        return running.array(pipe(**call_of(name, **changes), generator=running.seeded()))
 
 
 def draw(path: str, name: str, degrees: Any, **changes: Any) -> list[np.ndarray]:

@@ -43,7 +43,9 @@ def layout(model: nn.Module, plan: ModelPlan, latents: torch.Tensor) -> tuple[in
         return plan.packed, 1, 1
     if latents.dim() == 4:
         return 2, of_rows, latents.shape[3] // of_columns
-    height, width = latents.shape[2:4] if model.config.get("in_visual_dim") else latents.shape[3:5]
+    height, width = latents.shape[plan.height : plan.height + 2]
+    if latents.shape[plan.frames] == of_time:
+        return plan.height, of_rows, width // of_columns
     return plan.frames, of_time, (height // of_rows) * (width // of_columns)
 
 

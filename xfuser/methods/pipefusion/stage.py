@@ -188,6 +188,7 @@ class Stage:
         """Check a call of the transformer against those before; returns its index."""
         call, latents = self._call, arguments[self._plan.latents]
         if (call.step, call.patch, call.index) == (0, 0, 0):
+            self.patches.begin(latents)
             self._autocast = torch.is_autocast_enabled(latents.device.type)
             for (kind, *_), channel in self._channels.items():
                 channel.tagged = self._autocast and kind != "latents"
