@@ -154,7 +154,7 @@ def draw(path: str, name: str, degrees: Any, **changes: Any) -> list[np.ndarray]
     return [np.asarray(one) for one in result.values()]
 
 
-def displaced(path: str, name: str, patches: int, warmup: int, **changes: Any) -> list[np.ndarray]:
+def displaced(path: str, name: str, patches: int, warmup: int = 1, **changes: Any) -> list[np.ndarray]:
     """What the oracle of PipeFusion draws."""
     with oracle.displaced(loaded(path, name), patches, warmup):
         return draw(path, name, None, **changes)

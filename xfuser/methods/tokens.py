@@ -150,6 +150,11 @@ class TokenShares:
         return TokenShares(*self._made_of, window, self._unit, self._whole, self._ballast, self._lines)
 
     @property
+    def own(self) -> dict[str, int]:
+        """How many tokens this rank has of each stream, image first."""
+        return {stream: sizes[self.rank] for stream, sizes in self.sizes.items()}
+
+    @property
     def is_whole(self) -> bool:
         """Whether this rank holds all tokens."""
         return self.ranks == 1 and self.window == Window(range(self.totals["image"]))

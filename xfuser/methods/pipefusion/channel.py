@@ -88,11 +88,14 @@ class Channel:
         end_group(self._group)
 
 
-def routes_of(plan: ModelPlan, owners: list[int]) -> set[Route]:
-    """The channels that a transformer needs, by the stage of each of its blocks."""
+def routes_of(plan: ModelPlan, owners: list[int], takers: int) -> set[Route]:
+    """The channels that a transformer needs, by the stage of each of its blocks.
+
+    The first ``takers`` of the stages need the latents of the last one.
+    """
     last = owners[-1]
     routes = {("tokens", stage, stage + 1) for stage in range(last)} | {route for _, route in skips(plan, owners)}
-    return routes | ({("latents", last, 0)} if last else set())
+    return routes | {("latents", last, stage) for stage in range(min(takers, last))}
 
 
 def open_channels(pipelines: list[list[int]], routes: set[Route], depth: int) -> dict[Route, Channel]:

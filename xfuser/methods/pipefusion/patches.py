@@ -16,7 +16,7 @@ class Patches:
     """The division of latents into ``count`` consecutive parts whose rows of tokens differ by one at most.
 
     Image latents, ``[B, C, H, W]``, are divided by rows, packed ones, ``[B, tokens, C]``, by tokens, and those of
-    videos, which have five dimensions, by frames. All of these are called rows here.
+    videos, which have five dimensions, by frames, or by rows if there is one frame. All of these are called rows here.
 
     Args:
         config: of the transformer; tells how many rows of latents make a row of tokens.
@@ -32,6 +32,14 @@ class Patches:
         of_time = size[0] if isinstance(size, list | tuple) and len(size) == 3 else 1
         of_rows = size[-2] if isinstance(size, list | tuple) else size
         self._units = {4: of_rows, 5: getattr(config, "patch_size_t", None) or of_time}
+        self._of_video = {False: (plan.frames, self._units[5]), True: (plan.height, of_rows)}
+        self._one_frame = False
+
+    def begin(self, latents: Tensor) -> None:
+        """Divide latents of this shape from now on."""
+        frames, of_time = self._of_video[False]
+        self._one_frame = latents.dim() == 5 and latents.shape[frames] == of_time
+        self._dims[5], self._units[5] = self._of_video[self._one_frame]
 
     def dim(self, latents: Tensor) -> int:
         """The dimension that is divided."""
@@ -45,7 +53,7 @@ class Patches:
         """Rows of tokens in a patch."""
         count = self.row_count(latents)
         if self.count > count:
-            what = "frames" if latents.dim() == 5 else "rows"
+            what = "frames" if latents.dim() == 5 and not self._one_frame else "rows"
             raise ValueError(
                 f"num_pipeline_patch={self.count} is more than the {count} {what} of tokens of latents of shape"
                 f" {tuple(latents.shape)}: use at most {count}"
@@ -97,3 +105,10 @@ class Patches:
 
     def _unit(self, latents: Tensor) -> int:
         return self._units.get(latents.dim(), 1)
+
+
+def zeros(like: Tensor, dim: int, size: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Zeros in a tensor's shape, with another size along ``dim``."""
+    shape = list(like.shape)
+    shape[dim] = size
+    return like.new_zeros(shape, dtype=dtype)

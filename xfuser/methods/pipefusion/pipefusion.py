@@ -13,11 +13,18 @@ from xfuser.core.distributed import GroupCoordinator
 from xfuser.core.hooks import Arguments, replaced
 from xfuser.methods.pipefusion.blocks import StageBlocks
 from xfuser.methods.pipefusion.channel import Channel, Route, open_channels, routes_of
-from xfuser.methods.pipefusion.loop import boundary_of, loops_of, plain_steps, stepwise_callbacks, stepwise_progress
+from xfuser.methods.pipefusion.loop import (
+    boundary_of,
+    loops_of,
+    plain_steps,
+    stepwise_callbacks,
+    stepwise_control,
+    stepwise_progress,
+)
 from xfuser.methods.pipefusion.refusals import refuse
 from xfuser.methods.pipefusion.scheduler import patchwise
 from xfuser.methods.pipefusion.stage import Stage
-from xfuser.models.registry import planned_models
+from xfuser.models.registry import controlnets_of, planned_models
 
 FULL_PREDICTION = "it needs the full prediction, and each sub-step makes only a patch of it"
 
@@ -66,7 +73,7 @@ class PipeFusion:
                 if type(guider) is not ClassifierFreeGuidance or guider.config.guidance_rescale:
                     change = "Use ClassifierFreeGuidance() without guidance_rescale"
                     refuse(f"{type(guider).__name__} of {name}", f"{FULL_PREDICTION}, or it counts steps", change)
-        return stepwise_callbacks(arguments, call)
+        return stepwise_callbacks(stepwise_control(self._pipe, arguments, call.patches), call)
 
     @contextmanager
     def enter(self, call: CallState) -> Iterator[None]:
@@ -74,10 +81,12 @@ class PipeFusion:
         if self._failed:
             self._group.barrier()  # stages come to the same failure one after the other
             self._close_channels()
+        controlled = bool(controlnets_of(self._pipe))  # every stage runs these, and needs fresh latents for them
         if not self._channels:
-            routes = set().union(*(routes_of(one.plan, one.owners) for one in self._blocks))
+            takers = self._group.world_size if controlled else 1
+            routes = set().union(*(routes_of(one.plan, one.owners, takers) for one in self._blocks))
             self._channels = open_channels(self._group.group_ranks, routes, call.patches)
-        self.stages = {one.model: Stage(one, self._channels, call, self._start) for one in self._blocks}
+        self.stages = {one.model: Stage(one, self._channels, call, self._start, controlled) for one in self._blocks}
         self._running = next(iter(self.stages.values()))
         with ExitStack() as stack:
             for stage in self.stages.values():
@@ -95,6 +104,10 @@ class PipeFusion:
                 self.stages, self._running = {}, None
             for channel in self._channels.values():
                 channel.drain()
+
+    def stage_of(self, model: nn.Module) -> Stage:
+        """This rank's stage of a transformer; for a ControlNet, that of the pipeline's."""
+        return self.stages.get(model, self._running)
 
     def _start(self, stage: Stage) -> None:
         """The transformer of a stage takes over: what the others have kept is not needed any more."""
