@@ -23,15 +23,10 @@ DEFAULT = {
     "pipefusion2": {"wan", "wan_i2v", "hunyuan_video", "ltx", "qwen_image", "flux_fill", "cogview4", "aura_flow"},
 }  # fmt: skip
 REFUSED = {  # by PipeFusion, where the transformer's class is not refused
-    "wan_two": "divide the steps",
-    "ltx_i2v": "patches must be rows of both",
-    "qwen_image_edit": "patches must be rows of both",
-    "flux_kontext": "patches must be rows of both",
-    "flux2": "patches must be rows of both",
+    "ltx_i2v": "patches are rows of what the scheduler steps",
     "skyreels_v2_forcing": "copy their scheduler",
     "hunyuan_image_guided": "does not support AdaptiveProjectedMixGuidance of HunyuanImagePipeline",
     "cosmos": "turn their scheduler back",
-    "cosmos2": "more than the 1 frames",
 }
 
 
@@ -67,6 +62,27 @@ def test_pipeline_equals_serial(pool, path_of, name, method):
     for results in pool.run(2, whole.draw, path_of(name), name, degrees_of(name, method)):
         for result, reference in zip(results, expected, strict=True):
             assert running.error(result, reference) <= WHOLE[name].tolerance
+
+
+DISPLACED = {"cosmos2": {}, "wan": {"num_frames": 1}, "kandinsky5": {"num_frames": 1}}
+
+
+def drawn_under(path, name, changes, asked):
+    return [whole.draw(path, name, degrees, **changes)[0] for degrees in asked]
+
+
+@pytest.mark.parametrize("name", DISPLACED)
+def test_displaced_patches_equal_the_oracle(pool, path_of, name):
+    changes = {"num_inference_steps": 4} | DISPLACED[name]
+    path, of_two = path_of(name), {"pipefusion_parallel_degree": 2, "warmup_steps": 1}
+    expected = {patches: whole.displaced(path, name, patches, **changes)[0] for patches in (2, 3)}
+    serial = whole.draw(path, name, None, **changes)[0]
+    for ranks, others in ((2, {}), (4, {"ulysses_degree": 2})):
+        asked = [of_two | others | {"num_pipeline_patch": patches} for patches in expected]
+        for results in pool.run(ranks, drawn_under, path, name, changes, asked):
+            for result, reference in zip(results, expected.values(), strict=True):
+                assert running.error(result, reference) <= WHOLE[name].tolerance
+                assert running.error(reference, serial) > 10 * WHOLE[name].tolerance  # staleness shows
 
 
 def refused(path, name, degrees, changes):

@@ -23,6 +23,7 @@ from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder
 from PIL import Image
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
+from xfuser.testing import oracle
 from xfuser.testing.zoo import FAMILIES, TEXT, WIDTH, WORDS
 
 Parts = dict[str, Any]
@@ -153,6 +154,12 @@ def draw(path: str, name: str, degrees: Any, **changes: Any) -> list[np.ndarray]
     return [np.asarray(one) for one in result.values()]
 
 
+def displaced(path: str, name: str, patches: int, warmup: int = 1, **changes: Any) -> list[np.ndarray]:
+    """What the oracle of PipeFusion draws."""
+    with oracle.displaced(loaded(path, name), patches, warmup):
+        return draw(path, name, None, **changes)
+
+
 QWEN_VAE = coded("AutoencoderKLQwenImage", z_dim=2, latents_mean=[0.0] * 2, latents_std=[1.0] * 2)
 THRICE = (True, True, True, False)
 LTX_VAE = coded(
@@ -272,6 +279,17 @@ WHOLE = {
         text=EMBEDS,
         call=FRAMES,
         parts=lambda: {"transformer_2": transformer("wan", num_layers=2), "boundary_ratio": 0.7},
+        dtype=torch.float64,
+    ),
+    "wan_two_i2v": Whole(
+        "WanImageToVideoPipeline",
+        "wan",
+        coded("AutoencoderKLWan"),
+        config={"in_channels": 12},
+        text=EMBEDS,
+        call=lambda: FRAMES() | {"image": picture()},
+        parts=lambda: {"transformer_2": transformer("wan", in_channels=12, num_layers=2), "boundary_ratio": 0.7},
+        dtype=torch.float64,
     ),
     "wan_i2v": Whole(
         "WanImageToVideoPipeline",

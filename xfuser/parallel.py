@@ -27,10 +27,11 @@ from xfuser.methods.cache.use import CacheUse
 from xfuser.methods.cfg import GuidanceParallel
 from xfuser.methods.compiled import CompiledBlocks, uncompiled
 from xfuser.methods.context import ContextParallel
+from xfuser.methods.controlnet import control_methods
 from xfuser.methods.data import DataParallel, split_decode
 from xfuser.methods.distrifusion import DistriFusion
 from xfuser.methods.naive_patch import NaivePatches
-from xfuser.methods.pipefusion.loop import has_callback
+from xfuser.methods.pipefusion.loop import needs_whole_steps
 from xfuser.methods.progress import quiet_progress
 from xfuser.methods.refusals import Refusals
 from xfuser.methods.sequence import SequenceParallel
@@ -82,9 +83,8 @@ class xDiTParallel:
         check_backend(own["_backend"])
         own["engine_config"] = engine_config
         own["input_config"] = input_config or InputConfig()
-        own["_output"], own["cache_use"] = None, CacheUse()
+        own["_output"], own["cache_use"], own["_blocks"] = None, CacheUse(), {}
         own["_compiler"] = torch.compile if engine_config.runtime_config.use_torch_compile else None
-        own["_blocks"] = {}
         with ExitStack() as stack:
             self._take_out_compiled(stack)
             self._place()
@@ -100,7 +100,7 @@ class xDiTParallel:
         """Call the pipeline on all ranks; every rank returns the full result."""
         self._check_usable()
         arguments = Binder(self._pipe.__call__)(args, kwargs)
-        call = self._new_call(every_step_whole=has_callback(arguments))
+        call = self._new_call(every_step_whole=needs_whole_steps(self._pipe, arguments))
         if self._pipefusion:
             args, kwargs = (), self._pipefusion.arguments(arguments, call)
         with self._running(call):
@@ -157,6 +157,7 @@ class xDiTParallel:
             methods.append(DataParallel(get_dp_group(), models.values()))
         if self._pipefusion or self._sp.world_size > 1 or self._backend not in TORCHS_CHOICE:
             methods += [self._sequence(model, plan, parts.get(name)) for name, (model, plan) in models.items()]
+        methods += control_methods(self._pipe, self._sp, self._backend, self._pipefusion)
         if methods:
             splits_batch = parallel.cfg_degree * parallel.dp_degree > 1
             methods.insert(0, Refusals(self._pipe, [model for model, _ in models.values()], splits_batch))

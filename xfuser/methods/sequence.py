@@ -61,7 +61,7 @@ class SequenceParallel(ShardedModel):
         self._cuts: dict[tuple[str, str, int], tuple[Any, Any]] = {}  # arguments that blocks share, and what they get
 
     def _hooks(self) -> Iterator[AbstractContextManager[None]]:
-        self._stage = self._pipefusion and self._pipefusion.stage
+        self._stage = self._pipefusion and self._pipefusion.stage_of(self._model)
         plan, blocks = self._plan, blocks_of(self._model, self._plan)
         yield self._pair_masks.alike()
         for block in blocks:
@@ -175,7 +175,7 @@ class SequenceParallel(ShardedModel):
         count, text = arguments[plan.image].shape[plan.carrier_dim], 0
         if plan.whole:
             text = None
-        elif plan.text and arguments[plan.text] is not None:
+        elif plan.text and arguments.get(plan.text) is not None:
             text = arguments[plan.text].shape[plan.carrier_dim]
         elif plan.carriers(blocks)[plan.image] != ("image",):  # text is in there, too
             whole, count = count, self._image_tokens
@@ -193,6 +193,10 @@ class SequenceParallel(ShardedModel):
         return smallest // self._unit >= self._group.world_size
 
     def _cut_residual(self, x: Tensor) -> Tensor:
+        """This rank's rows of a ControlNet's residual: of all tokens; under PipeFusion, of the sub-step's tokens."""
+        if self._stage:
+            shares = self._share_of(self._image_tokens, None, self._stage.window(self._image_tokens))
+            return x.split(shares.sizes["image"], dim=1)[shares.rank]
         if not self._splits(x.shape[1]):
             return x
         return self._share_of(x.shape[1], None, Window(range(x.shape[1]))).cut(x, Tokens(("image",)))
@@ -279,7 +283,7 @@ class SequenceParallel(ShardedModel):
         k, v = keys.given(k, 2, rank), keys.given(v, 2, rank)
 
         def renew(k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-            k, v, fresh = stage.renew((name, number), keys.order, keys.total, k, v, mask if per_key else None)
+            k, v, fresh = stage.renew((self, name, number), keys.order, keys.total, k, v, mask if per_key else None)
             return k, v, fresh if per_key else mask
 
         if ranks == 1:

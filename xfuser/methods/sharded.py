@@ -37,6 +37,12 @@ class ShardedModel(ABC):
         """Within the context, the model's modules and its attention work on shards."""
         self._call = call
         call.around(self._model, self._wrapper)
+        with self._hooked():
+            yield
+
+    @contextmanager
+    def _hooked(self) -> Iterator[None]:
+        """Within the context, the hooks are in the model's modules, and its attention is intercepted."""
         with ExitStack() as stack:
             for context in self._hooks():
                 stack.enter_context(context)

@@ -18,3 +18,4 @@ FLUX = ModelPlan(
 )
 
 WITHOUT_CONTROL = replace(FLUX, residuals=())
+FLUX_CONTROLNET = replace(FLUX, embed=None, head=None, residuals=())

@@ -1,5 +1,7 @@
 """HunyuanDiT 1.1 and 1.2 (arXiv 2405.08748): text by cross-attention, rotary tables, long skips."""
 
+from dataclasses import replace
+
 from xfuser.models.plan import ModelPlan, Tokens
 
 HUNYUAN_DIT = ModelPlan(
@@ -13,3 +15,5 @@ HUNYUAN_DIT = ModelPlan(
     skip="skip",
     undivided=("time_extra_emb.pooler",),
 )
+
+HUNYUAN_DIT_CONTROLNET = replace(HUNYUAN_DIT, embed=None, head=None, residuals=(), skip=None)

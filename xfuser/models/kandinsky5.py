@@ -11,4 +11,5 @@ KANDINSKY5 = ModelPlan(
     unbatched=("text_rope_pos", "visual_rope_pos"),
     text_modules=("cross_attention.to_key", "cross_attention.to_value"),
     frames=1,
+    height=2,
 )

@@ -96,6 +96,7 @@ class ModelPlan:
         lent: submodules of blocks that the forward uses outside of their block.
         counts_steps: arguments of the forward that pipelines pass by the number of the step.
         frames: dimension of video latents that counts frames, ``[B, C, F, H, W]`` or ``[B, F, C, H, W]``.
+        height: dimension of video latents that counts rows.
         packed: dimension of packed latents that counts tokens, ``[B, tokens, C]``, or, of sound, ``[B, C, time]``.
         per_head: arguments of attention modules with an entry for each head, or for each channel of all heads, as
             rotary tables that are applied before heads are told apart: number of dimensions to the dimension.
@@ -143,6 +144,7 @@ class ModelPlan:
     lent: tuple[str, ...] = ()
     counts_steps: tuple[str, ...] = ()
     frames: int = 2
+    height: int = 3
     packed: int = 1
     per_head: dict[str, dict[int, int]] = field(default_factory=dict)
     undivided: tuple[str, ...] = ()

@@ -1,6 +1,8 @@
 """Qwen-Image and Qwen-Image-Edit (arXiv 2508.02324): joint attention with a mask of the text, which comes first;
 Qwen-Image 2.1: one sequence, whose text is causal."""
 
+from dataclasses import replace
+
 from xfuser.models.plan import ModelPlan, Tokens
 
 QWEN_IMAGE = ModelPlan(
@@ -19,6 +21,8 @@ QWEN_IMAGE = ModelPlan(
     returns=("text", "image"),
     text_modules=("txt_mlp", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
 )
+
+QWEN_IMAGE_CONTROLNET = replace(QWEN_IMAGE, embed=None, head=None, residuals=())
 
 QWEN_IMAGE21 = ModelPlan(
     blocks=("transformer_blocks",),

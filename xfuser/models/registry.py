@@ -17,14 +17,14 @@ from xfuser.models.cosmos import COSMOS
 from xfuser.models.dit import DIT
 from xfuser.models.easyanimate import EASYANIMATE
 from xfuser.models.ernie_image import ERNIE_IMAGE
-from xfuser.models.flux import FLUX, WITHOUT_CONTROL
+from xfuser.models.flux import FLUX, FLUX_CONTROLNET, WITHOUT_CONTROL
 from xfuser.models.flux2 import FLUX2
 from xfuser.models.flux3 import FLUX3
 from xfuser.models.glm_image import GLM_IMAGE
 from xfuser.models.helios import HELIOS
 from xfuser.models.hidream import HIDREAM
 from xfuser.models.hunyuan_video import FRAMEPACK, HUNYUAN_IMAGE, HUNYUAN_VIDEO, HUNYUAN_VIDEO_15
-from xfuser.models.hunyuandit import HUNYUAN_DIT
+from xfuser.models.hunyuandit import HUNYUAN_DIT, HUNYUAN_DIT_CONTROLNET
 from xfuser.models.ideogram4 import IDEOGRAM4
 from xfuser.models.joyimage import JOYIMAGE_EDIT, JOYIMAGE_EDIT_PLUS
 from xfuser.models.kandinsky5 import KANDINSKY5
@@ -42,9 +42,9 @@ from xfuser.models.omnigen import OMNIGEN
 from xfuser.models.pixart import PIXART
 from xfuser.models.plan import ModelPlan
 from xfuser.models.prx import PRX
-from xfuser.models.qwen_image import QWEN_IMAGE, QWEN_IMAGE21
+from xfuser.models.qwen_image import QWEN_IMAGE, QWEN_IMAGE21, QWEN_IMAGE_CONTROLNET
 from xfuser.models.sana import SANA, SANA_VIDEO, SANA_WM
-from xfuser.models.sd3 import SD3
+from xfuser.models.sd3 import SD3, SD3_CONTROLNET
 from xfuser.models.sound import ACE_STEP, LONGCAT_AUDIO, MINIMAX_MUSIC3, STABLE_AUDIO, STABLE_AUDIO3
 from xfuser.models.teacache import teacache_plan
 from xfuser.models.unet import UNET
@@ -121,6 +121,13 @@ PLANS: dict[str, ModelPlan] = {
     "ZImageTransformer2DModel": Z_IMAGE,
 }
 
+CONTROLNETS: dict[str, ModelPlan] = {  # of transformers; they return their residuals where others have a head
+    "FluxControlNetModel": FLUX_CONTROLNET,
+    "HunyuanDiT2DControlNetModel": HUNYUAN_DIT_CONTROLNET,
+    "QwenImageControlNetModel": QWEN_IMAGE_CONTROLNET,
+    "SD3ControlNetModel": SD3_CONTROLNET,
+}
+
 
 UNCUT = "its weights cannot be divided over ranks: use Ulysses, ring, CFG or data parallelism"  # of quantised ones
 
@@ -188,6 +195,13 @@ def planned_models(pipe) -> dict[str, tuple[nn.Module, ModelPlan]]:
         return found
     denoisers = [type(modules[name]).__name__ for name in ("transformer", "unet", "prior") if name in modules]
     raise _no_plan(type(pipe).__name__, denoisers)
+
+
+def controlnets_of(pipe: Any) -> list[tuple[nn.Module, ModelPlan]]:
+    """A pipeline's ControlNets that have a plan, with their plans; several may be one component."""
+    parts = [original_of(part) for part in pipe.components.values() if isinstance(part, nn.Module)]
+    nets = [net for part in parts for net in getattr(part, "nets", [part])]
+    return [(net, CONTROLNETS[type(net).__name__]) for net in nets if type(net).__name__ in CONTROLNETS]
 
 
 def check_methods(cls: str, plan: ModelPlan, sequence: bool, pipelined: bool) -> None:

@@ -1,5 +1,7 @@
 """Stable Diffusion 3 and 3.5 (arXiv 2403.03206): joint attention, image tokens first; 3.5 has image-only attn2."""
 
+from dataclasses import replace
+
 from xfuser.models.plan import ModelPlan
 
 SD3 = ModelPlan(
@@ -13,3 +15,5 @@ SD3 = ModelPlan(
     text_modules=("ff_context", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
     counts_steps=("skip_layers",),
 )
+
+SD3_CONTROLNET = replace(SD3, embed=None, head=None, residuals=())

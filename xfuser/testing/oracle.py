@@ -6,7 +6,6 @@ of other parts' tokens are replaced by what was kept of the forward that owned t
 PipeFusion, text belongs to part 0; under DistriFusion, it is divided, too. Naive patches hide all other parts.
 """
 
-import itertools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -15,35 +14,16 @@ from unittest import mock
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 
+from xfuser.core.hooks import Binder, replaced
 from xfuser.models.plan import ModelPlan, blocks_of
-from xfuser.models.registry import plan_of
+from xfuser.models.registry import controlnets_of, plan_of, planned_models
+from xfuser.testing.bands import bands, layout
 
 STACKED = ("to_qkv_mlp_proj", "img_qkv_proj", "to_qkv")  # queries, keys and values by one linear
 OF_TEXT = ("add_k_proj", "add_v_proj", "txt_kv_proj")
 PROJECTIONS = ("to_k", "to_v", "to_key", "to_value", *OF_TEXT, *STACKED)
-
-
-def bands(count: int, parts: int) -> list[slice]:
-    """Consecutive ranges that differ in length by one at most, longer ones first."""
-    base, extra = divmod(count, parts)
-    starts = [i * base + min(i, extra) for i in range(parts + 1)]
-    return [slice(a, b) for a, b in itertools.pairwise(starts)]
-
-
-def layout(model: nn.Module, plan: ModelPlan, latents: torch.Tensor) -> tuple[int, int, int]:
-    """The dimension that is divided, its entries per row of tokens, and the tokens in such a row."""
-    size = getattr(model.config, "patch_size", 1)
-    of_time, of_rows, of_columns = (
-        [*([1] * (3 - len(size))), *size] if isinstance(size, list | tuple) else (1, size, size)
-    )
-    of_time = getattr(model.config, "patch_size_t", None) or of_time
-    if latents.dim() == 3:
-        return plan.packed, 1, 1
-    if latents.dim() == 4:
-        return 2, of_rows, latents.shape[3] // of_columns
-    height, width = latents.shape[2:4] if model.config.get("in_visual_dim") else latents.shape[3:5]
-    return plan.frames, of_time, (height // of_rows) * (width // of_columns)
 
 
 class Displaced:
@@ -51,7 +31,9 @@ class Displaced:
 
     def __init__(self, model: nn.Module, plan: ModelPlan, patches: int, warmup: int, order: int) -> None:
         self.model, self.plan, self.patches, self.synchronous = model, plan, patches, max(1, warmup * order)
-        self.step = self.call = 0
+        self.step = self.call = self.counted = 0
+        self.first: int | None = None  # step in which the model was called first
+        self.stepped: int | None = None  # rows of packed latents that the scheduler steps; behind them are pictures
         self.patch: int | None = None
         self.kept: dict[tuple[str, int], torch.Tensor] = {}
 
@@ -60,23 +42,45 @@ class Displaced:
         latents = args[0] if args else kwargs[self.plan.latents]
         dim, unit, self.width = layout(self.model, self.plan, latents)
         self.tokens = latents.shape[dim] // unit * self.width
-        rows = bands(latents.shape[dim] // unit, self.patches)
+        count = self.stepped or latents.shape[dim] // unit
+        rows, self.pictures = bands(count, self.patches), slice(count * self.width, self.tokens)
         self.own = [slice(band.start * self.width, band.stop * self.width) for band in rows]
-        if self.step < self.synchronous:
+        self.first = self.step if self.first is None else self.first
+        if self.step < self.first + self.synchronous:
             self.patch = None
             output = original(*args, **kwargs)
         else:
             outputs = []
             for patch in range(self.patches):
                 self.patch = patch
-                outputs.append(original(*args, **kwargs))
+                given = tree_map(lambda x: x, (args, kwargs))  # a forward may empty the lists that it is given
+                outputs.append(original(*given[0], **given[1]))
             tensors = [x if isinstance(x, torch.Tensor) else x[0] for x in outputs]
             parts = [
                 x.narrow(dim, b.start * unit, (b.stop - b.start) * unit) for x, b in zip(tensors, rows, strict=True)
             ]
-            whole = torch.cat(parts, dim=dim)
+            pictures = tensors[0].narrow(dim, count * unit, latents.shape[dim] - count * unit)
+            whole = torch.cat([*parts, pictures], dim=dim)
             kind = type(outputs[0])
             output = whole if kind is torch.Tensor else (whole,) if kind is tuple else kind(sample=whole)
+        self.call += 1
+        return output
+
+    def control(self, transformer: "Displaced", original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The residuals of a ControlNet, each ``[B, tokens, C]``, of which those of a part are made with it."""
+        self.step, self.patch = transformer.step, None
+        if self.counted != self.step:
+            self.call, self.counted = 0, self.step
+        if self.step < self.synchronous:
+            output = original(*args, **kwargs)
+        else:
+            self.own, self.tokens, outputs = transformer.own, transformer.tokens, []
+            self.pictures = transformer.pictures
+            for patch in range(self.patches):
+                self.patch = patch
+                outputs.append(original(*args, **kwargs))
+            parts = [tree_map(lambda x, own=own: x[:, own], one) for one, own in zip(outputs, self.own, strict=True)]
+            output = tree_map(lambda *x: torch.cat(x, dim=1), *parts)
         self.call += 1
         return output
 
@@ -100,6 +104,9 @@ class Displaced:
         kept[:, image] = output[:, image]
         if self.patch == 0:
             kept[:, text] = output[:, text]
+            if image.stop > image.start:
+                pictures = slice(start + self.pictures.start, start + self.pictures.stop)
+                kept[:, pictures] = output[:, pictures]
         result = output.clone()
         result[..., columns] = kept[..., columns]
         return result
@@ -225,10 +232,10 @@ def _ranges(count: int, parts: int, longer_last: bool = False) -> list[torch.Ten
 
 @contextmanager
 def distrifusion(pipe: Any, parts: int, warmup: int, renews: bool = True, cache: Any = None) -> Iterator[None]:
-    """Within the context, a bare pipeline draws with DistriFusion's semantics; ``renews`` is false for ``no_sync``.
-    ``cache`` (``cache_oracle.py``) may leave blocks out."""
+    """A bare pipeline draws with DistriFusion's semantics; ``renews`` is false for ``no_sync``; ``cache`` as below."""
     state = Lagging(pipe, parts, warmup, renews)
-    with _projecting(pipe, state), cache.skipping(state) if cache else nullcontext(), _whole_forward(pipe, state):
+    skipping = cache.skipping(state) if cache else nullcontext()
+    with _projecting(state.model, state.plan, state), skipping, _whole_forward(pipe, state):
         yield
 
 
@@ -250,18 +257,23 @@ def naive(pipe: Any, parts: int, scheme: str) -> Iterator[None]:
 
 @contextmanager
 def displaced(pipe: Any, patches: int, warmup: int, cache: Any = None) -> Iterator[None]:
-    """Within the context, a bare pipeline draws with PipeFusion's semantics; ``cache`` (``cache_oracle.py``) may leave
-    blocks out."""
-    state = Displaced(pipe.transformer, plan_of(pipe.transformer), patches, warmup, pipe.scheduler.order)
-    skipping = cache.skipping(state) if cache else nullcontext()
-    with _projecting(pipe, state), skipping, _whole_forward(pipe, state):
+    """A bare pipeline draws with PipeFusion's semantics; ``cache`` (``cache_oracle.py``) may leave blocks out."""
+    with ExitStack() as stack:
+        for model, plan in planned_models(pipe).values():
+            state = Displaced(model, plan, patches, warmup, pipe.scheduler.order)
+            for net, of_net in controlnets_of(pipe):
+                control = Displaced(net, of_net, patches, warmup, pipe.scheduler.order)
+                stack.enter_context(_projecting(net, of_net, control))
+                stack.enter_context(mock.patch.object(net, "forward", partial(control.control, state, net.forward)))
+            skipping = cache.skipping(state) if cache else nullcontext()
+            for context in (_projecting(model, plan, state), skipping, _whole_forward(pipe, state)):
+                stack.enter_context(context)
         yield
 
 
 @contextmanager
-def _projecting(pipe: Any, state: Displaced | Lagging) -> Iterator[None]:
+def _projecting(model: nn.Module, plan: ModelPlan, state: Displaced | Lagging) -> Iterator[None]:
     """Within the context, key and value projections of the blocks' attention are what ``state`` makes of them."""
-    model, plan = pipe.transformer, plan_of(pipe.transformer)
     with ExitStack() as stack:
         for block in blocks_of(model, plan):
             for attention, streams in plan.attentions().items():
@@ -291,25 +303,20 @@ def _keys_and_values(attention: nn.Module, stacked: nn.Linear) -> slice:
 @contextmanager
 def _whole_forward(pipe: Any, state: Displaced | PartByPart) -> Iterator[None]:
     """Within the context, the transformer's forward is that of ``state``, which counts steps and calls."""
-    model, step = pipe.transformer, pipe.scheduler.step
+    model, plan, step = state.model, state.plan, pipe.scheduler.step
     original = model.forward
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         state.step, state.call = state.step + 1, 0
+        sample = Binder(step)(args, kwargs)["sample"]
+        state.stepped = sample.shape[plan.packed] if sample.dim() == 3 else None
         return step(*args, **kwargs)
 
     counted.__wrapped__ = step
-    model.forward = lambda *args, **kwargs: state.forward(original, *args, **kwargs)
-    pipe.scheduler.step = counted
-    hooks = []
-    if isinstance(state, PartByPart):
-        plan = state.plan
-        end = model.get_submodule(plan.head) if plan.head else blocks_of(model, plan)[-1].module
-        hooks.append(end.register_forward_hook(state.complete))
-    try:
+    with ExitStack() as stack:
+        stack.enter_context(replaced(model, "forward", partial(state.forward, original)))
+        stack.enter_context(replaced(pipe.scheduler, "step", counted))
+        if isinstance(state, PartByPart):
+            end = model.get_submodule(plan.head) if plan.head else blocks_of(model, plan)[-1].module
+            stack.callback(end.register_forward_hook(state.complete).remove)
         yield
-    finally:
-        model.__dict__.pop("forward")
-        pipe.scheduler.__dict__.pop("step")
-        for hook in hooks:
-            hook.remove()

@@ -88,14 +88,22 @@ class Channel:
         end_group(self._group)
 
 
-def open_channels(pipelines: list[list[int]], plan: ModelPlan, owners: list[int], depth: int) -> dict[Route, Channel]:
-    """This rank's channels to other stages of its pipeline, by the stage of each block.
+def routes_of(plan: ModelPlan, owners: list[int], takers: int) -> set[Route]:
+    """The channels that a transformer needs, by the stage of each of its blocks.
+
+    The first ``takers`` of the stages need the latents of the last one.
+    """
+    last = owners[-1]
+    routes = {("tokens", stage, stage + 1) for stage in range(last)} | {route for _, route in skips(plan, owners)}
+    return routes | {("latents", last, stage) for stage in range(min(takers, last))}
+
+
+def open_channels(pipelines: list[list[int]], routes: set[Route], depth: int) -> dict[Route, Channel]:
+    """This rank's channels to other stages of its pipeline.
 
     Every rank of the world must call it: ``pipelines`` are the global ranks of the stages of each pipeline.
     """
-    last, channels, rank = owners[-1], {}, dist.get_rank()
-    routes = {("tokens", stage, stage + 1) for stage in range(last)} | {route for _, route in skips(plan, owners)}
-    routes |= {("latents", last, 0)} if last else set()
+    channels, rank = {}, dist.get_rank()
     for kind, sender, receiver in sorted(routes):
         for ranks in pipelines:
             ends = [ranks[sender], ranks[receiver]]

@@ -1,15 +1,31 @@
-"""What a pipeline's loop shows of its steps, each of which has several sub-steps: N steps, as without PipeFusion."""
+"""What a pipeline's loop shows of its steps, each of which has several sub-steps: N steps, as without PipeFusion; and
+what is computed once a step."""
 
+import inspect
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from functools import wraps
 from typing import Any
 
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
 from xfuser.call import CallState
-from xfuser.core.hooks import Arguments
+from xfuser.core.hooks import Arguments, replaced
+from xfuser.methods.pipefusion.refusals import refuse
+from xfuser.models.registry import planned_models
 
 
-def has_callback(arguments: Arguments) -> bool:
-    """Whether a pipeline's call asks for the latents of its steps."""
-    return arguments.get("callback_on_step_end") is not None or arguments.get("callback") is not None
+def needs_whole_steps(pipe: Any, arguments: Arguments) -> bool:
+    """Whether all ranks need the latents of each step: for a callback, or as any step may call another transformer."""
+    callback = arguments.get("callback_on_step_end") is not None or arguments.get("callback") is not None
+    return callback or (len(planned_models(pipe)) > 1 and boundary_of(pipe) is None)
+
+
+def boundary_of(pipe: Any) -> float | None:
+    """The timestep below which a pipeline calls its second transformer (Wan 2.2); None where it does not say so."""
+    ratio = getattr(getattr(pipe, "config", None), "boundary_ratio", None)
+    return None if ratio is None else ratio * pipe.scheduler.config.num_train_timesteps
 
 
 def stepwise_callbacks(arguments: Arguments, call: CallState) -> Arguments:
@@ -35,6 +51,36 @@ def stepwise_callbacks(arguments: Arguments, call: CallState) -> Arguments:
     if older is not None and isinstance(every, int) and every > 0:  # else the pipeline refuses it
         arguments |= {"callback": after_step, "callback_steps": 1}
     return arguments
+
+
+def stepwise_control(pipe: Any, arguments: Arguments, patches: int) -> Arguments:
+    """A pipeline's arguments with the part of the steps in which ControlNets take part, as a part of the sub-steps.
+
+    Pipelines keep step i of N if i/N is not less than the start, and (i+1)/N not more than the end. Here i counts
+    sub-steps: bounds half a sub-step away from where two steps meet keep all sub-steps of a step, or none.
+
+    Raises:
+        ValueError: the call does not say how many steps there are.
+    """
+    bounds = {name: arguments[name] for name in ("control_guidance_start", "control_guidance_end") if name in arguments}
+    if not set(tree_leaves(bounds)) - {0.0, 1.0}:
+        return arguments
+    known = inspect.signature(pipe.__call__).parameters
+    if pipe.scheduler.order > 1 or "strength" in known:
+        why = "the pipeline compares them with the number of the sub-step, and the call does not say how many there are"
+        refuse(f"{bounds} of {type(pipe).__name__}", why, "Use 0 and 1")
+    given = arguments.get("sigmas")
+    steps = len(given) if given else arguments.get("num_inference_steps", known["num_inference_steps"].default)
+
+    def start(bound: float) -> float:
+        first = next(step for step in range(steps + 1) if step / steps >= bound)
+        return max(0.0, (first - 0.5 / patches) / steps)
+
+    def end(bound: float) -> float:
+        last = max(step for step in range(steps + 1) if step / steps <= bound)
+        return min(1.0, (last + 0.5 / patches) / steps)
+
+    return arguments | {name: tree_map(end if name.endswith("end") else start, x) for name, x in bounds.items()}
 
 
 def stepwise_progress(progress_bar: Callable[..., Any], call: CallState) -> Callable[..., Any]:
@@ -67,6 +113,20 @@ def plain_steps(get_timesteps: Callable[..., Any], call: CallState) -> Callable[
 def _steps(count: int, call: CallState) -> int:
     """Pipelines that pass sigmas take the number of timesteps for the number of steps."""
     return count // call.patches if count > call.steps else count
+
+
+def once_a_step(module: nn.Module, call: CallState) -> AbstractContextManager[None]:
+    """Within the context, a module that works on text alone computes with patch 0, and other patches reuse it."""
+    outputs: dict[int, Tensor] = {}
+    original = module.forward
+
+    @wraps(original)
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        if call.patch == 0:
+            outputs[call.index] = original(*args, **kwargs)
+        return outputs[call.index]
+
+    return replaced(module, "forward", forward)
 
 
 def loops_of(pipe: Any) -> list[Any]:

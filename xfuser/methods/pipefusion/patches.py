@@ -3,9 +3,12 @@
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from xfuser.core.distributed.utils import share, split_sizes
+from xfuser.methods.pipefusion.refusals import refuse
+from xfuser.methods.tokens import Window
 from xfuser.models.plan import ModelPlan
 
 
@@ -13,19 +16,30 @@ class Patches:
     """The division of latents into ``count`` consecutive parts whose rows of tokens differ by one at most.
 
     Image latents, ``[B, C, H, W]``, are divided by rows, packed ones, ``[B, tokens, C]``, by tokens, and those of
-    videos, which have five dimensions, by frames. All of these are called rows here.
+    videos, which have five dimensions, by frames, or by rows if there is one frame. All of these are called rows here.
 
     Args:
         config: of the transformer; tells how many rows of latents make a row of tokens.
         plan: of the transformer; tells which dimension of packed latents counts tokens, and of videos frames.
+
+    Attributes:
+        behind: rows of a transformer's packed latents behind those that the scheduler steps: tokens of pictures.
     """
 
     def __init__(self, count: int, config: Any, plan: ModelPlan) -> None:
-        self.count, self._dims = count, {3: plan.packed, 4: 2, 5: plan.frames}
+        self.count, self.behind, self._dims = count, 0, {3: plan.packed, 4: 2, 5: plan.frames}
         size = getattr(config, "patch_size", 1)
         of_time = size[0] if isinstance(size, list | tuple) and len(size) == 3 else 1
         of_rows = size[-2] if isinstance(size, list | tuple) else size
         self._units = {4: of_rows, 5: getattr(config, "patch_size_t", None) or of_time}
+        self._of_video = {False: (plan.frames, self._units[5]), True: (plan.height, of_rows)}
+        self._one_frame = False
+
+    def begin(self, latents: Tensor) -> None:
+        """Divide latents of this shape from now on."""
+        frames, of_time = self._of_video[False]
+        self._one_frame = latents.dim() == 5 and latents.shape[frames] == of_time
+        self._dims[5], self._units[5] = self._of_video[self._one_frame]
 
     def dim(self, latents: Tensor) -> int:
         """The dimension that is divided."""
@@ -39,7 +53,7 @@ class Patches:
         """Rows of tokens in a patch."""
         count = self.row_count(latents)
         if self.count > count:
-            what = "frames" if latents.dim() == 5 else "rows"
+            what = "frames" if latents.dim() == 5 and not self._one_frame else "rows"
             raise ValueError(
                 f"num_pipeline_patch={self.count} is more than the {count} {what} of tokens of latents of shape"
                 f" {tuple(latents.shape)}: use at most {count}"
@@ -50,6 +64,30 @@ class Patches:
         """Tokens of a patch, of an image with that many tokens."""
         rows, width = self.rows(latents, patch), tokens // self.row_count(latents)
         return range(rows.start * width, rows.stop * width)
+
+    def window(self, latents: Tensor, tokens: int, patch: int) -> Window:
+        """What a patch computes of a transformer's latents with that many tokens: pictures and text with patch 0."""
+        image = self.tokens(self.stepped(latents), tokens - self.behind, patch)
+        return Window(image, patch == 0, range(tokens - self.behind, tokens) if patch == 0 else range(0))
+
+    def find_pictures(self, given: Tensor, sample: Tensor, ranks: int) -> None:
+        """Set ``behind`` by a transformer's first latents and the sample of the first step, where they are packed.
+
+        Raises:
+            ValueError: patches have fewer tokens than there are ranks to share them, which the first step did not know.
+        """
+        more = given.shape[self.dim(given)] - sample.shape[self.dim(given)] if given.dim() == sample.dim() == 3 else 0
+        if more <= 0 or not torch.equal(given[tuple(map(slice, sample.shape))], sample.to(given.dtype)):
+            return
+        shared = len(self.rows(given, self.count - 1)) >= ranks
+        self.behind, smallest = more, len(self.rows(sample, self.count - 1))
+        if shared and smallest < ranks:
+            what = f"patches of {smallest} tokens, beside those of pictures, on {ranks} ranks of Ulysses and ring"
+            refuse(what, "the first step shared the tokens of larger ones", "Lower num_pipeline_patch")
+
+    def stepped(self, x: Tensor) -> Tensor:
+        """Of a transformer's latents or output, the rows that the scheduler steps, as a view."""
+        return x.narrow(self.dim(x), 0, x.shape[self.dim(x)] - self.behind) if self.behind else x
 
     def view(self, latents: Tensor, rows: range) -> Tensor:
         """The latents of these rows of tokens, as a view."""
@@ -67,3 +105,10 @@ class Patches:
 
     def _unit(self, latents: Tensor) -> int:
         return self._units.get(latents.dim(), 1)
+
+
+def zeros(like: Tensor, dim: int, size: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Zeros in a tensor's shape, with another size along ``dim``."""
+    shape = list(like.shape)
+    shape[dim] = size
+    return like.new_zeros(shape, dtype=dtype)
