@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from xfuser.core.distributed.utils import split_sizes
-from xfuser.models.plan import Streams, Tokens
+from xfuser.models.plan import PICTURE, Streams, Tokens
 
 
 @dataclass(frozen=True)
@@ -119,14 +119,14 @@ class TokenShares:
         self.rank, self.ranks, self.window = rank, ranks, window
         self._made_of = rank, ranks, image, text
         self._unit, self._whole, self._ballast, self._lines = unit, whole, ballast, lines
-        self.totals = {"image": image, "text": text}
+        self.totals = {"image": image, "text": text, PICTURE: None}
         idle = ballast and not window.text
-        self._active = {"image": window.image, "text": range((text or 0) if window.text else int(idle))}
+        words = range((text or 0) if window.text else int(idle))
+        self._active = {"image": window.image, "text": words, PICTURE: range(0)}
         self._givers = {"image": range(ranks), "text": range(0 if idle else 1 if whole else ranks)}
         # The streams' longer shares lie at opposite ends of the group, which evens the totals out.
         self.sizes = {"image": [size * unit for size in split_sizes(len(window.image) // unit, ranks)]}
-        words = len(self._active["text"])
-        self.sizes["text"] = [words] * ranks if whole or idle else split_sizes(words, ranks)[::-1]
+        self.sizes["text"] = [len(words)] * ranks if whole or idle else split_sizes(len(words), ranks)[::-1]
         self._known: dict[tuple[Streams, int], Rows] = {}
 
     def at(self, window: Window) -> "TokenShares":

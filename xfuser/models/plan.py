@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 Streams = tuple[str, ...]
+PICTURE = "picture"  # keys of an IP-adapter
 
 
 class Tokens(NamedTuple):
@@ -70,6 +71,8 @@ class ModelPlan:
             of both.
         length_base: argument of the blocks with a dict, and its key for a number, to whose logarithm attention compares
             that of the number of tokens.
+        prompted: streams of the keys that the image's tokens attend to in all further calls of an attention module
+            that has an IP-adapter; ``"picture"`` are the adapter's own keys, of which every rank has all.
         idle: arguments of attention modules that switch attention off for a call.
         many: whether attention modules call ``scaled_dot_product_attention`` more than once, each time for all tokens.
         linear: attention modules that are linear: they sum a state over the tokens by their first ``matmul``.
@@ -123,6 +126,7 @@ class ModelPlan:
     spread: tuple[str, ...] = ()
     segments: tuple[str, str, str] | None = None
     length_base: tuple[str, str] | None = None
+    prompted: Streams = ()
     idle: tuple[str, ...] = ()
     many: bool = False
     linear: tuple[str, ...] = ()

@@ -12,4 +12,5 @@ SD3 = ModelPlan(
     returns=("text", "image"),
     text_modules=("ff_context", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
     counts_steps=("skip_layers",),
+    prompted=("image", "picture"),
 )

@@ -18,6 +18,7 @@ from xfuser.methods.pipefusion.scheduler import patchwise
 from xfuser.methods.pipefusion.stage import Stage
 from xfuser.models.registry import planned_models
 
+BY_BLOCK = ("load_ip_adapter", "set_ip_adapter_scale", "unload_ip_adapter")  # go by the numbers of attention modules
 FULL_PREDICTION = "it needs the full prediction, and each sub-step makes only a patch of it"
 
 
@@ -39,6 +40,10 @@ class PipeFusion:
         (planned,) = planned_models(pipe).values()
         self._pipe, self._group, self._blocks = pipe, group, StageBlocks(*planned, group, layers)
         self.remember, self.check = self._blocks.remember, self._blocks.check
+        self._hooks = ExitStack()
+        for name in filter(lambda one: hasattr(pipe, one), BY_BLOCK):
+            seeing_all = self._blocks.with_all_blocks(getattr(pipe, name))
+            self._hooks.enter_context(replaced(pipe, name, seeing_all))
         self._channels: dict[Route, Channel] = {}
         self._failed = False  # the last call, with the channels in use
         self.stage: Stage | None = None
@@ -106,6 +111,7 @@ class PipeFusion:
 
     def restore(self) -> None:
         """Give all stages all blocks again; every stage must call it."""
+        self._hooks.close()
         self._blocks.restore()
         self._close_channels()
         self._group.destroy()
