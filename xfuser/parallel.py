@@ -173,7 +173,7 @@ class xDiTParallel:
         """What shards the tokens, or the rows of a U-Net's maps."""
         if plan.context:
             return ContextParallel(model, plan, self._sp, self._backend)
-        if plan.halvings:
+        if not plan.blocks:
             return MapParallel(model, plan, self._sp, self._backend, part)
         return SequenceParallel(model, plan, self._sp, self._backend, self._pipefusion, part)
 

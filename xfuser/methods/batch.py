@@ -54,11 +54,12 @@ def _cut(value: Any, name: str, batch: int, entries: range, plan: ModelPlan | No
         return value
     if plan and name in plan.row_lists:
         return value[entries.start : entries.stop] if value is not None and len(value) == batch else value
-    dim = plan.batch_dims.get(name, 0) if plan else 0
+    dim, by_frame = (plan.batch_dims.get(name, 0), name in plan.by_frame) if plan else (0, False)
 
     def narrow(x: Tensor) -> Tensor:
-        has_batch = x.dim() > dim and x.shape[dim] == batch
-        return x.narrow(dim, entries.start, len(entries)) if has_batch else x
+        rows = x.shape[dim] if x.dim() > dim else 0
+        frames = rows // batch if by_frame else 1
+        return x.narrow(dim, frames * entries.start, frames * len(entries)) if rows == frames * batch else x
 
     return tree_map_only(Tensor, narrow, value)
 

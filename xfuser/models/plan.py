@@ -89,6 +89,7 @@ class ModelPlan:
         by_number: arguments of the forward that make blocks pick tokens by their number, which shares do not know.
         unbatched: arguments of the forward that have no batch dimension.
         batch_dims: arguments of the forward whose batch dimension is not the first.
+        by_frame: arguments of the forward with a row for each frame of each row of the batch.
         row_lists: arguments of the forward that are lists with an entry for each row of the batch.
         pictures: argument of the forward with a dict from the number of a row of the batch to what it has of another
             argument's list, and that argument.
@@ -139,6 +140,7 @@ class ModelPlan:
     by_number: tuple[str, ...] = ()
     unbatched: tuple[str, ...] = ()
     batch_dims: dict[str, int] = field(default_factory=dict)
+    by_frame: tuple[str, ...] = ()
     row_lists: tuple[str, ...] = ()
     pictures: tuple[str, str] | None = None
     returns: Streams = ("image",)

@@ -143,10 +143,7 @@ def pipeline_split(
 
 def _check_methods(model: nn.Module, plan: ModelPlan, parallel: ParallelConfig) -> None:
     kind = type(model).__name__
-    if parallel.patched and (plan.context or not plan.patched):
-        why = plan.unsequenced or plan.unpiped
-        raise ValueError(f"DistriFusion and naive patches do not serve {kind}: {why}. {USE_OTHERS}")
-    check_methods(kind, plan, parallel.sequenced, parallel.pipelined)
+    check_methods(kind, plan, parallel.sequenced, parallel.pipelined, parallel.patched)
     if parallel.sequenced or parallel.pipelined or parallel.patched:
         attentions_of(model, plan)  # refuses blocks of another layout
 
