@@ -105,6 +105,7 @@ class ModelPlan:
             rotary tables that are applied before heads are told apart: number of dimensions to the dimension.
         undivided: modules whose weights the forward uses without calling the layers that have them.
         unpaired: attention modules whose results leave them by another way than their output linear.
+        unpaired_without: attention modules to the layer without which they are ``unpaired``.
         context: the class's own context-parallel plan of Diffusers, in place of all that is said here about blocks.
         unsequenced: why sequence parallelism (Ulysses, ring) cannot serve the class; None where it does.
         unpiped: why PipeFusion cannot serve the class; None where it does.
@@ -153,6 +154,7 @@ class ModelPlan:
     per_head: dict[str, dict[int, int]] = field(default_factory=dict)
     undivided: tuple[str, ...] = ()
     unpaired: tuple[str, ...] = ()
+    unpaired_without: dict[str, str] = field(default_factory=dict)
     context: dict[str, Any] | None = None
     unsequenced: str | None = None
     unpiped: str | None = None
