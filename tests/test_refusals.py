@@ -122,28 +122,6 @@ def test_lengths_that_diffusers_plan_does_not_explain_are_refused(pool):
         assert "attn attends to [4, 4] tokens on the ranks, which are neither shares of the [16] tokens" in message
 
 
-def perturbed(path, degrees):
-    pipe = diffusers.PixArtSigmaPAGPipeline(**running.loaded(path).components, pag_applied_layers=["blocks.1"])
-    pipe.set_progress_bar_config(disable=True)
-    call = tiny.call_of("pixart_sigma", 2, pag_scale=3.0)
-    try:
-        return running.array(running.wrap(pipe, degrees)(**call, generator=running.seeded()))
-    except ValueError as refusal:
-        return str(refusal)
-    finally:
-        pipe.transformer.set_attn_processor(diffusers.models.attention_processor.AttnProcessor2_0())
-
-
-def test_perturbed_attention_is_exact_or_refused(pool, folder_of):
-    """Its processors mix the rows of a batch."""
-    expected = perturbed(folder_of("pixart_sigma"), None)
-    for result in pool.run(2, perturbed, folder_of("pixart_sigma"), {"ulysses_degree": 2}):
-        assert running.error(result, expected) <= running.TOLERANCE
-    for degrees in ({"use_cfg_parallel": True}, {"data_parallel_degree": 2}):
-        for message in pool.run(2, perturbed, folder_of("pixart_sigma"), degrees):
-            assert "mixes the rows of a batch" in message
-
-
 def fails_then_works(path):
     """An exception between the two calls of sequential guidance, caught by the program, and then another picture."""
     pipe = running.loaded(path)

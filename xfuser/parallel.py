@@ -152,15 +152,14 @@ class xDiTParallel:
         methods: list[Method] = [self._pipefusion] if self._pipefusion else list(parts.values())
         if parallel.cfg_degree > 1:
             entries_stay = parallel.patched or bool(self._pipefusion) or bool(caches)
-            methods.append(GuidanceParallel(get_cfg_group(), models.values(), entries_stay))
+            methods.append(GuidanceParallel(get_cfg_group(), models.values(), entries_stay, self._pipe))
         if parallel.dp_degree > 1:
-            methods.append(DataParallel(get_dp_group(), models.values()))
+            methods.append(DataParallel(get_dp_group(), models.values(), self._pipe))
         if self._pipefusion or self._sp.world_size > 1 or self._backend not in TORCHS_CHOICE:
             methods += [self._sequence(model, plan, parts.get(name)) for name, (model, plan) in models.items()]
         methods += control_methods(self._pipe, self._sp, self._backend, self._pipefusion)
         if methods:
-            splits_batch = parallel.cfg_degree * parallel.dp_degree > 1
-            methods.insert(0, Refusals(self._pipe, [model for model, _ in models.values()], splits_batch))
+            methods.insert(0, Refusals([model for model, _ in models.values()]))
         compiled = self._compiled_blocks(models) if self._compiler else []  # blocks' own code, inside of all hooks
         return [*added, *compiled, *caches, *methods]
 
@@ -174,7 +173,7 @@ class xDiTParallel:
         """What shards the tokens, or the rows of a U-Net's maps."""
         if plan.context:
             return ContextParallel(model, plan, self._sp, self._backend)
-        if plan.halvings:
+        if not plan.blocks:
             return MapParallel(model, plan, self._sp, self._backend, part)
         return SequenceParallel(model, plan, self._sp, self._backend, self._pipefusion, part)
 

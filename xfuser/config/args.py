@@ -205,7 +205,8 @@ class xFuserArgs:
         self._check_cache()
         model = ModelConfig(shipped_folder(self.model) or self.model, self.download_dir, self.trust_remote_code)
         teacache = self.use_teacache and bool(self.model)
-        check_folder(model.model, parallel.sequenced, parallel.pipelined, parallel.divides, teacache)
+        asked = parallel.sequenced, parallel.pipelined, parallel.patched, parallel.divides
+        check_folder(model.model, *asked, teacache)
         return EngineConfig(model, self._runtime_config(), parallel), inputs
 
     def _check_auto(self) -> None:

@@ -20,45 +20,65 @@ def split_batch(
     arguments: dict[str, Any],
     plan: ModelPlan | None = None,
     call: CallState | None = None,
+    branches: int = 1,
 ) -> Any:
     """Run ``forward`` on this rank's entries of a batch, and return the output of all of it.
 
     Every tensor among the arguments whose first dimension is ``batch`` long is cut, but where ``plan`` says otherwise;
     every tensor of the output is gathered along its first dimension, and every list. ``batch`` need not divide by the
-    group; ranks left without an entry compute the first one and give nothing, which ``call`` is told.
+    group; ranks left without an entry compute the first one and give nothing, which ``call`` is told. With
+    ``branches``, the batch is that many one after the other, of each of which a rank takes the same entries.
     """
-    sizes = split_sizes(batch, group.world_size)
+    count = batch // branches
+    sizes = split_sizes(count, group.world_size)
     mine = share(sizes, group.rank_in_group)
     if call and not mine:
         call.gives = False
-    if group.world_size == 1 or batch < 2:
+    if group.world_size == 1 or count < 2:
         return forward(arguments)
     computed = mine or range(1)
+    if plan and plan.pictures:
+        arguments = _with_pictures_of(arguments, *plan.pictures, computed)
+    starts = [branch * count + computed.start for branch in range(branches)]
+    output = forward(rows_of(arguments, batch, [range(start, start + len(computed)) for start in starts], plan))
+    return gather_rows(group, output, sizes, branches)
+
+
+def gather_rows(group: GroupCoordinator, output: Any, sizes: list[int], branches: int = 1) -> Any:
+    """The output for all of a batch, of each of whose branches the ranks have, and give, these many rows."""
+    given = sizes[group.rank_in_group]
 
     def gather(x: Any) -> Any:
         x = torch.stack(x) if (listed := isinstance(x, list)) else x
         if not isinstance(x, Tensor):
             return x
-        gathered = group.all_gather(x[: len(mine)], dim=0, sizes=sizes)
+        own = x.unflatten(0, (branches, -1)).transpose(0, 1)[:given].contiguous()
+        gathered = group.all_gather(own, dim=0, sizes=sizes).transpose(0, 1).flatten(0, 1)
         return list(gathered) if listed else gathered
 
-    if plan and plan.pictures:
-        arguments = _with_pictures_of(arguments, *plan.pictures, computed)
-    output = forward({name: _cut(value, name, batch, computed, plan) for name, value in arguments.items()})
     return tree_map(gather, output, is_leaf=lambda x: isinstance(x, list))
 
 
-def _cut(value: Any, name: str, batch: int, entries: range, plan: ModelPlan | None) -> Any:
-    """These entries of the batch of an argument; all of one that has no batch."""
+def rows_of(arguments: dict[str, Any], batch: int, ranges: list[range], plan: ModelPlan | None) -> dict[str, Any]:
+    """A forward's arguments with these rows of their batch alone."""
+    return {name: _cut(value, name, batch, ranges, plan) for name, value in arguments.items()}
+
+
+def _cut(value: Any, name: str, batch: int, ranges: list[range], plan: ModelPlan | None) -> Any:
+    """These rows of the batch of an argument; all of one that has no batch."""
     if plan and name in plan.unbatched:
         return value
     if plan and name in plan.row_lists:
-        return value[entries.start : entries.stop] if value is not None and len(value) == batch else value
-    dim = plan.batch_dims.get(name, 0) if plan else 0
+        return [value[row] for rows in ranges for row in rows] if value is not None and len(value) == batch else value
+    dim, by_frame = (plan.batch_dims.get(name, 0), name in plan.by_frame) if plan else (0, False)
 
     def narrow(x: Tensor) -> Tensor:
-        has_batch = x.dim() > dim and x.shape[dim] == batch
-        return x.narrow(dim, entries.start, len(entries)) if has_batch else x
+        count = x.shape[dim] if x.dim() > dim else 0
+        frames = count // batch if by_frame else 1
+        if count != frames * batch:
+            return x
+        own = [x.narrow(dim, frames * rows.start, frames * len(rows)) for rows in ranges]
+        return own[0] if len(own) == 1 else torch.cat(own, dim)
 
     return tree_map_only(Tensor, narrow, value)
 

@@ -20,7 +20,8 @@ from xfuser.call import CallState, Forward
 from xfuser.core.distributed import GroupCoordinator
 from xfuser.core.hooks import Arguments
 from xfuser.core.logger import logger
-from xfuser.methods.batch import split_batch
+from xfuser.methods.batch import gather_rows, rows_of, split_batch
+from xfuser.methods.perturbed import Perturbed
 from xfuser.models.plan import ModelPlan
 
 
@@ -30,12 +31,13 @@ class GuidanceParallel:
     Args:
         models: the pipeline's transformers with their plans.
         entries_stay: whether what a rank keeps between steps ties an entry of the batch to it.
+        pipe: the pipeline.
     """
 
     def __init__(
-        self, group: GroupCoordinator, models: Iterable[tuple[nn.Module, ModelPlan]], entries_stay: bool
+        self, group: GroupCoordinator, models: Iterable[tuple[nn.Module, ModelPlan]], entries_stay: bool, pipe: Any
     ) -> None:
-        self._group, self._models, self._entries_stay = group, models, entries_stay
+        self._group, self._models, self._entries_stay, self._pipe = group, models, entries_stay, pipe
         self._first_step: list[tuple[int, Any, Any]] | None = []  # batch of each call, shapes in, what comes out
         self._paired: Any = None  # the output's shape, once it is known that calls come in pairs
         self._shapes: Any = None  # of the latents of these calls
@@ -46,14 +48,14 @@ class GuidanceParallel:
         """Within the context, the branches of the call's forwards are computed on different ranks."""
         self._call = call
         for model, plan in self._models:
-            call.around(model, partial(self._wrapper, plan))
+            call.around(model, partial(self._wrapper, plan, Perturbed(self._pipe, model)))
         call.at_forwards_end(self._end_forwards)
         try:
             yield
         finally:
             self._settle()  # nothing on its way is left to the next call
 
-    def _wrapper(self, plan: ModelPlan, forward: Forward, arguments: Arguments) -> Any:
+    def _wrapper(self, plan: ModelPlan, perturbed: Perturbed, forward: Forward, arguments: Arguments) -> Any:
         index, latents = self._call.index, arguments[plan.latents]
         if self._paired is not None and index < 2 and _shapes(latents) == self._shapes:
             self._call.apart = index == 0 or self._pending is not None
@@ -62,10 +64,34 @@ class GuidanceParallel:
             if self._call.apart:
                 return self._second_call(forward, arguments)
         self._settle()
+        if perturbed.branches > 1:
+            return self._perturbed(plan, perturbed, forward, arguments)
         output = split_batch(self._group, len(latents), forward, arguments, plan, self._call)
         if self._first_step is not None:
             self._first_step.append((len(latents), _shapes(latents), _blank(output)))
         return output
+
+    def _perturbed(self, plan: ModelPlan, perturbed: Perturbed, forward: Forward, arguments: Arguments) -> Any:
+        """Three branches: rank 0 gives the unconditional one, rank 1 the others. Both compute the perturbed one beside
+        one more, as processors for a branch alone need not attend as the pipeline's do."""
+        batch, rank = len(arguments[plan.latents]), self._group.rank_in_group
+        is_first, self._first_step = self._first_step is not None, None
+        if perturbed.branches == 2:
+            if is_first:
+                self._warn_of_nothing("has perturbed-attention guidance without classifier-free guidance")
+            return forward(arguments)
+        third = batch // 3
+        ranges = [range(rank * third, rank * third + third), range(2 * third, batch)]
+        with perturbed.in_two():
+            output = forward(rows_of(arguments, batch, ranges, plan))
+        return gather_rows(self._group, output, [third, 2 * third])
+
+    def _warn_of_nothing(self, why: str) -> None:
+        logger.warning(
+            "CFG parallelism has nothing to split: this call %s, and the %d ranks of a CFG group compute the same. Use"
+            " them for another method.",
+            why, self._group.world_size,
+        )  # fmt: skip
 
     def _end_forwards(self) -> None:
         self._settle()  # one call alone, such as outside of a guidance interval
@@ -87,11 +113,7 @@ class GuidanceParallel:
     def _learn(self, calls: list[tuple[int, Any, Any]]) -> None:
         (batch, shapes, output), others = calls[0], calls[1:]
         if not others and batch == 1:
-            logger.warning(
-                "CFG parallelism has nothing to split: this call runs no classifier-free guidance, and the %d ranks"
-                " of a CFG group compute the same. Use them for another method.",
-                self._group.world_size,
-            )
+            self._warn_of_nothing("runs no classifier-free guidance")
         alike = len(others) == 1 and others[0][1] == shapes and _shapes(others[0][2]) == _shapes(output)
         # Splitting the batch is as good where it is even. Step 0 has split it if there were several entries.
         uneven = batch == 1 if self._entries_stay else batch % 2

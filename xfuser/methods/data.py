@@ -17,24 +17,33 @@ from xfuser.core.distributed import GroupCoordinator
 from xfuser.core.hooks import Arguments, Binder, replaced
 from xfuser.core.randomness import RandomWatch
 from xfuser.methods.batch import split_batch
+from xfuser.methods.perturbed import Perturbed
 from xfuser.models.plan import ModelPlan
 
 
 class DataParallel:
-    """The batch of each forward is split over the replicas, whose ranks are a group."""
+    """The batch of each forward is split over the replicas, whose ranks are a group.
 
-    def __init__(self, group: GroupCoordinator, models: Iterable[tuple[nn.Module, ModelPlan]]) -> None:
-        self._group, self._models = group, models
+    Args:
+        models: the pipeline's transformers with their plans.
+        pipe: the pipeline.
+    """
+
+    def __init__(self, group: GroupCoordinator, models: Iterable[tuple[nn.Module, ModelPlan]], pipe: Any) -> None:
+        self._group, self._models, self._pipe = group, models, pipe
 
     @contextmanager
     def enter(self, call: CallState) -> Iterator[None]:
         """Within the context, each replica computes its own images."""
         for model, plan in self._models:
-            call.around(model, partial(self._wrapper, plan, call))
+            call.around(model, partial(self._wrapper, plan, Perturbed(self._pipe, model), call))
         yield
 
-    def _wrapper(self, plan: ModelPlan, call: CallState, forward: Forward, arguments: Arguments) -> Any:
-        return split_batch(self._group, len(arguments[plan.latents]), forward, arguments, plan, call)
+    def _wrapper(
+        self, plan: ModelPlan, perturbed: Perturbed, call: CallState, forward: Forward, arguments: Arguments
+    ) -> Any:
+        batch, branches = len(arguments[plan.latents]), perturbed.branches
+        return split_batch(self._group, batch, forward, arguments, plan, call, branches)
 
 
 def split_decode(vae: Any, group: GroupCoordinator) -> AbstractContextManager[None]:

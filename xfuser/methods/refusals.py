@@ -20,13 +20,11 @@ class Refusals:
     """What no method computes exactly is refused ahead of each forward.
 
     Args:
-        pipe: the pipeline.
-        models: its transformers.
-        splits_batch: whether a method splits the batch.
+        models: a pipeline's transformers.
     """
 
-    def __init__(self, pipe: Any, models: Iterable[nn.Module], splits_batch: bool) -> None:
-        self._pipe, self._models, self._splits_batch = pipe, models, splits_batch
+    def __init__(self, models: Iterable[nn.Module]) -> None:
+        self._models = models
 
     @contextmanager
     def enter(self, call: CallState) -> Iterator[None]:
@@ -38,11 +36,6 @@ class Refusals:
     def _wrapper(self, model: nn.Module, forward: Forward, arguments: Arguments) -> Any:
         if torch.is_grad_enabled() and any(weight.requires_grad for weight in model.parameters()):
             raise ValueError("parallel forwards are for inference: call them within torch.no_grad()")
-        if self._splits_batch and getattr(self._pipe, "do_perturbed_attention_guidance", False):
-            raise ValueError(
-                f"perturbed-attention guidance (PAG) of {type(self._pipe).__name__} mixes the rows of a batch, which"
-                " CFG and data parallelism split: use Ulysses or ring, or set pag_scale=0"
-            )
         return forward(arguments)
 
 

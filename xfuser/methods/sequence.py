@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 from functools import partial, wraps
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
@@ -24,7 +25,7 @@ from xfuser.methods.pipefusion.patches import Patches
 from xfuser.methods.pipefusion.pipefusion import PipeFusion
 from xfuser.methods.sharded import ShardedModel
 from xfuser.methods.tokens import Rows, TokenShares, Window
-from xfuser.models.plan import ModelPlan, Streams, Tokens, attentions_of, blocks_of, matching
+from xfuser.models.plan import PICTURE, Attention, ModelPlan, Streams, Tokens, attentions_of, blocks_of, matching
 from xfuser.vae.bands import Bands
 from xfuser.vae.parallelize import OnBands
 
@@ -258,14 +259,26 @@ class SequenceParallel(ShardedModel):
     def _sum(self, state: Tensor) -> Tensor:
         return state if self._call.tokens.ranks == 1 or self._alone else self._group.all_reduce(state)
 
-    def _attend(self, name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+    def _attends_again(self, attentions: dict[str, nn.Module]) -> dict[str, Callable[..., Tensor]]:
+        adapted = [name for name, one in attentions.items() if hasattr(getattr(one, "processor", None), "to_k_ip")]
+        layout = Attention(("image",), self._plan.prompted)
+        return {name: partial(self._attend, name, layout=layout) for name in adapted} if self._plan.prompted else {}
+
+    def _attend(
+        self, name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None,
+        layout: Attention | None = None,
+    ) -> Tensor:  # fmt: skip
         shards, stage = self._call.tokens, self._stage
         if shards.is_whole and not stage:
             return self._local(q, k, v, mask, scale)
         number = self._attended[name] = self._attended.get(name, 0) + 1
-        layout, rank, ranks = self._attentions[name], shards.rank, shards.ranks
+        layout, rank, ranks = layout or self._attentions[name], shards.rank, shards.ranks
         queries, keys = shards.rows(layout.queries, q.shape[2]), shards.rows(layout.keys, k.shape[2])
+        if layout.keys == (PICTURE,):
+            return self._local(q, k, v, mask, scale)
         parts = self._parts if ranks > 1 else None
+        if parts and PICTURE in layout.keys:
+            return self._attend_beside(parts, name, q, k, v, scale)
         mask = (
             None
             if mask is None
@@ -293,6 +306,16 @@ class SequenceParallel(ShardedModel):
             q, k, v, keys.key_lengths, self._group, query_lengths=queries.lengths, mask=key_mask, pair_mask=pair_mask,
             scale=scale, backend=self._backend, renew=renew if stage else None,
         )  # fmt: skip
+
+    def _attend_beside(
+        self, parts: DistriFusion | NaivePatches, name: str, q: Tensor, k: Tensor, v: Tensor, scale: float | None
+    ) -> Tensor:
+        """Attention to the image's tokens and, behind these, keys of which every rank has all."""
+        shards = self._call.tokens
+        sizes = [shards.sizes["image"][shards.rank], k.shape[2] - shards.sizes["image"][shards.rank]]
+        (k, own_k), (v, own_v) = k.split(sizes, dim=2), v.split(sizes, dim=2)
+        with parts.reach(name, shards.rows(("image",), sizes[0]), shards.rank, k, v, None) as (k, v, _):
+            return self._local(q, torch.cat([k, own_k], dim=2), torch.cat([v, own_v], dim=2), None, scale)
 
     def _over_pairs(
         self, mask: Tensor, queries: Rows, keys: Rows, order: list[tuple[int, int]], q: Tensor, k: Tensor

@@ -1,7 +1,7 @@
 """What is common to models whose tokens, or rows of maps, are sharded, whatever describes them."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -49,7 +49,8 @@ class ShardedModel(ABC):
             places = self._attention_places()
             attentions = {name: self._model.get_submodule(name) for name in places}
             attend = partial(partial, self._attend)  # by the module's name
-            stack.enter_context(intercepted(attentions, attend, self.many, self.idle, places))
+            again = self._attends_again(attentions)
+            stack.enter_context(intercepted(attentions, attend, self.many, self.idle, places, again))
             yield
 
     @abstractmethod
@@ -63,6 +64,10 @@ class ShardedModel(ABC):
     def _attention_places(self) -> dict[str, str]:
         """Names of the attention modules, and what they are called within their blocks where these are known."""
         return {name: name for name, module in self._model.named_modules() if hasattr(module, "processor")}
+
+    def _attends_again(self, attentions: dict[str, nn.Module]) -> dict[str, Callable[..., Tensor]]:
+        """What computes all further attention of those modules that may attend more than once in a forward."""
+        return {}
 
     @abstractmethod
     def _attend(self, name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:

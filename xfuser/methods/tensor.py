@@ -27,6 +27,9 @@ def division_of(model: nn.Module, plan: ModelPlan | None, ranks: int, scheme: st
     if plan is None:
         return describe(model, ranks, scheme)
     unpaired = {name for pattern in plan.unpaired for name in matching(model, pattern)}
+    for pattern, layer in plan.unpaired_without.items():
+        lacking = [one for one in matching(model, pattern) if getattr(model.get_submodule(one), layer, None) is None]
+        unpaired.update(lacking)
     return describe(model, ranks, scheme, plan.undivided, unpaired)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from xfuser.core.distributed.utils import split_sizes
-from xfuser.models.plan import Streams, Tokens
+from xfuser.models.plan import PICTURE, Streams, Tokens
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class TokenShares:
         self.rank, self.ranks, self.window = rank, ranks, window
         self._made_of = rank, ranks, image, text
         self._unit, self._whole, self._ballast, self._lines = unit, whole, ballast, lines
-        self.totals = {"image": image, "text": text}
+        self.totals = {"image": image, "text": text, PICTURE: None}
         idle = ballast and not window.text
         self._active = {"image": window.ranges, "text": (range((text or 0) if window.text else int(idle)),)}
         self._givers = {"image": range(ranks), "text": range(0 if idle else 1 if whole else ranks)}

@@ -12,6 +12,7 @@ CHROMA = ModelPlan(
     per_token={"image_rotary_emb": Tokens(("text", "image"), dim=0)},
     residuals=("controlnet_block_samples", "controlnet_single_block_samples"),
     unbatched=("img_ids", "txt_ids"),
+    prompted=("picture",),
     returns=("text", "image"),
     text_modules=("ff_context", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
 )

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 Streams = tuple[str, ...]
+PICTURE = "picture"  # keys of an IP-adapter
 
 
 class Tokens(NamedTuple):
@@ -70,6 +71,8 @@ class ModelPlan:
             of both.
         length_base: argument of the blocks with a dict, and its key for a number, to whose logarithm attention compares
             that of the number of tokens.
+        prompted: streams of the keys that the image's tokens attend to in all further calls of an attention module
+            that has an IP-adapter; ``"picture"`` are the adapter's own keys, of which every rank has all.
         idle: arguments of attention modules that switch attention off for a call.
         many: whether attention modules call ``scaled_dot_product_attention`` more than once, each time for all tokens.
         linear: attention modules that are linear: they sum a state over the tokens by their first ``matmul``.
@@ -86,6 +89,7 @@ class ModelPlan:
         by_number: arguments of the forward that make blocks pick tokens by their number, which shares do not know.
         unbatched: arguments of the forward that have no batch dimension.
         batch_dims: arguments of the forward whose batch dimension is not the first.
+        by_frame: arguments of the forward with a row for each frame of each row of the batch.
         row_lists: arguments of the forward that are lists with an entry for each row of the batch.
         pictures: argument of the forward with a dict from the number of a row of the batch to what it has of another
             argument's list, and that argument.
@@ -102,6 +106,7 @@ class ModelPlan:
             rotary tables that are applied before heads are told apart: number of dimensions to the dimension.
         undivided: modules whose weights the forward uses without calling the layers that have them.
         unpaired: attention modules whose results leave them by another way than their output linear.
+        unpaired_without: attention modules to the layer without which they are ``unpaired``.
         context: the class's own context-parallel plan of Diffusers, in place of all that is said here about blocks.
         unsequenced: why sequence parallelism (Ulysses, ring) cannot support the class; None where it does.
         unpiped: why PipeFusion cannot support the class; None where it does.
@@ -124,6 +129,7 @@ class ModelPlan:
     spread: tuple[str, ...] = ()
     segments: tuple[str, str, str] | None = None
     length_base: tuple[str, str] | None = None
+    prompted: Streams = ()
     idle: tuple[str, ...] = ()
     many: bool = False
     linear: tuple[str, ...] = ()
@@ -136,6 +142,7 @@ class ModelPlan:
     by_number: tuple[str, ...] = ()
     unbatched: tuple[str, ...] = ()
     batch_dims: dict[str, int] = field(default_factory=dict)
+    by_frame: tuple[str, ...] = ()
     row_lists: tuple[str, ...] = ()
     pictures: tuple[str, str] | None = None
     returns: Streams = ("image",)
@@ -149,6 +156,7 @@ class ModelPlan:
     per_head: dict[str, dict[int, int]] = field(default_factory=dict)
     undivided: tuple[str, ...] = ()
     unpaired: tuple[str, ...] = ()
+    unpaired_without: dict[str, str] = field(default_factory=dict)
     context: dict[str, Any] | None = None
     unsequenced: str | None = None
     unpiped: str | None = None

@@ -47,7 +47,7 @@ from xfuser.models.sana import SANA, SANA_VIDEO, SANA_WM
 from xfuser.models.sd3 import SD3, SD3_CONTROLNET
 from xfuser.models.sound import ACE_STEP, LONGCAT_AUDIO, MINIMAX_MUSIC3, STABLE_AUDIO, STABLE_AUDIO3
 from xfuser.models.teacache import teacache_plan
-from xfuser.models.unet import UNET
+from xfuser.models.unet import MOTION_UNET, UNET, VIDEO_UNET
 from xfuser.models.unserved import UNSERVED
 from xfuser.models.wan import ANYFLOW, SKYREELS_V2, WAN, WAN_ANIMATE, WAN_VACE
 from xfuser.models.z_image import Z_IMAGE
@@ -81,6 +81,7 @@ PLANS: dict[str, ModelPlan] = {
     "HunyuanVideo15Transformer3DModel": HUNYUAN_VIDEO_15,
     "HunyuanVideoFramepackTransformer3DModel": FRAMEPACK,
     "HunyuanVideoTransformer3DModel": HUNYUAN_VIDEO,
+    "I2VGenXLUNet": VIDEO_UNET,
     "Ideogram4Transformer2DModel": IDEOGRAM4,
     "JoyImageEditPlusTransformer3DModel": JOYIMAGE_EDIT_PLUS,
     "JoyImageEditTransformer3DModel": JOYIMAGE_EDIT,
@@ -115,6 +116,9 @@ PLANS: dict[str, ModelPlan] = {
     "StableAudio3DiTModel": STABLE_AUDIO3,
     "StableAudioDiTModel": STABLE_AUDIO,
     "UNet2DConditionModel": UNET,
+    "UNet3DConditionModel": VIDEO_UNET,
+    "UNetMotionModel": MOTION_UNET,
+    "UNetSpatioTemporalConditionModel": VIDEO_UNET,
     "WanAnimateTransformer3DModel": WAN_ANIMATE,
     "WanTransformer3DModel": WAN,
     "WanVACETransformer3DModel": WAN_VACE,
@@ -204,23 +208,31 @@ def controlnets_of(pipe: Any) -> list[tuple[nn.Module, ModelPlan]]:
     return [(net, CONTROLNETS[type(net).__name__]) for net in nets if type(net).__name__ in CONTROLNETS]
 
 
-def check_methods(cls: str, plan: ModelPlan, sequence: bool, pipelined: bool) -> None:
-    """Raise a ValueError where sequence parallelism or PipeFusion is asked for, and does not support the class."""
+def check_methods(cls: str, plan: ModelPlan, sequence: bool, pipelined: bool, patched: bool = False) -> None:
+    """Raise a ValueError where sequence parallelism, PipeFusion or DistriFusion is asked for, and does not support the
+    class."""
     served = ["CFG", "data parallelism"]
     if plan.unsequenced is None:
         served.insert(0, "Ulysses, ring")
-    if plan.halvings:
-        served += ["tensor parallelism", "DistriFusion"]
+    if not plan.blocks and not plan.context:
+        served += ["tensor parallelism"] + ["DistriFusion"] * plan.patched
+    unpatched = plan.unpiped if plan.context else None if plan.patched else plan.unsequenced
     for asked, method, reason in (
         (sequence, "sequence parallelism (ulysses_degree, ring_degree)", plan.unsequenced),
         (pipelined, "PipeFusion", plan.unpiped),
+        (patched, "DistriFusion and naive patches", unpatched),
     ):
         if asked and reason:
             raise ValueError(f"{method} does not support {cls}: {reason}. Use {', '.join(served[:-1])} or {served[-1]}")
 
 
 def check_folder(
-    path: str, sequence: bool = False, pipelined: bool = False, divides: bool = False, teacache: bool = False
+    path: str,
+    sequence: bool = False,
+    pipelined: bool = False,
+    patched: bool = False,
+    divides: bool = False,
+    teacache: bool = False,
 ) -> None:
     """Raise a ValueError, without loading weights, for a folder that is not a pipeline, has no known transformer, or
     one that a method does not support. ``divides`` are methods that divide weights, which quantised ones are not.
@@ -240,7 +252,7 @@ def check_folder(
     names = list(classes.values())
     for component, name in classes.items():
         if name in PLANS:
-            check_methods(name, PLANS[name], sequence, pipelined)
+            check_methods(name, PLANS[name], sequence, pipelined, patched)
             if teacache:
                 teacache_plan(name)
             if divides:

@@ -14,6 +14,7 @@ SD3 = ModelPlan(
     returns=("text", "image"),
     text_modules=("ff_context", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
     counts_steps=("skip_layers",),
+    prompted=("image", "picture"),
 )
 
 SD3_CONTROLNET = replace(SD3, embed=None, head=None, residuals=())

@@ -1,4 +1,8 @@
-"""U-Nets of Stable Diffusion 1.x, 2.x (arXiv 2112.10752) and SDXL (arXiv 2307.01952): maps of several resolutions."""
+"""U-Nets, whose maps have several resolutions: Stable Diffusion 1.x, 2.x (arXiv 2112.10752), SDXL (arXiv 2307.01952);
+of videos, ModelScope (arXiv 2308.06571), I2VGen-XL (arXiv 2311.04145), AnimateDiff (arXiv 2307.04725), Stable Video
+Diffusion (arXiv 2311.15127)."""
+
+from dataclasses import replace
 
 from xfuser.models.plan import ModelPlan
 
@@ -16,4 +20,18 @@ UNET = ModelPlan(
     ),
     unsequenced="a U-Net works on maps of several resolutions, not on one sequence of tokens",
     unpiped="a U-Net's blocks hand maps of several resolutions on to blocks far behind them, by skip connections",
+)
+
+VIDEO_UNET = replace(
+    UNET,
+    halvings=None,
+    residuals=(),
+    unsequenced=(
+        "a U-Net's maps of several resolutions are no sequence of tokens, and its layers over time see them pixel by"
+        " pixel, which bands of rows do not know"
+    ),
+)
+
+MOTION_UNET = replace(
+    VIDEO_UNET, by_frame=("encoder_hidden_states", "down_block_additional_residuals", "mid_block_additional_residual")
 )

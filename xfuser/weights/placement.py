@@ -53,6 +53,9 @@ class Placement:
             for model, _ in planned_models(pipe).values():
                 message = "caches hook all blocks, and this stage has some: call it before the wrap, or use_fbcache"
                 self._guards.enter_context(replaced(model, "enable_cache", refusal(f"enable_cache: {message}")))
+        if parallel.tp_degree * parallel.fully_shard_degree > 1 and hasattr(pipe, "load_ip_adapter"):
+            message = "this rank has a part of the transformer's weights: call it before the wrap, or unwrap() first"
+            self._guards.enter_context(replaced(pipe, "load_ip_adapter", refusal(f"load_ip_adapter: {message}")))
         for module in filter(lambda one: hasattr(one, "save_pretrained"), self._rearranged()):
             problem = f"this rank has a part of the weights of {type(module).__name__}"
             advice = "call save_pretrained() of the wrapped pipeline, on all ranks, or unwrap() first"
@@ -137,10 +140,7 @@ def pipeline_split(
 
 def _check_methods(model: nn.Module, plan: ModelPlan, parallel: ParallelConfig) -> None:
     kind = type(model).__name__
-    if parallel.patched and (plan.context or not plan.patched):
-        why = plan.unsequenced or plan.unpiped
-        raise ValueError(f"DistriFusion and naive patches do not support {kind}: {why}. {USE_OTHERS}")
-    check_methods(kind, plan, parallel.sequenced, parallel.pipelined)
+    check_methods(kind, plan, parallel.sequenced, parallel.pipelined, parallel.patched)
     if parallel.sequenced or parallel.pipelined or parallel.patched:
         attentions_of(model, plan)  # refuses blocks of another layout
 

@@ -26,15 +26,15 @@ class _Running(threading.local):
 class _Attention:
     """One attention module: what computes its attention, and how often it was asked to in this forward."""
 
-    def __init__(self, attend: Attend) -> None:
-        self.attend, self.count = attend, 0
+    def __init__(self, attend: Attend, again: Attend | None) -> None:
+        self.attend, self.again, self.count = attend, again, 0
 
 
 class _Traced:
     """The same while a compiler traces a block: the place of the module in the block, as all else differs by block."""
 
     def __init__(self) -> None:
-        self.place, self.count = "", 0
+        self.place, self.count, self.again = "", 0, False
 
 
 @contextmanager
@@ -44,6 +44,7 @@ def intercepted(
     many: bool = False,
     idle: tuple[str, ...] = (),
     places: dict[str, str] | None = None,
+    again: dict[str, Attend] | None = None,
 ) -> Iterator[None]:
     """Within the context, each of ``modules`` computes its attention by ``attend(name)``.
 
@@ -54,7 +55,8 @@ def intercepted(
     The replacement takes query, key, value, mask and scale of ``scaled_dot_product_attention``. A module whose
     processor does not call that function exactly once per forward, or at least once with ``many``, raises a ValueError:
     its attention would not be the one intended. One of the arguments ``idle`` that is true says that it attends to
-    nothing. ``places`` are the modules' names within their blocks, where these are compiled.
+    nothing. ``places`` are the modules' names within their blocks, where these are compiled. Modules of ``again`` may
+    call the function more than once in a forward, and compute all calls but the first by ``again[name]``.
     """
     running, traced, original = _Running(), _Traced(), F.scaled_dot_product_attention
 
@@ -64,7 +66,8 @@ def intercepted(
             if not traced.place:
                 return None
             traced.count += 1
-            return operator.attend(*operands(), traced.place, backend)
+            by = "again" if traced.again and traced.count > 1 else "attend"
+            return operator.attend(*operands(), f"{traced.place}.forward.{by}", backend)
         module = running.module
         if module is None:
             return None
@@ -72,7 +75,7 @@ def intercepted(
         running.module = None  # what computes the attention may come here
         dispatch.asked.backend = backend
         try:
-            return module.attend(*operands())
+            return (module.again if module.again and module.count > 1 else module.attend)(*operands())
         finally:
             running.module, dispatch.asked.backend = module, "auto"
 
@@ -86,27 +89,26 @@ def intercepted(
 
     def counted(name: str, module: nn.Module, attend: Attend, place: str) -> Callable[..., Any]:
         """The forward of an attention module, which says that it runs, and checks how it computed attention."""
-        forward_of_module = getattr(*innermost(module))
+        forward_of_module, more = getattr(*innermost(module)), (again or {}).get(name)
 
         def check(count: int, kwargs: dict[str, Any]) -> None:
-            if count == 1 or (count and many) or (count == 0 and any(map(kwargs.get, idle))):
+            if count == 1 or (count and (many or more)) or (count == 0 and any(map(kwargs.get, idle))):
                 return
             processor = type(getattr(module, "processor", module)).__name__
             raise ValueError(
                 f"{name}: {processor} called scaled_dot_product_attention {count} times in one forward, and must"
-                " call it, or an attention backend of Diffusers, once. Use the processors that the model came with, and"
-                " no IP-adapter"
+                " call it, or an attention backend of Diffusers, once. Use the processors that the model came with"
             )
 
         @functools.wraps(forward_of_module)
         def forward(*args: Any, **kwargs: Any) -> Any:
             if torch.compiler.is_compiling():
-                traced.place, traced.count = place, 0
+                traced.place, traced.count, traced.again = place, 0, more is not None
                 output, count = forward_of_module(*args, **kwargs), traced.count
                 traced.place, traced.count = "", 0
                 check(count, kwargs)
                 return output
-            outer, running.module = running.module, (own := _Attention(attend))
+            outer, running.module = running.module, (own := _Attention(attend, more))
             try:
                 output = forward_of_module(*args, **kwargs)
             finally:
@@ -114,7 +116,7 @@ def intercepted(
             check(own.count, kwargs)
             return output
 
-        forward.attend = attend
+        forward.attend, forward.again = attend, more
         return forward
 
     with ExitStack() as stack:

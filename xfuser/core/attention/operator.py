@@ -42,10 +42,10 @@ def running(block: nn.Module) -> Iterator[None]:
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, place: str, backend: str
 ) -> Tensor:
-    """What ``intercepted()`` has put into the forward of the running block's module at ``place``."""
+    """What ``intercepted()`` has put at ``place``, an attribute of the forward of a module in the running block."""
     asked.backend, asked.compiled = backend, True
     try:
-        out = attrgetter(place)(_running.block).forward.attend(q, k, v, mask, scale)
+        out = attrgetter(place)(_running.block)(q, k, v, mask, scale)
     finally:
         asked.backend, asked.compiled = "auto", False
     return out.transpose(1, 2).contiguous().transpose(1, 2)  # the strides that the compiler was told

@@ -86,10 +86,7 @@ class Stub(nn.Module):
         self.lent = nn.ModuleList(block.get_submodule(name) for name in lent)
         self.__dict__["block"] = block  # unregistered: its weights are gone
         self.stage_layers, self.held = layers, False
-        kept = set(self.lent.parameters())
-        for weight, owner, key in tensors_of(block):
-            if weight not in kept:
-                set_tensor(owner, key, weight, weight.to("meta"))
+        self.free()
         names = {streams: name for name, streams in plan.carriers(place[0]).items()}
         returned = [names[streams] for streams in plan.outputs(place[0])]
         bind = Binder(block.forward)
@@ -101,6 +98,13 @@ class Stub(nn.Module):
             return passed if len(passed) > 1 else passed[0]
 
         self.forward = forward
+
+    def free(self) -> None:
+        """Free the block's weights, but for those that are lent."""
+        kept = set(self.lent.parameters())
+        for weight, owner, key in tensors_of(self.block):
+            if weight not in kept:
+                set_tensor(owner, key, weight, weight.to("meta"))
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -162,6 +166,23 @@ class StageBlocks:
             return load(**arguments)
 
         return loading
+
+    def with_all_blocks(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """``function``, for which the model has all blocks; the weights that it gives to other stages' are freed."""
+
+        @functools.wraps(function)
+        def seeing_all(*args: Any, **kwargs: Any) -> Any:
+            stubs = [one for one in blocks_of(self.model, self.plan) if isinstance(one.module, Stub)]
+            for stub, name, i in stubs:
+                self.model.get_submodule(name)[i] = stub.block
+            try:
+                return function(*args, **kwargs)
+            finally:
+                for stub, name, i in stubs:
+                    self.model.get_submodule(name)[i] = stub
+                    stub.free()
+
+        return seeing_all
 
     def remember(self) -> None:
         """Take this stage's blocks, as the wrap has left them, for those that the other stages can restore."""

@@ -26,6 +26,7 @@ from xfuser.methods.pipefusion.scheduler import patchwise
 from xfuser.methods.pipefusion.stage import Stage
 from xfuser.models.registry import controlnets_of, planned_models
 
+BY_BLOCK = ("load_ip_adapter", "set_ip_adapter_scale", "unload_ip_adapter")  # go by the numbers of attention modules
 FULL_PREDICTION = "it needs the full prediction, and each sub-step makes only a patch of it"
 
 
@@ -46,6 +47,12 @@ class PipeFusion:
         group = GroupCoordinator(group.group_ranks, group.local_rank, dist.get_backend())
         self._pipe, self._group, models = pipe, group, planned_models(pipe)
         self._blocks = [StageBlocks(*models[name], group, counts) for name, counts in layers.items()]
+        self._hooks = ExitStack()
+        for name in filter(lambda one: hasattr(pipe, one), BY_BLOCK):
+            seeing_all = getattr(pipe, name)
+            for blocks in self._blocks:
+                seeing_all = blocks.with_all_blocks(seeing_all)
+            self._hooks.enter_context(replaced(pipe, name, seeing_all))
         self._channels: dict[Route, Channel] = {}
         self._failed = False  # the last call, with the channels in use
         self.stages: dict[nn.Module, Stage] = {}
@@ -140,6 +147,7 @@ class PipeFusion:
 
     def restore(self) -> None:
         """Give all stages all blocks again; every stage must call it."""
+        self._hooks.close()
         for blocks in self._blocks:
             blocks.restore()
         self._close_channels()

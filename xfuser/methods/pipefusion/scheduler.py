@@ -85,6 +85,8 @@ class PatchwiseScheduler:
         """Scales what the next sub-step computes, and once: some pipelines keep the result as their latents."""
         self._begin(timestep)
         patch = self._call.patch
+        if not hasattr(self._copies[0], "scale_model_input"):  # pipelines ask whether there is one
+            return sample
         if self._call.synchronous:
             return sample if patch else self._copies[0].scale_model_input(sample, timestep)
         return self._placed(self._copies[patch].scale_model_input(self._patches.of(sample, patch), timestep), sample)

@@ -3,7 +3,7 @@
 Sizes are awkward on purpose: 3 heads, odd text lengths, token counts that nothing divides.
 """
 
-from xfuser.testing.zoo import image_cross, image_joint, image_sequence, sound, video_cross, video_joint
+from xfuser.testing.zoo import image_cross, image_joint, image_sequence, sound, video_cross, video_joint, video_unet
 from xfuser.testing.zoo.family import HEAD_DIM, HEADS, TEXT, WIDTH, WORDS, Family
 
 __all__ = ["FAMILIES", "HEADS", "HEAD_DIM", "KINDS", "TEXT", "WIDTH", "WORDS", "Family"]
@@ -11,7 +11,7 @@ __all__ = ["FAMILIES", "HEADS", "HEAD_DIM", "KINDS", "TEXT", "WIDTH", "WORDS", "
 # What a family makes: the kinds of the README's table.
 KINDS: dict[str, dict[str, Family]] = {
     "image": image_cross.FAMILIES | image_joint.FAMILIES | image_sequence.FAMILIES,
-    "video": video_cross.FAMILIES | video_joint.FAMILIES,
+    "video": video_cross.FAMILIES | video_joint.FAMILIES | video_unet.FAMILIES,
     "sound": sound.FAMILIES,
 }
 FAMILIES: dict[str, Family] = {name: families[name] for families in KINDS.values() for name in sorted(families)}

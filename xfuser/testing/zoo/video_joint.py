@@ -154,7 +154,7 @@ FAMILIES: dict[str, Family] = {
         "EasyAnimate 5.1",
         {
             "num_attention_heads": HEADS, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4,
-            "patch_size": 2, "num_layers": 3, "mmdit_layers": 3, "time_embed_dim": 8, "text_embed_dim": TEXT,
+            "patch_size": 2, "num_layers": 3, "mmdit_layers": 2, "time_embed_dim": 8, "text_embed_dim": TEXT,
         },
         VIDEO,
         _easyanimate,
