@@ -197,16 +197,14 @@ class Engine:
         if self.why or not self._queue.jobs or all(until):
             return
         calls = self._queue.calls(parts=self._ranks // self._sizes[0])
-        for jobs, ranks, end in elastic.placed(calls, until, self._seconds, self._sizes, time.monotonic()):
+        predict = partial(elastic.seconds, measured=self.abilities["seconds"])
+        for jobs, ranks, end in elastic.placed(calls, until, predict, self._sizes, time.monotonic()):
             self._queue.remove(jobs)
             self._calls.append(Call(jobs, ranks, end))
             self._metrics.batches.observe(len(jobs))
             self._metrics.calls.labels(len(ranks)).inc()
             told = [{name: getattr(job, name) for name in TOLD} for job in jobs]
             self._send(ranks, ("draw", len(ranks), told))
-
-    def _seconds(self, jobs: list[Job], size: int) -> float:
-        return elastic.seconds(jobs, size, self.abilities["seconds"])
 
     def _send(self, ranks: range, message: Any) -> None:
         for rank in ranks:

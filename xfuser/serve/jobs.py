@@ -69,7 +69,7 @@ class Job:
     def result(self) -> bytes:
         """The encoded picture or video of a job that has ended, or its :class:`Failure`."""
         if isinstance(self.outcome, Failure):
-            raise self.outcome
+            raise self.outcome.with_traceback(None)  # one of an earlier call would be kept with it
         assert self.outcome is not None
         return self.outcome
 
