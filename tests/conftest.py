@@ -10,7 +10,9 @@ import pytest
 import tiny
 import torch
 
+from xfuser.testing.faults import faulty_pipeline
 from xfuser.testing.ranks import RankPool
+from xfuser.testing.serving import Served
 
 
 def pytest_addoption(parser):
@@ -49,3 +51,15 @@ def folder_of(tmp_path_factory):
     """From a family's name to the folder of its tiny pipeline."""
     root = tmp_path_factory.mktemp("pipelines")
     return lambda family, attentive=False: tiny.save(family, root, attentive)
+
+
+@pytest.fixture(scope="session")
+def elastic_served(tmp_path_factory):
+    """A server with two ranks, each call on one or both."""
+    folder = tmp_path_factory.mktemp("elastic")
+    flags = ["--model", faulty_pipeline(str(folder)), "--trust_remote_code", "--no_use_resolution_binning"]
+    flags += ["--elastic", "--ulysses_degree", 2, "--height", 128, "--width", 128, "--num_inference_steps", 3]
+    server = Served(folder, *flags)
+    yield server
+    server.process.kill()
+    server.process.wait()

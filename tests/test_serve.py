@@ -22,7 +22,6 @@ from xfuser.config import xFuserArgs
 from xfuser.config.args import SHIPPED_PIPELINE
 from xfuser.serve import command
 from xfuser.serve.jobs import Failure, Job, JobQueue
-from xfuser.serve.options import Options
 from xfuser.serve.requests import ImageRequest, Limits
 from xfuser.serve.server import Server
 from xfuser.testing import faults
@@ -69,11 +68,12 @@ def pixels(data):
 
 
 @running.remembered
-def serial(prompt=PROMPT, seed=0, steps=STEPS, side=SIDE):
+def serial(prompt=PROMPT, seed=0, steps=STEPS, side=SIDE, binning=True):
     """The picture that the bare pipeline draws alone."""
     pipe = running.loaded(SHIPPED_PIPELINE)
-    sizes = {"height": side, "width": side, "num_inference_steps": steps, "guidance_scale": 3.5}
-    made = pipe(prompt, **sizes, generator=torch.Generator().manual_seed(seed), max_sequence_length=256)
+    given = {"height": side, "width": side, "num_inference_steps": steps, "guidance_scale": 3.5}
+    given["use_resolution_binning"] = binning
+    made = pipe(prompt, **given, generator=torch.Generator().manual_seed(seed), max_sequence_length=256)
     return np.asarray(made.images[0], dtype=np.int16)
 
 
@@ -89,12 +89,11 @@ def in_thread(function, *args, **kwargs):
     return future
 
 
-def drawing(served, client):
-    """Start a slow picture; its future, once it is drawn."""
-    before = served.metric("xdit_steps_total")
-    future = in_thread(draw, client, steps=faults.SLOW)
-    until(lambda: served.metric("xdit_steps_total") > before, "a first step")
-    return future
+def drawing(client):
+    """A slow picture whose first step is done, as its events; to close them ends it."""
+    events = client.images.generate(prompt=PROMPT, stream=True, extra_body={"num_inference_steps": faults.SLOW})
+    next(event for event in events if event.step > 0)
+    return events
 
 
 def test_the_openai_client_draws_what_one_rank_draws(served, client):
@@ -147,17 +146,17 @@ def test_pictures_are_checked_before_they_are_accepted(client):
 @pytest.mark.matrix
 def test_pictures_of_a_batch_are_those_drawn_alone(served, client):
     """Also one after the other: nothing of one request is seen in another."""
-    blocking = drawing(served, client)
+    blocking = drawing(client)
     calls, before = served.metric("xdit_batch_size_count"), served.metric("xdit_batch_size_sum")
     prompts = [PROMPT, "a green square", "a blue circle", PROMPT]
     others = [in_thread(draw, client, prompt, seed=seed) for seed, prompt in enumerate(prompts)]
     until(lambda: served.health()["queue"] == 4, "four waiting pictures")
+    blocking.close()
     for seed, (prompt, other) in enumerate(zip(prompts, others, strict=True)):
         assert same(other.result(), serial(prompt, seed))
     assert served.metric("xdit_batch_size_count") - calls == 1 and served.metric("xdit_batch_size_sum") - before == 4
     first, _, again = (draw(client, prompt, seed=3) for prompt in (PROMPT, "a green square", PROMPT))
     assert np.array_equal(first, again)
-    blocking.result()
 
 
 @pytest.mark.matrix
@@ -176,8 +175,8 @@ def test_events_tell_steps_and_show_previews(client):
 @pytest.mark.matrix
 @pytest.mark.parametrize("by", ["delete", "disconnect"])
 def test_a_cancelled_request_ends_within_a_step(served, client, by):
-    events = client.images.generate(prompt=PROMPT, stream=True, extra_body={"num_inference_steps": faults.SLOW})
-    name = next(event.id for event in events if event.step > 0)
+    events = drawing(client)
+    name = next(events).id
     before = served.metric("xdit_steps_total")
     if by == "delete":
         client.delete(f"/images/generations/{name}", cast_to=object)
@@ -191,26 +190,30 @@ def test_a_cancelled_request_ends_within_a_step(served, client, by):
 
 
 @pytest.mark.matrix
-def test_a_cancelled_request_leaves_the_others_of_its_batch(served, client):
-    blocking = drawing(served, client)
-    kept = in_thread(draw, client, seed=1, steps=20)
-    left = in_thread(draw, client.with_options(timeout=1.0), seed=2, steps=20)
-    with pytest.raises(openai.APITimeoutError):
-        left.result()
-    blocking.result()
-    assert same(kept.result(), serial(seed=1, steps=20))
+def test_a_cancelled_request_leaves_the_others_of_its_call(served, client):
+    blocking, before = drawing(client), served.metric("xdit_batch_size_count")
+    kept = in_thread(draw, client, steps=faults.SLOW, seed=1)
+    left = client.images.generate(
+        prompt=PROMPT, stream=True, extra_body={"num_inference_steps": faults.SLOW, "seed": 2}
+    )
+    until(lambda: served.health()["queue"] == 2, "two waiting pictures")
+    blocking.close()
+    next(event for event in left if event.step > 0)
+    left.close()
+    assert same(kept.result(), serial(seed=1, steps=faults.SLOW))
+    assert served.metric("xdit_batch_size_count") - before == 1
 
 
 @pytest.mark.matrix
 def test_a_full_queue_says_when_to_come_again(served, client):
-    blocking = drawing(served, client)
+    blocking = drawing(client)
     waiting = in_thread(draw, client, n=10)
     until(lambda: served.health()["queue"] == 10, "ten waiting pictures")
     with pytest.raises(openai.RateLimitError) as error:
         draw(client, n=3)
     assert error.value.response.headers["retry-after"] and error.value.body["code"] == "rate_limit_exceeded"
+    blocking.close()
     assert len(waiting.result()) == 10
-    blocking.result()
 
 
 @pytest.mark.matrix
@@ -232,22 +235,22 @@ def test_out_of_memory_halves_a_batch_and_refuses_what_is_alone(served, client):
 
 
 @pytest.mark.matrix
-def test_a_killed_rank_takes_its_batch_and_nothing_else(served, client):
+def test_a_killed_rank_takes_its_call_and_nothing_else(served, client):
     """The others of the queue survive, and what asked for it is drawn again."""
-    running_one = drawing(served, client)
-    again = in_thread(draw, client, steps=faults.SLOW, seed=1, size="64x64", retry=True)
-    until(lambda: served.health()["queue"] == 1, "a waiting picture")
-    queued = in_thread(draw, client, seed=5)
+    blocking = drawing(client)
+    lost, again = (
+        in_thread(draw, client, steps=faults.SLOW, seed=seed, size="64x64", retry=seed == 1) for seed in range(2)
+    )
     until(lambda: served.health()["queue"] == 2, "two waiting pictures")
+    queued = in_thread(draw, client, seed=5)
+    until(lambda: served.health()["queue"] == 3, "three waiting pictures")
+    blocking.close()
+    until(lambda: served.health()["queue"] == 1, "two pictures that are drawn together")
     os.kill(served.ranks()[1], signal.SIGKILL)
     with pytest.raises(openai.APIStatusError) as error:
-        running_one.result()
+        lost.result()
     assert error.value.status_code == 503 and error.value.body["code"] == "engine_restarted"
-    served.ready()
-    before = served.metric("xdit_steps_total")
-    until(lambda: served.metric("xdit_steps_total") > before, "a step of what is drawn again")
-    os.kill(served.ranks()[0], signal.SIGKILL)
-    assert again.result().shape == (64, 64, 3)
+    assert same(again.result(), serial(seed=1, steps=faults.SLOW, side=64))
     assert same(queued.result(), serial(seed=5))
 
 
@@ -264,7 +267,7 @@ def test_ranks_that_wait_for_one_are_started_anew(served, client, steps, status)
 
 
 def test_ctrl_c_ends_all(served, client):
-    drawn = drawing(served, client)
+    drawn = in_thread(list, drawing(client))
     assert served.interrupt() <= 5
     assert drawn.exception() and served.process.returncode == 0
 
@@ -308,8 +311,9 @@ def test_no_shape_starves():
     queue.put([job(f"small {i}", height=64) for i in range(6)] + [job("large", height=512)])
     batches = 0
     while True:
-        batch = queue.take()
-        if batch[0].prompt == "large":
+        call = queue.calls()[0]
+        queue.remove(call)
+        if call[0].prompt == "large":
             break
         batches += 1
         queue.put([job("late", height=64) for _ in range(8)])
@@ -322,16 +326,17 @@ def test_what_a_batch_has_in_common():
     pictured = Job("d", "", 0, {"height": 64}, most=4, image=b"")
     jobs = [job("a", height=64), job("b", height=80), guided, pictured, job("e", height=64), job("f", 1, height=64)]
     queue.put(jobs)
-    jobs[4].cancelled = True
-    batches = [[one.prompt for one in queue.take()] for _ in range(6)]
-    assert batches == [["a"], ["b"], ["c"], ["d"], ["f"], []]
+    assert [[one.prompt for one in call] for call in queue.calls()] == [["a", "e"], ["b"], ["c"], ["d"], ["f"]]
+    assert [[one.prompt for one in call] for call in queue.calls(parts=2)][:3] == [["a"], ["b"], ["c"]]
+    queue.remove(jobs[:1])
+    assert [[one.prompt for one in call] for call in queue.calls()] == [["b"], ["c"], ["d"], ["e"], ["f"]]
     with pytest.raises(Failure, match="10 may"):
         queue.put(jobs * 2)
 
 
 def limits(**args):
-    configs = xFuserArgs(model="shapes-256", **args).checked()
-    return Limits(*configs, side=1024, batch=4)
+    config, inputs = xFuserArgs(model="shapes-256", **args).checked()
+    return Limits(config.model_config.model, "shapes-256", inputs, side=1024, batch=4)
 
 
 def test_unknown_words_and_videos_are_refused():
@@ -341,21 +346,22 @@ def test_unknown_words_and_videos_are_refused():
         ({"prompt": PROMPT, "model": "other"}, "shapes-256"),
     ]:
         with pytest.raises(Failure, match=told):
-            limits().jobs(ImageRequest(**fields), abilities, "shapes-256")
+            limits().jobs(ImageRequest(**fields), abilities)
     with pytest.raises(Failure, match="POST /v1/videos"):
-        limits().jobs(ImageRequest(prompt=PROMPT), abilities | {"videos": True}, "shapes-256")
-    jobs = limits().jobs(ImageRequest(prompt=PROMPT, seed=7, n=3), abilities, "shapes-256")
+        limits().jobs(ImageRequest(prompt=PROMPT), abilities | {"videos": True})
+    jobs = limits().jobs(ImageRequest(prompt=PROMPT, seed=7, n=3), abilities)
     assert [one.seed for one in jobs] == [7, 8, 9]
 
 
 def test_what_takes_too_much_memory_is_refused():
     """By the planner's count for that size, before it is accepted; the engine need not run for that."""
-    args = xFuserArgs(model="shapes-256", memory="100MB", ulysses_degree=2, no_use_resolution_binning=True)
-    server = Server(args, [], Options())
-    sizes = [{"height": side, "width": side, "num_frames": None} for side in (256, 1024)]
-    server.check_memory(sizes[0])
+    flags = ["--memory", "100MB", "--ulysses_degree", "2", "--no_use_resolution_binning"]
+    args, options = command.parsed(flags)
+    server = Server(args, flags, options)
+    sizes = [{"height": side, "width": side, "num_frames": None, "num_inference_steps": 1} for side in (256, 1024)]
+    server.ranks_for(sizes[0])
     with pytest.raises(Failure, match=r"takes 0\.\d+ GB of a rank, which has 0\.1 GB"):
-        server.check_memory(sizes[1])
+        server.ranks_for(sizes[1])
 
 
 def test_what_cannot_be_served_is_told_in_one_line(tmp_path, monkeypatch):

@@ -12,8 +12,8 @@ import torch
 import whole
 from PIL import Image
 
-from xfuser import xDiTParallel, xFuserArgs
-from xfuser.serve import worker
+from xfuser import xFuserArgs
+from xfuser.serve import elastic, worker
 from xfuser.weights.loading import load_pipeline
 
 SETTINGS = {"height": 80, "width": 48, "num_inference_steps": 3, "guidance_scale": 3.5}
@@ -29,16 +29,17 @@ def draws(path: str, batches: list[Any], cancelled: tuple[str, ...] = (), **degr
     """How each batch ended; what is named is cancelled before the first one begins. On rank 0, what it sent besides."""
     args = xFuserArgs(model=path, max_sequence_length=7, no_use_resolution_binning="pixart" in path, **degrees)
     engine_config, inputs = args.create_config()
-    pipe = xDiTParallel(load_pipeline(engine_config, inputs), engine_config, inputs)
+    pipe = load_pipeline(engine_config, inputs)
     pipe.set_progress_bar_config(disable=True)
+    teams = worker.teams_of(pipe, engine_config, inputs, False)
     ours, theirs = Pipe()
     if cancelled:
         ours.send(("cancel", set(cancelled)))
-    ends = [worker.draw(pipe, inputs, batch, theirs) for batch in batches]
+    ends = [worker.draw(teams, inputs, engine_config.world_size, batch, theirs) for batch in batches]
     sent = []
     while ours.poll():
         sent.append(ours.recv())
-    pipe.unwrap()
+    teams[engine_config.world_size][1].unwrap()
     return ends, sent
 
 
@@ -83,7 +84,7 @@ def test_behind_a_cancelled_batch_the_next_is_as_ever(pool, folder_of, degrees):
         kinds = [kind for kind, _ in ends]
         assert kinds == ["cancelled", "done", "invalid", "done"] and "divisible" in ends[2][1]
         assert ends[1][1] == ends[3][1]
-        assert [message[1] for message in sent] == [1, 2, 3] * 2
+        assert [step for _, (step, _) in sent] == [1, 2, 3] * 2
     (fresh, _), _ = pool.run(2, _draws_with, folder_of("pixart_sigma"), [[job(1)]], degrees)
     assert fresh == ends[1:2]
 
@@ -102,9 +103,50 @@ def test_a_picture_is_edited_and_previewed(pool, folder_of, tmp_path):
     assert not np.array_equal(*pixels[0])
     for one, other in zip(*pixels, strict=True):
         assert np.abs(one - other).max() <= 1
-    previews = [details["0"] for _, _, details in sent if "0" in details]
+    previews = [details["0"] for _, (_, details) in sent if "0" in details]
     assert previews and _pixels(previews[0]).shape == (80, 48, 3)
 
 
 def _pixels(data: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(data)), dtype=np.int16)
+
+
+def _elastic(path: str, calls: list[Any], degrees: dict[str, Any]) -> Any:
+    """How each call ended on this rank's team of the size that it names, and the process groups ahead of and behind
+    them."""
+    args = xFuserArgs(model=path, max_sequence_length=7, output_type="latent", **degrees)
+    engine_config, inputs = args.create_config()
+    elastic.check(engine_config)
+    pipe = load_pipeline(engine_config, inputs)
+    pipe.set_progress_bar_config(disable=True)
+    teams, rank = worker.teams_of(pipe, engine_config, inputs, True), torch.distributed.get_rank()
+    groups, made = len(torch.distributed.distributed_c10d._world.pg_map), elastic.sizes_of(4, True)
+    ends = []
+    for size, batches in calls:
+        ends.append(worker.draw(teams, inputs, size, batches[rank // size], None))
+    torch.distributed.barrier()
+    return ends, groups, len(torch.distributed.distributed_c10d._world.pg_map), made == list(teams)
+
+
+@pytest.mark.parametrize(
+    "family, degrees",
+    [
+        ("sd3", {"use_cfg_parallel": True, "ulysses_degree": 2}),
+        ("flux", {"ring_degree": 2, "data_parallel_degree": 2, "use_parallel_vae": True}),
+    ],
+)
+def test_teams_of_any_size_draw_the_same_and_make_no_groups(pool, folder_of, family, degrees):
+    """Four ranks: different pictures at a time on each, on pairs, on pairs of them, then one on all, then on each."""
+    jobs = [job(seed, PROMPTS[seed % 3], negative_prompt="a") for seed in range(4)]
+    alone = [[one] for one in jobs]
+    (expected, _), *_ = pool.run(1, _draws_with, folder_of(family), alone, {"output_type": "latent"})
+    expected = [latents(end)[0] for end in expected]
+    calls = [(1, alone), (2, [jobs[:1], jobs[1:]]), (4, [jobs[2:3]]), (1, alone[::-1])]
+    wanted = [(1, [[0], [1], [2], [3]]), (2, [[0], [1, 2, 3]]), (4, [[2]]), (1, [[3], [2], [1], [0]])]
+    for rank, (ends, before, behind, all_sizes) in enumerate(pool.run(4, _elastic, folder_of(family), calls, degrees)):
+        assert before == behind and all_sizes
+        for end, (size, teams) in zip(ends, wanted, strict=True):
+            assert end[0] == "done"
+            if rank % size == 0:
+                for drawn, number in zip(latents(end), teams[rank // size], strict=True):
+                    assert running.error(drawn.numpy(), expected[number].numpy()) <= running.TOLERANCE

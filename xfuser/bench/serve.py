@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import base64
 import io
+import math
 import os
 import random
 import signal
@@ -41,6 +42,16 @@ class Account:
     killed: list[float] = field(default_factory=list)  # when
     recovered: list[float] = field(default_factory=list)  # seconds until ready again
     after_fault: list[float] = field(default_factory=list)  # seconds from a kill to the end of a request that it hit
+    memory: list[int] = field(default_factory=list)  # bytes, behind WARM requests and at the end
+
+    def __str__(self) -> str:
+        told = ", ".join(f"{name} {count}" for name, count in sorted(self.ends.items()))
+        lines = [f"{self.ends.total()} requests ended: {told}; wrong pictures: {self.wrong}"]
+        lines.append(f"kills: {len(self.killed)}; ready again after {_spread(self.recovered)} s")
+        lines.append(f"running requests ended {_spread(self.after_fault)} s after the kill")
+        if len(self.memory) == 2:
+            lines.append(f"memory at the end: {self.memory[1] / self.memory[0]:.2f} of that behind {WARM} requests")
+        return "\n".join(lines)
 
 
 def main() -> None:
@@ -52,14 +63,20 @@ def main() -> None:
     flags.add_argument("--clients", type=int, default=8)
     flags.add_argument("--steps", type=int, default=2)
     flags.add_argument("--ranks", type=int, default=2)
+    flags.add_argument("--elastic", action="store_true")
     options = flags.parse_args()
     pipe, inputs = bare_pipeline(options.steps)
     with tempfile.TemporaryDirectory() as folder:
         model = ["--model", faulty_pipeline(folder), "--trust_remote_code", "--no_use_resolution_binning"]
         model += ["--num_inference_steps", options.steps]
-        served = Served(folder, *model, "--ulysses_degree", options.ranks).ready()
+        elastic = ["--elastic"] if options.elastic else []
+        served = Served(folder, *model, "--ulysses_degree", options.ranks, *elastic).ready()
         try:
-            asyncio.run(fault_run(served, options, serial_pictures(pipe, inputs)))
+            start, faults = time.monotonic(), (options.kills, options.exceptions)
+            account = asyncio.run(
+                fault_run(served, serial_pictures(pipe, inputs), options.requests, *faults, options.clients)
+            )
+            print(f"{options.ranks} ranks, {time.monotonic() - start:.0f} s, {options.requests} requests\n{account}")
         finally:
             served.interrupt()
         served = Served(folder, *model).ready()
@@ -92,42 +109,36 @@ def serial_pictures(pipe: Any, call: dict[str, Any]) -> dict[tuple, np.ndarray]:
     return {(shape, seed): drawn(pipe, call, shape, seed) for shape in SHAPES for seed in range(SEEDS)}
 
 
-async def fault_run(served: Served, options: argparse.Namespace, expected: dict[tuple, np.ndarray]) -> None:
-    """All requests, by so many clients at a time, with faults spread among them."""
+async def fault_run(
+    served: Served, expected: dict[tuple, np.ndarray], requests: int, kills: int, exceptions: int, clients: int
+) -> Account:
+    """So many requests, by so many clients at a time, with faults spread among them; each ends, or this does not."""
     account, choose = Account(), random.Random(0)
-    kinds = ["cancelled"] * round(0.05 * options.requests) + ["invalid"] * round(0.03 * options.requests)
-    kinds += ["raises"] * options.exceptions
-    kinds += ["picture"] * (options.requests - len(kinds))
+    kinds = ["cancelled"] * math.ceil(0.05 * requests) + ["invalid"] * math.ceil(0.03 * requests)
+    kinds += ["raises"] * exceptions
+    kinds += ["picture"] * (requests - len(kinds))
     choose.shuffle(kinds)
-    spacing = options.requests // (options.kills + 1)
-    memory: list[int] = []
+    spacing = requests // (kills + 1)
     waiting = iter(enumerate(kinds))
 
     async def client_loop(client: httpx.AsyncClient) -> None:
         for number, kind in waiting:
-            if options.kills and number and number % spacing == 0 and len(account.killed) < options.kills:
+            if kills and number and number % spacing == 0 and len(account.killed) < kills:
                 pids = served.ranks()
                 if pids:
                     os.kill(choose.choice(pids), signal.SIGKILL)
                     account.killed.append(time.monotonic())
                     recoveries.append(asyncio.ensure_future(_recovery(served, account)))
             if number == WARM:
-                memory.append(memory_of(served))
+                account.memory.append(memory_of(served))
             await request(client, kind, choose, account, expected)
 
     recoveries: list[Any] = []
-    start = time.monotonic()
     async with httpx.AsyncClient(base_url=served.url, timeout=600) as client:
-        await asyncio.gather(*(client_loop(client) for _ in range(options.clients)))
+        await asyncio.gather(*(client_loop(client) for _ in range(clients)))
     await asyncio.gather(*recoveries)
-    memory.append(memory_of(served))
-    told = ", ".join(f"{name} {count}" for name, count in sorted(account.ends.items()))
-    print(f"{options.requests} requests in {time.monotonic() - start:.0f} s, {options.ranks} ranks: {told}")
-    print(f"wrong pictures: {account.wrong}; lost requests: {options.requests - sum(account.ends.values())}")
-    print(f"kills: {len(account.killed)}; ready again after {_spread(account.recovered)} s")
-    print(f"running requests ended {_spread(account.after_fault)} s after the kill")
-    if len(memory) == 2:
-        print(f"memory at the end: {memory[1] / memory[0]:.2f} of that behind {WARM} requests")
+    account.memory.append(memory_of(served))
+    return account
 
 
 async def request(client: httpx.AsyncClient, kind: str, choose: Any, account: Account, expected: Any) -> None:

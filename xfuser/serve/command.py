@@ -6,46 +6,55 @@ import os
 import socket
 import sys
 from contextlib import suppress
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import NoReturn
 
 from xfuser.config import FlexibleArgumentParser, xFuserArgs
 from xfuser.pipeline_io.media import check_writable
-from xfuser.serve.options import Options
+from xfuser.serve import elastic
 
 PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "gradio", "multipart", "psutil")
 DEFAULT_MODEL = "shapes-256"
+NUMBERS = {  # flags of the server that are to be more than 0: their defaults, and what they are
+    "max_batch": (8, "Pictures drawn together at most."),
+    "max_queue": (256, "Pictures that may wait."),
+    "max_side": (2048, "Largest height or width of a picture, in pixels."),
+    "hang_timeout": (300.0, "Seconds without a step after which the ranks are started anew."),
+}
 
 
 def main(arguments: list[str]) -> int:
     """Serve until it is interrupted; on a rank, draw until the engine ends. Returns the exit code."""
-    args, own, options = parsed(arguments)
+    args, options = parsed(arguments)
     if options.engine:
         from xfuser.serve.worker import serve
 
-        serve(args, options.engine)
+        serve(args, options.engine, options.elastic)
         return 0
-    check(args, own)
+    check(args, options)
     with listening(options.host, options.port) as port:
-        run(args, arguments, own, port)
+        run(args, arguments, options, port)
 
 
-def parsed(arguments: list[str]) -> tuple[xFuserArgs, Options, argparse.Namespace]:
-    """Flags as what the pipeline takes, what the server takes, and all of them."""
+def parsed(arguments: list[str]) -> tuple[xFuserArgs, argparse.Namespace]:
+    """Flags as what the pipeline takes, and all of them."""
     options = parser().parse_args(arguments)
     args = xFuserArgs.from_cli_args(options)
-    own = Options(**{spec.name: getattr(options, spec.name) for spec in fields(Options)})
-    return replace(args, model=args.model or DEFAULT_MODEL), own, options
+    return replace(args, model=args.model or DEFAULT_MODEL), options
 
 
-def check(args: xFuserArgs, own: Options) -> None:
+def check(args: xFuserArgs, options: argparse.Namespace) -> None:
     """Raise a ValueError for what would fail later."""
     missing = [name for name in PACKAGES if not importlib.util.find_spec(name)]
     if missing:
         raise ValueError(f"xdit serve requires {', '.join(missing)}: pip install 'xfuser[serve]'")
-    own.check()
-    check_writable(own.output_dir)
-    args.checked()
+    for name in NUMBERS:
+        if not getattr(options, name) > 0:
+            raise ValueError(f"{name}={getattr(options, name)} must be more than 0")
+    check_writable(options.output_dir)
+    config, _ = args.checked()
+    if options.elastic:
+        elastic.check(config)
 
 
 def listening(host: str, port: int) -> socket.socket:
@@ -56,22 +65,22 @@ def listening(host: str, port: int) -> socket.socket:
         raise ValueError(f"cannot listen on {host}:{port} ({error}): choose another --port") from error
 
 
-def run(args: xFuserArgs, arguments: list[str], own: Options, port: socket.socket) -> NoReturn:
+def run(args: xFuserArgs, arguments: list[str], options: argparse.Namespace, port: socket.socket) -> NoReturn:
     """The HTTP process, until it is interrupted or the ranks do not start."""
     import uvicorn
 
     from xfuser.serve.app import create_app
     from xfuser.serve.server import Server
 
-    server = Server(args, arguments, own)
-    http = uvicorn.Server(uvicorn.Config(create_app(server), log_level="warning", timeout_graceful_shutdown=1))
-    server.engine.when_dead = lambda: setattr(http, "should_exit", True)
+    server = Server(args, arguments, options)
+    app = create_app(server, ended=lambda _: setattr(http, "should_exit", True))
+    http = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
     host, number = port.getsockname()[:2]
     print(f"xdit serve: http://{host}:{number} (model {server.model}; /health tells when it is ready)", flush=True)
     with suppress(KeyboardInterrupt):  # which uvicorn raises once more when it has ended
         http.run(sockets=[port])
     sys.stdout.flush()
-    os._exit(1 if server.engine.dead else 0)  # interpreter shutdown takes 10 s behind torchrun's launcher
+    os._exit(1 if server.engine.failed else 0)  # interpreter shutdown takes 10 s behind torchrun's launcher
 
 
 def parser() -> FlexibleArgumentParser:
@@ -84,7 +93,11 @@ def parser() -> FlexibleArgumentParser:
     )
     flags.add_argument("--host", default="127.0.0.1", help="Address to listen on (default: this machine alone).")
     flags.add_argument("--port", type=int, default=8000, help="Port to listen on (default: 8000).")
+    flags.add_argument("--output_dir", default="results", help="Folder for pictures that are asked for by URL.")
+    flags.add_argument(
+        "--elastic", action="store_true", help="Draw each call on as many of the ranks as end it soonest."
+    )
     flags.add_argument("--engine", help=argparse.SUPPRESS)
-    for spec in fields(Options):
-        flags.add_argument(f"--{spec.name}", type=type(spec.default), default=spec.default, help=spec.metadata["help"])
+    for name, (default, told) in NUMBERS.items():
+        flags.add_argument(f"--{name}", type=type(default), default=default, help=f"{told[:-1]} (default: {default}).")
     return xFuserArgs.add_cli_args(flags)

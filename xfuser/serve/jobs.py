@@ -1,10 +1,9 @@
 """One job a picture or video; the queue of those that are accepted, and which of them are drawn together."""
 
-import threading
+import asyncio
 import time
 import uuid
-from collections.abc import Callable
-from concurrent.futures import Future
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,19 +15,24 @@ class Failure(Exception):
         super().__init__(message)
         self.status, self.code, self.param = status, code, param
 
+    def body(self) -> dict[str, Any]:
+        """In the shape of OpenAI's errors."""
+        kind = "invalid_request_error" if self.status < 429 else "server_error"
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+
 
 @dataclass(eq=False)
 class Job:
     """One picture or video.
 
     Attributes:
-        settings: what all jobs of a batch have in common: fields of ``InputConfig``.
+        settings: what all jobs of a call have in common: fields of ``InputConfig``.
         image: an encoded picture to start from; such jobs are drawn alone.
         preview_every: steps from one preview to the next, 0 for none.
         retry: whether it is drawn once more if the ranks end while they draw it.
-        most: the largest batch that it may be drawn in.
-        future: the encoded picture or video, or a :class:`Failure`.
-        cancelled: nobody waits for it any more; its future then fails.
+        most: the largest number of pictures in its call.
+        ranks: how many it may be drawn on, with the seconds that the planner predicts, 0 where it predicts none.
+        outcome: the encoded picture or video, or why there is none.
         step: steps that are done; ``preview``: the last one, as a PNG, and ``previews`` counts them.
     """
 
@@ -40,36 +44,47 @@ class Job:
     preview_every: int = 0
     retry: bool = False
     most: int = 1
+    ranks: dict[int, float] = field(default_factory=dict)
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     arrived: float = field(default_factory=time.monotonic)
     created: int = field(default_factory=lambda: int(time.time()))
-    future: "Future[bytes]" = field(default_factory=Future)
-    cancelled: bool = False
+    outcome: bytes | Failure | None = None
     step: int = 0
     preview: bytes | None = None
     previews: int = 0
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def goes_with(self, other: "Job") -> bool:
-        """Whether one call can draw both, each as it would be alone."""
-        same = self.settings == other.settings and bool(self.negative_prompt) == bool(other.negative_prompt)
-        return same and self.image is other.image is None
+    @property
+    def kind(self) -> tuple:
+        """Equal for jobs that one call can draw, each as it would be alone."""
+        alone = self.id if self.image is not None else None
+        return *sorted(self.settings.items()), bool(self.negative_prompt), self.most, tuple(self.ranks), alone
 
-    def finish(self, result: bytes | Failure) -> None:
-        """Hand over the result, unless there is one already, as of a job that was cancelled."""
-        with self._lock:
-            if self.future.done():
-                return
-            if isinstance(result, Failure):
-                self.future.set_exception(result)
-            else:
-                self.future.set_result(result)
+    def finish(self, outcome: bytes | Failure) -> None:
+        """Note the outcome, unless there is one already, as of a job that was cancelled."""
+        if self.outcome is None:
+            self.outcome = outcome
+            self.changed.set()
+
+    def result(self) -> bytes:
+        """The encoded picture or video of a job that has ended, or its :class:`Failure`."""
+        if isinstance(self.outcome, Failure):
+            raise self.outcome.with_traceback(None)  # one of an earlier call would be kept with it
+        assert self.outcome is not None
+        return self.outcome
+
+    async def progress(self) -> AsyncIterator[None]:
+        """Whenever there is a new step or preview, and once when it has ended; for one listener."""
+        while self.outcome is None:
+            await self.changed.wait()
+            self.changed.clear()
+            yield
 
 
 class JobQueue:
-    """Accepted jobs in the order of their arrival, for threads.
+    """Accepted jobs in the order of their arrival.
 
-    The job that has waited longest is always in the next batch, whatever its shape: no job waits for more batches than
+    The job that has waited longest is always in the first call, whatever its shape: no job waits for more calls than
     there were jobs ahead of it.
 
     Args:
@@ -77,48 +92,28 @@ class JobQueue:
     """
 
     def __init__(self, capacity: int) -> None:
-        self._capacity, self._jobs, self._lock = capacity, [], threading.Lock()
-        self.notify: Callable[[], None] = lambda: None
-
-    def __len__(self) -> int:
-        return len(self._jobs)
+        self.jobs: list[Job] = []
+        self._capacity = capacity
 
     def put(self, jobs: list[Job]) -> None:
         """Accept all of these jobs, or raise a :class:`Failure`."""
-        with self._lock:
-            if len(self._jobs) + len(jobs) > self._capacity:
-                told = f"{len(self._jobs)} pictures are waiting, {self._capacity} may: try again later"
-                raise Failure(429, told, "rate_limit_exceeded")
-            self._jobs += jobs
-        self.notify()
+        if len(self.jobs) + len(jobs) > self._capacity:
+            told = f"{len(self.jobs)} pictures are waiting, {self._capacity} may: try again later"
+            raise Failure(429, told, "rate_limit_exceeded")
+        self.jobs += jobs
 
-    def cancel(self, job: Job) -> None:
-        """End a job within one step, if it has no result yet."""
-        job.cancelled = True
-        with self._lock:
-            self._jobs = [one for one in self._jobs if one is not job]
-        job.finish(Failure(409, "this request was cancelled", "cancelled"))
-        self.notify()
+    def remove(self, jobs: list[Job]) -> None:
+        """Take out those of these jobs that wait."""
+        self.jobs = [job for job in self.jobs if job not in jobs]
 
-    def put_back(self, jobs: list[Job]) -> None:
-        """Jobs that were taken and are to be drawn again, ahead of all others."""
-        with self._lock:
-            self._jobs[:0] = jobs
-
-    def take_all(self) -> list[Job]:
-        """All that wait."""
-        with self._lock:
-            jobs, self._jobs = self._jobs, []
-            return jobs
-
-    def take(self) -> list[Job]:
-        """The oldest job and those that can be drawn with it; empty if there is none. Cancelled jobs are dropped."""
-        with self._lock:
-            waiting = [job for job in self._jobs if not job.cancelled]
-            batch: list[Job] = []
-            for job in waiting:
-                together = not batch or job.goes_with(batch[0])
-                if together and len(batch) < min(one.most for one in (*batch, job)):
-                    batch.append(job)
-            self._jobs = [job for job in waiting if job not in batch]
-            return batch
+    def calls(self, parts: int = 1) -> list[list[Job]]:
+        """All that wait, as calls in the order of their oldest jobs; jobs of a kind are spread over so many parts."""
+        kinds: dict[tuple, list[Job]] = {}
+        for job in self.jobs:
+            kinds.setdefault(job.kind, []).append(job)
+        calls = []
+        for jobs in kinds.values():
+            size = min(jobs[0].most, -(-len(jobs) // parts))
+            calls += [jobs[start : start + size] for start in range(0, len(jobs), size)]
+        places = {job: place for place, job in enumerate(self.jobs)}
+        return sorted(calls, key=lambda call: places[call[0]])

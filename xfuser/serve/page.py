@@ -39,19 +39,18 @@ def page(server: Server) -> gradio.Blocks:
             raise gradio.Error(str(error)) from error
         running[call.session_hash] = job
         try:
-            async for _ in server.progress(job):
+            async for _ in job.progress():
                 yield bar(job), picture(job.preview), history
-            if failure := job.future.exception():
-                yield f"{failure}", None, history
-                return
-            history = [(picture(job.future.result()), f"{prompt} (seed {job.seed})"), *history]
+            history = [(picture(job.result()), f"{prompt} (seed {job.seed})"), *history]
             yield f"done, seed {job.seed}", history[0][0], history[:20]
+        except Failure as failure:
+            yield f"{failure}", None, history
         finally:
-            server.cancel([job])
+            server.engine.cancel([job])
 
-    def cancel(call: gradio.Request) -> None:
+    async def cancel(call: gradio.Request) -> None:
         if call.session_hash in running:
-            server.cancel([running.pop(call.session_hash)])
+            server.engine.cancel([running.pop(call.session_hash)])
 
     with gradio.Blocks(title="xdit serve", analytics_enabled=False) as blocks:
         gradio.Markdown(f"## {server.model}\n{methods(server)}")
@@ -83,9 +82,10 @@ def page(server: Server) -> gradio.Blocks:
 
 def methods(server: Server) -> str:
     """The methods by which the ranks draw, in words."""
-    config = server.engine_config.parallel_config
+    config = server.config.parallel_config
     degrees = {name: getattr(config, names.field) for name, names in DEGREES.items()}
-    return f"{config.world_size} rank{'s' * (config.world_size > 1)}: {in_words(degrees)}"
+    elastic = ", or fewer where that ends sooner" * server.options.elastic
+    return f"{config.world_size} rank{'s' * (config.world_size > 1)}: {in_words(degrees)}{elastic}"
 
 
 def bar(job: Job) -> str:

@@ -1,7 +1,5 @@
 """The same server as a Ray Serve deployment: ``serve run xfuser.serve.ray_app:build ulysses_degree=2 replicas=2``."""
 
-import time
-
 from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
@@ -10,8 +8,6 @@ from xfuser.core import device as devices
 from xfuser.serve.app import create_app
 from xfuser.serve.command import check, parsed
 from xfuser.serve.server import Server
-
-POLL = 0.1  # seconds
 
 
 @serve.ingress()
@@ -24,20 +20,16 @@ class Replica:
     """
 
     def __init__(self, arguments: list[str], videos: bool) -> None:
-        args, own, _ = parsed(arguments)
-        self._server, self._videos = Server(args, arguments, own), videos
-        self._server.engine.start()
-        while self._server.engine.why:
-            self.check_health()
-            time.sleep(POLL)
+        args, options = parsed(arguments)
+        self._server, self._videos = Server(args, arguments, options), videos
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_app(self._server, self._videos)
 
     def check_health(self) -> None:
         """Raise where the ranks do not start: Ray then makes another replica."""
-        if self._server.engine.dead:
-            raise RuntimeError(self._server.why_not_ready())
+        if self._server.engine.failed:
+            raise RuntimeError(self._server.engine.why)
 
 
 def build(options: dict[str, str]) -> Application:
@@ -49,7 +41,7 @@ def build(options: dict[str, str]) -> Application:
     replicas = int(options.get("replicas", 1))
     flags = {name: str(value) for name, value in options.items() if name != "replicas"}
     arguments = [f"--{name}" + (f"={value}" if value.lower() != "true" else "") for name, value in flags.items()]
-    args, own, _ = parsed(arguments)
+    args, own = parsed(arguments)
     check(args, own)
     ranks = args.checked()[0].world_size
     needs = {"CPU": ranks} if devices.device_type() == "cpu" else {"CPU": ranks, "GPU": ranks}

@@ -1,10 +1,11 @@
-"""One rank: it loads the pipeline, and draws one batch after the other that the engine sends."""
+"""One rank: it loads the pipeline, and draws one call after the other that the engine sends."""
 
 import inspect
 import io
 import os
 import socket
 import tempfile
+import time
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any
@@ -13,57 +14,115 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
-from xfuser.config import InputConfig, xFuserArgs
+from xfuser.config import EngineConfig, InputConfig, xFuserArgs
 from xfuser.core.distributed import get_world_group
+from xfuser.core.distributed.teams import Groups, form_teams, in_team
 from xfuser.parallel import xDiTParallel
 from xfuser.pipeline_io.media import media_of, write_media
+from xfuser.serve import elastic
 from xfuser.weights.loading import load_pipeline
 
 SMALL = 32  # rows and columns of latents above which a preview has half of them
+ROUNDS = 3  # calls of each size at the start, of which the last ones are measured
+STEPS = 2  # of these calls
+
+Teams = dict[int, tuple[Groups, Any]]  # by the number of ranks: groups, and the pipeline that is wrapped for them
 
 
 class Cancelled(Exception):
-    """All jobs of a batch were cancelled: ends the pipeline's loop on all ranks, behind the same step."""
+    """All jobs of a call were cancelled: ends the pipeline's loop on all ranks, behind the same step."""
 
 
-def serve(args: xFuserArgs, address: str) -> None:
+def serve(args: xFuserArgs, address: str, is_elastic: bool) -> None:
     """Load, connect to the engine's socket, and draw until the engine is gone."""
     engine_config, inputs = args.create_config()
-    pipe = xDiTParallel(load_pipeline(engine_config, inputs), engine_config, inputs)
+    pipe = load_pipeline(engine_config, inputs)
     pipe.set_progress_bar_config(disable=True)
+    rank, told = get_world_group().rank, abilities(pipe)
+    teams = teams_of(pipe, engine_config, inputs, is_elastic)
+    told["seconds"] = measured(teams, inputs, told["multiple"]) if is_elastic else {}
     own = socket.socket(socket.AF_UNIX)
-    own.connect(address)
-    engine, rank = Connection(own.detach()), get_world_group().rank
     try:
-        engine.send((rank, abilities(pipe)))
+        own.connect(address)
+        engine = Connection(own.detach())
+        engine.send(("ready", (rank, told)))
         while True:
             name, *rest = engine.recv()
-            if name == "draw":  # or "cancel", of a batch that has ended
-                engine.send(("end", *draw(pipe, inputs, *rest, engine)))
+            if name == "draw":  # or "cancel", of a call that has ended
+                engine.send(("end", draw(teams, inputs, *rest, engine)))
     except (EOFError, ConnectionError):
         os._exit(0)  # the engine is gone; leaving the process groups could wait for other ranks
+
+
+def teams_of(pipe: Any, engine_config: EngineConfig, inputs: InputConfig, is_elastic: bool) -> Teams:
+    """The pipeline, wrapped for each number of ranks that a call may have; all process groups are made here."""
+    teams: Teams = {}
+    for size in elastic.sizes_of(engine_config.world_size, is_elastic):
+        parallel = elastic.degrees_of(engine_config.parallel_config, size)
+        groups = form_teams(size, **parallel.group_degrees)
+        with in_team(groups):
+            teams[size] = groups, xDiTParallel(pipe, replace(engine_config, parallel_config=parallel), inputs)
+    return teams
+
+
+def measured(teams: Teams, inputs: InputConfig, multiple: int) -> elastic.Measured:
+    """Seconds of a step on each number of ranks that does not run out of memory, at half of the default sides and at
+    these.
+
+    Raises:
+        ValueError: the pipeline fails otherwise.
+    """
+    found: elastic.Measured = {}
+    sides = [inputs.height or elastic.SIDE, inputs.width or elastic.SIDE]
+    halves = [max(multiple, side // 2 // multiple * multiple) for side in sides]
+    for size in teams:
+        ends = [_timed(teams, inputs, size, *one) for one in (halves, sides)]
+        if all(kind == "done" for kind, _ in ends):
+            found[size] = [details for _, details in ends]
+        elif failed := [details for kind, details in ends if kind not in ("done", "memory")]:
+            raise ValueError(f"elastic measures calls at {sides[1]}x{sides[0]} and half of it: {failed[0]}")
+    return found
+
+
+def _timed(teams: Teams, inputs: InputConfig, size: int, height: int, width: int) -> tuple[str, Any]:
+    """How a call ended, and of one that is done its pixels and the seconds of a step."""
+    settings = {"height": height, "width": width, "num_frames": inputs.num_frames}
+    settings |= {"num_inference_steps": STEPS, "guidance_scale": inputs.guidance_scale}
+    job = {"id": "", "prompt": "a", "negative_prompt": "a" * inputs.use_cfg_parallel, "seed": 0}
+    job |= {"settings": settings, "image": None, "preview_every": 0}
+    took = []
+    for _ in range(ROUNDS):
+        start = time.perf_counter()
+        end = draw(teams, inputs, size, [job], None)
+        took.append((time.perf_counter() - start) / STEPS)
+        if end[0] in ("invalid", "error"):  # it may require a picture
+            job["image"] = encoded(Image.new("RGB", (width, height)))
+    return ("done", (elastic.pixels(settings), min(took[1:]))) if end[0] == "done" else end
 
 
 def abilities(pipe: Any) -> dict[str, Any]:
     """What requests may ask of this pipeline."""
     takes = _takes(pipe)
     return {
-        "pipeline": type(pipe._pipe).__name__,
+        "pipeline": type(pipe).__name__,
         "videos": "num_frames" in takes or "video_length" in takes,
         "pictures": "image" in takes,
         "multiple": 2 * getattr(pipe, "vae_scale_factor", getattr(pipe, "vae_scale_factor_spatial", 8)),
     }
 
 
-def draw(pipe: Any, inputs: InputConfig, batch: list[dict[str, Any]], engine: Connection) -> tuple[str, Any]:
-    """Draw the jobs of a batch in one call: how it ended, and the encoded results or what to tell the client.
-
-    Whatever the pipeline raises is the batch's end, not the rank's.
+def draw(
+    teams: Teams, inputs: InputConfig, size: int, batch: list[dict[str, Any]], engine: Connection | None
+) -> tuple[str, Any]:
+    """Draw the jobs of a call on this rank's team of so many ranks: how it ended, and the encoded results or what to
+    tell the client. Whatever the pipeline raises is the call's end, not the rank's.
     """
+    groups, pipe = teams[size]
     try:
-        output = pipe(**arguments(pipe, inputs, batch), **callback(pipe, Steps(pipe, batch, engine)))
-        results = media_of(output)
-        return "done", [encoded(item) for item in results] if get_world_group().is_first_rank else None
+        with in_team(groups):
+            output = pipe(**arguments(pipe, inputs, batch), **callback(pipe, Steps(pipe, batch, engine)))
+            results = media_of(output)
+            return "done", [encoded(item) for item in results] if get_world_group().is_first_rank else None
     except Cancelled:
         return "cancelled", None
     except ConnectionError:
@@ -92,7 +151,7 @@ def arguments(pipe: Any, inputs: InputConfig, batch: list[dict[str, Any]]) -> di
 
 def callback(pipe: Any, steps: "Steps") -> dict[str, Any]:
     """The argument by which this pipeline tells of its steps; pipelines without one cannot be interrupted."""
-    takes = _takes(pipe)
+    takes = _takes(pipe._pipe)
     if "callback_on_step_end" in takes:
 
         def behind_step(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
@@ -108,9 +167,9 @@ def callback(pipe: Any, steps: "Steps") -> dict[str, Any]:
 class Steps:
     """Behind each step, on all ranks: progress and previews to the engine, and its cancellations from it."""
 
-    def __init__(self, pipe: Any, batch: list[dict[str, Any]], engine: Connection) -> None:
+    def __init__(self, pipe: Any, batch: list[dict[str, Any]], engine: Connection | None) -> None:
         self._pipe, self._batch, self._engine = pipe, batch, engine
-        self._first, self._cancelled = get_world_group().is_first_rank, set()
+        self._first, self._cancelled = get_world_group().is_first_rank and engine is not None, set()
 
     def __call__(self, step: int, latents: torch.Tensor | None) -> None:
         while self._first and self._engine.poll():
@@ -121,7 +180,7 @@ class Steps:
             raise Cancelled
         previews = self._previews(step + 1, latents) if latents is not None else {}
         if self._first:
-            self._engine.send(("step", step + 1, previews))
+            self._engine.send(("step", (step + 1, previews)))
 
     def _previews(self, done: int, latents: torch.Tensor) -> dict[str, bytes]:
         """Of the jobs that want one now, decoded by all ranks together."""
@@ -160,4 +219,4 @@ def encoded(item: Any) -> bytes:
 
 
 def _takes(pipe: Any) -> Any:
-    return inspect.signature(type(pipe._pipe).__call__).parameters
+    return inspect.signature(type(pipe).__call__).parameters

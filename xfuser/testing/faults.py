@@ -12,10 +12,12 @@ from typing import Any
 from diffusers import DPMSolverMultistepScheduler
 
 from xfuser.config.args import SHIPPED_PIPELINE
+from xfuser.core.distributed import get_world_group
 
 RAISES, RAISES_ON_LAST_RANK, HANGS_ON_LAST_RANK = 31, 32, 33
 ONLY_ALONE, NEVER_FITS = 34, 35  # runs out of memory, with several pictures or always
 SLOW, REFUSES_BATCHES = 36, 37
+ONLY_TOGETHER = 38  # runs out of memory on one rank
 SECONDS = 0.15  # of a slow step
 
 
@@ -29,6 +31,8 @@ class FaultyScheduler(DPMSolverMultistepScheduler):
         if steps == RAISES or (steps == RAISES_ON_LAST_RANK and is_last):
             raise RuntimeError("a fault was asked for")
         if steps == NEVER_FITS or (steps == ONLY_ALONE and len(sample) > 1):
+            raise MemoryError("a fault was asked for")
+        if steps == ONLY_TOGETHER and get_world_group().world_size == 1:
             raise MemoryError("a fault was asked for")
         if steps == REFUSES_BATCHES and len(sample) > 1:
             raise ValueError("a fault was asked for")

@@ -71,10 +71,10 @@ class Served:
         )
 
     def metric(self, name: str) -> float:
-        """A value of ``/metrics``."""
+        """A value of ``/metrics``, 0 where there is none yet."""
         with urllib.request.urlopen(f"{self.url}/metrics") as answer:
             lines = answer.read().decode().splitlines()
-        return float(next(line.split()[-1] for line in lines if line.startswith(f"{name} ")))
+        return float(next((line.split()[-1] for line in lines if line.startswith(f"{name} ")), 0))
 
     def interrupt(self) -> float:
         """Ctrl-C; returns the seconds until all of it has ended."""

@@ -82,7 +82,9 @@ def _local_rank(local_rank: int, rank: int) -> int:
 
 
 def launched_world_size() -> int:
-    """Ranks of the process group, or of the one that :func:`init_distributed_environment` would start."""
+    """Ranks of the world or team, or of the one that :func:`init_distributed_environment` would start."""
+    if "world" in _groups:
+        return _groups["world"].world_size
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -96,7 +98,7 @@ def initialize_model_parallel(
     pipeline_parallel_degree: int = 1,
     backend: str | None = None,
 ) -> None:
-    """Make the groups of every kind of parallelism; the degrees' product must be the world size.
+    """Make the groups of every kind of parallelism; the degrees' product must be the world size, of a team its own.
 
     ``sequence_parallel_degree`` is ``ulysses_degree * ring_degree`` and need not be given. Given another value,
     Ulysses and ring are what makes up the world size: as given (callers pass ``ulysses_degree`` again), or with the one
@@ -124,20 +126,22 @@ def initialize_model_parallel(
         wanted = world.world_size * degrees["sp"] / math.prod(degrees.values())
         ulysses_degree, ring_degree = _understood(sequence_parallel_degree, ulysses_degree, ring_degree, wanted)
         degrees["sp"] = ulysses_degree * ring_degree
-    grid = RankGenerator(**degrees, order=DEFAULT_ORDER)
-    if grid.world_size != world.world_size:
-        raise ValueError(f"the product of {degrees} is {grid.world_size}, the world has {world.world_size} ranks")
+    grids = [RankGenerator(**degrees, order=DEFAULT_ORDER, rank_offset=team[0]) for team in world.group_ranks]
+    if grids[0].world_size != world.world_size:
+        raise ValueError(f"the product of {degrees} is {grids[0].world_size}, the world has {world.world_size} ranks")
     backend = backend or dist.get_backend()
-    for token in ("dp", "cfg", "pp", "tp"):
-        _groups[token] = GroupCoordinator(grid.get_ranks(token), world.local_rank, backend)
-    _groups["replica"] = GroupCoordinator(grid.get_ranks("tp-sp-pp-cfg"), world.local_rank, backend)
-    if degrees["pp"] > 1:
-        _groups["forward"] = GroupCoordinator(grid.get_ranks("tp-sp-cfg-dp"), world.local_rank, backend)
-    if degrees["cfg"] > 1:
-        _groups["branch"] = GroupCoordinator(grid.get_ranks("tp-sp-dp"), world.local_rank, backend)
-    split = [split_sequence_group(ranks, ulysses_degree) for ranks in grid.get_ranks("sp")]
+
+    def ranks_of(token: str) -> list[list[int]]:
+        return [ranks for grid in grids for ranks in grid.get_ranks(token)]
+
+    tokens = {"dp": "dp", "cfg": "cfg", "pp": "pp", "tp": "tp", "replica": "tp-sp-pp-cfg"}
+    tokens |= {"forward": "tp-sp-cfg-dp"} if degrees["pp"] > 1 else {}
+    tokens |= {"branch": "tp-sp-dp"} if degrees["cfg"] > 1 else {}
+    for name, token in tokens.items():
+        _groups[name] = GroupCoordinator(ranks_of(token), world.local_rank, backend)
+    split = [split_sequence_group(ranks, ulysses_degree) for ranks in ranks_of("sp")]
     _groups["sp"] = SequenceParallelGroupCoordinator(
-        grid.get_ranks("sp"),
+        ranks_of("sp"),
         world.local_rank,
         backend,
         ulysses_ranks=[ranks for ulysses, _ in split for ranks in ulysses],

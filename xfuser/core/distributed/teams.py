@@ -1,0 +1,41 @@
+"""Teams: the world in parts of so many consecutive ranks each, with process groups of their own.
+
+All groups are made ahead of their use. A rank is in one team of each size, and enters the one that it computes with.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch.distributed as dist
+
+from xfuser.core.distributed.group_coordinator import GroupCoordinator
+from xfuser.core.distributed.parallel_state import _groups, get_world_group, initialize_model_parallel
+
+Groups = dict[str, GroupCoordinator]
+
+
+def form_teams(size: int, **degrees: int) -> Groups:
+    """The groups of this rank's team of ``size`` ranks, which must divide the world; all ranks must call it.
+
+    ``degrees`` are those of :func:`initialize_model_parallel`. A team of all ranks has the groups that are there.
+    """
+    world = get_world_group()
+    if size == world.world_size:
+        return dict(_groups)
+    teams = [list(range(first, first + size)) for first in range(0, world.world_size, size)]
+    with in_team({"world": GroupCoordinator(teams, world.local_rank, dist.get_backend())}):
+        initialize_model_parallel(**degrees)
+        return dict(_groups)
+
+
+@contextmanager
+def in_team(groups: Groups) -> Iterator[None]:
+    """Within the context, the process groups of this rank are these, and its world is the team."""
+    own = dict(_groups)
+    _groups.clear()
+    _groups.update(groups)
+    try:
+        yield
+    finally:
+        _groups.clear()
+        _groups.update(own)
