@@ -57,8 +57,8 @@ class Traffic(TorchDispatchMode):
         return sum(self.sent.values())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        space, _, name = func._schema.name.partition("::")
-        if "c10d" in space and name in OPERATIONS:
+        name = func._schema.name.partition("::")[2] if "c10d" in func.namespace else ""
+        if name in OPERATIONS:
             given = {spec.name: value for spec, value in zip(func._schema.arguments, args, strict=False)}
             self._add(OPERATIONS[name], given | (kwargs or {}))
         return func(*args, **(kwargs or {}))
@@ -164,6 +164,8 @@ class LiveMemory(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        if func.namespace == "prim":  # asks a tensor what it is
+            return result
         inputs = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         for x in tree_leaves(result):
             if isinstance(x, Tensor) and not x.is_meta and x.untyped_storage()._cdata not in inputs:
