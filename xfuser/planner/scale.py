@@ -28,8 +28,8 @@ def best_of(
 ) -> dict[int, Row]:
     """The fastest row of each number of ranks.
 
-    Where it is a multiple of the number before, what is looked at is the best of that one with one degree multiplied: as
-    ranks grow, the methods that are in use seldom change all at once.
+    Where it is a multiple of the number before, the best of that one is looked at with one of its degrees multiplied:
+    as ranks grow, the methods that are in use seldom change all at once.
 
     Raises:
         ValueError: no configuration fits one of them, or a number is below 1.

@@ -141,8 +141,8 @@ def _row(
         _, inputs = replace(wanted, fully_shard_degree=shards, use_torch_compile=False).checked()
         if machine and degrees.get("dp", 1) > inputs.batch_size:
             raise ValueError(
-                f"data_parallel_degree: more replicas than the {inputs.batch_size} images of the batch; give more prompts,"
-                " or ask for --objective throughput"
+                f"data_parallel_degree: more replicas than the {inputs.batch_size} images of the batch;"
+                " give more prompts, or ask for --objective throughput"
             )
         told = rehearse(*replace(wanted, **plain, num_inference_steps=steps_of(stages, warmup)).checked(), source)
     except (ValueError, RuntimeError) as error:
