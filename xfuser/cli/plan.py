@@ -10,7 +10,7 @@ from xfuser.config.config import check_known
 from xfuser.core import device as devices
 from xfuser.planner.machines import NODE, Machine, devices_of, in_bytes_a_second, machine_of
 from xfuser.planner.published import named, published
-from xfuser.planner.report import explain, ranked, table
+from xfuser.planner.report import explain, left_out, ranked, table
 from xfuser.planner.scale import best_of, choices_of, with_groups
 from xfuser.planner.table import COLUMNS, OBJECTIVES, Row, plan
 
@@ -49,7 +49,8 @@ def machines_of(options: argparse.Namespace) -> tuple[int, Machine]:
     if options.nodes < 1:
         raise ValueError(f"nodes={options.nodes} must be 1 or more")
     rate = in_bytes_a_second(options.node_link) if options.node_link else None
-    node = count if options.nodes > 1 else max(NODE, count)
+    several = options.nodes > 1 or (options.scale and count > 1)  # nodes of so many
+    node = count if several else max(NODE, count)
     return count * options.nodes, machine_of(name, options.links, node, rate)
 
 
@@ -74,15 +75,14 @@ def _with_times(options: argparse.Namespace, args: xFuserArgs, ranks: int, machi
     )
     if options.scale:
         return _scale(options, args, machine, memory, compiled, title)
-    rows = plan(args, ranks, machine, compiled, choices_of(ranks))
+    rows = plan(args, ranks, machine, compiled, choices_of(ranks), exact=options.exact)
     if options.objective == "throughput":
-        rows += with_groups(args, ranks, machine, compiled)
-    good, rest = ranked(rows, options.objective, memory, options.exact)
+        rows += with_groups(args, ranks, machine, compiled, options.exact)
+    good, rest = ranked(rows, options.objective, memory)
     print(f"{ranks} ranks: {title}")
     if good:
         print("\n".join(table(good, options.objective)))
-    for row, reason in rest:
-        print(f"{row.name}: no: {reason}")
+    print("\n".join(left_out(rest)))
     if options.explain:
         print("\n".join(explain(_chosen(options.explain, good), machine, args.num_inference_steps, compiled)))
     if good:

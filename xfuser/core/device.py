@@ -3,9 +3,12 @@
 import os
 import platform
 import resource
+import statistics
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -100,6 +103,21 @@ def synchronize() -> None:
     """Wait for the device's queued work (the CPU has none)."""
     if _working_type() != "cpu":
         torch.accelerator.synchronize()
+
+
+def seconds_of(action: Callable[[], Any], times: int = 5, least: float = 0.0) -> float:
+    """Seconds of an action with the work that it queues: the median of so many, or of more that take ``least`` in all.
+
+    For what ranks must do equally often, ``least`` is 0.
+    """
+    found: list[float] = []
+    while len(found) < times or sum(found) < least:
+        synchronize()
+        start = time.perf_counter()
+        action()
+        synchronize()
+        found.append(time.perf_counter() - start)
+    return statistics.median(found)
 
 
 def default_dtype() -> torch.dtype:

@@ -58,8 +58,8 @@ class Traffic(TorchDispatchMode):
         return sum(self.sent.values())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        space, _, name = func._schema.name.partition("::")
-        if "c10d" in space and name in OPERATIONS:
+        name = func._schema.name.partition("::")[2] if "c10d" in func.namespace else ""
+        if name in OPERATIONS:
             given = {spec.name: value for spec, value in zip(func._schema.arguments, args, strict=False)}
             self._add(OPERATIONS[name], given | (kwargs or {}))
         return func(*args, **(kwargs or {}))
@@ -162,7 +162,9 @@ class LiveMemory(TorchDispatchMode):
         return {key: size for key, (size, _) in self._known.items()}
 
     def grow(self, key: int, size: int) -> None:
-        """Count ``size`` bytes more for as long as the storage with this key is alive."""
+        """Count ``size`` bytes more for as long as the storage with this key is alive; nothing where it is gone."""
+        if key not in self._known:
+            return
         known, epoch = self._known[key]
         self._known[key] = known + size, epoch
         self.live += size
@@ -176,6 +178,8 @@ class LiveMemory(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        if func.namespace == "prim":  # asks a tensor what it is
+            return result
         inputs = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         for x in tree_leaves(result):
             if isinstance(x, Tensor) and not x.is_meta and x.untyped_storage()._cdata not in inputs:

@@ -67,8 +67,8 @@ def choice(args: xFuserArgs, ranks: int) -> dict:
     stale, compiled = args.allow_stale, args.use_torch_compile
     args = replace(args, auto=False, allow_stale=False, use_torch_compile=False)
     memory = in_bytes(args.memory) if args.memory else machine.memory
-    rows = plan(args, ranks, machine, compiled, choices_of(ranks))
-    good, rest = ranked(rows, "latency", memory, exact=not stale)
+    rows = plan(args, ranks, machine, compiled, choices_of(ranks), exact=not stale)
+    good, rest = ranked(rows, "latency", memory)
     if not good:
         raise ValueError(
             f"nothing fits {ranks} ranks: " + "; ".join(f"{row.name}: {reason}" for row, reason in rest[:4])

@@ -1,7 +1,5 @@
 """The constants of the machine that this runs on, measured by all of its ranks at once: a minute at most."""
 
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +14,7 @@ from xfuser.planner.trace import Operator, Tracer
 
 SECONDS = 1.0  # for each figure
 NO_LIMIT = 1e12  # of what was measured together with the peak
+EXCHANGES = 30  # that all ranks do
 BLOCKS = 12  # of the transformer whose operators are timed
 
 
@@ -47,13 +46,7 @@ def _each(action: Callable[[], Any]) -> float:
     action()
     devices.synchronize()
     get_world_group().barrier()
-    times, end = [], time.perf_counter() + SECONDS
-    while time.perf_counter() < end or len(times) < 5:
-        start = time.perf_counter()
-        action()
-        devices.synchronize()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return devices.seconds_of(action, least=SECONDS)
 
 
 def _products(device: torch.device, dtype: torch.dtype) -> float:
@@ -107,20 +100,8 @@ def _links(device: torch.device) -> tuple[float, float]:
 
     def exchange(count: int) -> float:
         x, y = torch.zeros(ranks * count, device=device), torch.empty(ranks * count, device=device)
-        return _each_together(lambda: dist.all_to_all_single(y, x))
+        return devices.seconds_of(lambda: dist.all_to_all_single(y, x), EXCHANGES)
 
     little, much = 256, 1 << 20
     short, long = exchange(little), exchange(much)
     return short, 4 * (ranks - 1) * (much - little) / max(long - short, 1e-9)
-
-
-def _each_together(action: Callable[[], Any], times: int = 30) -> float:
-    """As :func:`_each`, for what all ranks must do equally often."""
-    found = []
-    for _ in range(times):
-        devices.synchronize()
-        start = time.perf_counter()
-        action()
-        devices.synchronize()
-        found.append(time.perf_counter() - start)
-    return statistics.median(found)

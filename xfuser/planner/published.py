@@ -92,6 +92,15 @@ def guided(name: str, inputs: InputConfig) -> bool:
     return inputs.do_classifier_free_guidance and (published()[name]["guided"] or any(inputs.negative_prompt))
 
 
+def check_guidance(name: str, inputs: InputConfig) -> None:
+    """Refuse CFG parallelism where there is no guidance, with a ValueError."""
+    if inputs.use_cfg_parallel and not guided(name, inputs):
+        raise ValueError(
+            f"use_cfg_parallel: {name} runs without classifier-free guidance; give a negative prompt"
+            " (--negative_prompt), or use the ranks for another method"
+        )
+
+
 def sized(name: str, inputs: InputConfig) -> dict[str, int]:
     """Height, width, frames and steps: those asked for, else those of the usual call."""
     usual = published()[name]["call"]
@@ -101,13 +110,7 @@ def sized(name: str, inputs: InputConfig) -> dict[str, int]:
 
 def call_of(name: str, pipe: Any, inputs: InputConfig, dtype: torch.dtype) -> dict[str, Any]:
     """The arguments of a call of ``pipe`` with embeddings in the place of prompts."""
-    entry = published()[name]
-    guides = guided(name, inputs)
-    if inputs.use_cfg_parallel and not guides:
-        raise ValueError(
-            f"use_cfg_parallel: {name} runs without classifier-free guidance; give a negative prompt"
-            " (--negative_prompt), or use the ranks for another method"
-        )
+    entry, guides = published()[name], guided(name, inputs)
     batch, call = inputs.batch_size, sized(name, inputs) | {"num_inference_steps": inputs.num_inference_steps}
     for key, shape in entry["embeds"].items():
         mask = "mask" in key

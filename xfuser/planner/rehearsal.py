@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import wraps
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from xfuser.config import EngineConfig, InputConfig
@@ -28,12 +30,11 @@ from xfuser.core.distributed import destroy_distributed_environment
 from xfuser.core.hooks import replaced
 from xfuser.core.logger import quiet_libraries
 from xfuser.core.meters import LiveMemory
-from xfuser.methods.pipefusion.blocks import divide
 from xfuser.models.plan import blocks_of
 from xfuser.models.registry import plan_of, planned_models
 from xfuser.parallel import xDiTParallel
-from xfuser.planner.published import call_of, module_of, named, parts_of, pipeline_of, texts_of
-from xfuser.planner.repeats import repeats
+from xfuser.planner.published import call_of, check_guidance, module_of, named, parts_of, pipeline_of, texts_of
+from xfuser.planner.repeats import Seen, repeats
 from xfuser.planner.trace import Event, Mark, Tracer
 from xfuser.weights.fsdp import outermost_lists
 from xfuser.weights.placement import pipeline_split
@@ -53,7 +54,7 @@ class Rehearsed:
         units: of each component, of the modules whose shards are gathered at a time.
         live: of tensors other than weights, at the peak while a component computes; with what any component keeps for
             later, such as the keys and values of PipeFusion.
-        kept: of those between the transformers' forwards.
+        kept: of those between the transformers' forwards, and behind them.
         steps: events of each sub-step, by step and patch.
         parts: events of each other component's calls, by its name.
     """
@@ -99,6 +100,8 @@ def rehearse(engine_config: EngineConfig, input_config: InputConfig, source: "So
     """
     runtime = engine_config.runtime_config
     source = source or Source(engine_config.model_config.model, runtime.dtype)
+    if source.published:
+        check_guidance(source.published, input_config)
     with torch.no_grad(), quiet_libraries():
         return _Rehearsal(source, engine_config, input_config).run()
 
@@ -164,7 +167,8 @@ class _Rehearsal:
     def __init__(self, source: Source, engine_config: EngineConfig, input_config: InputConfig) -> None:
         self._source, self._engine, self._inputs = source, engine_config, input_config
         self._meter, self._tracer = LiveMemory(), Tracer()
-        self._forwards = 0
+        self._forwards = self._step = 0
+        self._last: dict[Any, dict[Any, Seen]] = {}  # blocks that ran, by component and step
         self.told = Rehearsed()
 
     def run(self) -> Rehearsed:
@@ -176,7 +180,7 @@ class _Rehearsal:
                 for method in CODER if hasattr(part, CODER[1]) else ("forward",):
                     stack.enter_context(replaced(part, method, self._simulated(name, part, method)))
             pipe = source.pipeline(parts)
-            heaviest = _heaviest_stage(pipe, self._engine, source)
+            heaviest = _heaviest_stage(pipe, self._engine)
             told.transformers = set(planned_models(pipe))
             told.units = {name: units_of(part) for name, part in parts.items()}
             wrapped = xDiTParallel(pipe, self._engine, self._inputs)
@@ -200,6 +204,7 @@ class _Rehearsal:
         @wraps(original)
         def call(*args: Any, **kwargs: Any) -> Any:
             key = self._key(name, method, args, kwargs)
+            told.kept = max(told.kept, self._meter.live * (self._forwards > 0))
             if key in self._source.known:
                 live, events, output = self._source.known[key]
                 told.live[name] = max(told.live[name], self._meter.live + live)
@@ -209,7 +214,14 @@ class _Rehearsal:
             args, kwargs = tree_map_only(Tensor, as_fake, (args, kwargs))
             before, self._meter.peak = self._meter.peak, self._meter.live
             base, start = self._meter.live, len(self._tracer.trace.events)
-            with fake, self._meter, self._tracer, self._repeats(name, part):
+            with (
+                _disable_current_modes(),
+                fake,
+                self._meter,
+                self._tracer.traffic,
+                self._tracer,
+                self._repeats(name, part),
+            ):
                 output = original(*args, **kwargs)
             told.live[name] = max(told.live[name], self._meter.peak)
             if key:
@@ -232,16 +244,15 @@ class _Rehearsal:
         if name not in self.told.transformers:
             self._tracer.trace.events.append(Mark(name))
             return
-        if self.told.live[name]:  # not its first call
-            self.told.kept = max(self.told.kept, self._meter.live)
         state = getattr(part.forward, "call_state", None)
         step, patch = (state.step, state.patch) if state else (-1 - self._forwards, 0)
-        self._forwards += 1
+        self._forwards, self._step = self._forwards + 1, step
         self._tracer.trace.events.append(Mark(STEP, step, patch))
 
     def _repeats(self, name: str, part: nn.Module) -> AbstractContextManager[None]:
         plan = plan_of(part) if name in self.told.transformers else None
-        return repeats(part, plan, self._tracer.trace, self._meter)
+        last = self._last.setdefault((name, self._step), {}) if plan else {}
+        return repeats(part, plan, self._tracer.trace, self._meter, last)
 
     def _sort(self) -> None:
         """Events by sub-step and by component. Without a call's state, forwards are told apart by their number."""
@@ -281,14 +292,16 @@ def _fake_parameters(module: nn.Module, fake: FakeTensorMode) -> None:
             owner._parameters[key] = new[old]
 
 
-def _heaviest_stage(pipe: Any, engine_config: EngineConfig, source: Source) -> dict[str, float]:
+def _heaviest_stage(pipe: Any, engine_config: EngineConfig) -> dict[str, float]:
     """Of each transformer, how much more the heaviest PipeFusion stage weighs than the first, which is rehearsed."""
     models, factors = planned_models(pipe), {}
     for name, layers in pipeline_split(models, type(pipe).__name__, engine_config.parallel_config).items():
-        weights = []
-        for stage in range(len(layers)):
-            model = source.module(name)
-            divide(model, models[name][1], layers, stage)
-            weights.append(sum(x.nbytes for x in model.parameters()))
-        factors[name] = max(weights) / weights[0]
+        model, plan = models[name]
+        lent = {weight for module in plan.lent for weight in model.get_submodule(module).parameters()}
+        blocks = [set(block.module.parameters()) - lent for block in blocks_of(model, plan)]
+        sizes = [sum(weight.nbytes for weight in weights) for weights in blocks]
+        everywhere = sum(weight.nbytes for weight in model.parameters()) - sum(sizes)
+        ends = list(accumulate(layers, initial=0))
+        stages = [everywhere + sum(sizes[start:end]) for start, end in pairwise(ends)]
+        factors[name] = max(stages) / stages[0]
     return factors

@@ -1,8 +1,9 @@
 """Modules that do what the one before them did are not run: of each kind, one is counted and multiplied.
 
-A block of a transformer is skipped where its class, its parameters and its arguments have the shapes of the block that
-ran before it, unless it is near an end of its list: hooks of the engine act at the first and at the last block. A
-VAE that works on one tile or frame after the other is treated alike.
+A block of a transformer is skipped where its class, its parameters and its arguments have the shapes of a block that
+ran before it in the same step, with this patch or another one. The first and the last block of a list run always, and
+stand for no other one, as hooks of the engine act there. A VAE that works on one tile or frame after the other is
+treated alike.
 """
 
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from xfuser.models.plan import ModelPlan, blocks_of
 from xfuser.planner.trace import Event, Trace
 
 BLENDS = ("blend_v", "blend_h", "blend_t")  # of a VAE's tiles: thousands of operators, of a row each
-ENDS = 2  # blocks at each end of a list that run
+ENDS = 1  # blocks at each end of a list that run always
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class _Shape:
     dtype: torch.dtype
 
 
-class _Seen(NamedTuple):
+class Seen(NamedTuple):
     """What the last module of a kind did: its events, its output's shapes, bytes that it left alive, and the largest
     storage of these, as long as which those of the modules that are skipped are counted."""
 
@@ -43,33 +44,32 @@ class _Seen(NamedTuple):
 
 
 @contextmanager
-def repeats(model: nn.Module, plan: ModelPlan | None, trace: Trace, meter: LiveMemory) -> Iterator[None]:
+def repeats(
+    model: nn.Module, plan: ModelPlan | None, trace: Trace, meter: LiveMemory, last: dict[Any, Seen]
+) -> Iterator[None]:
     """Within the context, which is one call of a component, repeated modules are counted without running.
 
-    Hooks must be in place already; ``trace`` gets the tuple ``(events, 1)`` for a module that is skipped.
+    Hooks must be in place already; ``trace`` gets the tuple ``(events, 1)`` for a module that is skipped. ``last`` is
+    what ran before, in this call and in others of its step.
     """
     with ExitStack() as stack:
-        last: dict[Any, _Seen] = {}
         if plan is None:
             for name in (name for name in BLENDS if hasattr(model, name)):
                 stack.enter_context(replaced(model, name, lambda above, tile, extent: tile))
             for name in ("encoder", "decoder"):
                 if isinstance(module := getattr(model, name, None), nn.Module):
-                    stack.enter_context(_counted(module, True, name, last, trace, meter))
+                    stack.enter_context(_counted(module, name, last, trace, meter))
         elif not plan.skip:
             own = [block for block in blocks_of(model, plan) if any(True for _ in block.module.parameters())]
             for name in plan.blocks:
                 blocks = [block.module for block in own if block.list_name == name]
-                for i, block in enumerate(blocks):
-                    inside = ENDS <= i < len(blocks) - ENDS
-                    stack.enter_context(_counted(block, inside, name, last, trace, meter))
+                for block in blocks[ENDS : len(blocks) - ENDS]:
+                    stack.enter_context(_counted(block, name, last, trace, meter))
         yield
 
 
 @contextmanager
-def _counted(
-    module: nn.Module, may_skip: bool, name: str, last: dict[Any, _Seen], trace: Trace, meter: LiveMemory
-) -> Iterator[None]:
+def _counted(module: nn.Module, name: str, last: dict[Any, Seen], trace: Trace, meter: LiveMemory) -> Iterator[None]:
     """Within the context, a module notes what it does for those behind it, or does what the last one did."""
     original = module.forward
 
@@ -77,7 +77,7 @@ def _counted(
     def forward(*args: Any, **kwargs: Any) -> Any:
         key = name, _kind(module, args, kwargs)
         seen = last.get(key)
-        if may_skip and seen:
+        if seen:
             trace.events.append((seen.events, 1))
             if seen.storage is not None:
                 meter.grow(seen.storage, seen.left)
@@ -91,7 +91,7 @@ def _counted(
         shapes = tree_map_only(Tensor, lambda x: _Shape(x.shape, x.dtype), output)
         left = {key: size for key, size in meter.alive().items() if key not in alive and key not in made}
         storage = max(left, key=left.get, default=None)
-        last[key] = _Seen(trace.events[start:], shapes, max(0, meter.live - before - fresh), storage)
+        last[key] = Seen(trace.events[start:], shapes, max(0, meter.live - before - fresh), storage)
         return output
 
     with replaced(module, "forward", forward):

@@ -10,13 +10,12 @@ from xfuser.planner.trace import ATTENTION, KINDS as KINDS_OF_OPERATORS, MATMUL,
 VERBS = {LINKS: "waits for links", BUBBLES: "idles while stages fill and drain", HOST: "waits for the host"}
 
 
-def ranked(rows: list[Row], objective: str, memory: int | None, exact: bool) -> tuple[list[Row], list[tuple[Row, str]]]:
+def ranked(rows: list[Row], objective: str, memory: int | None) -> tuple[list[Row], list[tuple[Row, str]]]:
     """The rows that can be, the best first, and the others with the reason."""
     out = [(row, row.refusal) for row in rows if row.refusal]
     out += [(row, row.excess(memory)) for row in rows if not row.refusal and not row.fits(memory)]
     fitting = [row for row in rows if not row.refusal and row.fits(memory)]
-    out += [(row, "not exact: its pictures differ a little") for row in fitting if exact and not row.exact]
-    return sorted((row for row in fitting if row.exact or not exact), key=lambda row: row.value(objective)), out
+    return sorted(fitting, key=lambda row: row.value(objective)), out
 
 
 def why(row: Row, best: Row, objective: str) -> str:
@@ -46,6 +45,14 @@ def table(rows: list[Row], objective: str) -> list[str]:
             + why(row, rows[0], objective)
         )
     return lines
+
+
+def left_out(rest: list[tuple[Row, str]]) -> list[str]:
+    """A line for each reason, with the configurations that it rules out."""
+    names: dict[str, list[str]] = {}
+    for row, reason in rest:
+        names.setdefault(reason, []).append(_name(row))
+    return [f"no: {reason}: {', '.join(ones)}" for reason, ones in names.items()]
 
 
 def _name(row: Row) -> str:

@@ -1,5 +1,6 @@
 """More ranks than one machine has: which combinations are looked at, and the best one for each number of ranks."""
 
+import math
 from dataclasses import replace
 
 from xfuser.config import xFuserArgs
@@ -9,7 +10,7 @@ from xfuser.planner.report import ranked
 from xfuser.planner.table import Row, located, plan, source_of
 
 FEW = 16  # ranks up to which all combinations are looked at
-MOST = {"ulysses": 64, "ring": 16, "pipefusion": 8, "tensor": 8, "dp": 64}  # degrees beyond are not looked at
+MOST = {"cfg": 2, "ulysses": 32, "ring": 16, "pipefusion": 4, "tensor": 1, "dp": 1}  # for more ranks
 
 
 def choices_of(ranks: int) -> list[dict[str, int]]:
@@ -17,9 +18,9 @@ def choices_of(ranks: int) -> list[dict[str, int]]:
     legal = legal_degrees(ranks)
     if ranks <= FEW:
         return legal
-    near = [one for one in legal if all(one.get(method, 1) <= most for method, most in MOST.items())]
+    near = [one for one in legal if all(n <= MOST[method] for method, n in one.items())]
     few = [one for one in near if sum(n > 1 for method, n in one.items() if method != "cfg") <= 2]
-    return [one for one in few if one["tensor"] == one["dp"] == 1]
+    return few or near
 
 
 def best_of(
@@ -27,23 +28,43 @@ def best_of(
 ) -> dict[int, Row]:
     """The fastest row of each number of ranks.
 
+    Where it is a multiple of the number before, the best of that one is looked at with one of its degrees multiplied:
+    as ranks grow, the methods that are in use seldom change all at once.
+
     Raises:
-        ValueError: no configuration fits one of them.
+        ValueError: no configuration fits one of them, or a number is below 1.
     """
+    if min(counts) < 1:
+        raise ValueError(f"scale={min(counts)} must be 1 or more")
     args = located(args)
-    source, best = source_of(args), {}
-    for ranks in counts:
-        good, rest = ranked(plan(args, ranks, machine, compiled, choices_of(ranks), source), "latency", memory, exact)
+    source, best, before = source_of(args), {}, 0
+    good: list[Row] = []
+    for ranks in sorted(set(counts)):
+        choices = choices_of(ranks)
+        if before and ranks % before == 0:
+            choices = _multiplied(good[0].degrees, ranks) or choices
+        good, rest = ranked(plan(args, ranks, machine, compiled, choices, source, exact), "latency", memory)
         if not good:
             raise ValueError(f"nothing fits {ranks} ranks: {rest[0][0].name}: {rest[0][1]}")
-        best[ranks] = good[0]
+        best[ranks], before = good[0], ranks
     return best
 
 
-def with_groups(args: xFuserArgs, ranks: int, machine: Machine, compiled: bool) -> list[Row]:
+def _multiplied(degrees: dict[str, int], ranks: int) -> list[dict[str, int]]:
+    """What so many ranks are with one of these degrees multiplied."""
+    factor = ranks // math.prod(degrees.values())
+    wider = [{**degrees, method: n * factor} for method, n in degrees.items()]
+    return [
+        one
+        for one in wider
+        if ranks <= FEW or all(n <= max(MOST[method], degrees[method]) for method, n in one.items())
+    ]
+
+
+def with_groups(args: xFuserArgs, ranks: int, machine: Machine, compiled: bool, exact: bool) -> list[Row]:
     """Groups of ranks that draw pictures of their own side by side: the rows of fewer ranks, several times."""
     args = located(args)
     source, rows = source_of(args), []
     for size in (size for size in range(1, ranks) if ranks % size == 0):
-        rows += [replace(row, groups=ranks // size) for row in plan(args, size, machine, compiled, None, source)]
+        rows += [replace(row, groups=ranks // size) for row in plan(args, size, machine, compiled, None, source, exact)]
     return rows

@@ -79,6 +79,7 @@ def plan(
     compiled: bool = False,
     choices: Iterable[dict[str, int]] | None = None,
     source: Source | None = None,
+    exact: bool = False,
 ) -> list[Row]:
     """What legal combinations of degrees for so many ranks need; ``args`` has all but the degrees.
 
@@ -87,6 +88,7 @@ def plan(
         compiled: whether blocks are compiled.
         choices: the combinations; all of them if not given.
         source: what other calls of this function have in common with this one.
+        exact: refuse what draws another picture than one rank.
 
     Raises:
         ValueError: the pipeline is not found.
@@ -95,7 +97,7 @@ def plan(
     source = source or source_of(base)
     with alone_of(world_size):
         choices = legal_degrees(world_size) if choices is None else choices
-        return [_row(base, degrees, world_size, machine, compiled, source) for degrees in choices]
+        return [_row(base, degrees, world_size, machine, compiled, source, exact) for degrees in choices]
 
 
 def located(args: xFuserArgs) -> xFuserArgs:
@@ -118,19 +120,31 @@ def with_degrees(args: xFuserArgs, degrees: dict[str, int]) -> xFuserArgs:
 
 
 def _row(
-    args: xFuserArgs, degrees: dict[str, int], world_size: int, machine: Machine | None, compiled: bool, source: Source
+    args: xFuserArgs,
+    degrees: dict[str, int],
+    world_size: int,
+    machine: Machine | None,
+    compiled: bool,
+    source: Source,
+    exact: bool,
 ) -> Row:
     name = in_words(degrees)
     # Where weights are is computed from sizes; what the call does with them does not depend on it.
     plain = {"text_encoder": "replicate", "fully_shard_degree": 1, "use_torch_compile": False}
     stages = degrees.get("pipefusion", 1)
-    warmup = max(1, args.warmup_steps) if stages > 1 else 0
-    steps = max(2, 2 * warmup + 1)  # one of two transformers that divide them has an asynchronous one, then
+    if exact and stages > 1:
+        return Row(name, {}, "not exact: its pictures differ a little", degrees)
+    warmup = args.warmup_steps if stages > 1 else 0
     shards = world_size // degrees.get("dp", 1) if args.fully_shard_degree > 1 else 1
     try:
         wanted = with_degrees(args, degrees)
-        replace(wanted, fully_shard_degree=shards, use_torch_compile=False).checked()
-        told = rehearse(*replace(wanted, **plain, num_inference_steps=steps).checked(), source)
+        _, inputs = replace(wanted, fully_shard_degree=shards, use_torch_compile=False).checked()
+        if machine and degrees.get("dp", 1) > inputs.batch_size:
+            raise ValueError(
+                f"data_parallel_degree: more replicas than the {inputs.batch_size} images of the batch;"
+                " give more prompts, or ask for --objective throughput"
+            )
+        told = rehearse(*replace(wanted, **plain, num_inference_steps=steps_of(stages, warmup)).checked(), source)
     except (ValueError, RuntimeError) as error:
         return Row(name, {}, str(error).splitlines()[0], degrees)
     row = Row(name, needs_of(told, args.text_encoder, world_size, shards), "", degrees, 1, told)
@@ -138,6 +152,12 @@ def _row(
         synchronous = warmup * len(told.transformers)  # each begins with its own
         row.time = estimate(counted(told, stages, compiled), machine, args.num_inference_steps, synchronous, compiled)
     return row
+
+
+def steps_of(stages: int, warmup: int) -> int:
+    """How many steps to rehearse: without stages all are alike; with some, there are synchronous and stale ones, of one
+    transformer at least where two divide the steps."""
+    return 2 * max(1, warmup) + 1 if stages > 1 else 1
 
 
 def needs_of(told: Rehearsed, mode: str, world_size: int, shards: int) -> dict[str, int]:

@@ -118,7 +118,7 @@ class Tracer(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.trace = Trace()
-        self._traffic = Traffic()
+        self.traffic = Traffic()
         self._busy = False
         self._numbers: dict[int, tuple[int, Any]] = {}
         self._works: dict[int, tuple[Any, int]] = {}
@@ -126,7 +126,7 @@ class Tracer(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if self._busy or func.namespace == "c10d":
+        if self._busy or func.namespace in ("c10d", "prim"):
             return func(*args, **kwargs)
         self._busy = True
         try:
@@ -167,7 +167,7 @@ class Tracer(TorchDispatchMode):
     def messages(self) -> Iterator[None]:
         """Within the context, messages and waits are noted."""
         with ExitStack() as stack:
-            stack.enter_context(self._traffic)
+            stack.enter_context(self.traffic)
             for operation, names in MESSAGES.items():
                 for name in (name for name in names if hasattr(dist.ProcessGroup, name)):
                     sending = self._sending(operation, getattr(dist.ProcessGroup, name))
@@ -178,9 +178,9 @@ class Tracer(TorchDispatchMode):
     def _sending(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(original)
         def send(group: Any, tensors: Any, *args: Any, **kwargs: Any) -> Any:
-            before = self._traffic.total
+            before = self.traffic.total
             work = original(group, tensors, *args, **kwargs)
-            sent = self._traffic.total - before
+            sent = self.traffic.total - before
             if group.size() > 1:
                 self._messages += 1
                 ranks = tuple(dist.get_process_group_ranks(group))

@@ -1,7 +1,5 @@
 """How fast blocks of the sizes of Flux and Wan are on one device and on several, and what of the messages is hidden."""
 
-import statistics
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -119,16 +117,9 @@ def timed(size: Size, way: dict[str, int] | str | None) -> Sent:
     with _ready(size, way) as forward:
         with traffic() as sent:
             forward()
-        seconds = []
-        for _ in range(FORWARDS):
-            devices.synchronize()
-            start = time.perf_counter()
-            forward()
-            devices.synchronize()
-            seconds.append(time.perf_counter() - start)
+        seconds = devices.seconds_of(forward, FORWARDS)
         element = devices.default_dtype().itemsize
-        return {"seconds": statistics.median(seconds), "sent": sent.total, "peak": devices.peak_memory(),
-                "element": element}  # fmt: skip
+        return {"seconds": seconds, "sent": sent.total, "peak": devices.peak_memory(), "element": element}
 
 
 @contextmanager
