@@ -76,7 +76,10 @@ def main() -> None:
             account = asyncio.run(
                 fault_run(served, serial_pictures(pipe, inputs), options.requests, *faults, options.clients)
             )
-            print(f"{options.ranks} ranks, {time.monotonic() - start:.0f} s, {options.requests} requests\n{account}")
+            print(
+                f"{options.ranks} ranks, {time.monotonic() - start:.0f} s, {options.requests} requests\n{account}",
+                flush=True,
+            )
         finally:
             served.interrupt()
         served = Served(folder, *model).ready()
