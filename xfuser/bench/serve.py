@@ -76,7 +76,10 @@ def main() -> None:
             account = asyncio.run(
                 fault_run(served, serial_pictures(pipe, inputs), options.requests, *faults, options.clients)
             )
-            print(f"{options.ranks} ranks, {time.monotonic() - start:.0f} s, {options.requests} requests\n{account}")
+            print(
+                f"{options.ranks} ranks, {time.monotonic() - start:.0f} s, {options.requests} requests\n{account}",
+                flush=True,
+            )
         finally:
             served.interrupt()
         served = Served(folder, *model).ready()
@@ -123,14 +126,14 @@ async def fault_run(
 
     async def client_loop(client: httpx.AsyncClient) -> None:
         for number, kind in waiting:
+            if number == WARM:
+                account.memory.append(memory_of(served))
             if kills and number and number % spacing == 0 and len(account.killed) < kills:
                 pids = served.ranks()
                 if pids:
                     os.kill(choose.choice(pids), signal.SIGKILL)
                     account.killed.append(time.monotonic())
                     recoveries.append(asyncio.ensure_future(_recovery(served, account)))
-            if number == WARM:
-                account.memory.append(memory_of(served))
             await request(client, kind, choose, account, expected)
 
     recoveries: list[Any] = []

@@ -9,6 +9,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +67,11 @@ class Served:
 
     def ranks(self) -> list[int]:
         """Process ids of the ranks."""
-        return sorted(
-            child.pid for child in psutil.Process(self.process.pid).children() if "--engine" in child.cmdline()
-        )
+        found = []
+        for child in psutil.Process(self.process.pid).children():
+            with suppress(psutil.Error):  # it has just ended
+                found += [child.pid] if "--engine" in child.cmdline() else []
+        return sorted(found)
 
     def metric(self, name: str) -> float:
         """A value of ``/metrics``, 0 where there is none yet."""
