@@ -2,6 +2,7 @@
 
 import pytest
 import running
+import torch
 import whole
 from whole import WHOLE
 
@@ -68,7 +69,20 @@ def test_pipeline_equals_serial(pool, path_of, name, method):
             assert running.error(result, reference) <= WHOLE[name].tolerance
 
 
-DISPLACED = {"cosmos2": {}, "wan": {"num_frames": 1}, "kandinsky5": {"num_frames": 1}}
+ONE_FRAME = {"num_frames": 1}
+TWO, MASK = torch.stack([whole.rows(7), -whole.rows(7)]), torch.arange(7) < torch.tensor([[3], [7]])
+DISPLACED = {  # under PipeFusion, in asynchronous steps: changes of the call
+    "cosmos2": {},
+    "wan": ONE_FRAME,
+    "kandinsky5": ONE_FRAME,
+    "z_image": {"prompt_embeds": [whole.rows(33), whole.rows(6)], "negative_prompt_embeds": [whole.rows(5)] * 2},
+    "lumina2": {
+        "prompt_embeds": TWO,
+        "prompt_attention_mask": MASK,
+        "negative_prompt_embeds": TWO.flip(1),
+        "negative_prompt_attention_mask": MASK.flip(0),
+    },
+}
 
 
 def drawn_under(path, name, changes, asked):

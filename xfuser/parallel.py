@@ -27,7 +27,6 @@ from xfuser.methods.cache.use import CacheUse
 from xfuser.methods.cfg import GuidanceParallel
 from xfuser.methods.compiled import CompiledBlocks, uncompiled
 from xfuser.methods.context import ContextParallel
-from xfuser.methods.controlnet import ControlNet
 from xfuser.methods.data import DataParallel, split_decode
 from xfuser.methods.distrifusion import DistriFusion
 from xfuser.methods.naive_patch import NaivePatches
@@ -35,6 +34,7 @@ from xfuser.methods.pipefusion.loop import has_callback
 from xfuser.methods.progress import quiet_progress
 from xfuser.methods.refusals import Refusals
 from xfuser.methods.sequence import SequenceParallel
+from xfuser.methods.stacks import ControlNet, Refiner
 from xfuser.methods.unet.maps import MapParallel
 from xfuser.models.plan import ModelPlan
 from xfuser.models.registry import controlnets_of, planned_models, set_plan
@@ -147,6 +147,8 @@ class xDiTParallel:
     def _methods(self) -> list[Method]:
         """What divides this call's forwards, in the order of the wrappers around them: the outermost first."""
         models, parallel = planned_models(self._pipe), self.engine_config.parallel_config
+        if self._pipefusion:
+            models = {name: (model, plan.piped) for name, (model, plan) in models.items()}
         parts = {name: self._part_of(model) for name, (model, _) in models.items()} if parallel.patched else {}
         self.__dict__["cache_use"] = CacheUse()
         added, caches = cache_methods(self._pipe, models.values(), self.engine_config, self.cache_use)
@@ -160,7 +162,9 @@ class xDiTParallel:
             methods += [self._sequence(model, plan, parts.get(name)) for name, (model, plan) in models.items()]
         if self._pipefusion:
             nets = controlnets_of(self._pipe)
-            methods += [ControlNet(*net, self._sp, self._backend, self._pipefusion) for net in nets]
+            shared = self._sp, self._backend, self._pipefusion
+            methods += [ControlNet(*net, *shared) for net in nets]
+            methods += [Refiner(*one, *shared) for one in models.values() if one[1].ahead]
         if methods:
             splits_batch = parallel.cfg_degree * parallel.dp_degree > 1
             methods.insert(0, Refusals(self._pipe, [model for model, _ in models.values()], splits_batch))

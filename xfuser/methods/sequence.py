@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 from functools import partial, wraps
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
@@ -22,6 +23,7 @@ from xfuser.methods.masks import PairMasks, cut_pairs
 from xfuser.methods.naive_patch import NaivePatches
 from xfuser.methods.pipefusion.patches import Patches
 from xfuser.methods.pipefusion.pipefusion import PipeFusion
+from xfuser.methods.pipefusion.stage import first_of
 from xfuser.methods.sharded import ShardedModel
 from xfuser.methods.tokens import Rows, TokenShares, Window
 from xfuser.models.plan import ModelPlan, Streams, Tokens, attentions_of, blocks_of, matching
@@ -58,6 +60,7 @@ class SequenceParallel(ShardedModel):
         """Clear the state of one forward."""
         self._early = self._plan.head is None  # whether tokens are gathered behind the last block
         self._attended: dict[str, int] = {}  # how often each attention module was asked to attend
+        self._starts: Tensor | None = None  # tokens ahead of the image, [B, 1], where rows of the batch have their own
         self._cuts: dict[tuple[str, str, int], tuple[Any, Any]] = {}  # arguments that blocks share, and what they get
 
     def _hooks(self) -> Iterator[AbstractContextManager[None]]:
@@ -97,7 +100,9 @@ class SequenceParallel(ShardedModel):
                 f" {type(self._model).__name__}, whose blocks then pick tokens by their number: remove it, or use"
                 " CFG or data parallelism"
             )
-        latents = arguments[self._plan.latents]
+        latents = first_of(arguments[self._plan.latents]) if self._stage else arguments[self._plan.latents]
+        text = self._plan.text_first and arguments[self._plan.text_first]
+        self._starts = text.sum(dim=1, keepdim=True) if isinstance(text, Tensor) else None
         rows = columns = 1
         if isinstance(latents, Tensor):
             self._image_tokens, rows = self._patches.image_tokens(latents), self._patches.row_count(latents)
@@ -115,13 +120,15 @@ class SequenceParallel(ShardedModel):
             self._reset()
 
     def _enter_block(self, blocks: str, arguments: Arguments) -> None:
-        if self._call.tokens is None:
+        begins = self._call.tokens is None
+        if begins:
             self._call.tokens = self._share(blocks, arguments)
         shards = self._call.tokens
         for name, streams in self._plan.carriers(blocks).items():
             dim = self._plan.carrier_dim
             if arguments.get(name) is not None and arguments[name].shape[dim] == shards.total(streams):
-                arguments[name] = shards.cut(arguments[name], Tokens(streams, dim))
+                x = self._image_first(arguments[name]) if begins else arguments[name]
+                arguments[name] = shards.cut(x, Tokens(streams, dim))
         for name, tokens in self._plan.per_token.items():
             value = arguments.get(name)
             if value is not None:
@@ -163,7 +170,7 @@ class SequenceParallel(ShardedModel):
             return tuple(self._cut(x, one, blocks, spread) for x, one in zip(value, tokens, strict=True))
 
         def cut(x: Tensor) -> Tensor:
-            own = self._call.tokens.cut(x, tokens)
+            own = self._call.tokens.cut(self._image_first(x), tokens)
             self._early |= spread and own is not x
             return own
 
@@ -206,13 +213,20 @@ class SequenceParallel(ShardedModel):
         if self._call.tokens is None or not self._early:
             return output
         if isinstance(output, Tensor):
-            return self._gather(output, outputs[0])
+            return self._image_first(self._gather(output, outputs[0]), -1)
         parts = zip(output, outputs, strict=True)
         return tuple(x if x is None else self._gather(x, streams) for x, streams in parts)
 
     def _leave_head(self, head: nn.Module, args: tuple, output: Tensor) -> Tensor:
         """Behind the head: all tokens of the image."""
         return output if self._call.tokens is None or self._early else self._gather(output, ("image",))
+
+    def _image_first(self, x: Tensor, way: int = 1) -> Tensor:
+        """``[B, S, ...]``, whose rows begin with a number of text tokens of their own: these go to the end, or back."""
+        if self._starts is None:
+            return x
+        places = (torch.arange(x.shape[1], device=x.device) + way * self._starts) % x.shape[1]
+        return x[torch.arange(x.shape[0], device=x.device)[:, None], places]
 
     def _gather(self, x: Tensor, streams: Streams) -> Tensor:
         """``[B, own tokens, D]`` to ``[B, tokens, D]``; zeros where this forward or this stage computes none."""

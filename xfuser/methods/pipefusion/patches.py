@@ -22,7 +22,7 @@ class Patches:
 
     def __init__(self, count: int, config: Any, plan: ModelPlan) -> None:
         self.count, self._dims = count, {3: plan.packed, 4: 2, 5: plan.frames}
-        size = getattr(config, "patch_size", 1)
+        size = getattr(config, "patch_size", None) or getattr(config, "all_patch_size", [1])[0]
         of_time = size[0] if isinstance(size, list | tuple) and len(size) == 3 else 1
         of_rows = size[-2] if isinstance(size, list | tuple) else size
         self._units = {4: of_rows, 5: getattr(config, "patch_size_t", None) or of_time}

@@ -55,15 +55,16 @@ class PipeFusion:
         Raises:
             ValueError: they, or the pipeline's guiders, are not supported.
         """
-        name, rescale = type(self._pipe).__name__, arguments.get("guidance_rescale")
+        name = type(self._pipe).__name__
         if arguments.get("skip_guidance_layers") is not None:
             refuse(f"skip_guidance_layers of {name}", "it takes the number of the sub-step for the step's", "Remove it")
         layers, scale = getattr(self._pipe, "pag_applied_layers", None), arguments.get("pag_scale", 1.0)
         if layers and scale > 0 and self._group.world_size > 1:
             why = "it searches its layers in blocks that other stages hold"
             refuse(f"perturbed-attention guidance (PAG) of {name}", why, "Set pag_scale=0", "Ulysses or ring")
-        if rescale:
-            refuse(f"guidance_rescale={rescale} of {name}", FULL_PREDICTION, "Remove it")
+        ((_, plan),) = planned_models(self._pipe).values()
+        for one in filter(arguments.get, plan.piped.of_whole):
+            refuse(f"{one}={arguments[one]} of {name}", FULL_PREDICTION, "Remove it")
         for guider in self._pipe.components.values():
             if getattr(guider, "_enabled", False) and hasattr(guider, "prepare_inputs"):
                 from diffusers.guiders import ClassifierFreeGuidance  # not in all releases, but in those with guiders
@@ -80,6 +81,7 @@ class PipeFusion:
             self._group.barrier()  # stages come to the same failure one after the other
             self._close_channels()
         ((model, plan),) = planned_models(self._pipe).values()
+        plan = plan.piped
         controlled = bool(controlnets_of(self._pipe))  # every stage runs these, and needs fresh latents for them
         if not self._channels:
             takers = self._group.world_size if controlled else 1

@@ -186,7 +186,9 @@ class Stage:
 
     def _enter(self, arguments: Arguments) -> int:
         """Check a call of the transformer against those before; returns its index."""
-        call, latents = self._call, arguments[self._plan.latents]
+        call, latents = self._call, first_of(arguments[self._plan.latents])
+        if not isinstance(latents, Tensor):
+            refuse(f"several pictures in one row of the batch of {self._name}", NOT_OF_ROWS)
         if (call.step, call.patch, call.index) == (0, 0, 0):
             self.patches.begin(latents)
             self._autocast = torch.is_autocast_enabled(latents.device.type)
@@ -312,6 +314,11 @@ class Stage:
             return outputs[self._call.index]
 
         return replaced(module, "forward", forward)
+
+
+def first_of(latents: Any) -> Any:
+    """The latents, or, of a list with an entry for each row of the batch, the first entry."""
+    return latents[0] if isinstance(latents, list | tuple) else latents
 
 
 def _own_tokens(shares: TokenShares) -> dict[str, int]:

@@ -1,18 +1,60 @@
-"""A ControlNet under PipeFusion: displaced as the transformer is, on every stage."""
+"""Further stacks of blocks under PipeFusion, displaced as the transformer's own: ControlNets, refiners ahead of it."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import wraps
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from xfuser.call import CallState
 from xfuser.core.distributed import SequenceParallelGroupCoordinator
-from xfuser.core.hooks import replaced
+from xfuser.core.hooks import Binder, replaced
 from xfuser.methods.pipefusion.pipefusion import PipeFusion
 from xfuser.methods.sequence import SequenceParallel
-from xfuser.models.plan import ModelPlan
+from xfuser.models.plan import ModelPlan, Streams, blocks_of
+
+
+class Refiner(SequenceParallel):
+    """The blocks ahead of a transformer's own: the first stage runs them on the patch; others, on nothing.
+
+    Each sequence-parallel rank computes the whole patch.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: ModelPlan,
+        group: SequenceParallelGroupCoordinator,
+        backend: str,
+        pipefusion: PipeFusion,
+    ) -> None:
+        stack = replace(plan, blocks=plan.ahead, head=None, text_first=None, residuals=())
+        super().__init__(model, stack, group, backend, pipefusion)
+
+    @contextmanager
+    def enter(self, call: CallState) -> Iterator[None]:
+        """Within the context, the blocks compute patches, or return what they are given."""
+        if self._pipefusion.stage.number == 0:
+            with super().enter(call):
+                yield
+            return
+        with ExitStack() as stack:
+            for block in blocks_of(self._model, self._plan):
+                stack.enter_context(replaced(block.module, "forward", self._passing(Binder(block.module.forward))))
+            yield
+
+    def _passing(self, bind: Binder) -> Callable[..., Any]:
+        return lambda *args, **kwargs: bind(args, kwargs)[self._plan.image]
+
+    def _leave_blocks(self, outputs: list[Streams], block: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        """Behind the last block: all tokens, with zeros in the place of other patches'."""
+        shares, self._call.tokens = self._call.tokens, None
+        return shares.rows(outputs[0], output.shape[1]).in_sequence(output)
+
+    def _splits(self, tokens: int) -> bool:
+        return False
 
 
 class ControlNet(SequenceParallel):
@@ -32,6 +74,7 @@ class ControlNet(SequenceParallel):
     ) -> None:
         super().__init__(model, plan, group, backend, pipefusion)
         self._outputs: list[Any] = []  # of each call of the synchronous step
+        self._unit = self._lines = 1
         self._begin()
 
     def _begin(self) -> None:
@@ -40,7 +83,9 @@ class ControlNet(SequenceParallel):
 
     def _reset(self) -> None:
         """Clear the state of one forward; attention is counted over all forwards of a sub-step."""
-        self._unit, self._lines, self._early, self._cuts = 1, 1, False, {}
+        attended = vars(self).get("_attended", {})
+        super()._reset()
+        self._attended, self._early = attended, False  # whoever calls it gets the patch's tokens
 
     @contextmanager
     def enter(self, call: CallState) -> Iterator[None]:
