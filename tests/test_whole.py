@@ -31,6 +31,7 @@ REFUSED = {  # by PipeFusion, where the transformer's class is not refused
     "flux2": "patches must be rows of both",
     "skyreels_v2_forcing": "copy their scheduler",
     "hunyuan_image_guided": "does not support AdaptiveProjectedMixGuidance of HunyuanImagePipeline",
+    "sana_sprint": "leave out its last timestep",
     "cosmos": "turn their scheduler back",
 }
 
@@ -75,6 +76,7 @@ DISPLACED = {  # under PipeFusion, in asynchronous steps: changes of the call
     "cosmos2": {},
     "wan": ONE_FRAME,
     "kandinsky5": ONE_FRAME,
+    "sana": {},
     "z_image": {"prompt_embeds": [whole.rows(33), whole.rows(6)], "negative_prompt_embeds": [whole.rows(5)] * 2},
     "lumina2": {
         "prompt_embeds": TWO,

@@ -20,18 +20,16 @@ from xfuser.core.distributed import SequenceParallelGroupCoordinator
 from xfuser.core.hooks import Arguments, Binder, edited_arguments, edited_output, replaced
 from xfuser.methods.distrifusion import DistriFusion
 from xfuser.methods.masks import PairMasks, cut_pairs
+from xfuser.methods.mixing import MixingModules
 from xfuser.methods.naive_patch import NaivePatches
 from xfuser.methods.pipefusion.patches import Patches
 from xfuser.methods.pipefusion.pipefusion import PipeFusion
 from xfuser.methods.pipefusion.stage import first_of
-from xfuser.methods.sharded import ShardedModel
 from xfuser.methods.tokens import Rows, TokenShares, Window
 from xfuser.models.plan import ModelPlan, Streams, Tokens, attentions_of, blocks_of, matching
-from xfuser.vae.bands import Bands
-from xfuser.vae.parallelize import OnBands
 
 
-class SequenceParallel(ShardedModel):
+class SequenceParallel(MixingModules):
     """Sequence parallelism (USP: Ulysses x ring) of one transformer over one group.
 
     With ``pipefusion``, a forward computes one patch of the image: the patch's tokens are what is sharded. With
@@ -74,7 +72,8 @@ class SequenceParallel(ShardedModel):
                 yield replaced(module, "forward", outside_of_graphs(self._on_rows(module), name))
             for name in plan.linear:
                 module = block.module.get_submodule(name)
-                yield replaced(module, "forward", outside_of_graphs(summed_state(module, self._sum), name))
+                state = partial(self._state, f"{block.list_name}.{block.index}.{name}")
+                yield replaced(module, "forward", outside_of_graphs(summed_state(module, state), name))
         for pattern, names in plan.gathered.items():
             for module in map(self._model.get_submodule, matching(self._model, pattern)):
                 bind = Binder(module.forward)
@@ -255,23 +254,6 @@ class SequenceParallel(ShardedModel):
 
         return forward
 
-    def _on_rows(self, module: nn.Module) -> Callable[[Tensor], Tensor]:
-        """The forward of a module that convolves the grid, ``[B, C, rows, columns]``, and looks into others' rows."""
-        original = module.forward
-
-        @wraps(original)
-        def forward(x: Tensor) -> Tensor:
-            if self._call.tokens.ranks == 1 or self._alone:
-                return original(x)
-            rows = [size // x.shape[3] for size in self._call.tokens.sizes["image"]]
-            with OnBands(Bands(-2, rows, x.shape[3], self._group.device_group), None):
-                return original(x)
-
-        return forward
-
-    def _sum(self, state: Tensor) -> Tensor:
-        return state if self._call.tokens.ranks == 1 or self._alone else self._group.all_reduce(state)
-
     def _attend(self, name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
         shards, stage = self._call.tokens, self._stage
         if shards.is_whole and not stage:
@@ -297,7 +279,9 @@ class SequenceParallel(ShardedModel):
         k, v = keys.given(k, 2, rank), keys.given(v, 2, rank)
 
         def renew(k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-            k, v, fresh = stage.renew((self, name, number), keys.order, keys.total, k, v, mask if per_key else None)
+            k, v, fresh = stage.kept.attended(
+                (self, name, number), keys.order, keys.total, k, v, mask if per_key else None
+            )
             return k, v, fresh if per_key else mask
 
         if ranks == 1:

@@ -4,12 +4,13 @@ import itertools
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from xfuser.models.plan import ModelPlan, blocks_of
+from xfuser.models.plan import Attention, ModelPlan, blocks_of
 
 STACKED = ("to_qkv_mlp_proj", "img_qkv_proj", "to_qkv")  # queries, keys and values by one linear
 OF_TEXT = ("add_k_proj", "add_v_proj", "txt_kv_proj")
@@ -45,7 +46,11 @@ def projecting(model: nn.Module, plan: ModelPlan, state: Any) -> Iterator[None]:
     """Within the context, key and value projections of the blocks' attention are what ``state`` makes of them."""
     with ExitStack() as stack:
         for block in blocks_of(model, replace(plan, blocks=(*plan.ahead, *plan.blocks))):
-            for attention, streams in plan.attentions().items():
+            for name in plan.convolutions:
+                module, name = block.module.get_submodule(name), f"{block.list_name}.{block.index}.{name}"
+                stack.callback(module.register_forward_pre_hook(partial(_rows, state, name)).remove)
+            linear = {name: Attention(("image",), ("image",)) for name in plan.linear}
+            for attention, streams in (plan.attentions() | linear).items():
                 for kind in PROJECTIONS:
                     name = f"{block.list_name}.{block.index}.{attention}.{kind}"
                     if name not in dict(model.named_modules()):
@@ -60,6 +65,13 @@ def projecting(model: nn.Module, plan: ModelPlan, state: Any) -> Iterator[None]:
 
                     stack.callback(model.get_submodule(name).register_forward_hook(hook).remove)
         yield
+
+
+def _rows(state: Any, name: str, module: nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+    """Hook ahead of a convolution of the grid ``[B, C, rows, columns]``: others' rows are kept ones."""
+    (x,) = args
+    tokens = state.project(name, ("image",), slice(None), x.flatten(2).transpose(1, 2))
+    return (tokens.transpose(1, 2).unflatten(2, x.shape[2:]),)
 
 
 def keys_and_values(attention: nn.Module, stacked: nn.Linear) -> slice:

@@ -27,17 +27,22 @@ class Patches:
         of_rows = size[-2] if isinstance(size, list | tuple) else size
         self._units = {4: of_rows, 5: getattr(config, "patch_size_t", None) or of_time}
         self._of_video = {False: (plan.frames, self._units[5]), True: (plan.height, of_rows)}
-        self._one_frame = False
+        self._one_frame, self._divides_frames = False, plan.rows is None
 
     def begin(self, latents: Tensor) -> None:
         """Divide latents of this shape from now on."""
         frames, of_time = self._of_video[False]
-        self._one_frame = latents.dim() == 5 and latents.shape[frames] == of_time
+        self._one_frame = latents.dim() == 5 and latents.shape[frames] == of_time and self._divides_frames
         self._dims[5], self._units[5] = self._of_video[self._one_frame]
 
     def dim(self, latents: Tensor) -> int:
         """The dimension that is divided."""
         return self._dims.get(latents.dim(), 1)
+
+    def kind(self, latents: Tensor) -> tuple[int, int]:
+        """Number of dimensions, and of entries in the divided one; a video of one frame is as good as an image."""
+        one_frame = self._one_frame and latents.dim() == 5
+        return latents.dim() - one_frame, latents.shape[self.dim(latents)]
 
     def row_count(self, latents: Tensor) -> int:
         """Rows of tokens."""

@@ -1,6 +1,6 @@
 """One stage of one transformer's pipeline, during a call: which tokens a forward computes, and who gets them next."""
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial, wraps
 from typing import Any
@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from xfuser.call import CallState, Forward
-from xfuser.core.attention.kv_buffer import KVBuffer
 from xfuser.core.hooks import Arguments, edited_arguments, edited_output, replaced
 from xfuser.methods.pipefusion.blocks import StageBlocks
 from xfuser.methods.pipefusion.channel import Channel, Route, skips
+from xfuser.methods.pipefusion.kept import Kept
 from xfuser.methods.pipefusion.patches import Patches
 from xfuser.methods.pipefusion.refusals import refuse
 from xfuser.methods.tokens import TokenShares, Window
@@ -41,6 +41,7 @@ class Stage:
         self._model, self._plan, self._owners, self._group = model, plan, blocks.owners, blocks.group
         self._channels, self._call, self._controlled, self._runs = channels, call, controlled, False
         self._name, self.number = type(model).__name__, self._group.rank_in_group
+        self.kept = Kept(call)
         self.patches = Patches(call.patches, getattr(model, "config", model), plan)
         self._forget()
 
@@ -49,7 +50,7 @@ class Stage:
         self._latents: list[Tensor] = []  # input of each call of the first sub-step
         self._outputs: list[tuple[list[Tensor], Any]] = []  # full output of each call: tensors, tree
         self._autocast = False  # whether the dtypes of activations depend on their operators
-        self._buffers: dict[tuple[Hashable, int], KVBuffer] = {}
+        self.kept.clear()
         # Elements per token, shares and streams of each message with tokens in this sub-step, and in the last
         # asynchronous one.
         self._received: list[tuple[int, TokenShares, list[str]]] = []
@@ -81,14 +82,9 @@ class Stage:
         """Image tokens of the smallest patch, the last one."""
         return len(self.patches.tokens(self._latents[0], tokens, self._call.patches - 1))
 
-    def renew(
-        self, name: Hashable, places: list[tuple], total: int, k: Tensor, v: Tensor, mask: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Fresh keys, values and key mask of an attention of this sub-step in, those of the full sequence out.
-
-        ``places``, (first row, number of rows), and ``total`` say where the fresh rows are, and in how many.
-        """
-        return self._buffers.setdefault((name, self._call.index), KVBuffer()).renew(k, v, mask, places, total)
+    def patch_tokens(self, tokens: int) -> list[range]:
+        """The tokens of each patch, of an image with that many."""
+        return [self.patches.tokens(self._latents[0], tokens, patch) for patch in range(self._call.patches)]
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -131,7 +127,7 @@ class Stage:
             self._received_before = self._received
         self._received = []
         if call.ends_step and call.step + 1 == call.steps:
-            self._buffers.clear()  # the VAE can have their memory
+            self.kept.clear()  # the VAE can have their memory
         for channel in self._channels.values():
             channel.end_substep()
         if call.ends_step and call.ends_whole(call.step):
@@ -155,10 +151,10 @@ class Stage:
         return None if following is None or self._call.ends_whole(following[0] - 1) else following
 
     def _check_substep(self, latents: Tensor) -> None:
-        name, calls, before, dim = self._name, self._call.index + 1, len(self._latents), self.patches.dim(latents)
+        name, calls, before = self._name, self._call.index + 1, len(self._latents)
         if calls != before:
             refuse(f"{calls} calls of {name} in step {self._call.step}", f"the first had {before}", SAME_CALLS)
-        if any(latents.shape[dim] != x.shape[dim] or latents.dim() != x.dim() for x in self._latents):
+        if any(self.patches.kind(latents) != self.patches.kind(x) for x in self._latents):
             what = f"a scheduler step of {tuple(latents.shape)} where {name} was given {tuple(self._latents[0].shape)}"
             refuse(what, "patches must be rows of both, so the latents can have no image beside them")
 
@@ -190,7 +186,7 @@ class Stage:
         if not isinstance(latents, Tensor):
             refuse(f"several pictures in one row of the batch of {self._name}", NOT_OF_ROWS)
         if (call.step, call.patch, call.index) == (0, 0, 0):
-            self.patches.begin(latents)
+            self.patches.begin(latents[None] if isinstance(arguments[self._plan.latents], list) else latents)
             self._autocast = torch.is_autocast_enabled(latents.device.type)
             for (kind, *_), channel in self._channels.items():
                 channel.tagged = self._autocast and kind != "latents"
