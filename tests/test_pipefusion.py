@@ -509,10 +509,10 @@ def test_stages_agree_in_bfloat16(pool, folder_of):
         assert np.array_equal(picture, expected)
 
 
-def beside_the_latents(path):
+def small_patches(path):
     """Kontext puts the tokens of a picture behind those of the latents."""
     pipe = diffusers.FluxKontextPipeline.from_pipe(running.loaded(path))
-    parallel = running.wrap(pipe, degrees(2, 2, 1))
+    parallel = running.wrap(pipe, degrees(1, 8, 1, ulysses_degree=2))
     try:
         with pytest.raises(ValueError) as error:
             parallel(**call_of("flux", image=running.picture(), max_area=80 * 48, _auto_resize=False))
@@ -521,9 +521,9 @@ def beside_the_latents(path):
         parallel.unwrap()
 
 
-def test_pictures_beside_the_latents_are_refused(pool, folder_of):
-    for message in pool.run(2, beside_the_latents, folder_of("flux")):
-        assert "patches must be rows of both" in message
+def test_patches_that_pictures_made_seem_larger_are_refused(pool, folder_of):
+    for message in pool.run(2, small_patches, folder_of("flux")):
+        assert "patches of 1 tokens, beside those of pictures, on 2 ranks" in message
 
 
 def rescaled(path):

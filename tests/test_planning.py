@@ -166,6 +166,16 @@ def _flops(events, kind):
             yield event.flops
 
 
+def test_stages_of_two_transformers_are_counted():
+    """Of Wan 2.2: half of both's blocks; the keys and values of one at a time, and none while the VAE decodes."""
+    args = replace(FLUX, model="wan2.2-t2v-a14b", height=160, width=96, num_frames=33)
+    told = plan(args, 2, None, False, [{"pipefusion": 2}], source_of(args))[0].told
+    assert [told.weights[name] for name in ("transformer", "transformer_2")] == pytest.approx([14.3e9] * 2, rel=0.05)
+    keys_and_values = 2 * 20 * 2 * (9 * 60 + 512) * 5120 * 2  # two calls, 20 blocks, image and text, in two bytes
+    assert told.kept == pytest.approx(keys_and_values, rel=0.1)
+    assert told.live["vae"] < 0.6 * keys_and_values
+
+
 def test_repeated_blocks_are_what_running_them_gives(folder_of, monkeypatch):
     """Of a transformer with many blocks: operators, FLOPs, bytes and memory are the same with all blocks run."""
     args = asked(folder_of("flux"), {"pipefusion_parallel_degree": 2}, num_inference_steps=3)

@@ -24,11 +24,7 @@ DEFAULT = {
     "pipefusion2": {"wan", "wan_i2v", "hunyuan_video", "ltx", "qwen_image", "flux_fill", "cogview4", "aura_flow"},
 }  # fmt: skip
 REFUSED = {  # by PipeFusion, where the transformer's class is not refused
-    "wan_two": "divide the steps",
-    "ltx_i2v": "patches must be rows of both",
-    "qwen_image_edit": "patches must be rows of both",
-    "flux_kontext": "patches must be rows of both",
-    "flux2": "patches must be rows of both",
+    "ltx_i2v": "patches are rows of what the scheduler steps",
     "skyreels_v2_forcing": "copy their scheduler",
     "hunyuan_image_guided": "does not support AdaptiveProjectedMixGuidance of HunyuanImagePipeline",
     "sana_sprint": "leave out its last timestep",
@@ -95,7 +91,7 @@ def drawn_under(path, name, changes, asked):
 def test_displaced_patches_equal_the_oracle(pool, path_of, name):
     changes = {"num_inference_steps": 4} | DISPLACED[name]
     path, of_two = path_of(name), {"pipefusion_parallel_degree": 2, "warmup_steps": 1}
-    expected = {patches: whole.displaced(path, name, patches, **changes) for patches in (2, 3)}
+    expected = {patches: whole.displaced(path, name, patches, **changes)[0] for patches in (2, 3)}
     serial = whole.draw(path, name, None, **changes)[0]
     for ranks, others in ((2, {}), (4, {"ulysses_degree": 2})):
         asked = [of_two | others | {"num_pipeline_patch": patches} for patches in expected]

@@ -145,13 +145,6 @@ def loaded(path: str, name: str) -> Any:
     return pipe
 
 
-def displaced(path: str, name: str, patches: int, **changes: Any) -> np.ndarray:
-    """What the oracle draws with that many patches, and one synchronous step."""
-    pipe = loaded(path, name)
-    with oracle.displaced(pipe, patches, 1), WHOLE[name].within():
-        return running.array(pipe(**call_of(name, **changes), generator=running.seeded()))
-
-
 def draw(path: str, name: str, degrees: Any, **changes: Any) -> list[np.ndarray]:
     """All that a call returns."""
     pipe = running.wrap(loaded(path, name), degrees)
@@ -159,6 +152,12 @@ def draw(path: str, name: str, degrees: Any, **changes: Any) -> list[np.ndarray]
         result = pipe(**call_of(name, **changes), generator=running.seeded())
     running.unwrap(pipe)
     return [np.asarray(one) for one in result.values()]
+
+
+def displaced(path: str, name: str, patches: int, warmup: int = 1, **changes: Any) -> list[np.ndarray]:
+    """What the oracle of PipeFusion draws."""
+    with oracle.displaced(loaded(path, name), patches, warmup):
+        return draw(path, name, None, **changes)
 
 
 QWEN_VAE = coded("AutoencoderKLQwenImage", z_dim=2, latents_mean=[0.0] * 2, latents_std=[1.0] * 2)
@@ -280,6 +279,17 @@ WHOLE = {
         text=EMBEDS,
         call=FRAMES,
         parts=lambda: {"transformer_2": transformer("wan", num_layers=2), "boundary_ratio": 0.7},
+        dtype=torch.float64,
+    ),
+    "wan_two_i2v": Whole(
+        "WanImageToVideoPipeline",
+        "wan",
+        coded("AutoencoderKLWan"),
+        config={"in_channels": 12},
+        text=EMBEDS,
+        call=lambda: FRAMES() | {"image": picture()},
+        parts=lambda: {"transformer_2": transformer("wan", in_channels=12, num_layers=2), "boundary_ratio": 0.7},
+        dtype=torch.float64,
     ),
     "wan_i2v": Whole(
         "WanImageToVideoPipeline",

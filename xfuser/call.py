@@ -34,7 +34,8 @@ class CallState:
 
     Args:
         patches: M.
-        synchronous: number of first steps that compute the whole image with fresh activations; one in any case.
+        synchronous: number of first steps of each transformer that compute the whole image with fresh activations; one
+            in any case.
         every_step_whole: whether every rank needs whole latents after each step.
         compiled: whether blocks run compiled code, into which nothing can hook.
 
@@ -60,6 +61,7 @@ class CallState:
         self.gives, self.apart = True, False
         self.skips: bool | None = None
         self._synchronous, self._every_step_whole = max(1, synchronous), every_step_whole
+        self._starts = {0}  # steps in which a transformer is called first
         self._part: Callable[[Tensor], Tensor] | None = None
         self._wrappers: dict[nn.Module, list[Wrapper]] = {}
         self._at_forwards_end: list[Callable[[], None]] = []
@@ -99,7 +101,10 @@ class CallState:
     @property
     def synchronous(self) -> bool:
         """Whether this step computes the whole image with fresh activations, in its first sub-step."""
-        return self.step < self._synchronous
+        return self._is_synchronous(self.step)
+
+    def _is_synchronous(self, step: int) -> bool:
+        return any(first <= step < first + self._synchronous for first in self._starts)
 
     @property
     def ends_step(self) -> bool:
@@ -108,7 +113,8 @@ class CallState:
 
     def ends_whole(self, step: int) -> bool:
         """Whether every rank has the whole latents at the end of this step; if not, its patches travel singly."""
-        return step < self._synchronous or self._every_step_whole or step >= self.steps - 1
+        synchronous = self._is_synchronous(step) or self._is_synchronous(step + 1)
+        return synchronous or self._every_step_whole or step >= self.steps - 1
 
     @property
     def whole(self) -> bool:
@@ -118,7 +124,7 @@ class CallState:
     def after(self, step: int, patch: int) -> tuple[int, int] | None:
         """The sub-step behind this one, if it follows without a pause: patch by patch, each as soon as it is there."""
         if patch < self.patches - 1:
-            return None if step < self._synchronous else (step, patch + 1)
+            return None if self._is_synchronous(step) else (step, patch + 1)
         return None if self.ends_whole(step) else (step + 1, 0)
 
     # What moves it on.
@@ -139,7 +145,11 @@ class CallState:
     def begin(self, steps: int) -> None:
         """Go to the first of so many steps."""
         self.step = self.patch = 0
-        self.steps = steps
+        self.steps, self._starts = steps, {0}
+
+    def start(self, step: int) -> None:
+        """Note that a transformer is called first in this step, from which on steps are synchronous, then."""
+        self._starts.add(step)
 
     @contextmanager
     def running(self, scheduler: Any) -> Iterator[None]:

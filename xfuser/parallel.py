@@ -30,14 +30,14 @@ from xfuser.methods.context import ContextParallel
 from xfuser.methods.data import DataParallel, split_decode
 from xfuser.methods.distrifusion import DistriFusion
 from xfuser.methods.naive_patch import NaivePatches
-from xfuser.methods.pipefusion.loop import has_callback
+from xfuser.methods.pipefusion.loop import needs_whole_steps
 from xfuser.methods.progress import quiet_progress
 from xfuser.methods.refusals import Refusals
 from xfuser.methods.sequence import SequenceParallel
-from xfuser.methods.stacks import ControlNet, Refiner
+from xfuser.methods.stacks import stacks_of
 from xfuser.methods.unet.maps import MapParallel
 from xfuser.models.plan import ModelPlan
-from xfuser.models.registry import controlnets_of, planned_models, set_plan
+from xfuser.models.registry import planned_models, set_plan
 from xfuser.pipeline_io.agreement import shared_arguments
 from xfuser.pipeline_io.arguments import pipeline_arguments
 from xfuser.pipeline_io.media import media_of, write_media
@@ -83,9 +83,8 @@ class xDiTParallel:
         check_backend(own["_backend"])
         own["engine_config"] = engine_config
         own["input_config"] = input_config or InputConfig()
-        own["_output"], own["cache_use"] = None, CacheUse()
+        own["_output"], own["cache_use"], own["_blocks"] = None, CacheUse(), {}
         own["_compiler"] = torch.compile if engine_config.runtime_config.use_torch_compile else None
-        own["_blocks"] = {}
         with ExitStack() as stack:
             self._take_out_compiled(stack)
             self._place()
@@ -101,7 +100,7 @@ class xDiTParallel:
         """Call the pipeline on all ranks; every rank returns the full result."""
         self._check_usable()
         arguments = Binder(self._pipe.__call__)(args, kwargs)
-        call = self._new_call(every_step_whole=has_callback(arguments))
+        call = self._new_call(every_step_whole=needs_whole_steps(self._pipe, arguments))
         if self._pipefusion:
             args, kwargs = (), self._pipefusion.arguments(arguments, call)
         with self._running(call):
@@ -146,9 +145,7 @@ class xDiTParallel:
 
     def _methods(self) -> list[Method]:
         """What divides this call's forwards, in the order of the wrappers around them: the outermost first."""
-        models, parallel = planned_models(self._pipe), self.engine_config.parallel_config
-        if self._pipefusion:
-            models = {name: (model, plan.piped) for name, (model, plan) in models.items()}
+        models, parallel = planned_models(self._pipe, bool(self._pipefusion)), self.engine_config.parallel_config
         parts = {name: self._part_of(model) for name, (model, _) in models.items()} if parallel.patched else {}
         self.__dict__["cache_use"] = CacheUse()
         added, caches = cache_methods(self._pipe, models.values(), self.engine_config, self.cache_use)
@@ -160,11 +157,7 @@ class xDiTParallel:
             methods.append(DataParallel(get_dp_group(), models.values()))
         if self._pipefusion or self._sp.world_size > 1 or self._backend not in TORCHS_CHOICE:
             methods += [self._sequence(model, plan, parts.get(name)) for name, (model, plan) in models.items()]
-        if self._pipefusion:
-            nets = controlnets_of(self._pipe)
-            shared = self._sp, self._backend, self._pipefusion
-            methods += [ControlNet(*net, *shared) for net in nets]
-            methods += [Refiner(*one, *shared) for one in models.values() if one[1].ahead]
+        methods += stacks_of(self._pipe, models.values(), self._sp, self._backend, self._pipefusion)
         if methods:
             splits_batch = parallel.cfg_degree * parallel.dp_degree > 1
             methods.insert(0, Refusals(self._pipe, [model for model, _ in models.values()], splits_batch))

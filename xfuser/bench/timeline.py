@@ -23,7 +23,7 @@ def timeline(waits: Waiting) -> Iterator[list[Span]]:
             return wrapper(method, forward, arguments)
         start, before = time.perf_counter(), len(waits.waits)
         output = wrapper(method, forward, arguments)
-        stage, call = method._pipefusion.stage.number, method._call
+        stage, call = method._stage.number, method._call
         if stage > 0:
             start = waits.waits[before][1]  # when the previous stage's tokens were there
         place = {"stage": stage, "step": call.step, "patch": call.patch}

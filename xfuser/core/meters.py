@@ -156,6 +156,17 @@ class LiveMemory(TorchDispatchMode):
                 sizes[epoch] = sizes.get(epoch, 0) + size
         return sizes
 
+    def alive(self) -> dict[int, int]:
+        """Bytes that are counted with each storage, by its key."""
+        return {key: size for key, (size, _) in self._known.items()}
+
+    def grow(self, key: int, size: int) -> None:
+        """Count ``size`` bytes more for as long as the storage with this key is alive."""
+        known, epoch = self._known[key]
+        self._known[key] = known + size, epoch
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
     def free_of_epoch(self, tensors: Any) -> None:
         """Let the tensors in a structure of them bear no epoch."""
         for x in tree_leaves(tensors):
@@ -177,8 +188,7 @@ class LiveMemory(TorchDispatchMode):
         self._known[key] = size, self.epoch
         self.live += size
         self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._gone, key, size)
+        weakref.finalize(storage, self._gone, key)
 
-    def _gone(self, key: int, size: int) -> None:
-        self._known.pop(key, None)
-        self.live -= size
+    def _gone(self, key: int) -> None:
+        self.live -= self._known.pop(key)[0]

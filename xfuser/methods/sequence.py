@@ -62,7 +62,7 @@ class SequenceParallel(MixingModules):
         self._cuts: dict[tuple[str, str, int], tuple[Any, Any]] = {}  # arguments that blocks share, and what they get
 
     def _hooks(self) -> Iterator[AbstractContextManager[None]]:
-        self._stage = self._pipefusion and self._pipefusion.stage
+        self._stage = self._pipefusion and self._pipefusion.stage_of(self._model)
         plan, blocks = self._plan, blocks_of(self._model, self._plan)
         yield self._pair_masks.alike()
         for block in blocks:

@@ -1,6 +1,6 @@
 """Further stacks of blocks under PipeFusion, displaced as the transformer's own: ControlNets, refiners ahead of it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import wraps
@@ -14,6 +14,22 @@ from xfuser.core.hooks import Binder, replaced
 from xfuser.methods.pipefusion.pipefusion import PipeFusion
 from xfuser.methods.sequence import SequenceParallel
 from xfuser.models.plan import ModelPlan, Streams, blocks_of
+from xfuser.models.registry import controlnets_of
+
+
+def stacks_of(
+    pipe: Any,
+    models: Iterable[tuple[nn.Module, ModelPlan]],
+    group: SequenceParallelGroupCoordinator,
+    backend: str,
+    pipefusion: PipeFusion | None,
+) -> list[SequenceParallel]:
+    """What lets a pipeline's further stacks of blocks compute patches; other methods run them whole."""
+    if not pipefusion:
+        return []
+    shared = group, backend, pipefusion
+    refiners: list[SequenceParallel] = [Refiner(*one, *shared) for one in models if one[1].ahead]
+    return [*refiners, *(ControlNet(*net, *shared) for net in controlnets_of(pipe))]
 
 
 class Refiner(SequenceParallel):
@@ -36,7 +52,7 @@ class Refiner(SequenceParallel):
     @contextmanager
     def enter(self, call: CallState) -> Iterator[None]:
         """Within the context, the blocks compute patches, or return what they are given."""
-        if self._pipefusion.stage.number == 0:
+        if self._pipefusion.stage_of(self._model).number == 0:
             with super().enter(call):
                 yield
             return

@@ -13,20 +13,29 @@ from xfuser.models.plan import Streams, Tokens
 
 @dataclass(frozen=True)
 class Window:
-    """The part of the streams that one forward computes: consecutive image tokens, with the text or without."""
+    """The part of the streams that one forward computes: consecutive image tokens, with the text or without.
+
+    ``behind`` are further image tokens that it computes, at the end of the stream: those of pictures to go by.
+    """
 
     image: range
     text: bool = True
+    behind: range = range(0)
+
+    @property
+    def ranges(self) -> tuple[range, ...]:
+        """All image tokens that the forward computes."""
+        return (self.image, self.behind) if self.behind else (self.image,)
 
 
 class Part(NamedTuple):
-    """One stream's rows in a sequence: those of the ranks, one after the other from ``start``, or all on every rank.
+    """One stream's rows in a sequence: those of the ranks, one after the other in ``ranges``, or all on every rank.
 
     ``givers`` are the ranks whose rows are keys. With ``lines`` above 1, the sequence is that many lines of equal
     length, and the ranks have their part of each line.
     """
 
-    start: int
+    ranges: tuple[range, ...]
     sizes: list[int]
     split: bool
     givers: range
@@ -35,8 +44,15 @@ class Part(NamedTuple):
     def places(self, rank: int) -> list[tuple[int, int]]:
         """A rank's rows: (first row, number of rows)."""
         first, length = (count // self.lines for count in (sum(self.sizes[:rank]) * self.split, self.sizes[rank]))
-        line = sum(self.sizes) // self.lines
-        return [(self.start + number * line + first, length) for number in range(self.lines)]
+        if self.lines > 1:
+            line = sum(self.sizes) // self.lines
+            return [(self.ranges[0].start + number * line + first, length) for number in range(self.lines)]
+        found = []
+        for rows in self.ranges:
+            own = rows[max(first, 0) : max(first + length, 0)]
+            found += [(own.start, len(own))] if own else []
+            first -= len(rows)
+        return found or [(self.ranges[0].start, 0)]
 
 
 class Rows:
@@ -121,17 +137,22 @@ class TokenShares:
         self._unit, self._whole, self._ballast, self._lines = unit, whole, ballast, lines
         self.totals = {"image": image, "text": text}
         idle = ballast and not window.text
-        self._active = {"image": window.image, "text": range((text or 0) if window.text else int(idle))}
+        self._active = {"image": window.ranges, "text": (range((text or 0) if window.text else int(idle)),)}
         self._givers = {"image": range(ranks), "text": range(0 if idle else 1 if whole else ranks)}
         # The streams' longer shares lie at opposite ends of the group, which evens the totals out.
-        self.sizes = {"image": [size * unit for size in split_sizes(len(window.image) // unit, ranks)]}
-        words = len(self._active["text"])
+        count, words = (sum(map(len, self._active[stream])) for stream in ("image", "text"))
+        self.sizes = {"image": [size * unit for size in split_sizes(count // unit, ranks)]}
         self.sizes["text"] = [words] * ranks if whole or idle else split_sizes(words, ranks)[::-1]
         self._known: dict[tuple[Streams, int], Rows] = {}
 
     def at(self, window: Window) -> "TokenShares":
         """The shares of the same streams in a forward that computes another window."""
         return TokenShares(*self._made_of, window, self._unit, self._whole, self._ballast, self._lines)
+
+    @property
+    def own(self) -> dict[str, int]:
+        """How many tokens this rank has of each stream, image first."""
+        return {stream: sizes[self.rank] for stream, sizes in self.sizes.items()}
 
     @property
     def is_whole(self) -> bool:
@@ -164,7 +185,9 @@ class TokenShares:
             sizes = [text] * self.ranks if unknown else self.sizes[stream]
             givers = range(1) if unknown else self._givers[stream]
             lines = self._lines if stream == "image" else 1
-            parts.append(Part(start + self._active[stream].start, sizes, len(givers) == self.ranks, givers, lines))
+            active = (range(total),) if unknown else self._active[stream]
+            ranges = tuple(range(start + rows.start, start + rows.stop) for rows in active)
+            parts.append(Part(ranges, sizes, len(givers) == self.ranks, givers, lines))
             start += total
         return Rows(parts, self.ranks, start)
 

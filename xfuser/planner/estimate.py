@@ -32,7 +32,7 @@ class Counted:
     """A rehearsal as programs: what an estimate needs of it, for any machine.
 
     Attributes:
-        first, steps: of the first step, and of each sub-step of the last one.
+        first, steps: of the first step, and of each sub-step of the last one that is asynchronous.
         stages: of PipeFusion.
         sent: bytes between two stages for each of the steps, and the message itself.
     """
@@ -45,7 +45,8 @@ class Counted:
 
 
 def counted(told: Rehearsed, stages: int, compiled: bool) -> Counted:
-    last = max(step for step, _ in told.steps)
+    patches = max(patch for _, patch in told.steps)
+    last = max(step for step, patch in told.steps if patch == patches)
     first = [event for (step, _), events in told.steps.items() if step == 0 for event in events]
     steps = [program_of(events, compiled) for (step, _), events in sorted(told.steps.items()) if step == last]
     parts = Parts({name: program_of(events) for name, events in told.parts.items()})

@@ -33,11 +33,13 @@ class _Shape:
 
 
 class _Seen(NamedTuple):
-    """What the last module of a kind did: its events, its output's shapes, and bytes that it left alive."""
+    """What the last module of a kind did: its events, its output's shapes, bytes that it left alive, and the largest
+    storage of these, as long as which those of the modules that are skipped are counted."""
 
     events: list[Event]
     output: Any
     left: int
+    storage: int | None
 
 
 @contextmanager
@@ -77,17 +79,19 @@ def _counted(
         seen = last.get(key)
         if may_skip and seen:
             trace.events.append((seen.events, 1))
-            meter.live += seen.left
-            meter.peak = max(meter.peak, meter.live)
+            if seen.storage is not None:
+                meter.grow(seen.storage, seen.left)
             like = next(x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor))
             return tree_map_only(_Shape, lambda x: like.new_empty(x.sizes, dtype=x.dtype), seen.output)
-        before, start = meter.live, len(trace.events)
+        before, alive, start = meter.live, meter.alive(), len(trace.events)
         output = original(*args, **kwargs)
         given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         made = {x.untyped_storage()._cdata: x.untyped_storage() for x in tree_leaves(output) if isinstance(x, Tensor)}
         fresh = sum(storage.nbytes() for key, storage in made.items() if key not in given)
         shapes = tree_map_only(Tensor, lambda x: _Shape(x.shape, x.dtype), output)
-        last[key] = _Seen(trace.events[start:], shapes, max(0, meter.live - before - fresh))
+        left = {key: size for key, size in meter.alive().items() if key not in alive and key not in made}
+        storage = max(left, key=left.get, default=None)
+        last[key] = _Seen(trace.events[start:], shapes, max(0, meter.live - before - fresh), storage)
         return output
 
     with replaced(module, "forward", forward):

@@ -124,17 +124,19 @@ def _row(
     # Where weights are is computed from sizes; what the call does with them does not depend on it.
     plain = {"text_encoder": "replicate", "fully_shard_degree": 1, "use_torch_compile": False}
     stages = degrees.get("pipefusion", 1)
-    warmup = args.warmup_steps if stages > 1 else 0
+    warmup = max(1, args.warmup_steps) if stages > 1 else 0
+    steps = max(2, 2 * warmup + 1)  # one of two transformers that divide them has an asynchronous one, then
     shards = world_size // degrees.get("dp", 1) if args.fully_shard_degree > 1 else 1
     try:
         wanted = with_degrees(args, degrees)
         replace(wanted, fully_shard_degree=shards, use_torch_compile=False).checked()
-        told = rehearse(*replace(wanted, **plain, num_inference_steps=warmup + 2).checked(), source)
+        told = rehearse(*replace(wanted, **plain, num_inference_steps=steps).checked(), source)
     except (ValueError, RuntimeError) as error:
         return Row(name, {}, str(error).splitlines()[0], degrees)
     row = Row(name, needs_of(told, args.text_encoder, world_size, shards), "", degrees, 1, told)
     if machine:
-        row.time = estimate(counted(told, stages, compiled), machine, args.num_inference_steps, warmup, compiled)
+        synchronous = warmup * len(told.transformers)  # each begins with its own
+        row.time = estimate(counted(told, stages, compiled), machine, args.num_inference_steps, synchronous, compiled)
     return row
 
 

@@ -16,8 +16,9 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
+from xfuser.core.hooks import Binder, replaced
 from xfuser.models.plan import ModelPlan, blocks_of
-from xfuser.models.registry import controlnets_of, plan_of
+from xfuser.models.registry import controlnets_of, plan_of, planned_models
 from xfuser.testing.projections import OF_TEXT, bands, layout, projecting
 
 
@@ -36,7 +37,9 @@ class Displaced:
     def __init__(self, model: nn.Module, plan: ModelPlan, patches: int, warmup: int, order: int) -> None:
         self.model, self.plan, self.patches, self.synchronous = model, plan, patches, max(1, warmup * order)
         self.step = self.call = self.counted = 0
-        self.starts = [0]
+        self.first: int | None = None  # step in which the model was called first
+        self.stepped: int | None = None  # rows of packed latents that the scheduler steps; behind them are pictures
+        self.starts, self.pictures = [0], slice(0, 0)
         self.patch: int | None = None
         self.kept: dict[tuple[str, int], torch.Tensor] = {}
 
@@ -47,9 +50,11 @@ class Displaced:
         self.tokens = latents.shape[dim] // unit * self.width
         text = kwargs.get(self.plan.text_first)
         self.starts = [0] if text is None else text.sum(dim=1).tolist()  # of the image, where each row has its own
-        rows = bands(latents.shape[dim] // unit, self.patches)
+        count = self.stepped or latents.shape[dim] // unit
+        rows, self.pictures = bands(count, self.patches), slice(count * self.width, self.tokens)
         self.own = [slice(band.start * self.width, band.stop * self.width) for band in rows]
-        if self.step < self.synchronous:
+        self.first = self.step if self.first is None else self.first
+        if self.step < self.first + self.synchronous:
             self.patch = None
             output = original(*args, **kwargs)
         else:
@@ -59,7 +64,8 @@ class Displaced:
                 given = tree_map(lambda x: x, (args, kwargs))  # a forward may empty the lists that it is given
                 outputs.append(original(*given[0], **given[1]))
             scaled = [slice(band.start * unit, band.stop * unit) for band in rows]
-            output = joined(outputs, dim, scaled)
+            pictures = slice(count * unit, latents.shape[dim])
+            output = joined([*outputs, outputs[0]], dim, [*scaled, pictures])
         self.call += 1
         return output
 
@@ -72,6 +78,7 @@ class Displaced:
             output = original(*args, **kwargs)
         else:
             self.own, self.tokens, outputs = transformer.own, transformer.tokens, []
+            self.pictures = transformer.pictures
             for patch in range(self.patches):
                 self.patch = patch
                 outputs.append(original(*args, **kwargs))
@@ -93,10 +100,9 @@ class Displaced:
             start = words if streams[0] == "text" else starts[row % len(starts)]
             image = range(start, start + (0 if of_text else self.tokens))
             own = list(image[self.own[self.patch]])
-            kept[row, own] = new[own]
             if self.patch == 0:
-                text = [i for i in range(count) if i not in image]
-                kept[row, text] = new[text]
+                own += [i for i in range(count) if i not in image] + list(image[self.pictures])
+            kept[row, own] = new[own]
         result = output.clone()
         result[..., columns] = kept[..., columns]
         return result
@@ -242,41 +248,36 @@ def naive(pipe: Any, parts: int, scheme: str) -> Iterator[None]:
 @contextmanager
 def displaced(pipe: Any, patches: int, warmup: int, cache: Any = None) -> Iterator[None]:
     """A bare pipeline draws with PipeFusion's semantics; ``cache`` (``cache_oracle.py``) may leave blocks out."""
-    plan = plan_of(pipe.transformer).piped
-    state = Displaced(pipe.transformer, plan, patches, warmup, pipe.scheduler.order)
-    skipping = cache.skipping(state) if cache else nullcontext()
     with ExitStack() as stack:
-        for net, of_net in controlnets_of(pipe):
-            control = Displaced(net, of_net, patches, warmup, pipe.scheduler.order)
-            stack.enter_context(projecting(net, of_net, control))
-            stack.enter_context(mock.patch.object(net, "forward", partial(control.control, state, net.forward)))
-        for context in (projecting(pipe.transformer, state.plan, state), skipping, _whole_forward(pipe, state)):
-            stack.enter_context(context)
+        for model, plan in planned_models(pipe, piped=True).values():
+            state = Displaced(model, plan, patches, warmup, pipe.scheduler.order)
+            for net, of_net in controlnets_of(pipe):
+                control = Displaced(net, of_net, patches, warmup, pipe.scheduler.order)
+                stack.enter_context(projecting(net, of_net, control))
+                stack.enter_context(mock.patch.object(net, "forward", partial(control.control, state, net.forward)))
+            skipping = cache.skipping(state) if cache else nullcontext()
+            for context in (projecting(model, plan, state), skipping, _whole_forward(pipe, state)):
+                stack.enter_context(context)
         yield
 
 
 @contextmanager
 def _whole_forward(pipe: Any, state: Displaced | PartByPart) -> Iterator[None]:
     """Within the context, the transformer's forward is that of ``state``, which counts steps and calls."""
-    model, step = pipe.transformer, pipe.scheduler.step
+    model, plan, step = state.model, state.plan, pipe.scheduler.step
     original = model.forward
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         state.step, state.call = state.step + 1, 0
+        sample = Binder(step)(args, kwargs)["sample"]
+        state.stepped = sample.shape[plan.packed] if sample.dim() == 3 else None
         return step(*args, **kwargs)
 
     counted.__wrapped__ = step
-    model.forward = lambda *args, **kwargs: state.forward(original, *args, **kwargs)
-    pipe.scheduler.step = counted
-    hooks = []
-    if isinstance(state, PartByPart):
-        plan = state.plan
-        end = model.get_submodule(plan.head) if plan.head else blocks_of(model, plan)[-1].module
-        hooks.append(end.register_forward_hook(state.complete))
-    try:
+    with ExitStack() as stack:
+        stack.enter_context(replaced(model, "forward", partial(state.forward, original)))
+        stack.enter_context(replaced(pipe.scheduler, "step", counted))
+        if isinstance(state, PartByPart):
+            end = model.get_submodule(plan.head) if plan.head else blocks_of(model, plan)[-1].module
+            stack.callback(end.register_forward_hook(state.complete).remove)
         yield
-    finally:
-        model.__dict__.pop("forward")
-        pipe.scheduler.__dict__.pop("step")
-        for hook in hooks:
-            hook.remove()

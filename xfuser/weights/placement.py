@@ -41,7 +41,7 @@ class Placement:
         self._world = groups.get_world_group()
         self._encoders = TextEncoders(pipe, runtime.text_encoder, self._world)
         self._shards = _shards(pipe, parallel.fully_shard_degree)
-        self.pipefusion = PipeFusion(pipe, groups.get_pp_group(), *stages.values()) if stages else None  # one model
+        self.pipefusion = PipeFusion(pipe, groups.get_pp_group(), stages) if stages else None
         self._tensor: TensorParallel | None = None
         if parallel.tp_degree > 1:  # behind PipeFusion, which leaves the blocks of other stages out
             models, group = _tensor_models(pipe, parallel), groups.get_tp_group()
@@ -132,9 +132,6 @@ def pipeline_split(
             raise ValueError(f"{problem}: wrap it with the degrees that it was loaded with, or load it again")
     if not parallel.pipelined:
         return {}
-    if len(models) > 1:
-        problem = f"{' and '.join(models)} divide the steps, and the later one would begin without keys and values"
-        raise ValueError(f"PipeFusion does not serve {pipeline}: {problem}. {USE_OTHERS}")
     return loaded_for or {name: stage_layers(model, plan, stages, asked) for name, (model, plan) in models.items()}
 
 

@@ -125,12 +125,13 @@ class StageBlocks:
     """The blocks of a transformer that this stage holds. The weights of all others are freed until :meth:`restore`.
 
     Attributes:
+        model, plan: the transformer.
         owners: the stage of each block.
         group: the stages.
     """
 
     def __init__(self, model: nn.Module, plan: ModelPlan, group: GroupCoordinator, layers: list[int]) -> None:
-        self._model, self._plan, self.group = model, plan, group
+        self.model, self.plan, self.group = model, plan, group
         self.owners = _owners(layers)
         if not divided(model, plan):  # it is where the pipeline was loaded for these stages
             divide(model, plan, layers, group.rank_in_group)
@@ -154,7 +155,7 @@ class StageBlocks:
             arguments = bind(args, kwargs)
             weights = arguments[bind.names[0]]
             if arguments.get("hotswap") and isinstance(weights, dict):
-                blocks = blocks_of(self._model, self._plan)
+                blocks = blocks_of(self.model, self.plan)
                 others = [f".{name}.{i}." for block, name, i in blocks if isinstance(block, Stub)]
                 own = {key: x for key, x in weights.items() if not any(other in f".{key}" for other in others)}
                 arguments[bind.names[0]] = own
@@ -172,7 +173,7 @@ class StageBlocks:
 
         Blocks whose weights are not those that were remembered, as after LoRA layers were loaded, are sent as modules.
         """
-        own = self._own() if divided(self._model, self._plan) else []
+        own = self._own() if divided(self.model, self.plan) else []
         changed = [one for one in own if _described(one.module) != self._remembered[one.list_name, one.index]]
         for block, name, i in changed:
             kinds = {type(x) for x, *_ in tensors_of(block)} - {Tensor, nn.Parameter}
@@ -186,19 +187,19 @@ class StageBlocks:
         return None
 
     def _own(self) -> list[Block]:
-        return [block for block in blocks_of(self._model, self._plan) if not isinstance(block.module, Stub)]
+        return [block for block in blocks_of(self.model, self.plan) if not isinstance(block.module, Stub)]
 
     def restore(self) -> None:
         """Give every stage all blocks again, with the weights of the stage that holds them; all stages must call it."""
         self._hooks.close()
-        for (module, name, i), owner in zip(blocks_of(self._model, self._plan), self.owners, strict=True):
+        for (module, name, i), owner in zip(blocks_of(self.model, self.plan), self.owners, strict=True):
             block = module.block if isinstance(module, Stub) else module
             # The wrapped pipeline may have been moved to another dtype or device, which stubs do not notice.
             kinds = [(weight.dtype, weight.device.type) for weight, *_ in tensors_of(block)]
             changed = _without_weights(block) if (name, i) in self._changed else None
             changed, kinds = self.group.broadcast_object((changed, kinds), src=owner)
             if isinstance(module, Stub):
-                block = self._model.get_submodule(name)[i] = block if changed is None else changed
+                block = self.model.get_submodule(name)[i] = block if changed is None else changed
             for (weight, holder, key), (dtype, kind) in zip(tensors_of(block), kinds, strict=True):
                 if weight.is_meta:
                     x = torch.empty_like(weight, dtype=dtype, device=self.group.device)

@@ -88,17 +88,22 @@ class Channel:
         end_group(self._group)
 
 
-def open_channels(
-    pipelines: list[list[int]], plan: ModelPlan, owners: list[int], depth: int, takers: int
-) -> dict[Route, Channel]:
-    """This rank's channels to other stages of its pipeline, by the stage of each block.
+def routes_of(plan: ModelPlan, owners: list[int], takers: int) -> set[Route]:
+    """The channels that a transformer needs, by the stage of each of its blocks.
 
-    Every rank of the world must call it: ``pipelines`` are the global ranks of the stages of each pipeline. Of these,
-    the first ``takers`` need the latents of the last one.
+    The first ``takers`` of the stages need the latents of the last one.
     """
-    last, channels, rank = owners[-1], {}, dist.get_rank()
+    last = owners[-1]
     routes = {("tokens", stage, stage + 1) for stage in range(last)} | {route for _, route in skips(plan, owners)}
-    routes |= {("latents", last, stage) for stage in range(min(takers, last))}
+    return routes | {("latents", last, stage) for stage in range(min(takers, last))}
+
+
+def open_channels(pipelines: list[list[int]], routes: set[Route], depth: int) -> dict[Route, Channel]:
+    """This rank's channels to other stages of its pipeline.
+
+    Every rank of the world must call it: ``pipelines`` are the global ranks of the stages of each pipeline.
+    """
+    channels, rank = {}, dist.get_rank()
     for kind, sender, receiver in sorted(routes):
         for ranks in pipelines:
             ends = [ranks[sender], ranks[receiver]]

@@ -1,19 +1,31 @@
-"""What a pipeline's loop shows of its steps, each of which has several sub-steps: N steps, as without PipeFusion."""
+"""What a pipeline's loop shows of its steps, each of which has several sub-steps: N steps, as without PipeFusion; and
+what is computed once a step."""
 
 import inspect
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from functools import wraps
 from typing import Any
 
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from xfuser.call import CallState
-from xfuser.core.hooks import Arguments
+from xfuser.core.hooks import Arguments, replaced
 from xfuser.methods.pipefusion.refusals import refuse
+from xfuser.models.registry import planned_models
 
 
-def has_callback(arguments: Arguments) -> bool:
-    """Whether a pipeline's call asks for the latents of its steps."""
-    return arguments.get("callback_on_step_end") is not None or arguments.get("callback") is not None
+def needs_whole_steps(pipe: Any, arguments: Arguments) -> bool:
+    """Whether all ranks need the latents of each step: for a callback, or as any step may call another transformer."""
+    callback = arguments.get("callback_on_step_end") is not None or arguments.get("callback") is not None
+    return callback or (len(planned_models(pipe)) > 1 and boundary_of(pipe) is None)
+
+
+def boundary_of(pipe: Any) -> float | None:
+    """The timestep below which a pipeline calls its second transformer (Wan 2.2); None where it does not say so."""
+    ratio = getattr(getattr(pipe, "config", None), "boundary_ratio", None)
+    return None if ratio is None else ratio * pipe.scheduler.config.num_train_timesteps
 
 
 def stepwise_callbacks(arguments: Arguments, call: CallState) -> Arguments:
@@ -101,6 +113,20 @@ def plain_steps(get_timesteps: Callable[..., Any], call: CallState) -> Callable[
 def _steps(count: int, call: CallState) -> int:
     """Pipelines that pass sigmas take the number of timesteps for the number of steps."""
     return count // call.patches if count > call.steps else count
+
+
+def once_a_step(module: nn.Module, call: CallState) -> AbstractContextManager[None]:
+    """Within the context, a module that works on text alone computes with patch 0, and other patches reuse it."""
+    outputs: dict[int, Tensor] = {}
+    original = module.forward
+
+    @wraps(original)
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        if call.patch == 0:
+            outputs[call.index] = original(*args, **kwargs)
+        return outputs[call.index]
+
+    return replaced(module, "forward", forward)
 
 
 def loops_of(pipe: Any) -> list[Any]:

@@ -3,9 +3,12 @@
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from xfuser.core.distributed.utils import share, split_sizes
+from xfuser.methods.pipefusion.refusals import refuse
+from xfuser.methods.tokens import Window
 from xfuser.models.plan import ModelPlan
 
 
@@ -18,10 +21,13 @@ class Patches:
     Args:
         config: of the transformer; tells how many rows of latents make a row of tokens.
         plan: of the transformer; tells which dimension of packed latents counts tokens, and of videos frames.
+
+    Attributes:
+        behind: rows of a transformer's packed latents behind those that the scheduler steps: tokens of pictures.
     """
 
     def __init__(self, count: int, config: Any, plan: ModelPlan) -> None:
-        self.count, self._dims = count, {3: plan.packed, 4: 2, 5: plan.frames}
+        self.count, self.behind, self._dims = count, 0, {3: plan.packed, 4: 2, 5: plan.frames}
         size = getattr(config, "patch_size", None) or getattr(config, "all_patch_size", [1])[0]
         of_time = size[0] if isinstance(size, list | tuple) and len(size) == 3 else 1
         of_rows = size[-2] if isinstance(size, list | tuple) else size
@@ -64,6 +70,30 @@ class Patches:
         rows, width = self.rows(latents, patch), tokens // self.row_count(latents)
         return range(rows.start * width, rows.stop * width)
 
+    def window(self, latents: Tensor, tokens: int, patch: int) -> Window:
+        """What a patch computes of a transformer's latents with that many tokens: pictures and text with patch 0."""
+        image = self.tokens(self.stepped(latents), tokens - self.behind, patch)
+        return Window(image, patch == 0, range(tokens - self.behind, tokens) if patch == 0 else range(0))
+
+    def find_pictures(self, given: Tensor, sample: Tensor, ranks: int) -> None:
+        """Set ``behind`` by a transformer's first latents and the sample of the first step, where they are packed.
+
+        Raises:
+            ValueError: patches have fewer tokens than there are ranks to share them, which the first step did not know.
+        """
+        more = given.shape[self.dim(given)] - sample.shape[self.dim(given)] if given.dim() == sample.dim() == 3 else 0
+        if more <= 0 or not torch.equal(given[tuple(map(slice, sample.shape))], sample.to(given.dtype)):
+            return
+        shared = len(self.rows(given, self.count - 1)) >= ranks
+        self.behind, smallest = more, len(self.rows(sample, self.count - 1))
+        if shared and smallest < ranks:
+            what = f"patches of {smallest} tokens, beside those of pictures, on {ranks} ranks of Ulysses and ring"
+            refuse(what, "the first step shared the tokens of larger ones", "Lower num_pipeline_patch")
+
+    def stepped(self, x: Tensor) -> Tensor:
+        """Of a transformer's latents or output, the rows that the scheduler steps, as a view."""
+        return x.narrow(self.dim(x), 0, x.shape[self.dim(x)] - self.behind) if self.behind else x
+
     def view(self, latents: Tensor, rows: range) -> Tensor:
         """The latents of these rows of tokens, as a view."""
         unit = self._unit(latents)
@@ -80,3 +110,10 @@ class Patches:
 
     def _unit(self, latents: Tensor) -> int:
         return self._units.get(latents.dim(), 1)
+
+
+def zeros(like: Tensor, dim: int, size: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Zeros in a tensor's shape, with another size along ``dim``."""
+    shape = list(like.shape)
+    shape[dim] = size
+    return like.new_zeros(shape, dtype=dtype)

@@ -6,13 +6,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from xfuser.call import CallState
 from xfuser.core.distributed import GroupCoordinator
 from xfuser.core.hooks import Arguments, replaced
 from xfuser.methods.pipefusion.blocks import StageBlocks
-from xfuser.methods.pipefusion.channel import Channel, Route, open_channels
+from xfuser.methods.pipefusion.channel import Channel, Route, open_channels, routes_of
 from xfuser.methods.pipefusion.loop import (
+    boundary_of,
     loops_of,
     plain_steps,
     stepwise_callbacks,
@@ -31,23 +33,23 @@ class PipeFusion:
     """The stages of a pipeline: their blocks while the pipeline is wrapped, all else during a call.
 
     Args:
-        pipe: a pipeline with one transformer.
+        pipe: a pipeline whose transformers run one after the other, if there are several: each has some of the steps.
         group: the ranks that are stages of one pipeline.
-        layers: number of blocks of each stage.
+        layers: number of blocks of each stage, for each of the transformers.
 
     Attributes:
-        stage: this rank's stage during a call.
+        stages: this rank's stage of each transformer during a call.
     """
 
-    def __init__(self, pipe: Any, group: GroupCoordinator, layers: list[int]) -> None:
+    def __init__(self, pipe: Any, group: GroupCoordinator, layers: dict[str, list[int]]) -> None:
         # A group of its own outlives others that are made after this wrap: blocks can always be given back.
         group = GroupCoordinator(group.group_ranks, group.local_rank, dist.get_backend())
-        (planned,) = planned_models(pipe).values()
-        self._pipe, self._group, self._blocks = pipe, group, StageBlocks(*planned, group, layers)
-        self.remember, self.check = self._blocks.remember, self._blocks.check
+        self._pipe, self._group, models = pipe, group, planned_models(pipe, piped=True)
+        self._blocks = [StageBlocks(*models[name], group, counts) for name, counts in layers.items()]
         self._channels: dict[Route, Channel] = {}
         self._failed = False  # the last call, with the channels in use
-        self.stage: Stage | None = None
+        self.stages: dict[nn.Module, Stage] = {}
+        self._running: Stage | None = None  # that of the transformer which was called last
 
     def arguments(self, arguments: Arguments, call: CallState) -> Arguments:
         """The arguments of a pipeline's call, for a loop over patches.
@@ -62,8 +64,8 @@ class PipeFusion:
         if layers and scale > 0 and self._group.world_size > 1:
             why = "it searches its layers in blocks that other stages hold"
             refuse(f"perturbed-attention guidance (PAG) of {name}", why, "Set pag_scale=0", "Ulysses or ring")
-        ((_, plan),) = planned_models(self._pipe).values()
-        for one in filter(arguments.get, plan.piped.of_whole):
+        names = {one for _, plan in planned_models(self._pipe, piped=True).values() for one in plan.of_whole}
+        for one in filter(arguments.get, sorted(names)):
             refuse(f"{one}={arguments[one]} of {name}", FULL_PREDICTION, "Remove it")
         for guider in self._pipe.components.values():
             if getattr(guider, "_enabled", False) and hasattr(guider, "prepare_inputs"):
@@ -80,26 +82,40 @@ class PipeFusion:
         if self._failed:
             self._group.barrier()  # stages come to the same failure one after the other
             self._close_channels()
-        ((model, plan),) = planned_models(self._pipe).values()
-        plan = plan.piped
         controlled = bool(controlnets_of(self._pipe))  # every stage runs these, and needs fresh latents for them
         if not self._channels:
             takers = self._group.world_size if controlled else 1
-            self._channels = open_channels(self._group.group_ranks, plan, self._blocks.owners, call.patches, takers)
-        self.stage = Stage(model, plan, self._blocks, self._channels, call, controlled)
-        with self.stage.active(), self._stepping(call, self.stage):
+            routes = set().union(*(routes_of(one.plan, one.owners, takers) for one in self._blocks))
+            self._channels = open_channels(self._group.group_ranks, routes, call.patches)
+        self.stages = {one.model: Stage(one, self._channels, call, self._start, controlled) for one in self._blocks}
+        self._running = next(iter(self.stages.values()))
+        with ExitStack() as stack:
+            for stage in self.stages.values():
+                stack.enter_context(stage.active())
+            stack.enter_context(self._stepping(call))
             try:
                 yield
                 self._check_finished(call)
             except BaseException:
                 # Messages may be in flight that no rank will receive. Closing waits for the next call: here it would
                 # make other ranks fail, and print their error, before this one has raised its own.
-                self._failed = self.stage.started
+                self._failed = self._running.started
                 raise
             finally:
-                self.stage = None
+                self.stages, self._running = {}, None
             for channel in self._channels.values():
                 channel.drain()
+
+    def stage_of(self, model: nn.Module) -> Stage:
+        """This rank's stage of a transformer; for a ControlNet, that of the pipeline's."""
+        return self.stages.get(model, self._running)
+
+    def _start(self, stage: Stage) -> None:
+        """The transformer of a stage takes over: what the others have kept is not needed any more."""
+        for other in self.stages.values():
+            if other is not stage:
+                other.forget()
+        self._running = stage
 
     def _check_finished(self, call: CallState) -> None:
         if not call.whole and (self._group.world_size > 1 or call.patch):
@@ -114,26 +130,36 @@ class PipeFusion:
             channel.close()
         self._channels, self._failed = {}, False
 
+    def remember(self) -> None:
+        """As :meth:`StageBlocks.remember`."""
+        for blocks in self._blocks:
+            blocks.remember()
+
+    def check(self) -> str | None:
+        """As :meth:`StageBlocks.check`, of the first transformer that has a problem."""
+        return next(filter(None, [blocks.check() for blocks in self._blocks]), None)
+
     def restore(self) -> None:
         """Give all stages all blocks again; every stage must call it."""
-        self._blocks.restore()
+        for blocks in self._blocks:
+            blocks.restore()
         self._close_channels()
         self._group.destroy()
 
     @contextmanager
-    def _stepping(self, call: CallState, stage: Stage) -> Iterator[None]:
+    def _stepping(self, call: CallState) -> Iterator[None]:
         """Within the context, the pipeline's scheduler steps patches; its progress bar and timesteps count steps."""
-        pipe = self._pipe
+        pipe, patches = self._pipe, self._running.patches
 
-        def end_substep(results: list[torch.Tensor]) -> None:
-            stage.end_substep(results)
+        def end_substep(results: list[torch.Tensor], sample: torch.Tensor) -> None:
+            self._running.end_substep(results, sample)
             if getattr(pipe, "_num_timesteps", 0) > call.steps:
                 pipe._num_timesteps = call.steps  # of which the pipeline has counted those of all patches
 
         with ExitStack() as stack:
             # Not by setattr(), which would register it as a component.
             stack.callback(vars(pipe).__setitem__, "scheduler", pipe.scheduler)
-            vars(pipe)["scheduler"] = patchwise(pipe.scheduler, call, stage.patches, end_substep)
+            vars(pipe)["scheduler"] = patchwise(pipe.scheduler, call, patches, end_substep, boundary_of(pipe))
             for name, stepwise in (("progress_bar", stepwise_progress), ("get_timesteps", plain_steps)):
                 for owner in filter(lambda one, name=name: hasattr(one, name), (pipe, *loops_of(pipe))):
                     stack.enter_context(replaced(owner, name, stepwise(getattr(owner, name), call)))

@@ -16,7 +16,7 @@ from xfuser.core.hooks import Binder
 from xfuser.methods.pipefusion.patches import Patches
 from xfuser.methods.pipefusion.refusals import refuse
 
-EndSubstep = Callable[[list[Tensor]], None]  # takes the tensors of a sub-step's result, to complete them in place
+EndSubstep = Callable[[list[Tensor], Tensor], None]  # takes a step's results, to complete them in place, and its sample
 
 
 class PatchwiseScheduler:
@@ -29,10 +29,14 @@ class PatchwiseScheduler:
     Every stage steps, so that random numbers are drawn alike everywhere; only the last stage's latents count.
     """
 
-    def __init__(self, scheduler: Any, call: CallState, patches: Patches, end_substep: EndSubstep) -> None:
+    def __init__(
+        self, scheduler: Any, call: CallState, patches: Patches, end_substep: EndSubstep, boundary: float | None
+    ) -> None:
         own = vars(self)
         own.update(_copies=[scheduler], _first={}, _results=[], _begun=False, _end_substep=end_substep)
-        own.update(_call=call, _patches=patches, _bind=Binder(scheduler.step), _noise=_FullNoise(patches))
+        own.update(
+            _call=call, _patches=patches, _boundary=boundary, _bind=Binder(scheduler.step), _noise=_FullNoise(patches)
+        )
         # Pipelines look at the signatures of these.
         own["step"] = wraps(scheduler.step)(partial(self._step))
         own["set_timesteps"] = wraps(scheduler.set_timesteps)(partial(self._set_timesteps))
@@ -102,6 +106,8 @@ class PatchwiseScheduler:
         if not self._call.steps:  # the schedule was made before this stand-in was there
             self._call.announce(len(real.timesteps), real.order)
         self._call.begin(len(real.timesteps) - (first or 0))
+        if self._boundary is not None:
+            self._call.start(int((real.timesteps[first or 0 :] >= self._boundary).sum()))
         self._copies = [real, *(copy.deepcopy(real) for _ in range(self._call.patches - 1))]
         self._begun = True
 
@@ -128,7 +134,7 @@ class PatchwiseScheduler:
         with self._noise.of_patch(patch, sample):
             parts, tree = tree_flatten(self._copies[patch].step(**arguments))
         self._results = [self._full(index, part, sample) for index, part in enumerate(parts)]
-        self._end_substep([x for x in self._results if isinstance(x, Tensor)])
+        self._end_substep([x for x in self._results if isinstance(x, Tensor)], sample)
         return tree_unflatten(self._results, tree)
 
     def _full(self, index: int, part: Any, sample: Tensor) -> Any:
@@ -147,8 +153,12 @@ class PatchwiseScheduler:
 _OWN = frozenset(name for name in vars(PatchwiseScheduler) if not name.startswith("__"))
 
 
-def patchwise(scheduler: Any, call: CallState, patches: Patches, end_substep: EndSubstep) -> Any:
+def patchwise(
+    scheduler: Any, call: CallState, patches: Patches, end_substep: EndSubstep, boundary: float | None = None
+) -> Any:
     """A stand-in for ``scheduler``, of its class, too.
+
+    ``boundary`` is the timestep below which the pipeline calls another transformer, if it does.
 
     Raises:
         ValueError: the scheduler's steps need the full latents.
@@ -161,7 +171,7 @@ def patchwise(scheduler: Any, call: CallState, patches: Patches, end_substep: En
         refuse(kind.__name__, "pipelines leave out its last timestep by number, which is that of a sub-step")
     if scheduler.config.get("thresholding"):
         refuse(f"thresholding=True of {kind.__name__}", "it is a quantile of the full latents", "Remove it")
-    return type(kind.__name__, (PatchwiseScheduler, kind), {})(scheduler, call, patches, end_substep)
+    return type(kind.__name__, (PatchwiseScheduler, kind), {})(scheduler, call, patches, end_substep, boundary)
 
 
 class _FullNoise(TorchFunctionMode):

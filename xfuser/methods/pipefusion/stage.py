@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from functools import partial, wraps
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,14 +10,16 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from xfuser.call import CallState, Forward
+from xfuser.core.distributed import get_sp_group
 from xfuser.core.hooks import Arguments, edited_arguments, edited_output, replaced
 from xfuser.methods.pipefusion.blocks import StageBlocks
 from xfuser.methods.pipefusion.channel import Channel, Route, skips
 from xfuser.methods.pipefusion.kept import Kept
-from xfuser.methods.pipefusion.patches import Patches
+from xfuser.methods.pipefusion.loop import once_a_step
+from xfuser.methods.pipefusion.patches import Patches, zeros
 from xfuser.methods.pipefusion.refusals import refuse
 from xfuser.methods.tokens import TokenShares, Window
-from xfuser.models.plan import ModelPlan, blocks_of
+from xfuser.models.plan import blocks_of
 
 NOT_OF_ROWS = "it depends on the full latents or the number of the step, or its tokens are no rows of the latents"
 SAME_CALLS = "Remove what changes guidance during the call"
@@ -31,23 +33,28 @@ class Stage:
 
     Args:
         channels: this rank's ends of the channels between stages.
+        on_start: called with this stage when its transformer is called first in a denoising loop.
         controlled: whether the model takes residuals of ControlNets that compute the sub-step's patch.
     """
 
     def __init__(
-        self, model: nn.Module, plan: ModelPlan, blocks: StageBlocks, channels: dict[Route, Channel], call: CallState,
-        controlled: bool,
+        self, blocks: StageBlocks, channels: dict[Route, Channel], call: CallState,
+        on_start: Callable[["Stage"], None], controlled: bool,
     ) -> None:  # fmt: skip
+        model, plan = blocks.model, blocks.plan
         self._model, self._plan, self._owners, self._group = model, plan, blocks.owners, blocks.group
-        self._channels, self._call, self._controlled, self._runs = channels, call, controlled, False
+        self._channels, self._call, self._on_start = channels, call, on_start
+        self._controlled, self._runs = controlled, False
         self._name, self.number = type(model).__name__, self._group.rank_in_group
         self.kept = Kept(call)
         self.patches = Patches(call.patches, getattr(model, "config", model), plan)
-        self._forget()
+        self.forget()
 
-    def _forget(self) -> None:
-        """Drop the state of the last denoising loop."""
+    def forget(self) -> None:
+        """Drop the state of the last denoising loop, or of the transformer's part of one."""
+        self._first = 0  # step in which the transformer was called first
         self._latents: list[Tensor] = []  # input of each call of the first sub-step
+        self.patches.behind = 0
         self._outputs: list[tuple[list[Tensor], Any]] = []  # full output of each call: tensors, tree
         self._autocast = False  # whether the dtypes of activations depend on their operators
         self.kept.clear()
@@ -62,25 +69,25 @@ class Stage:
 
     @property
     def started(self) -> bool:
-        """Whether the transformer has been called."""
+        """Whether the transformer has been called, and no other since."""
         return bool(self._latents)
 
     def part(self, output: Tensor) -> Tensor:
         """View of what this rank computes of an output in this sub-step: no row of it before the last stage."""
         if not self.is_last:
             return self.patches.view(output, range(0))
-        return output if self._call.synchronous else self.patches.of(output, self._call.patch)
+        return output if self._call.synchronous else self.patches.of(self.patches.stepped(output), self._call.patch)
 
     def window(self, tokens: int) -> Window:
         """The tokens of this sub-step, of an image with that many."""
         return Window(range(tokens)) if self._call.synchronous else self._window(tokens, self._call.patch)
 
     def _window(self, tokens: int, patch: int) -> Window:
-        return Window(self.patches.tokens(self._latents[0], tokens, patch), text=patch == 0)
+        return self.patches.window(self._latents[0], tokens, patch)
 
     def smallest_window(self, tokens: int) -> int:
         """Image tokens of the smallest patch, the last one."""
-        return len(self.patches.tokens(self._latents[0], tokens, self._call.patches - 1))
+        return len(self._window(tokens, self._call.patches - 1).image)
 
     def patch_tokens(self, tokens: int) -> list[range]:
         """The tokens of each patch, of an image with that many."""
@@ -89,9 +96,8 @@ class Stage:
     @contextmanager
     def active(self) -> Iterator[None]:
         """Within the context, tokens come from the previous stage and go to the next."""
-        self._call.at_schedule(self._forget)
         self._call.around(self._model, self._layer)
-        self._call.computes(self.part)
+        self._call.at_schedule(self.forget)
         blocks = blocks_of(self._model, self._plan)
         own = [block for block, owner in zip(blocks, self._owners, strict=True) if owner == self.number]
         with ExitStack() as stack:
@@ -102,7 +108,7 @@ class Stage:
                 send = partial(self._send, own[-1].list_name)
                 stack.enter_context(edited_output(own[-1].module, send))
                 if isinstance(head, nn.Linear):
-                    stack.enter_context(replaced(head, "forward", partial(_zeros, dim=-1, size=head.out_features)))
+                    stack.enter_context(replaced(head, "forward", partial(zeros, dim=-1, size=head.out_features)))
             for consumer, route in skips(self._plan, self._owners):
                 if route in self._channels:
                     stack.enter_context(self._skip(blocks[consumer].module, route))
@@ -112,17 +118,18 @@ class Stage:
             if self._plan.text is None and self._call.patches > 1 and not self._call.compiled:
                 for block in own:
                     for name in self._plan.text_modules:
-                        stack.enter_context(self._once_a_step(block.module.get_submodule(name)))
+                        stack.enter_context(once_a_step(block.module.get_submodule(name), self._call))
             yield
 
-    def end_substep(self, results: list[Tensor]) -> None:
-        """To be called when the scheduler has stepped; ``results`` are the tensors of the step, the next latents first.
+    def end_substep(self, results: list[Tensor], sample: Tensor) -> None:
+        """To be called when the scheduler has stepped; ``results`` are the tensors of the step, the next latents first,
+        and ``sample`` the latents that were stepped.
 
         The last stage's latents go to the first one. Where a step ends with full latents on all ranks, ``results`` are
         completed in place.
         """
         call, latents = self._call, results[0]
-        self._check_substep(latents)
+        self._check_substep(latents, sample)
         if not call.synchronous:
             self._received_before = self._received
         self._received = []
@@ -150,13 +157,15 @@ class Stage:
         following = self._call.after(*substep)
         return None if following is None or self._call.ends_whole(following[0] - 1) else following
 
-    def _check_substep(self, latents: Tensor) -> None:
-        name, calls, before = self._name, self._call.index + 1, len(self._latents)
+    def _check_substep(self, latents: Tensor, sample: Tensor) -> None:
+        name, calls, before, kind = self._name, self._call.index + 1, len(self._latents), self.patches.kind
         if calls != before:
             refuse(f"{calls} calls of {name} in step {self._call.step}", f"the first had {before}", SAME_CALLS)
-        if any(self.patches.kind(latents) != self.patches.kind(x) for x in self._latents):
+        if before and (self._call.step, self._call.patch) == (self._first, 0):
+            self.patches.find_pictures(self._latents[0], sample, get_sp_group().world_size)
+        if any(kind(latents) != kind(self.patches.stepped(x)) for x in self._latents):
             what = f"a scheduler step of {tuple(latents.shape)} where {name} was given {tuple(self._latents[0].shape)}"
-            refuse(what, "patches must be rows of both, so the latents can have no image beside them")
+            refuse(what, "patches are rows of what the scheduler steps, which the transformer must see as they are")
 
     def _layer(self, forward: Forward, arguments: Arguments) -> Any:
         """The outermost layer: puts the computed part of the output into the full one."""
@@ -182,25 +191,37 @@ class Stage:
 
     def _enter(self, arguments: Arguments) -> int:
         """Check a call of the transformer against those before; returns its index."""
-        call, latents = self._call, first_of(arguments[self._plan.latents])
+        call, given = self._call, arguments[self._plan.latents]
+        latents = first_of(given)
         if not isinstance(latents, Tensor):
             refuse(f"several pictures in one row of the batch of {self._name}", NOT_OF_ROWS)
-        if (call.step, call.patch, call.index) == (0, 0, 0):
-            self.patches.begin(latents[None] if isinstance(arguments[self._plan.latents], list) else latents)
-            self._autocast = torch.is_autocast_enabled(latents.device.type)
-            for (kind, *_), channel in self._channels.items():
-                channel.tagged = self._autocast and kind != "latents"
+        if not self.started:
+            self._start(latents if isinstance(given, Tensor) else latents[None])
         residuals = () if self._controlled else self._plan.residuals
         for argument in (*residuals, *self._plan.counts_steps, *self._plan.beside):
             if arguments.get(argument) is not None:
                 refuse(f"{argument!r} of {self._name}", NOT_OF_ROWS)
-        if (call.step, call.patch) == (0, 0):
+        if (call.step, call.patch) == (self._first, 0):
             self._latents.append(latents)
         before = [tuple(x.shape) for x in self._latents]
         if call.index >= len(before) or before[call.index] != latents.shape:
             what = f"latents of shape {tuple(latents.shape)} in call {call.index} of {self._name} in step {call.step}"
             refuse(what, f"those of the first step had {before}", SAME_CALLS)
         return call.index
+
+    def _start(self, latents: Tensor) -> None:
+        """Ahead of the transformer's first call: from here on, for some steps, it computes the whole image at once."""
+        if not self._call.whole:
+            why = "no stage has all latents there"
+            refuse(f"the first call of {self._name} in step {self._call.step}", why, "Pass a callback_on_step_end")
+        self._first = self._call.step
+        self._call.start(self._first)
+        self._call.computes(self.part)
+        self.patches.begin(latents)
+        self._autocast = torch.is_autocast_enabled(latents.device.type)
+        for (kind, *_), channel in self._channels.items():
+            channel.tagged = self._autocast and kind != "latents"
+        self._on_start(self)
 
     def _blank(self, parts: list[Tensor]) -> list[Tensor]:
         """Zeros in the shapes of the full outputs, of which ``parts`` are computed here."""
@@ -209,7 +230,7 @@ class Stage:
             dtypes = self._group.broadcast_object(dtypes, src=self._owners[-1])
         dims = [self.patches.dim(x) for x in parts]
         lengths = [self._latents[0].shape[dim] for dim in dims]
-        return [_zeros(*one) for one in zip(parts, dims, lengths, dtypes, strict=True)]
+        return [zeros(*one) for one in zip(parts, dims, lengths, dtypes, strict=True)]
 
     def _embedding(self, embed: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         """Computes the tokens of this sub-step on the first stage; elsewhere zeros, of which the shape matters.
@@ -220,12 +241,14 @@ class Stage:
         def forward(latents: Tensor) -> Tensor:
             if not self._runs or (self.number == 0 and self._call.synchronous):
                 return embed(latents)
-            rows = self.patches.rows(latents, self._call.patch) if self.number == 0 else range(1)
-            tokens = embed(self.patches.view(latents, rows))
-            dim = self.patches.dim(tokens)
-            full = _zeros(tokens, dim, self.patches.row_count(latents))
+            window = self.patches.window(latents, self.patches.row_count(latents), self._call.patch)
+            rows = window.ranges if self.number == 0 else (range(1),)
+            parts = [embed(self.patches.view(latents, one)) for one in rows]
+            dim = self.patches.dim(parts[0])
+            full = zeros(parts[0], dim, self.patches.row_count(latents))
             if self.number == 0:
-                full.narrow(dim, rows.start, len(rows)).copy_(tokens)
+                for one, part in zip(rows, parts, strict=True):
+                    full.narrow(dim, one.start, len(one)).copy_(part)
             return full
 
         return forward
@@ -237,7 +260,7 @@ class Stage:
         image = next(x for x, streams in zip(carried, outputs, strict=True) if "image" in streams)
         shape = [-1 if i == dim else size for i, size in enumerate(image.shape)]
         per_token = image.shape[1 - dim] * image.shape[2]
-        counts = _own_tokens(self._call.tokens)
+        counts = self._call.tokens.own
         names = [stream for stream in counts if any(stream in streams for streams in outputs)]
         self._received.append((per_token, self._call.tokens, names))
         channel = self._channels["tokens", self.number - 1, self.number]
@@ -262,7 +285,7 @@ class Stage:
                 return None
             number, patch = 0, following[1]
         per_token, shares, streams = self._received_before[number]
-        counts = _own_tokens(shares.at(self._window(shares.totals["image"], patch)))
+        counts = shares.at(self._window(shares.totals["image"], patch)).own
         return self._sizes([per_token * counts[stream] for stream in streams])
 
     def _sizes(self, tokens: list[int]) -> list[int]:
@@ -271,7 +294,7 @@ class Stage:
 
     def _send(self, blocks: str, block: nn.Module, args: tuple, output: Any) -> None:
         """Behind this stage's last block: image tokens first, whatever the order in the blocks."""
-        counts, parts, flag = _own_tokens(self._call.tokens), {}, []
+        counts, parts, flag = self._call.tokens.own, {}, []
         tensors = [output] if isinstance(output, Tensor) else output
         for x, streams in zip(tensors, self._plan.outputs(blocks), strict=True):
             own = x.split([counts[stream] for stream in streams], self._plan.carrier_dim)
@@ -298,32 +321,7 @@ class Stage:
 
         return edited_arguments(consumer, edit)
 
-    def _once_a_step(self, module: nn.Module) -> AbstractContextManager[None]:
-        """Within the context, a module that works on text alone computes with patch 0, and other patches reuse it."""
-        outputs: dict[int, Tensor] = {}
-        original = module.forward
-
-        @wraps(original)
-        def forward(*args: Any, **kwargs: Any) -> Tensor:
-            if self._call.patch == 0:
-                outputs[self._call.index] = original(*args, **kwargs)
-            return outputs[self._call.index]
-
-        return replaced(module, "forward", forward)
-
 
 def first_of(latents: Any) -> Any:
     """The latents, or, of a list with an entry for each row of the batch, the first entry."""
     return latents[0] if isinstance(latents, list | tuple) else latents
-
-
-def _own_tokens(shares: TokenShares) -> dict[str, int]:
-    """How many tokens this rank has of each stream, image first."""
-    return {stream: sizes[shares.rank] for stream, sizes in shares.sizes.items()}
-
-
-def _zeros(like: Tensor, dim: int, size: int, dtype: torch.dtype | None = None) -> Tensor:
-    """Zeros in a tensor's shape, with another size along ``dim``."""
-    shape = list(like.shape)
-    shape[dim] = size
-    return like.new_zeros(shape, dtype=dtype)
