@@ -29,6 +29,8 @@ PROJECTIONS = ("to_k", "to_v", "to_key", "to_value", *OF_TEXT, *STACKED)
 class Displaced:
     """The state of one loop: where it is, and the projections kept from earlier forwards."""
 
+    starts: tuple[int, ...] = ()  # steps in which guidance begins or ends, and synchronous ones begin
+
     def __init__(self, model: nn.Module, plan: ModelPlan, patches: int, warmup: int, order: int) -> None:
         self.model, self.plan, self.patches, self.synchronous = model, plan, patches, max(1, warmup * order)
         self.step = self.call = self.counted = 0
@@ -45,7 +47,7 @@ class Displaced:
         rows, self.pictures = bands(count, self.patches), slice(count * self.width, self.tokens)
         self.own = [slice(band.start * self.width, band.stop * self.width) for band in rows]
         self.first = self.step if self.first is None else self.first
-        if self.step < self.first + self.synchronous:
+        if self.step < max(one for one in (self.first, *self.starts) if one <= self.step) + self.synchronous:
             self.patch = None
             output = original(*args, **kwargs)
         else:
@@ -249,11 +251,15 @@ def naive(pipe: Any, parts: int, scheme: str) -> Iterator[None]:
 
 
 @contextmanager
-def displaced(pipe: Any, patches: int, warmup: int, cache: Any = None) -> Iterator[None]:
-    """A bare pipeline draws with PipeFusion's semantics; ``cache`` (``cache_oracle.py``) may leave blocks out."""
+def displaced(pipe: Any, patches: int, warmup: int, cache: Any = None, starts: tuple[int, ...] = ()) -> Iterator[None]:
+    """A bare pipeline draws with PipeFusion's semantics; ``cache`` (``cache_oracle.py``) may leave blocks out.
+
+    ``starts`` are the steps in which guidance begins or ends on the way.
+    """
     with ExitStack() as stack:
         for model, plan in planned_models(pipe).values():
             state = Displaced(model, plan, patches, warmup, pipe.scheduler.order)
+            state.starts = starts
             for net, of_net in controlnets_of(pipe):
                 control = Displaced(net, of_net, patches, warmup, pipe.scheduler.order)
                 stack.enter_context(_projecting(net, of_net, control))
