@@ -107,7 +107,6 @@ class ModelPlan:
         ahead: lists of blocks ahead of ``blocks``, on the first stage of PipeFusion; elsewhere they run whole.
         text_first: argument of the forward with a mask of text tokens, where the sequence of each row of the batch is
             its own number of these, its image and padding. Patches have the image first, and all else behind it.
-        of_whole: arguments of pipelines' calls that make guidance look at the full prediction.
         unsequenced: why sequence parallelism (Ulysses, ring) cannot serve the class; None where it does.
         unpiped: why PipeFusion cannot serve the class; None where it does.
     """
@@ -158,7 +157,6 @@ class ModelPlan:
     in_patches: "ModelPlan | None" = None
     ahead: tuple[str, ...] = ()
     text_first: str | None = None
-    of_whole: tuple[str, ...] = ("guidance_rescale",)
     unsequenced: str | None = None
     unpiped: str | None = None
 

@@ -26,7 +26,6 @@ _IN_PATCHES = replace(
     carried={"noise_refiner": {"x": _BOTH}, "layers": {"x": _BOTH}},
     per_token={"attn_mask": Tokens(_BOTH), "freqs_cis": Tokens(_BOTH)},
     ahead=("noise_refiner",),
-    of_whole=("cfg_normalization",),
 )
 
 Z_IMAGE = replace(_OF_SEQUENCE, in_patches=_IN_PATCHES)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,10 +16,13 @@ from xfuser.methods.pipefusion.blocks import StageBlocks
 from xfuser.methods.pipefusion.channel import Channel, Route, open_channels, routes_of
 from xfuser.methods.pipefusion.loop import (
     boundary_of,
+    branches_of,
+    guiders_of,
     loops_of,
     plain_steps,
     stepwise_callbacks,
     stepwise_control,
+    stepwise_guider,
     stepwise_progress,
 )
 from xfuser.methods.pipefusion.refusals import refuse
@@ -26,7 +30,7 @@ from xfuser.methods.pipefusion.scheduler import patchwise
 from xfuser.methods.pipefusion.stage import Stage
 from xfuser.models.registry import controlnets_of, planned_models
 
-FULL_PREDICTION = "it needs the full prediction, and each sub-step makes only a patch of it"
+ONCE_A_STEP = "it may keep the prediction of the step before, or count steps, and is called in each sub-step"
 
 
 class PipeFusion:
@@ -64,16 +68,9 @@ class PipeFusion:
         if layers and scale > 0 and self._group.world_size > 1:
             why = "it searches its layers in blocks that other stages hold"
             refuse(f"perturbed-attention guidance (PAG) of {name}", why, "Set pag_scale=0", "Ulysses or ring")
-        names = {one for _, plan in planned_models(self._pipe, piped=True).values() for one in plan.of_whole}
-        for one in filter(arguments.get, sorted(names)):
-            refuse(f"{one}={arguments[one]} of {name}", FULL_PREDICTION, "Remove it")
-        for guider in self._pipe.components.values():
-            if getattr(guider, "_enabled", False) and hasattr(guider, "prepare_inputs"):
-                from diffusers.guiders import ClassifierFreeGuidance  # not in all releases, but in those with guiders
-
-                if type(guider) is not ClassifierFreeGuidance or guider.config.guidance_rescale:
-                    change = "Use ClassifierFreeGuidance() without guidance_rescale"
-                    refuse(f"{type(guider).__name__} of {name}", f"{FULL_PREDICTION}, or it counts steps", change)
+        for guider in guiders_of(self._pipe):
+            if type(guider).__name__ != "ClassifierFreeGuidance":
+                refuse(f"{type(guider).__name__} of {name}", ONCE_A_STEP, "Use ClassifierFreeGuidance()")
         return stepwise_callbacks(stepwise_control(self._pipe, arguments, call.patches), call)
 
     @contextmanager
@@ -87,7 +84,8 @@ class PipeFusion:
             takers = self._group.world_size if controlled else 1
             routes = set().union(*(routes_of(one.plan, one.owners, takers) for one in self._blocks))
             self._channels = open_channels(self._group.group_ranks, routes, call.patches)
-        self.stages = {one.model: Stage(one, self._channels, call, self._start, controlled) for one in self._blocks}
+        begins = partial(branches_of, self._pipe), self._start
+        self.stages = {one.model: Stage(one, self._channels, call, *begins, controlled) for one in self._blocks}
         self._running = next(iter(self.stages.values()))
         with ExitStack() as stack:
             for stage in self.stages.values():
@@ -160,6 +158,8 @@ class PipeFusion:
             # Not by setattr(), which would register it as a component.
             stack.callback(vars(pipe).__setitem__, "scheduler", pipe.scheduler)
             vars(pipe)["scheduler"] = patchwise(pipe.scheduler, call, patches, end_substep, boundary_of(pipe))
+            for guider in guiders_of(pipe):
+                stack.enter_context(replaced(guider, "set_state", stepwise_guider(guider.set_state, call)))
             for name, stepwise in (("progress_bar", stepwise_progress), ("get_timesteps", plain_steps)):
                 for owner in filter(lambda one, name=name: hasattr(one, name), (pipe, *loops_of(pipe))):
                     stack.enter_context(replaced(owner, name, stepwise(getattr(owner, name), call)))
