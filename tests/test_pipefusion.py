@@ -526,19 +526,6 @@ def test_patches_that_pictures_made_seem_larger_are_refused(pool, folder_of):
         assert "patches of 1 tokens, beside those of pictures, on 2 ranks" in message
 
 
-def rescaled(path):
-    parallel = running.wrap(running.loaded(path), degrees(2, 2, 1))
-    with pytest.raises(ValueError) as error:
-        parallel(**call_of("hunyuan_dit", guidance_rescale=0.5))
-    parallel.unwrap()
-    return str(error.value)
-
-
-def test_rescaled_guidance_is_refused(pool, folder_of):
-    for message in pool.run(2, rescaled, folder_of("hunyuan_dit")):
-        assert "guidance_rescale=0.5 of HunyuanDiTPipeline: it needs the full prediction" in message
-
-
 def test_branches_of_different_text_length(pool, folder_of):
     """Each of the two calls of a step has its own number of text tokens."""
     path, generator = folder_of("flux", True), running.seeded()

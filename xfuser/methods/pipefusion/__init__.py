@@ -6,8 +6,8 @@ in this step, and those after it in the previous step:
 
     K/V of patch j, as patch m sees them at step t  =  those of step t if j <= m, else those of step t-1
 
-and those of text tokens, which run with patch 0, from step t. So the result depends on the number of patches and of
-synchronous first steps alone; never on the number of stages or on timing.
+and those of text tokens, and of pictures to go by, which run with patch 0, from step t. So the result depends on the
+number of patches and of synchronous first steps alone; never on the number of stages or on timing.
 
 A stand-in for the scheduler makes the pipeline loop over N x M sub-steps, one for each timestep and patch
 (``scheduler.py``). Each sub-step runs the transformer's forward on one patch: ``stage.py`` skips the blocks of other

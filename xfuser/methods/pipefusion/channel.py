@@ -6,12 +6,14 @@ waits for one of another channel; what it does wait for are computations that co
 """
 
 from collections import deque
+from contextlib import AbstractContextManager
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from xfuser.core.distributed.ending import end_group, new_group
+from xfuser.core.hooks import Arguments, edited_arguments
 from xfuser.models.plan import ModelPlan
 
 Route = tuple[str, int, int]  # what is sent (tokens, latents, skips), the sending and the receiving stage
@@ -119,3 +121,20 @@ def skips(plan: ModelPlan, owners: list[int]) -> list[tuple[int, Route]]:
     blocks = len(owners) if plan.skip else 0
     ends = [(i, ("skips", owners[blocks - 1 - i], owners[i])) for i in range(blocks // 2 + 1, blocks)]
     return [(consumer, route) for consumer, route in ends if route[1] != route[2]]
+
+
+def skip_hook(consumer: nn.Module, name: str, channel: Channel, sends: bool) -> AbstractContextManager[None]:
+    """A long skip from a block of one stage to a block of another, the consumer, whose argument it is.
+
+    The producing stage sends it when the forward comes to the consumer's stub: behind its own last block, and in the
+    order in which consumers take them.
+    """
+
+    def edit(arguments: Arguments) -> None:
+        skip = arguments.get(name)
+        if skip is not None and sends:
+            channel.send([skip])
+        elif skip is not None:
+            arguments[name] = channel.receive([skip.numel()], skip)[0].view(skip.shape)
+
+    return edited_arguments(consumer, edit)

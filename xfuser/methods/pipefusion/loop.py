@@ -17,9 +17,32 @@ from xfuser.models.registry import planned_models
 
 
 def needs_whole_steps(pipe: Any, arguments: Arguments) -> bool:
-    """Whether all ranks need the latents of each step: for a callback, or as any step may call another transformer."""
+    """Whether all ranks need the latents of each step: for a callback, or as any step may begin with synchronous ones,
+    where it calls another transformer or guidance begins or ends."""
     callback = arguments.get("callback_on_step_end") is not None or arguments.get("callback") is not None
-    return callback or (len(planned_models(pipe)) > 1 and boundary_of(pipe) is None)
+    within = any(guider._start > 0 or guider._stop < 1 for guider in guiders_of(pipe))
+    return callback or within or (len(planned_models(pipe)) > 1 and boundary_of(pipe) is None)
+
+
+def guiders_of(pipe: Any) -> list[Any]:
+    """A pipeline's guiders that take part: components that make the branches of guidance, and mix their outputs."""
+    return [
+        part for part in pipe.components.values() if getattr(part, "_enabled", False) and hasattr(part, "set_state")
+    ]
+
+
+def branches_of(pipe: Any) -> list[Any]:
+    """What tells the branches of guidance in a step from those in others, where a pipeline or its guiders tell."""
+    return [getattr(pipe, "do_classifier_free_guidance", None), *(one.num_conditions for one in guiders_of(pipe))]
+
+
+def stepwise_guider(set_state: Callable[..., Any], call: CallState) -> Callable[..., Any]:
+    """A guider's ``set_state`` that is told the number of the step, where the pipeline counts sub-steps."""
+
+    def of_step(step: int, num_inference_steps: int, timestep: Any) -> Any:
+        return set_state(step // call.patches, _steps(num_inference_steps, call), timestep)
+
+    return of_step
 
 
 def boundary_of(pipe: Any) -> float | None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,10 +16,13 @@ from xfuser.methods.pipefusion.blocks import StageBlocks
 from xfuser.methods.pipefusion.channel import Channel, Route, open_channels, routes_of
 from xfuser.methods.pipefusion.loop import (
     boundary_of,
+    branches_of,
+    guiders_of,
     loops_of,
     plain_steps,
     stepwise_callbacks,
     stepwise_control,
+    stepwise_guider,
     stepwise_progress,
 )
 from xfuser.methods.pipefusion.refusals import refuse
@@ -27,7 +31,7 @@ from xfuser.methods.pipefusion.stage import Stage
 from xfuser.models.registry import controlnets_of, planned_models
 
 BY_BLOCK = ("load_ip_adapter", "set_ip_adapter_scale", "unload_ip_adapter")  # go by the numbers of attention modules
-FULL_PREDICTION = "it needs the full prediction, and each sub-step makes only a patch of it"
+ONCE_A_STEP = "it may keep the prediction of the step before, or count steps, and is called in each sub-step"
 
 
 class PipeFusion:
@@ -45,7 +49,7 @@ class PipeFusion:
     def __init__(self, pipe: Any, group: GroupCoordinator, layers: dict[str, list[int]]) -> None:
         # A group of its own outlives others that are made after this wrap: blocks can always be given back.
         group = GroupCoordinator(group.group_ranks, group.local_rank, dist.get_backend())
-        self._pipe, self._group, models = pipe, group, planned_models(pipe)
+        self._pipe, self._group, models = pipe, group, planned_models(pipe, piped=True)
         self._blocks = [StageBlocks(*models[name], group, counts) for name, counts in layers.items()]
         self._hooks = ExitStack()
         for name in filter(lambda one: hasattr(pipe, one), BY_BLOCK):
@@ -64,22 +68,16 @@ class PipeFusion:
         Raises:
             ValueError: they, or the pipeline's guiders, are not supported.
         """
-        name, rescale = type(self._pipe).__name__, arguments.get("guidance_rescale")
+        name = type(self._pipe).__name__
         if arguments.get("skip_guidance_layers") is not None:
             refuse(f"skip_guidance_layers of {name}", "it takes the number of the sub-step for the step's", "Remove it")
         layers, scale = getattr(self._pipe, "pag_applied_layers", None), arguments.get("pag_scale", 1.0)
         if layers and scale > 0 and self._group.world_size > 1:
             why = "it searches its layers in blocks that other stages hold"
             refuse(f"perturbed-attention guidance (PAG) of {name}", why, "Set pag_scale=0", "Ulysses or ring")
-        if rescale:
-            refuse(f"guidance_rescale={rescale} of {name}", FULL_PREDICTION, "Remove it")
-        for guider in self._pipe.components.values():
-            if getattr(guider, "_enabled", False) and hasattr(guider, "prepare_inputs"):
-                from diffusers.guiders import ClassifierFreeGuidance  # not in all releases, but in those with guiders
-
-                if type(guider) is not ClassifierFreeGuidance or guider.config.guidance_rescale:
-                    change = "Use ClassifierFreeGuidance() without guidance_rescale"
-                    refuse(f"{type(guider).__name__} of {name}", f"{FULL_PREDICTION}, or it counts steps", change)
+        for guider in guiders_of(self._pipe):
+            if type(guider).__name__ != "ClassifierFreeGuidance":
+                refuse(f"{type(guider).__name__} of {name}", ONCE_A_STEP, "Use ClassifierFreeGuidance()")
         return stepwise_callbacks(stepwise_control(self._pipe, arguments, call.patches), call)
 
     @contextmanager
@@ -93,7 +91,8 @@ class PipeFusion:
             takers = self._group.world_size if controlled else 1
             routes = set().union(*(routes_of(one.plan, one.owners, takers) for one in self._blocks))
             self._channels = open_channels(self._group.group_ranks, routes, call.patches)
-        self.stages = {one.model: Stage(one, self._channels, call, self._start, controlled) for one in self._blocks}
+        begins = partial(branches_of, self._pipe), self._start
+        self.stages = {one.model: Stage(one, self._channels, call, *begins, controlled) for one in self._blocks}
         self._running = next(iter(self.stages.values()))
         with ExitStack() as stack:
             for stage in self.stages.values():
@@ -167,6 +166,8 @@ class PipeFusion:
             # Not by setattr(), which would register it as a component.
             stack.callback(vars(pipe).__setitem__, "scheduler", pipe.scheduler)
             vars(pipe)["scheduler"] = patchwise(pipe.scheduler, call, patches, end_substep, boundary_of(pipe))
+            for guider in guiders_of(pipe):
+                stack.enter_context(replaced(guider, "set_state", stepwise_guider(guider.set_state, call)))
             for name, stepwise in (("progress_bar", stepwise_progress), ("get_timesteps", plain_steps)):
                 for owner in filter(lambda one, name=name: hasattr(one, name), (pipe, *loops_of(pipe))):
                     stack.enter_context(replaced(owner, name, stepwise(getattr(owner, name), call)))

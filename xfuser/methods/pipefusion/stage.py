@@ -1,7 +1,7 @@
 """One stage of one transformer's pipeline, during a call: which tokens a forward computes, and who gets them next."""
 
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from xfuser.call import CallState, Forward
-from xfuser.core.attention.kv_buffer import KVBuffer
 from xfuser.core.distributed import get_sp_group
-from xfuser.core.hooks import Arguments, edited_arguments, edited_output, replaced
+from xfuser.core.hooks import Arguments, edited_output, replaced
 from xfuser.methods.pipefusion.blocks import StageBlocks
-from xfuser.methods.pipefusion.channel import Channel, Route, skips
+from xfuser.methods.pipefusion.channel import Channel, Route, skip_hook, skips
+from xfuser.methods.pipefusion.kept import Kept
 from xfuser.methods.pipefusion.loop import once_a_step
 from xfuser.methods.pipefusion.patches import Patches, zeros
 from xfuser.methods.pipefusion.refusals import refuse
@@ -33,19 +33,21 @@ class Stage:
 
     Args:
         channels: this rank's ends of the channels between stages.
+        branches: tells the branches of guidance in a step from those in others.
         on_start: called with this stage when its transformer is called first in a denoising loop.
         controlled: whether the model takes residuals of ControlNets that compute the sub-step's patch.
     """
 
     def __init__(
         self, blocks: StageBlocks, channels: dict[Route, Channel], call: CallState,
-        on_start: Callable[["Stage"], None], controlled: bool,
+        branches: Callable[[], list[Any]], on_start: Callable[["Stage"], None], controlled: bool,
     ) -> None:  # fmt: skip
         model, plan = blocks.model, blocks.plan
         self._model, self._plan, self._owners, self._group = model, plan, blocks.owners, blocks.group
         self._channels, self._call, self._on_start = channels, call, on_start
-        self._controlled, self._runs = controlled, False
+        self._branches_now, self._controlled, self._runs = branches, controlled, False
         self._name, self.number = type(model).__name__, self._group.rank_in_group
+        self.kept = Kept(call)
         self.patches = Patches(call.patches, getattr(model, "config", model), plan)
         self.forget()
 
@@ -56,7 +58,7 @@ class Stage:
         self.patches.behind = 0
         self._outputs: list[tuple[list[Tensor], Any]] = []  # full output of each call: tensors, tree
         self._autocast = False  # whether the dtypes of activations depend on their operators
-        self._buffers: dict[tuple[Hashable, int], KVBuffer] = {}
+        self.kept.clear()
         # Elements per token, shares and streams of each message with tokens in this sub-step, and in the last
         # asynchronous one.
         self._received: list[tuple[int, TokenShares, list[str]]] = []
@@ -88,14 +90,9 @@ class Stage:
         """Image tokens of the smallest patch, the last one."""
         return len(self._window(tokens, self._call.patches - 1).image)
 
-    def renew(
-        self, name: Hashable, places: list[tuple], total: int, k: Tensor, v: Tensor, mask: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Fresh keys, values and key mask of an attention of this sub-step in, those of the full sequence out.
-
-        ``places``, (first row, number of rows), and ``total`` say where the fresh rows are, and in how many.
-        """
-        return self._buffers.setdefault((name, self._call.index), KVBuffer()).renew(k, v, mask, places, total)
+    def patch_tokens(self, tokens: int) -> list[range]:
+        """The tokens of each patch, of an image with that many."""
+        return [self.patches.tokens(self._latents[0], tokens, patch) for patch in range(self._call.patches)]
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -115,7 +112,9 @@ class Stage:
                     stack.enter_context(replaced(head, "forward", partial(zeros, dim=-1, size=head.out_features)))
             for consumer, route in skips(self._plan, self._owners):
                 if route in self._channels:
-                    stack.enter_context(self._skip(blocks[consumer].module, route))
+                    sends = route[1] == self.number
+                    hook = skip_hook(blocks[consumer].module, self._plan.skip, self._channels[route], sends)
+                    stack.enter_context(hook)
             if self.number > 0:  # what the forward does behind a block, it then does with what was received
                 before = blocks[self._owners.index(self.number) - 1]
                 stack.enter_context(edited_output(before.module, partial(self._receive, before.list_name)))
@@ -138,7 +137,7 @@ class Stage:
             self._received_before = self._received
         self._received = []
         if call.ends_step and call.step + 1 == call.steps:
-            self._buffers.clear()  # the VAE can have their memory
+            self.kept.clear()  # the VAE can have their memory
         for channel in self._channels.values():
             channel.end_substep()
         if call.ends_step and call.ends_whole(call.step):
@@ -162,14 +161,12 @@ class Stage:
         return None if following is None or self._call.ends_whole(following[0] - 1) else following
 
     def _check_substep(self, latents: Tensor, sample: Tensor) -> None:
-        name, calls, before, dim = self._name, self._call.index + 1, len(self._latents), self.patches.dim(latents)
+        name, calls, before, kind = self._name, self._call.index + 1, len(self._latents), self.patches.kind
         if calls != before:
             refuse(f"{calls} calls of {name} in step {self._call.step}", f"the first had {before}", SAME_CALLS)
         if before and (self._call.step, self._call.patch) == (self._first, 0):
             self.patches.find_pictures(self._latents[0], sample, get_sp_group().world_size)
-        if any(
-            latents.shape[dim] != x.shape[dim] - self.patches.behind or latents.dim() != x.dim() for x in self._latents
-        ):
+        if any(kind(latents) != kind(self.patches.stepped(x)) for x in self._latents):
             what = f"a scheduler step of {tuple(latents.shape)} where {name} was given {tuple(self._latents[0].shape)}"
             refuse(what, "patches are rows of what the scheduler steps, which the transformer must see as they are")
 
@@ -197,8 +194,11 @@ class Stage:
 
     def _enter(self, arguments: Arguments) -> int:
         """Check a call of the transformer against those before; returns its index."""
-        call, latents = self._call, arguments[self._plan.latents]
-        if not self.started:
+        call, given = self._call, arguments[self._plan.latents]
+        if not isinstance(first_of(given), Tensor):
+            refuse(f"several pictures in one row of the batch of {self._name}", NOT_OF_ROWS)
+        latents = given if isinstance(given, Tensor) else given[0].expand(len(given), *given[0].shape)
+        if not self.started or ((call.patch, call.index) == (0, 0) and self._changed(latents)):
             self._start(latents)
         residuals = () if self._controlled else self._plan.residuals
         for argument in (*residuals, *self._plan.counts_steps, *self._plan.beside):
@@ -212,12 +212,24 @@ class Stage:
             refuse(what, f"those of the first step had {before}", SAME_CALLS)
         return call.index
 
+    def _changed(self, latents: Tensor) -> bool:
+        """Whether guidance begins or ends in this step: what is kept may be of other branches than those to come."""
+        return self._branches != self._branches_now() or latents.shape != self._latents[0].shape
+
     def _start(self, latents: Tensor) -> None:
-        """Ahead of the transformer's first call: from here on, for some steps, it computes the whole image at once."""
+        """Ahead of the transformer's first call: from here on, for some steps, it computes the whole image at once.
+
+        So it is, too, where guidance begins or ends.
+        """
+        if self._controlled and self._call.step > 0:
+            refuse(f"guidance of {self._name} that begins or ends", "ControlNets have computed a patch", SAME_CALLS)
         if not self._call.whole:
-            why = "no stage has all latents there"
-            refuse(f"the first call of {self._name} in step {self._call.step}", why, "Pass a callback_on_step_end")
-        self._first = self._call.step
+            what = f"calls of {self._name} with latents of shape {tuple(latents.shape)} from step {self._call.step} on"
+            why = "keys and values begin with a synchronous step, and no stage has the full latents there"
+            refuse(what, why, "Pass a callback_on_step_end, for which latents are full in each step")
+        if self.started:  # else a ControlNet may have left its keys and values already
+            self.forget()
+        self._first, self._branches = self._call.step, self._branches_now()
         self._call.start(self._first)
         self._call.computes(self.part)
         self.patches.begin(latents)
@@ -231,9 +243,8 @@ class Stage:
         dtypes = [x.dtype for x in parts]
         if self._autocast:  # only the last stage has the output's own
             dtypes = self._group.broadcast_object(dtypes, src=self._owners[-1])
-        dims = [self.patches.dim(x) for x in parts]
-        lengths = [self._latents[0].shape[dim] for dim in dims]
-        return [zeros(*one) for one in zip(parts, dims, lengths, dtypes, strict=True)]
+        length = self.patches.kind(self._latents[0])[1]
+        return [zeros(x, self.patches.dim(x), length, dtype) for x, dtype in zip(parts, dtypes, strict=True)]
 
     def _embedding(self, embed: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         """Computes the tokens of this sub-step on the first stage; elsewhere zeros, of which the shape matters.
@@ -307,19 +318,7 @@ class Stage:
         channel = self._channels["tokens", self.number, self.number + 1]
         channel.send([*flag, *(parts[stream] for stream in counts if stream in parts)])
 
-    def _skip(self, consumer: nn.Module, route: Route) -> AbstractContextManager[None]:
-        """A long skip from a block of one stage to a block of another.
 
-        The producing stage sends it when the forward comes to the consumer's stub: behind its own last block, and in
-        the order in which consumers take them.
-        """
-        name, channel = self._plan.skip, self._channels[route]
-
-        def edit(arguments: Arguments) -> None:
-            skip = arguments.get(name)
-            if skip is not None and route[1] == self.number:
-                channel.send([skip])
-            elif skip is not None:
-                arguments[name] = channel.receive([skip.numel()], skip)[0].view(skip.shape)
-
-        return edited_arguments(consumer, edit)
+def first_of(latents: Any) -> Any:
+    """The latents, or, of a list with an entry for each row of the batch, the first entry."""
+    return latents[0] if isinstance(latents, list | tuple) else latents
