@@ -415,6 +415,7 @@ WHOLE = {
         "ZImagePipeline",
         "z_image",
         kl(4),
+        config={"axes_lens": [128, 32, 32]},
         call=lambda: {"prompt_embeds": [rows(WORDS)], "negative_prompt_embeds": [rows(5)]},
     ),
     "sana": Whole(

@@ -27,7 +27,6 @@ from xfuser.methods.cache.use import CacheUse
 from xfuser.methods.cfg import GuidanceParallel
 from xfuser.methods.compiled import CompiledBlocks, uncompiled
 from xfuser.methods.context import ContextParallel
-from xfuser.methods.controlnet import control_methods
 from xfuser.methods.data import DataParallel, split_decode
 from xfuser.methods.distrifusion import DistriFusion
 from xfuser.methods.naive_patch import NaivePatches
@@ -35,6 +34,7 @@ from xfuser.methods.pipefusion.loop import needs_whole_steps
 from xfuser.methods.progress import quiet_progress
 from xfuser.methods.refusals import Refusals
 from xfuser.methods.sequence import SequenceParallel
+from xfuser.methods.stacks import stack_methods
 from xfuser.methods.unet.maps import MapParallel
 from xfuser.models.plan import ModelPlan
 from xfuser.models.registry import planned_models, set_plan
@@ -145,7 +145,7 @@ class xDiTParallel:
 
     def _methods(self) -> list[Method]:
         """What divides this call's forwards, in the order of the wrappers around them: the outermost first."""
-        models, parallel = planned_models(self._pipe), self.engine_config.parallel_config
+        models, parallel = planned_models(self._pipe, bool(self._pipefusion)), self.engine_config.parallel_config
         parts = {name: self._part_of(model) for name, (model, _) in models.items()} if parallel.patched else {}
         self.__dict__["cache_use"] = CacheUse()
         added, caches = cache_methods(self._pipe, models.values(), self.engine_config, self.cache_use)
@@ -157,7 +157,7 @@ class xDiTParallel:
             methods.append(DataParallel(get_dp_group(), models.values()))
         if self._pipefusion or self._sp.world_size > 1 or self._backend not in TORCHS_CHOICE:
             methods += [self._sequence(model, plan, parts.get(name)) for name, (model, plan) in models.items()]
-        methods += control_methods(self._pipe, self._sp, self._backend, self._pipefusion)
+        methods += stack_methods(self._pipe, models.values(), self._sp, self._backend, self._pipefusion)
         if methods:
             splits_batch = parallel.cfg_degree * parallel.dp_degree > 1
             methods.insert(0, Refusals(self._pipe, [model for model, _ in models.values()], splits_batch))

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 from functools import partial, wraps
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
@@ -19,17 +20,15 @@ from xfuser.core.distributed import SequenceParallelGroupCoordinator
 from xfuser.core.hooks import Arguments, Binder, edited_arguments, edited_output, replaced
 from xfuser.methods.distrifusion import DistriFusion
 from xfuser.methods.masks import PairMasks, cut_pairs
+from xfuser.methods.mixing import MixingModules
 from xfuser.methods.naive_patch import NaivePatches
-from xfuser.methods.pipefusion.patches import Patches
+from xfuser.methods.pipefusion.patches import Patches, first_of
 from xfuser.methods.pipefusion.pipefusion import PipeFusion
-from xfuser.methods.sharded import ShardedModel
 from xfuser.methods.tokens import Rows, TokenShares, Window
 from xfuser.models.plan import ModelPlan, Streams, Tokens, attentions_of, blocks_of, matching
-from xfuser.vae.bands import Bands
-from xfuser.vae.parallelize import OnBands
 
 
-class SequenceParallel(ShardedModel):
+class SequenceParallel(MixingModules):
     """Sequence parallelism (USP: Ulysses x ring) of one transformer over one group.
 
     With ``pipefusion``, a forward computes one patch of the image: the patch's tokens are what is sharded. With
@@ -58,6 +57,7 @@ class SequenceParallel(ShardedModel):
         """Clear the state of one forward."""
         self._early = self._plan.head is None  # whether tokens are gathered behind the last block
         self._attended: dict[str, int] = {}  # how often each attention module was asked to attend
+        self._starts: Tensor | None = None  # tokens ahead of the image, [B, 1], where rows of the batch have their own
         self._cuts: dict[tuple[str, str, int], tuple[Any, Any]] = {}  # arguments that blocks share, and what they get
 
     def _hooks(self) -> Iterator[AbstractContextManager[None]]:
@@ -71,7 +71,8 @@ class SequenceParallel(ShardedModel):
                 yield replaced(module, "forward", outside_of_graphs(self._on_rows(module), name))
             for name in plan.linear:
                 module = block.module.get_submodule(name)
-                yield replaced(module, "forward", outside_of_graphs(summed_state(module, self._sum), name))
+                state = partial(self._state, f"{block.list_name}.{block.index}.{name}")
+                yield replaced(module, "forward", outside_of_graphs(summed_state(module, state), name))
         for pattern, names in plan.gathered.items():
             for module in map(self._model.get_submodule, matching(self._model, pattern)):
                 bind = Binder(module.forward)
@@ -97,7 +98,9 @@ class SequenceParallel(ShardedModel):
                 f" {type(self._model).__name__}, whose blocks then pick tokens by their number: remove it, or use"
                 " CFG or data parallelism"
             )
-        latents = arguments[self._plan.latents]
+        latents = first_of(arguments[self._plan.latents]) if self._stage else arguments[self._plan.latents]
+        text = self._plan.text_first and arguments[self._plan.text_first]
+        self._starts = text.sum(dim=1, keepdim=True) if isinstance(text, Tensor) else None
         rows = columns = 1
         if isinstance(latents, Tensor):
             self._image_tokens, rows = self._patches.image_tokens(latents), self._patches.row_count(latents)
@@ -115,13 +118,15 @@ class SequenceParallel(ShardedModel):
             self._reset()
 
     def _enter_block(self, blocks: str, arguments: Arguments) -> None:
-        if self._call.tokens is None:
+        begins = self._call.tokens is None
+        if begins:
             self._call.tokens = self._share(blocks, arguments)
         shards = self._call.tokens
         for name, streams in self._plan.carriers(blocks).items():
             dim = self._plan.carrier_dim
             if arguments.get(name) is not None and arguments[name].shape[dim] == shards.total(streams):
-                arguments[name] = shards.cut(arguments[name], Tokens(streams, dim))
+                x = self._image_first(arguments[name]) if begins else arguments[name]
+                arguments[name] = shards.cut(x, Tokens(streams, dim))
         for name, tokens in self._plan.per_token.items():
             value = arguments.get(name)
             if value is not None:
@@ -163,7 +168,7 @@ class SequenceParallel(ShardedModel):
             return tuple(self._cut(x, one, blocks, spread) for x, one in zip(value, tokens, strict=True))
 
         def cut(x: Tensor) -> Tensor:
-            own = self._call.tokens.cut(x, tokens)
+            own = self._call.tokens.cut(self._image_first(x), tokens)
             self._early |= spread and own is not x
             return own
 
@@ -206,13 +211,20 @@ class SequenceParallel(ShardedModel):
         if self._call.tokens is None or not self._early:
             return output
         if isinstance(output, Tensor):
-            return self._gather(output, outputs[0])
+            return self._image_first(self._gather(output, outputs[0]), -1)
         parts = zip(output, outputs, strict=True)
         return tuple(x if x is None else self._gather(x, streams) for x, streams in parts)
 
     def _leave_head(self, head: nn.Module, args: tuple, output: Tensor) -> Tensor:
         """Behind the head: all tokens of the image."""
         return output if self._call.tokens is None or self._early else self._gather(output, ("image",))
+
+    def _image_first(self, x: Tensor, way: int = 1) -> Tensor:
+        """``[B, S, ...]``, whose rows begin with a number of text tokens of their own: these go to the end, or back."""
+        if self._starts is None:
+            return x
+        places = (torch.arange(x.shape[1], device=x.device) + way * self._starts) % x.shape[1]
+        return x[torch.arange(x.shape[0], device=x.device)[:, None], places]
 
     def _gather(self, x: Tensor, streams: Streams) -> Tensor:
         """``[B, own tokens, D]`` to ``[B, tokens, D]``; zeros where this forward or this stage computes none."""
@@ -241,23 +253,6 @@ class SequenceParallel(ShardedModel):
 
         return forward
 
-    def _on_rows(self, module: nn.Module) -> Callable[[Tensor], Tensor]:
-        """The forward of a module that convolves the grid, ``[B, C, rows, columns]``, and looks into others' rows."""
-        original = module.forward
-
-        @wraps(original)
-        def forward(x: Tensor) -> Tensor:
-            if self._call.tokens.ranks == 1 or self._alone:
-                return original(x)
-            rows = [size // x.shape[3] for size in self._call.tokens.sizes["image"]]
-            with OnBands(Bands(-2, rows, x.shape[3], self._group.device_group), None):
-                return original(x)
-
-        return forward
-
-    def _sum(self, state: Tensor) -> Tensor:
-        return state if self._call.tokens.ranks == 1 or self._alone else self._group.all_reduce(state)
-
     def _attend(self, name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
         shards, stage = self._call.tokens, self._stage
         if shards.is_whole and not stage:
@@ -283,7 +278,9 @@ class SequenceParallel(ShardedModel):
         k, v = keys.given(k, 2, rank), keys.given(v, 2, rank)
 
         def renew(k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-            k, v, fresh = stage.renew((self, name, number), keys.order, keys.total, k, v, mask if per_key else None)
+            k, v, fresh = stage.kept.attended(
+                (self, name, number), keys.order, keys.total, k, v, mask if per_key else None
+            )
             return k, v, fresh if per_key else mask
 
         if ranks == 1:

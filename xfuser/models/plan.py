@@ -103,6 +103,10 @@ class ModelPlan:
         undivided: modules whose weights the forward uses without calling the layers that have them.
         unpaired: attention modules whose results leave them by another way than their output linear.
         context: the class's own context-parallel plan of Diffusers, in place of all that is said here about blocks.
+        in_patches: the plan under PipeFusion, where it is another.
+        ahead: lists of blocks ahead of ``blocks``, on the first stage of PipeFusion; elsewhere they run whole.
+        text_first: argument of the forward with a mask of text tokens, where the sequence of each row of the batch is
+            its own number of these, its image and padding. Patches have the image first, and all else behind it.
         unsequenced: why sequence parallelism (Ulysses, ring) cannot serve the class; None where it does.
         unpiped: why PipeFusion cannot serve the class; None where it does.
     """
@@ -150,6 +154,9 @@ class ModelPlan:
     undivided: tuple[str, ...] = ()
     unpaired: tuple[str, ...] = ()
     context: dict[str, Any] | None = None
+    in_patches: "ModelPlan | None" = None
+    ahead: tuple[str, ...] = ()
+    text_first: str | None = None
     unsequenced: str | None = None
     unpiped: str | None = None
 
@@ -157,6 +164,11 @@ class ModelPlan:
     def patched(self) -> bool:
         """Whether ranks can hold parts of the image: shares of its tokens, or of the rows of its maps."""
         return self.unsequenced is None or self.halvings is not None
+
+    @property
+    def piped(self) -> "ModelPlan":
+        """The plan under PipeFusion."""
+        return self.in_patches or self
 
     def carriers(self, blocks: str) -> dict[str, Streams]:
         """Arguments of the blocks of this list that carry tokens from block to block, and their streams."""

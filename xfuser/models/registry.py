@@ -181,8 +181,10 @@ def _by_context(module: nn.Module, context: dict[str, Any]) -> ModelPlan:
     )  # fmt: skip
 
 
-def planned_models(pipe) -> dict[str, tuple[nn.Module, ModelPlan]]:
+def planned_models(pipe, piped: bool = False) -> dict[str, tuple[nn.Module, ModelPlan]]:
     """The pipeline's denoisers by component name, with their plans; of compiled ones, the original.
+
+    ``piped`` is for the plans under PipeFusion.
 
     Raises:
         ValueError: the pipeline has no transformer with a plan.
@@ -190,7 +192,8 @@ def planned_models(pipe) -> dict[str, tuple[nn.Module, ModelPlan]]:
     if not hasattr(pipe, "components"):
         raise ValueError(f"{type(pipe).__name__} is not a Diffusers pipeline")
     modules = {name: original_of(part) for name, part in pipe.components.items() if isinstance(part, nn.Module)}
-    found = {name: (part, plan) for name, part in modules.items() if (plan := plan_of(part))}
+    plans = {name: plan for name, part in modules.items() if (plan := plan_of(part))}
+    found = {name: (modules[name], plan.piped if piped else plan) for name, plan in plans.items()}
     if found:
         return found
     denoisers = [type(modules[name]).__name__ for name in ("transformer", "unet", "prior") if name in modules]

@@ -12,7 +12,6 @@ SANA = ModelPlan(
     rows="height",
     convolutions=("ff",),
     residuals=("controlnet_block_samples",),
-    unpiped="linear attention keeps a sum over all tokens, of which the part of one patch cannot be renewed",
 )
 
 # Rows are frames: what is convolved over them is divided between these, and all else within one.

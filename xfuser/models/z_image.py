@@ -1,11 +1,14 @@
 """Z-Image (arXiv 2511.22699): one sequence of image and text, padded to the longest of the batch.
 
-Its refiner blocks, two on the image and two on the text, run whole on every rank.
+Its refiner blocks, two on the image and two on the text, run whole on every rank. In patches, all that is behind the
+image is text, with the padding between the two.
 """
+
+from dataclasses import replace
 
 from xfuser.models.plan import ModelPlan, Tokens
 
-Z_IMAGE = ModelPlan(
+_OF_SEQUENCE = ModelPlan(
     blocks=("layers",),
     attention={"attention": ("image",)},
     head=None,
@@ -14,5 +17,15 @@ Z_IMAGE = ModelPlan(
     per_token={"attn_mask": Tokens(("image",)), "freqs_cis": Tokens(("image",)), "noise_mask": Tokens(("image",))},
     residuals=("controlnet_block_samples",),
     row_lists=("x", "cap_feats", "siglip_feats", "image_noise_mask"),
-    unpiped="text and image are one sequence that each row of the batch divides elsewhere",
 )
+
+_BOTH = ("image", "text")
+_IN_PATCHES = replace(
+    _OF_SEQUENCE,
+    attention={"attention": _BOTH},
+    carried={"noise_refiner": {"x": _BOTH}, "layers": {"x": _BOTH}},
+    per_token={"attn_mask": Tokens(_BOTH), "freqs_cis": Tokens(_BOTH)},
+    ahead=("noise_refiner",),
+)
+
+Z_IMAGE = replace(_OF_SEQUENCE, in_patches=_IN_PATCHES)

@@ -91,7 +91,8 @@ def setting(family: str, method: str, **changes: Any) -> tuple[int, dict[str, An
     # Batched guidance of one image is what most calls are; data parallelism needs more images than replicas.
     steps = 3 if "fusion" in method else 2
     call = {"images": 3 if method == "dp2" else 1, "num_inference_steps": steps} | changes
-    if method == "distrifusion2" and PLANS[FAMILIES[family].cls].unpiped:
+    plan = PLANS[FAMILIES[family].cls]
+    if method == "distrifusion2" and (plan.unpiped or plan.in_patches or plan.linear):
         degrees = degrees | {"warmup_steps": steps}  # the oracle knows the tokens of the others alone
     return ranks, degrees, call
 

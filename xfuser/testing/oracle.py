@@ -19,35 +19,44 @@ from torch.utils._pytree import tree_map
 from xfuser.core.hooks import Binder, replaced
 from xfuser.models.plan import ModelPlan, blocks_of
 from xfuser.models.registry import controlnets_of, plan_of, planned_models
-from xfuser.testing.bands import bands, layout
+from xfuser.testing.projections import OF_TEXT, bands, layout, projecting
 
-STACKED = ("to_qkv_mlp_proj", "img_qkv_proj", "to_qkv")  # queries, keys and values by one linear
-OF_TEXT = ("add_k_proj", "add_v_proj", "txt_kv_proj")
-PROJECTIONS = ("to_k", "to_v", "to_key", "to_value", *OF_TEXT, *STACKED)
+
+def joined(outputs: list[Any], dim: int, own: list[slice]) -> Any:
+    """Of each forward's tensors the part that is its own, one behind the other, in the outputs' own structure."""
+    parts = [
+        tree_map(lambda x, part=part: x.narrow(dim, part.start, part.stop - part.start), one)
+        for one, part in zip(outputs, own, strict=True)
+    ]
+    return tree_map(lambda *x: torch.cat(x, dim=dim), *parts)
 
 
 class Displaced:
     """The state of one loop: where it is, and the projections kept from earlier forwards."""
 
-    starts: tuple[int, ...] = ()  # steps in which guidance begins or ends, and synchronous ones begin
+    changes: tuple[int, ...] = ()  # steps in which guidance begins or ends, and synchronous ones begin
 
     def __init__(self, model: nn.Module, plan: ModelPlan, patches: int, warmup: int, order: int) -> None:
         self.model, self.plan, self.patches, self.synchronous = model, plan, patches, max(1, warmup * order)
         self.step = self.call = self.counted = 0
         self.first: int | None = None  # step in which the model was called first
         self.stepped: int | None = None  # rows of packed latents that the scheduler steps; behind them are pictures
+        self.starts = [0]
         self.patch: int | None = None
         self.kept: dict[tuple[str, int], torch.Tensor] = {}
 
     def forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         latents = args[0] if args else kwargs[self.plan.latents]
+        latents = latents[0] if isinstance(latents, list) else latents
         dim, unit, self.width = layout(self.model, self.plan, latents)
         self.tokens = latents.shape[dim] // unit * self.width
         count = self.stepped or latents.shape[dim] // unit
-        rows, self.pictures = bands(count, self.patches), slice(count * self.width, self.tokens)
+        rows, self.image = bands(count, self.patches), count * self.width
+        text = kwargs.get(self.plan.text_first)
+        self.starts = [0] if text is None else text.sum(dim=1).tolist()  # of the image, where each row has its own
         self.own = [slice(band.start * self.width, band.stop * self.width) for band in rows]
         self.first = self.step if self.first is None else self.first
-        if self.step < max(one for one in (self.first, *self.starts) if one <= self.step) + self.synchronous:
+        if self.step < max(one for one in (self.first, *self.changes) if one <= self.step) + self.synchronous:
             self.patch = None
             output = original(*args, **kwargs)
         else:
@@ -56,14 +65,8 @@ class Displaced:
                 self.patch = patch
                 given = tree_map(lambda x: x, (args, kwargs))  # a forward may empty the lists that it is given
                 outputs.append(original(*given[0], **given[1]))
-            tensors = [x if isinstance(x, torch.Tensor) else x[0] for x in outputs]
-            parts = [
-                x.narrow(dim, b.start * unit, (b.stop - b.start) * unit) for x, b in zip(tensors, rows, strict=True)
-            ]
-            pictures = tensors[0].narrow(dim, count * unit, latents.shape[dim] - count * unit)
-            whole = torch.cat([*parts, pictures], dim=dim)
-            kind = type(outputs[0])
-            output = whole if kind is torch.Tensor else (whole,) if kind is tuple else kind(sample=whole)
+            scaled = [slice(band.start * unit, band.stop * unit) for band in rows]
+            output = joined(outputs, dim, scaled)
         self.call += 1
         return output
 
@@ -76,12 +79,11 @@ class Displaced:
             output = original(*args, **kwargs)
         else:
             self.own, self.tokens, outputs = transformer.own, transformer.tokens, []
-            self.pictures = transformer.pictures
+            self.image = transformer.image
             for patch in range(self.patches):
                 self.patch = patch
                 outputs.append(original(*args, **kwargs))
-            parts = [tree_map(lambda x, own=own: x[:, own], one) for one, own in zip(outputs, self.own, strict=True)]
-            output = tree_map(lambda *x: torch.cat(x, dim=1), *parts)
+            output = joined(outputs, 1, self.own)
         self.call += 1
         return output
 
@@ -91,23 +93,18 @@ class Displaced:
         if self.patch is None:
             self.kept[key] = output.clone()
             return output
-        kept = self.kept[key]
-        count = output.shape[1]
-        text = slice(0, 0)
-        if name.endswith(OF_TEXT) or "image" not in streams:  # of text alone
-            text, image = slice(0, count), slice(0, 0)
-        else:
-            words = count - self.tokens
-            start = words if streams[0] == "text" else 0
-            own = self.own[self.patch]
-            image = slice(start + own.start, start + own.stop)
-            text = slice(0, words) if start else slice(self.tokens, count)
-        kept[:, image] = output[:, image]
-        if self.patch == 0:
-            kept[:, text] = output[:, text]
-            if image.stop > image.start:
-                pictures = slice(start + self.pictures.start, start + self.pictures.stop)
-                kept[:, pictures] = output[:, pictures]
+        kept, count = self.kept[key], output.shape[1]
+        of_text = name.endswith(OF_TEXT) or "image" not in streams  # alone
+        words = count - self.tokens
+        starts = self.starts if words else [0]
+        for row, new in enumerate(output):
+            start = words if streams[0] == "text" else starts[row % len(starts)]
+            image = range(start, start + (0 if of_text else self.image))
+            own = list(image[self.own[self.patch]])
+            kept[row, own] = new[own]
+            if self.patch == 0:
+                text = [i for i in range(count) if i not in image]
+                kept[row, text] = new[text]
         result = output.clone()
         result[..., columns] = kept[..., columns]
         return result
@@ -230,7 +227,7 @@ def distrifusion(pipe: Any, parts: int, warmup: int, renews: bool = True, cache:
     """A bare pipeline draws with DistriFusion's semantics; ``renews`` is false for ``no_sync``; ``cache`` as below."""
     state = Lagging(pipe, parts, warmup, renews)
     skipping = cache.skipping(state) if cache else nullcontext()
-    with _projecting(state.model, state.plan, state), skipping, _whole_forward(pipe, state):
+    with projecting(state.model, state.plan, state), skipping, _whole_forward(pipe, state):
         yield
 
 
@@ -251,52 +248,23 @@ def naive(pipe: Any, parts: int, scheme: str) -> Iterator[None]:
 
 
 @contextmanager
-def displaced(pipe: Any, patches: int, warmup: int, cache: Any = None, starts: tuple[int, ...] = ()) -> Iterator[None]:
+def displaced(pipe: Any, patches: int, warmup: int, cache: Any = None, changes: tuple[int, ...] = ()) -> Iterator[None]:
     """A bare pipeline draws with PipeFusion's semantics; ``cache`` (``cache_oracle.py``) may leave blocks out.
 
-    ``starts`` are the steps in which guidance begins or ends on the way.
+    ``changes`` are the steps in which guidance begins or ends on the way.
     """
     with ExitStack() as stack:
-        for model, plan in planned_models(pipe).values():
+        for model, plan in planned_models(pipe, piped=True).values():
             state = Displaced(model, plan, patches, warmup, pipe.scheduler.order)
-            state.starts = starts
+            state.changes = changes
             for net, of_net in controlnets_of(pipe):
                 control = Displaced(net, of_net, patches, warmup, pipe.scheduler.order)
-                stack.enter_context(_projecting(net, of_net, control))
+                stack.enter_context(projecting(net, of_net, control))
                 stack.enter_context(mock.patch.object(net, "forward", partial(control.control, state, net.forward)))
             skipping = cache.skipping(state) if cache else nullcontext()
-            for context in (_projecting(model, plan, state), skipping, _whole_forward(pipe, state)):
+            for context in (projecting(model, plan, state), skipping, _whole_forward(pipe, state)):
                 stack.enter_context(context)
         yield
-
-
-@contextmanager
-def _projecting(model: nn.Module, plan: ModelPlan, state: Displaced | Lagging) -> Iterator[None]:
-    """Within the context, key and value projections of the blocks' attention are what ``state`` makes of them."""
-    with ExitStack() as stack:
-        for block in blocks_of(model, plan):
-            for attention, streams in plan.attentions().items():
-                for kind in PROJECTIONS:
-                    name = f"{block.list_name}.{block.index}.{attention}.{kind}"
-                    if name not in dict(model.named_modules()):
-                        continue
-                    owner = model.get_submodule(name.rpartition(".")[0])
-                    columns = _keys_and_values(owner, model.get_submodule(name)) if kind in STACKED else slice(None)
-
-                    def hook(
-                        m: nn.Module, a: tuple, out: torch.Tensor, name=name, s=streams, c=columns
-                    ) -> torch.Tensor:
-                        return state.project(name, s.keys, c, out)
-
-                    stack.callback(model.get_submodule(name).register_forward_hook(hook).remove)
-        yield
-
-
-def _keys_and_values(attention: nn.Module, stacked: nn.Linear) -> slice:
-    """Which outputs of a linear that makes queries, keys and values are the latter two."""
-    width = getattr(attention, "inner_dim", stacked.in_features)
-    queries = 2 * width if getattr(attention, "use_differential", False) else width
-    return slice(queries, 2 * queries + width)
 
 
 @contextmanager

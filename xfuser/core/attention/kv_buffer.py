@@ -25,6 +25,10 @@ class KVBuffer:
         mask = None if mask is None else self._write("mask", mask, 3, places, total)
         return self._write("k", k, 2, places, total), self._write("v", v, 2, places, total), mask
 
+    def renew_rows(self, x: Tensor, place: tuple[int, int], total: int) -> Tensor:
+        """The same of a map, ``[B, C, rows, columns]``."""
+        return self._write("map", x, 2, [place], total)
+
     def _write(self, name: str, x: Tensor, dim: int, places: list[tuple[int, int]], total: int) -> Tensor:
         if name not in self._whole:
             self._whole[name] = x.new_empty([*x.shape[:dim], total, *x.shape[dim + 1 :]])

@@ -16,13 +16,17 @@ PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
 SUMS = (torch.sum, Tensor.sum)
 
 
+# Takes a state, and what computes that of some tokens alone: of so many from one of these.
+Complete = Callable[[Tensor, Callable[[int, int], Tensor]], Tensor]
+
+
 class _FirstProduct(TorchFunctionMode):
-    """Hands the result of the first ``matmul`` to ``complete``.
+    """Hands the result of the first ``matmul``, over the tokens, to ``complete``.
 
     So it does with a ``sum`` ahead of it, of the keys, whose product with the queries is then the first, and no state.
     """
 
-    def __init__(self, complete: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, complete: Complete) -> None:
         super().__init__()
         self._complete = complete
         self.done = self._summed = False
@@ -35,10 +39,17 @@ class _FirstProduct(TorchFunctionMode):
             self._summed = False
             return result
         self._summed, self.done = func in SUMS, func in PRODUCTS
-        return self._complete(result)
+
+        def part(start: int, count: int) -> Tensor:
+            first, *others = args
+            if func in PRODUCTS:
+                others = [others[0].narrow(-2, start, count)]
+            return func(first.narrow(-1, start, count), *others, **(kwargs or {}))
+
+        return self._complete(result, part)
 
 
-def summed_state(module: nn.Module, complete: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+def summed_state(module: nn.Module, complete: Complete) -> Callable[..., Any]:
     """The forward of a linear attention with ``complete`` making the whole state of that of this rank's tokens.
 
     In a forward, it raises a ValueError where the module's processor multiplies no matrices by ``torch.matmul``.

@@ -28,22 +28,27 @@ class Patches:
 
     def __init__(self, count: int, config: Any, plan: ModelPlan) -> None:
         self.count, self.behind, self._dims = count, 0, {3: plan.packed, 4: 2, 5: plan.frames}
-        size = getattr(config, "patch_size", 1)
+        size = getattr(config, "patch_size", None) or getattr(config, "all_patch_size", [1])[0]
         of_time = size[0] if isinstance(size, list | tuple) and len(size) == 3 else 1
         of_rows = size[-2] if isinstance(size, list | tuple) else size
         self._units = {4: of_rows, 5: getattr(config, "patch_size_t", None) or of_time}
         self._of_video = {False: (plan.frames, self._units[5]), True: (plan.height, of_rows)}
-        self._one_frame = False
+        self._one_frame, self._divides_frames = False, plan.rows is None
 
     def begin(self, latents: Tensor) -> None:
         """Divide latents of this shape from now on."""
         frames, of_time = self._of_video[False]
-        self._one_frame = latents.dim() == 5 and latents.shape[frames] == of_time
+        self._one_frame = latents.dim() == 5 and latents.shape[frames] == of_time and self._divides_frames
         self._dims[5], self._units[5] = self._of_video[self._one_frame]
 
     def dim(self, latents: Tensor) -> int:
         """The dimension that is divided."""
         return self._dims.get(latents.dim(), 1)
+
+    def kind(self, latents: Tensor) -> tuple[int, int]:
+        """Number of dimensions, and of entries in the divided one; a video of one frame is as good as an image."""
+        one_frame = self._one_frame and latents.dim() == 5
+        return latents.dim() - one_frame, latents.shape[self.dim(latents)]
 
     def row_count(self, latents: Tensor) -> int:
         """Rows of tokens."""
@@ -112,3 +117,8 @@ def zeros(like: Tensor, dim: int, size: int, dtype: torch.dtype | None = None) -
     shape = list(like.shape)
     shape[dim] = size
     return like.new_zeros(shape, dtype=dtype)
+
+
+def first_of(latents: Any) -> Any:
+    """The latents, or, of a list with an entry for each row of the batch, the first entry."""
+    return latents[0] if isinstance(latents, list | tuple) else latents

@@ -167,6 +167,8 @@ def patchwise(
     if hasattr(scheduler, "noise_sampler"):
         other = "Use another scheduler, such as DPMSolverMultistepScheduler with algorithm_type='sde-dpmsolver++'"
         refuse(kind.__name__, "its noise is one Brownian path of the full latents", other)
+    if scheduler.config.get("prediction_type") == "trigflow":
+        refuse(kind.__name__, "pipelines leave out its last timestep by number, which is that of a sub-step")
     if scheduler.config.get("thresholding"):
         refuse(f"thresholding=True of {kind.__name__}", "it is a quantile of the full latents", "Remove it")
     return type(kind.__name__, (PatchwiseScheduler, kind), {})(scheduler, call, patches, end_substep, boundary)

@@ -1,6 +1,6 @@
 """One stage of one transformer's pipeline, during a call: which tokens a forward computes, and who gets them next."""
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from xfuser.call import CallState, Forward
-from xfuser.core.attention.kv_buffer import KVBuffer
 from xfuser.core.distributed import get_sp_group
 from xfuser.core.hooks import Arguments, edited_output, replaced
 from xfuser.methods.pipefusion.blocks import StageBlocks
 from xfuser.methods.pipefusion.channel import Channel, Route, skip_hook, skips
+from xfuser.methods.pipefusion.kept import Kept
 from xfuser.methods.pipefusion.loop import once_a_step
-from xfuser.methods.pipefusion.patches import Patches, zeros
+from xfuser.methods.pipefusion.patches import Patches, first_of, zeros
 from xfuser.methods.pipefusion.refusals import refuse
 from xfuser.methods.tokens import TokenShares, Window
 from xfuser.models.plan import blocks_of
@@ -42,22 +42,24 @@ class Stage:
         self, blocks: StageBlocks, channels: dict[Route, Channel], call: CallState,
         branches: Callable[[], list[Any]], on_start: Callable[["Stage"], None], controlled: bool,
     ) -> None:  # fmt: skip
-        model, plan = blocks.model, blocks.plan
+        model, plan = blocks.model, blocks.plan.piped
         self._model, self._plan, self._owners, self._group = model, plan, blocks.owners, blocks.group
         self._channels, self._call, self._on_start = channels, call, on_start
         self._branches_now, self._controlled, self._runs = branches, controlled, False
         self._name, self.number = type(model).__name__, self._group.rank_in_group
+        self.kept = Kept(call)
         self.patches = Patches(call.patches, getattr(model, "config", model), plan)
         self.forget()
 
     def forget(self) -> None:
         """Drop the state of the last denoising loop, or of the transformer's part of one."""
         self._first = 0  # step in which the transformer was called first
-        self._latents: list[Tensor] = []  # input of each call of the first sub-step
+        self._latents: list[Tensor] = []  # input of each call of the first sub-step, or of a row of the batch
+        self._shapes: list[tuple[int, ...]] = []  # of these, behind the number of rows of the batch
         self.patches.behind = 0
         self._outputs: list[tuple[list[Tensor], Any]] = []  # full output of each call: tensors, tree
         self._autocast = False  # whether the dtypes of activations depend on their operators
-        self._buffers: dict[tuple[Hashable, int], KVBuffer] = {}
+        self.kept.clear()
         # Elements per token, shares and streams of each message with tokens in this sub-step, and in the last
         # asynchronous one.
         self._received: list[tuple[int, TokenShares, list[str]]] = []
@@ -89,14 +91,9 @@ class Stage:
         """Image tokens of the smallest patch, the last one."""
         return len(self._window(tokens, self._call.patches - 1).image)
 
-    def renew(
-        self, name: Hashable, places: list[tuple], total: int, k: Tensor, v: Tensor, mask: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Fresh keys, values and key mask of an attention of this sub-step in, those of the full sequence out.
-
-        ``places``, (first row, number of rows), and ``total`` say where the fresh rows are, and in how many.
-        """
-        return self._buffers.setdefault((name, self._call.index), KVBuffer()).renew(k, v, mask, places, total)
+    def patch_tokens(self, tokens: int) -> list[range]:
+        """The tokens of each patch, of an image with that many."""
+        return [self.patches.tokens(self._latents[0], tokens, patch) for patch in range(self._call.patches)]
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -141,7 +138,7 @@ class Stage:
             self._received_before = self._received
         self._received = []
         if call.ends_step and call.step + 1 == call.steps:
-            self._buffers.clear()  # the VAE can have their memory
+            self.kept.clear()  # the VAE can have their memory
         for channel in self._channels.values():
             channel.end_substep()
         if call.ends_step and call.ends_whole(call.step):
@@ -165,14 +162,12 @@ class Stage:
         return None if following is None or self._call.ends_whole(following[0] - 1) else following
 
     def _check_substep(self, latents: Tensor, sample: Tensor) -> None:
-        name, calls, before, dim = self._name, self._call.index + 1, len(self._latents), self.patches.dim(latents)
+        name, calls, before = self._name, self._call.index + 1, len(self._latents)
         if calls != before:
             refuse(f"{calls} calls of {name} in step {self._call.step}", f"the first had {before}", SAME_CALLS)
         if before and (self._call.step, self._call.patch) == (self._first, 0):
             self.patches.find_pictures(self._latents[0], sample, get_sp_group().world_size)
-        if any(
-            latents.shape[dim] != x.shape[dim] - self.patches.behind or latents.dim() != x.dim() for x in self._latents
-        ):
+        if any(self.patches.kind(latents) != self.patches.kind(self.patches.stepped(x)) for x in self._latents):
             what = f"a scheduler step of {tuple(latents.shape)} where {name} was given {tuple(self._latents[0].shape)}"
             refuse(what, "patches are rows of what the scheduler steps, which the transformer must see as they are")
 
@@ -200,24 +195,28 @@ class Stage:
 
     def _enter(self, arguments: Arguments) -> int:
         """Check a call of the transformer against those before; returns its index."""
-        call, latents = self._call, arguments[self._plan.latents]
-        if not self.started or ((call.patch, call.index) == (0, 0) and self._changed(latents)):
-            self._start(latents)
+        call, given = self._call, arguments[self._plan.latents]
+        latents = first_of(given)
+        if not isinstance(latents, Tensor):
+            refuse(f"several pictures in one row of the batch of {self._name}", NOT_OF_ROWS)
+        shape = (len(given), *latents.shape)
+        if not self.started or ((call.patch, call.index) == (0, 0) and self._changed(shape)):
+            self._start(latents[None] if isinstance(given, list) else latents)
         residuals = () if self._controlled else self._plan.residuals
         for argument in (*residuals, *self._plan.counts_steps, *self._plan.beside):
             if arguments.get(argument) is not None:
                 refuse(f"{argument!r} of {self._name}", NOT_OF_ROWS)
         if (call.step, call.patch) == (self._first, 0):
             self._latents.append(latents)
-        before = [tuple(x.shape) for x in self._latents]
-        if call.index >= len(before) or before[call.index] != latents.shape:
-            what = f"latents of shape {tuple(latents.shape)} in call {call.index} of {self._name} in step {call.step}"
-            refuse(what, f"those of the first step had {before}", SAME_CALLS)
+            self._shapes.append(shape)
+        if call.index >= len(self._shapes) or self._shapes[call.index] != shape:
+            what = f"latents of shape {shape} in call {call.index} of {self._name} in step {call.step}"
+            refuse(what, f"those of the first step had {self._shapes}", SAME_CALLS)
         return call.index
 
-    def _changed(self, latents: Tensor) -> bool:
+    def _changed(self, shape: tuple[int, ...]) -> bool:
         """Whether guidance begins or ends in this step: what is kept may be of other branches than those to come."""
-        return self._branches != self._branches_now() or latents.shape != self._latents[0].shape
+        return self._branches != self._branches_now() or shape != self._shapes[0]
 
     def _start(self, latents: Tensor) -> None:
         """Ahead of the transformer's first call: from here on, for some steps, it computes the whole image at once.
@@ -230,7 +229,8 @@ class Stage:
             what = f"calls of {self._name} with latents of shape {tuple(latents.shape)} from step {self._call.step} on"
             why = "keys and values begin with a synchronous step, and no stage has the full latents there"
             refuse(what, why, "Pass a callback_on_step_end, for which latents are full in each step")
-        self.forget()
+        if self.started:  # else a ControlNet, which runs first, may have kept its part
+            self.forget()
         self._first, self._branches = self._call.step, self._branches_now()
         self._call.start(self._first)
         self._call.computes(self.part)
