@@ -199,7 +199,7 @@ class Stage:
         latents = first_of(given)
         if not isinstance(latents, Tensor):
             refuse(f"several pictures in one row of the batch of {self._name}", NOT_OF_ROWS)
-        shape = (len(given), *latents.shape)
+        shape = (len(given), *latents.shape[isinstance(given, Tensor) :])
         if not self.started or ((call.patch, call.index) == (0, 0) and self._changed(shape)):
             self._start(latents[None] if isinstance(given, list) else latents)
         residuals = () if self._controlled else self._plan.residuals
