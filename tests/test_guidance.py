@@ -89,7 +89,7 @@ def rescaling(pipe, module, patches, synchronous):
 
 def draw(path, case, asked, defined=None):
     """The latents of a call; ``asked`` are degrees; ``defined``, patches and synchronous steps, is for the oracle."""
-    name, callback, scales, guider, changes = CASES[case]
+    name, callback, scales, guider, starts = CASES[case]
     of_whole = name in whole.WHOLE
     pipe = whole.loaded(path, name) if of_whole else running.loaded(path, torch.float64)
     call = (whole if of_whole else tiny).call_of(name, num_inference_steps=STEPS, guidance_scale=4.0)
@@ -104,7 +104,7 @@ def draw(path, case, asked, defined=None):
         call["guidance_rescale"] = 0.7
     with ExitStack() as stack:
         if defined:
-            stack.enter_context(oracle.displaced(pipe, *defined, changes=changes))
+            stack.enter_context(oracle.displaced(pipe, *defined, starts=starts))
             if "rescaled" in case:
                 module = ClassifierFreeGuidance.__module__ if guider else type(pipe).__module__
                 stack.enter_context(rescaling(pipe, module, *defined))

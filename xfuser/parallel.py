@@ -34,7 +34,7 @@ from xfuser.methods.pipefusion.loop import needs_whole_steps
 from xfuser.methods.progress import quiet_progress
 from xfuser.methods.refusals import Refusals
 from xfuser.methods.sequence import SequenceParallel
-from xfuser.methods.stacks import stack_methods
+from xfuser.methods.stacks import stacks_of
 from xfuser.methods.unet.maps import MapParallel
 from xfuser.models.plan import ModelPlan
 from xfuser.models.registry import planned_models, set_plan
@@ -157,7 +157,7 @@ class xDiTParallel:
             methods.append(DataParallel(get_dp_group(), models.values()))
         if self._pipefusion or self._sp.world_size > 1 or self._backend not in TORCHS_CHOICE:
             methods += [self._sequence(model, plan, parts.get(name)) for name, (model, plan) in models.items()]
-        methods += stack_methods(self._pipe, models.values(), self._sp, self._backend, self._pipefusion)
+        methods += stacks_of(self._pipe, models.values(), self._sp, self._backend, self._pipefusion)
         if methods:
             splits_batch = parallel.cfg_degree * parallel.dp_degree > 1
             methods.insert(0, Refusals(self._pipe, [model for model, _ in models.values()], splits_batch))

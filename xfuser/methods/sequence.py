@@ -22,8 +22,9 @@ from xfuser.methods.distrifusion import DistriFusion
 from xfuser.methods.masks import PairMasks, cut_pairs
 from xfuser.methods.mixing import MixingModules
 from xfuser.methods.naive_patch import NaivePatches
-from xfuser.methods.pipefusion.patches import Patches, first_of
+from xfuser.methods.pipefusion.patches import Patches
 from xfuser.methods.pipefusion.pipefusion import PipeFusion
+from xfuser.methods.pipefusion.stage import first_of
 from xfuser.methods.tokens import Rows, TokenShares, Window
 from xfuser.models.plan import ModelPlan, Streams, Tokens, attentions_of, blocks_of, matching
 

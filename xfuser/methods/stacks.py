@@ -17,19 +17,19 @@ from xfuser.models.plan import ModelPlan, Streams, blocks_of
 from xfuser.models.registry import controlnets_of
 
 
-def stack_methods(
+def stacks_of(
     pipe: Any,
     models: Iterable[tuple[nn.Module, ModelPlan]],
     group: SequenceParallelGroupCoordinator,
     backend: str,
     pipefusion: PipeFusion | None,
-) -> list["ControlNet | Refiner"]:
-    """What lets a pipeline's ControlNets, and refiners of its models, compute patches; other methods run them whole."""
-    if pipefusion is None:
+) -> list[SequenceParallel]:
+    """What lets a pipeline's further stacks of blocks compute patches; other methods run them whole."""
+    if not pipefusion:
         return []
     shared = group, backend, pipefusion
-    nets = [ControlNet(*net, *shared) for net in controlnets_of(pipe)]
-    return [*nets, *(Refiner(*one, *shared) for one in models if one[1].ahead)]
+    refiners: list[SequenceParallel] = [Refiner(*one, *shared) for one in models if one[1].ahead]
+    return [*refiners, *(ControlNet(*net, *shared) for net in controlnets_of(pipe))]
 
 
 class Refiner(SequenceParallel):

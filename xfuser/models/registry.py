@@ -182,9 +182,8 @@ def _by_context(module: nn.Module, context: dict[str, Any]) -> ModelPlan:
 
 
 def planned_models(pipe, piped: bool = False) -> dict[str, tuple[nn.Module, ModelPlan]]:
-    """The pipeline's denoisers by component name, with their plans; of compiled ones, the original.
-
-    ``piped`` is for the plans under PipeFusion.
+    """The pipeline's denoisers by component name, with their plans, or with those under PipeFusion; of compiled ones,
+    the original.
 
     Raises:
         ValueError: the pipeline has no transformer with a plan.
@@ -192,8 +191,7 @@ def planned_models(pipe, piped: bool = False) -> dict[str, tuple[nn.Module, Mode
     if not hasattr(pipe, "components"):
         raise ValueError(f"{type(pipe).__name__} is not a Diffusers pipeline")
     modules = {name: original_of(part) for name, part in pipe.components.items() if isinstance(part, nn.Module)}
-    plans = {name: plan for name, part in modules.items() if (plan := plan_of(part))}
-    found = {name: (modules[name], plan.piped if piped else plan) for name, plan in plans.items()}
+    found = {name: (part, plan.piped if piped else plan) for name, part in modules.items() if (plan := plan_of(part))}
     if found:
         return found
     denoisers = [type(modules[name]).__name__ for name in ("transformer", "unet", "prior") if name in modules]

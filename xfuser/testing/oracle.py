@@ -34,14 +34,14 @@ def joined(outputs: list[Any], dim: int, own: list[slice]) -> Any:
 class Displaced:
     """The state of one loop: where it is, and the projections kept from earlier forwards."""
 
-    changes: tuple[int, ...] = ()  # steps in which guidance begins or ends, and synchronous ones begin
+    starts: tuple[int, ...] = ()  # steps in which guidance begins or ends, and synchronous ones begin
 
     def __init__(self, model: nn.Module, plan: ModelPlan, patches: int, warmup: int, order: int) -> None:
         self.model, self.plan, self.patches, self.synchronous = model, plan, patches, max(1, warmup * order)
         self.step = self.call = self.counted = 0
         self.first: int | None = None  # step in which the model was called first
         self.stepped: int | None = None  # rows of packed latents that the scheduler steps; behind them are pictures
-        self.starts = [0]
+        self.ahead, self.pictures = [0], slice(0, 0)
         self.patch: int | None = None
         self.kept: dict[tuple[str, int], torch.Tensor] = {}
 
@@ -50,13 +50,13 @@ class Displaced:
         latents = latents[0] if isinstance(latents, list) else latents
         dim, unit, self.width = layout(self.model, self.plan, latents)
         self.tokens = latents.shape[dim] // unit * self.width
-        count = self.stepped or latents.shape[dim] // unit
-        rows, self.image = bands(count, self.patches), count * self.width
         text = kwargs.get(self.plan.text_first)
-        self.starts = [0] if text is None else text.sum(dim=1).tolist()  # of the image, where each row has its own
+        self.ahead = [0] if text is None else text.sum(dim=1).tolist()  # tokens ahead of the image, in each row
+        count = self.stepped or latents.shape[dim] // unit
+        rows, self.pictures = bands(count, self.patches), slice(count * self.width, self.tokens)
         self.own = [slice(band.start * self.width, band.stop * self.width) for band in rows]
         self.first = self.step if self.first is None else self.first
-        if self.step < max(one for one in (self.first, *self.changes) if one <= self.step) + self.synchronous:
+        if self.step < max(one for one in (self.first, *self.starts) if one <= self.step) + self.synchronous:
             self.patch = None
             output = original(*args, **kwargs)
         else:
@@ -66,7 +66,8 @@ class Displaced:
                 given = tree_map(lambda x: x, (args, kwargs))  # a forward may empty the lists that it is given
                 outputs.append(original(*given[0], **given[1]))
             scaled = [slice(band.start * unit, band.stop * unit) for band in rows]
-            output = joined(outputs, dim, scaled)
+            pictures = slice(count * unit, latents.shape[dim])
+            output = joined([*outputs, outputs[0]], dim, [*scaled, pictures])
         self.call += 1
         return output
 
@@ -79,7 +80,7 @@ class Displaced:
             output = original(*args, **kwargs)
         else:
             self.own, self.tokens, outputs = transformer.own, transformer.tokens, []
-            self.image = transformer.image
+            self.pictures = transformer.pictures
             for patch in range(self.patches):
                 self.patch = patch
                 outputs.append(original(*args, **kwargs))
@@ -96,15 +97,14 @@ class Displaced:
         kept, count = self.kept[key], output.shape[1]
         of_text = name.endswith(OF_TEXT) or "image" not in streams  # alone
         words = count - self.tokens
-        starts = self.starts if words else [0]
+        ahead = self.ahead if words else [0]
         for row, new in enumerate(output):
-            start = words if streams[0] == "text" else starts[row % len(starts)]
-            image = range(start, start + (0 if of_text else self.image))
+            start = words if streams[0] == "text" else ahead[row % len(ahead)]
+            image = range(start, start + (0 if of_text else self.tokens))
             own = list(image[self.own[self.patch]])
-            kept[row, own] = new[own]
             if self.patch == 0:
-                text = [i for i in range(count) if i not in image]
-                kept[row, text] = new[text]
+                own += [i for i in range(count) if i not in image] + list(image[self.pictures])
+            kept[row, own] = new[own]
         result = output.clone()
         result[..., columns] = kept[..., columns]
         return result
@@ -248,15 +248,15 @@ def naive(pipe: Any, parts: int, scheme: str) -> Iterator[None]:
 
 
 @contextmanager
-def displaced(pipe: Any, patches: int, warmup: int, cache: Any = None, changes: tuple[int, ...] = ()) -> Iterator[None]:
+def displaced(pipe: Any, patches: int, warmup: int, cache: Any = None, starts: tuple[int, ...] = ()) -> Iterator[None]:
     """A bare pipeline draws with PipeFusion's semantics; ``cache`` (``cache_oracle.py``) may leave blocks out.
 
-    ``changes`` are the steps in which guidance begins or ends on the way.
+    ``starts`` are the steps in which guidance begins or ends on the way.
     """
     with ExitStack() as stack:
         for model, plan in planned_models(pipe, piped=True).values():
             state = Displaced(model, plan, patches, warmup, pipe.scheduler.order)
-            state.changes = changes
+            state.starts = starts
             for net, of_net in controlnets_of(pipe):
                 control = Displaced(net, of_net, patches, warmup, pipe.scheduler.order)
                 stack.enter_context(projecting(net, of_net, control))

@@ -117,8 +117,3 @@ def zeros(like: Tensor, dim: int, size: int, dtype: torch.dtype | None = None) -
     shape = list(like.shape)
     shape[dim] = size
     return like.new_zeros(shape, dtype=dtype)
-
-
-def first_of(latents: Any) -> Any:
-    """The latents, or, of a list with an entry for each row of the batch, the first entry."""
-    return latents[0] if isinstance(latents, list | tuple) else latents

@@ -48,7 +48,7 @@ class PipeFusion:
     def __init__(self, pipe: Any, group: GroupCoordinator, layers: dict[str, list[int]]) -> None:
         # A group of its own outlives others that are made after this wrap: blocks can always be given back.
         group = GroupCoordinator(group.group_ranks, group.local_rank, dist.get_backend())
-        self._pipe, self._group, models = pipe, group, planned_models(pipe)
+        self._pipe, self._group, models = pipe, group, planned_models(pipe, piped=True)
         self._blocks = [StageBlocks(*models[name], group, counts) for name, counts in layers.items()]
         self._channels: dict[Route, Channel] = {}
         self._failed = False  # the last call, with the channels in use
@@ -82,7 +82,7 @@ class PipeFusion:
         controlled = bool(controlnets_of(self._pipe))  # every stage runs these, and needs fresh latents for them
         if not self._channels:
             takers = self._group.world_size if controlled else 1
-            routes = set().union(*(routes_of(one.plan.piped, one.owners, takers) for one in self._blocks))
+            routes = set().union(*(routes_of(one.plan, one.owners, takers) for one in self._blocks))
             self._channels = open_channels(self._group.group_ranks, routes, call.patches)
         begins = partial(branches_of, self._pipe), self._start
         self.stages = {one.model: Stage(one, self._channels, call, *begins, controlled) for one in self._blocks}

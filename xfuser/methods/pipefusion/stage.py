@@ -16,7 +16,7 @@ from xfuser.methods.pipefusion.blocks import StageBlocks
 from xfuser.methods.pipefusion.channel import Channel, Route, skip_hook, skips
 from xfuser.methods.pipefusion.kept import Kept
 from xfuser.methods.pipefusion.loop import once_a_step
-from xfuser.methods.pipefusion.patches import Patches, first_of, zeros
+from xfuser.methods.pipefusion.patches import Patches, zeros
 from xfuser.methods.pipefusion.refusals import refuse
 from xfuser.methods.tokens import TokenShares, Window
 from xfuser.models.plan import blocks_of
@@ -42,7 +42,7 @@ class Stage:
         self, blocks: StageBlocks, channels: dict[Route, Channel], call: CallState,
         branches: Callable[[], list[Any]], on_start: Callable[["Stage"], None], controlled: bool,
     ) -> None:  # fmt: skip
-        model, plan = blocks.model, blocks.plan.piped
+        model, plan = blocks.model, blocks.plan
         self._model, self._plan, self._owners, self._group = model, plan, blocks.owners, blocks.group
         self._channels, self._call, self._on_start = channels, call, on_start
         self._branches_now, self._controlled, self._runs = branches, controlled, False
@@ -54,8 +54,7 @@ class Stage:
     def forget(self) -> None:
         """Drop the state of the last denoising loop, or of the transformer's part of one."""
         self._first = 0  # step in which the transformer was called first
-        self._latents: list[Tensor] = []  # input of each call of the first sub-step, or of a row of the batch
-        self._shapes: list[tuple[int, ...]] = []  # of these, behind the number of rows of the batch
+        self._latents: list[Tensor] = []  # input of each call of the first sub-step
         self.patches.behind = 0
         self._outputs: list[tuple[list[Tensor], Any]] = []  # full output of each call: tensors, tree
         self._autocast = False  # whether the dtypes of activations depend on their operators
@@ -162,12 +161,12 @@ class Stage:
         return None if following is None or self._call.ends_whole(following[0] - 1) else following
 
     def _check_substep(self, latents: Tensor, sample: Tensor) -> None:
-        name, calls, before = self._name, self._call.index + 1, len(self._latents)
+        name, calls, before, kind = self._name, self._call.index + 1, len(self._latents), self.patches.kind
         if calls != before:
             refuse(f"{calls} calls of {name} in step {self._call.step}", f"the first had {before}", SAME_CALLS)
         if before and (self._call.step, self._call.patch) == (self._first, 0):
             self.patches.find_pictures(self._latents[0], sample, get_sp_group().world_size)
-        if any(self.patches.kind(latents) != self.patches.kind(self.patches.stepped(x)) for x in self._latents):
+        if any(kind(latents) != kind(self.patches.stepped(x)) for x in self._latents):
             what = f"a scheduler step of {tuple(latents.shape)} where {name} was given {tuple(self._latents[0].shape)}"
             refuse(what, "patches are rows of what the scheduler steps, which the transformer must see as they are")
 
@@ -196,27 +195,26 @@ class Stage:
     def _enter(self, arguments: Arguments) -> int:
         """Check a call of the transformer against those before; returns its index."""
         call, given = self._call, arguments[self._plan.latents]
-        latents = first_of(given)
-        if not isinstance(latents, Tensor):
+        if not isinstance(first_of(given), Tensor):
             refuse(f"several pictures in one row of the batch of {self._name}", NOT_OF_ROWS)
-        shape = (len(given), *latents.shape[isinstance(given, Tensor) :])
-        if not self.started or ((call.patch, call.index) == (0, 0) and self._changed(shape)):
-            self._start(latents[None] if isinstance(given, list) else latents)
+        latents = given if isinstance(given, Tensor) else given[0].expand(len(given), *given[0].shape)
+        if not self.started or ((call.patch, call.index) == (0, 0) and self._changed(latents)):
+            self._start(latents)
         residuals = () if self._controlled else self._plan.residuals
         for argument in (*residuals, *self._plan.counts_steps, *self._plan.beside):
             if arguments.get(argument) is not None:
                 refuse(f"{argument!r} of {self._name}", NOT_OF_ROWS)
         if (call.step, call.patch) == (self._first, 0):
             self._latents.append(latents)
-            self._shapes.append(shape)
-        if call.index >= len(self._shapes) or self._shapes[call.index] != shape:
-            what = f"latents of shape {shape} in call {call.index} of {self._name} in step {call.step}"
-            refuse(what, f"those of the first step had {self._shapes}", SAME_CALLS)
+        before = [tuple(x.shape) for x in self._latents]
+        if call.index >= len(before) or before[call.index] != latents.shape:
+            what = f"latents of shape {tuple(latents.shape)} in call {call.index} of {self._name} in step {call.step}"
+            refuse(what, f"those of the first step had {before}", SAME_CALLS)
         return call.index
 
-    def _changed(self, shape: tuple[int, ...]) -> bool:
+    def _changed(self, latents: Tensor) -> bool:
         """Whether guidance begins or ends in this step: what is kept may be of other branches than those to come."""
-        return self._branches != self._branches_now() or shape != self._shapes[0]
+        return self._branches != self._branches_now() or latents.shape != self._latents[0].shape
 
     def _start(self, latents: Tensor) -> None:
         """Ahead of the transformer's first call: from here on, for some steps, it computes the whole image at once.
@@ -229,7 +227,7 @@ class Stage:
             what = f"calls of {self._name} with latents of shape {tuple(latents.shape)} from step {self._call.step} on"
             why = "keys and values begin with a synchronous step, and no stage has the full latents there"
             refuse(what, why, "Pass a callback_on_step_end, for which latents are full in each step")
-        if self.started:  # else a ControlNet, which runs first, may have kept its part
+        if self.started:  # else a ControlNet may have left its keys and values already
             self.forget()
         self._first, self._branches = self._call.step, self._branches_now()
         self._call.start(self._first)
@@ -245,9 +243,8 @@ class Stage:
         dtypes = [x.dtype for x in parts]
         if self._autocast:  # only the last stage has the output's own
             dtypes = self._group.broadcast_object(dtypes, src=self._owners[-1])
-        dims = [self.patches.dim(x) for x in parts]
-        lengths = [self._latents[0].shape[dim] for dim in dims]
-        return [zeros(*one) for one in zip(parts, dims, lengths, dtypes, strict=True)]
+        length = self.patches.kind(self._latents[0])[1]
+        return [zeros(x, self.patches.dim(x), length, dtype) for x, dtype in zip(parts, dtypes, strict=True)]
 
     def _embedding(self, embed: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         """Computes the tokens of this sub-step on the first stage; elsewhere zeros, of which the shape matters.
@@ -320,3 +317,8 @@ class Stage:
             flag = [tensors[0].new_full((1,), self._call.skips)]
         channel = self._channels["tokens", self.number, self.number + 1]
         channel.send([*flag, *(parts[stream] for stream in counts if stream in parts)])
+
+
+def first_of(latents: Any) -> Any:
+    """The latents, or, of a list with an entry for each row of the batch, the first entry."""
+    return latents[0] if isinstance(latents, list | tuple) else latents
