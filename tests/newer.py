@@ -1,5 +1,10 @@
 """Tiny whole pipelines of the classes that came last, and of some that are seldom used."""
 
+import importlib
+from contextlib import AbstractContextManager
+from typing import Any
+from unittest import mock
+
 import diffusers
 import tiny
 import torch
@@ -48,6 +53,13 @@ def oobleck() -> diffusers.AutoencoderOobleck:
         encoder_hidden_size=4, downsampling_ratios=[2, 2], channel_multiples=[1, 1], decoder_channels=4,
         decoder_input_channels=4, audio_channels=2, sampling_rate=20,
     )  # fmt: skip
+
+
+def small_bucket() -> AbstractContextManager[Any]:
+    """JoyImage gives its picture one of its sizes, and draws that one's latents without the call's generator."""
+    torch.manual_seed(0)
+    module = importlib.import_module("diffusers.pipelines.joyimage.image_processor")
+    return mock.patch.object(module, "find_best_bucket", lambda *sizes: (80, 48))
 
 
 NEWER = {
@@ -125,5 +137,9 @@ NEWER = {
         "StableAudioPipeline", "stable_audio", oobleck, parts=sound_text, sized=False,
         config={"sample_size": 23, "global_states_input_dim": 2 * TEXT},
         call=lambda: {"audio_end_in_s": 4.0},
+    ),
+    "joyimage_edit": Whole(
+        "JoyImageEditPipeline", "joyimage_edit", coded("AutoencoderKLWan"), text=QWEN_TEXT, within=small_bucket,
+        call=lambda: {"image": picture()}, dtype=torch.float64,
     ),
 }  # fmt: skip
