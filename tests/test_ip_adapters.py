@@ -96,10 +96,12 @@ def refused(path, degrees):
     with pytest.raises(ValueError, match=r"load_ip_adapter: this rank has a part .* call it before the wrap"):
         adapters.load(parallel, "flux", 1)
     adapters.load(parallel.unwrap(), "flux", 1)
+    assert not {"load_ip_adapter", "set_ip_adapter_scale"} & vars(pipe).keys()
 
 
 def test_loading_into_divided_weights_is_refused(pool, path_of):
     pool.run(2, refused, path_of("flux"), {"tensor_parallel_degree": 2})
+    pool.run(4, refused, path_of("flux"), PIPED | {"tensor_parallel_degree": 2})
 
 
 def compiled(path, family, degrees):

@@ -66,6 +66,8 @@ def check(pool, path, ranks, degrees, *call, semantics=lambda unet: nullcontext(
         ("sdxl", 2, CFG, 2, "adapter"),
         ("sd15", 2, CFG, 3, "text"),
         ("sd15", 2, DP, 2, "inpaint"),
+        ("sdxl", 2, DP, 3, "adapter"),
+        ("sdxl", 2, {"tensor_parallel_degree": 2}, 1, "adapter"),
     ],
 )
 def test_guidance_and_data_parallelism(pool, path_of, name, ranks, degrees, images, kind):

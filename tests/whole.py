@@ -5,10 +5,8 @@ that are large to describe are left out: the call gives what they would have mad
 """
 
 import importlib
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from functools import cache, partial
+from contextlib import AbstractContextManager
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,80 +18,29 @@ import tiny
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder
+from newer import NEWER
+from parts import (
+    EMBEDS,
+    FRAMES,
+    LARGE,
+    MASKED,
+    QWEN_VAE,
+    Parts,
+    Whole,
+    clip_vision,
+    coded,
+    flux_text,
+    kl,
+    picture,
+    rows,
+    shifting,
+    t5,
+    transformer,
+)
 from PIL import Image
-from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
 from xfuser.testing import oracle
-from xfuser.testing.zoo import FAMILIES, TEXT, WIDTH, WORDS
-
-Parts = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Whole:
-    """One pipeline.
-
-    Attributes:
-        cls: its class.
-        family: of its transformer in the zoo; ``config`` are changes of that.
-        vae: makes the VAE.
-        parts: makes the other components; those that are not named are None.
-        call: arguments of the call but the usual ones.
-        text: names of text embeddings (or masks, where the shape is one number) and their shapes without the batch;
-            each has a negative twin if ``negative``.
-        dtype: float64 where a pipeline amplifies rounding.
-        unsaved: makes components that are no part of a saved pipeline.
-        tolerance: relative error that rounding explains.
-        within: the context of a call.
-    """
-
-    cls: str
-    family: str
-    vae: Callable[[], Any]
-    config: Parts = field(default_factory=dict)
-    parts: Callable[[], Parts] = dict
-    call: Callable[[], Parts] = dict
-    text: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    negative: bool = True
-    tolerance: float = running.TOLERANCE
-    dtype: torch.dtype = torch.float32
-    unsaved: Callable[[], Parts] = dict
-    within: Callable[[], AbstractContextManager[Any]] = nullcontext
-
-
-def transformer(family: str, **config: Any) -> Any:
-    known = FAMILIES[family]
-    return type(known)(**vars(known) | {"config": known.config | config}).build()
-
-
-def picture(height: int = 80, width: int = 48) -> Image.Image:
-    pixels = np.random.default_rng(3).integers(0, 255, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
-
-
-def kl(channels: int) -> Callable[[], Any]:
-    return partial(tiny.vae, channels)
-
-
-def coded(name: str, **changes: Any) -> Callable[[], Any]:
-    return partial(tiny.coder, name, **changes)
-
-
-def t5(length: int = WORDS) -> Parts:
-    return {"text_encoder": tiny.t5(), "tokenizer": tiny.tokenizer(length)}
-
-
-def flux_text() -> Parts:
-    first = {"text_encoder": tiny.clip(False), "tokenizer": tiny.tokenizer(5)}
-    return first | {"text_encoder_2": tiny.t5(), "tokenizer_2": tiny.tokenizer(6)}
-
-
-def clip_vision() -> Parts:
-    config = CLIPVisionConfig(
-        hidden_size=10, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8
-    )
-    sizes = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
-    return {"image_encoder": CLIPVisionModel(config), "image_processor": CLIPImageProcessor(**sizes)}
+from xfuser.testing.zoo import TEXT, WIDTH, WORDS
 
 
 def built(name: str) -> Any:
@@ -116,7 +63,8 @@ def save(name: str, folder: Path) -> str:
 def call_of(name: str, **changes: Any) -> Parts:
     spec = WHOLE[name]
     generator = torch.Generator().manual_seed(7)
-    call: Parts = {"num_inference_steps": 3, "height": 80, "width": 48, "output_type": "np"}
+    size = {"height": 80, "width": 48} if spec.sized else {}
+    call: Parts = size | {"num_inference_steps": 3, "output_type": "np"}
     for embeds, shape in spec.text.items():
         for twin in (embeds, f"negative_{embeds}")[: 1 + spec.negative]:
             call[twin] = (
@@ -160,7 +108,6 @@ def displaced(path: str, name: str, patches: int, warmup: int = 1, **changes: An
         return draw(path, name, None, **changes)
 
 
-QWEN_VAE = coded("AutoencoderKLQwenImage", z_dim=2, latents_mean=[0.0] * 2, latents_std=[1.0] * 2)
 THRICE = (True, True, True, False)
 LTX_VAE = coded(
     "AutoencoderKLLTXVideo", patch_size=4, spatio_temporal_scaling=THRICE, decoder_spatio_temporal_scaling=THRICE
@@ -178,11 +125,7 @@ DC = coded(
         }.items()
     },
 )
-LARGE = {"height": 160, "width": 96}
 LTX_CALL = LARGE | {"max_sequence_length": WORDS}
-EMBEDS = {"prompt_embeds": (WORDS, TEXT)}
-MASKED = EMBEDS | {"prompt_attention_mask": (WORDS,)}
-FRAMES: Callable[[], Parts] = lambda: {"num_frames": 9, "guidance_scale": 2.0}  # noqa: E731
 TWO_TEXTS = EMBEDS | {"prompt_embeds_mask": (WORDS,), "prompt_embeds_2": (4, 12), "prompt_embeds_mask_2": (4,)}
 ONE_FRAME_BLOCKS = {"num_frame_per_block": 1}
 
@@ -192,14 +135,6 @@ def small_pictures() -> AbstractContextManager[Any]:
     module = importlib.import_module(diffusers.QwenImageEditPipeline.__module__)
     given = module.calculate_dimensions
     return mock.patch.object(module, "calculate_dimensions", lambda area, ratio: given(area // 100, ratio))
-
-
-def rows(words: int) -> torch.Tensor:
-    return torch.randn(words, TEXT, generator=torch.Generator().manual_seed(words))
-
-
-def shifting() -> Parts:
-    return {"scheduler": FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)}
 
 
 def karras() -> Parts:
@@ -560,4 +495,4 @@ WHOLE = {
         text=TWO_TEXTS,
         parts=lambda: {"guider": diffusers.AdaptiveProjectedMixGuidance(guidance_scale=2.0)},
     ),
-}
+} | NEWER

@@ -74,6 +74,7 @@ class Placement:
         divided += [self._encoders] if self._engine.runtime_config.text_encoder == "shard" else []
         if divided:
             refuse_changed([change for one in divided for change in one.changes()], self._world)
+        self._guards.close()  # ahead of what they may be around
         if self._tensor:
             self._tensor.restore()
         if self.pipefusion:
@@ -81,7 +82,6 @@ class Placement:
         for name, shards in self._shards.items():
             vars(self._pipe)[name] = shards.restore()
         self._encoders.restore()
-        self._guards.close()
 
     @property
     def divided(self) -> bool:
