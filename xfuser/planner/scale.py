@@ -40,7 +40,7 @@ def best_of(
     for ranks in sorted(set(counts)):
         choices = choices_of(ranks)
         if before and ranks % before == 0:
-            choices = _multiplied(good, ranks) or choices
+            choices = widened(good, ranks) or choices
         good, rest = ranked(plan(args, ranks, machine, compiled, choices, source, exact), "latency", memory)
         if not good:
             raise ValueError(f"nothing fits {ranks} ranks: {rest[0][0].name}: {rest[0][1]}")
@@ -48,7 +48,7 @@ def best_of(
     return best
 
 
-def _multiplied(rows: list[Row], ranks: int) -> list[dict[str, int]]:
+def widened(rows: list[Row], ranks: int) -> list[dict[str, int]]:
     """What so many ranks are with one degree of the first row multiplied, for many of one within :data:`MOST`."""
     most = MOST if ranks > FEW else dict.fromkeys(MOST, ranks) | {"cfg": 2}
     inside = (row.degrees for row in rows if all(n <= most[method] for method, n in row.degrees.items()))
