@@ -11,7 +11,7 @@ import torch
 from test_cli import xdit
 
 from xfuser import xDiTParallel, xFuserArgs
-from xfuser.cli.plan import main, parser
+from xfuser.cli.plan import machines_of, main, parser
 from xfuser.config.args import in_bytes
 from xfuser.config.config import legal_degrees
 from xfuser.core.meters import LiveMemory
@@ -19,8 +19,10 @@ from xfuser.planner import repeats
 from xfuser.planner.cost import Clock, fuse, program_of
 from xfuser.planner.machines import Constants, keep, machine_of
 from xfuser.planner.rehearsal import alone_of, rehearse, weight_of
-from xfuser.planner.table import COLUMNS, needs_of, plan, source_of
-from xfuser.planner.trace import MATMUL, MEMORY, Message, Operator, Wait
+from xfuser.planner.report import left_out
+from xfuser.planner.scale import choices_of, widened
+from xfuser.planner.table import COLUMNS, Row, needs_of, plan, source_of
+from xfuser.planner.trace import ATTENTION, MATMUL, MEMORY, Message, Operator, Wait
 from xfuser.weights.loading import load_pipeline
 
 CONSTANTS = Constants(1e30, 0.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0)  # of a machine that is its data sheet
@@ -217,6 +219,45 @@ def test_the_longest_chain():
     assert Clock(slow).run(program_of([product] * 3)).device == pytest.approx(7, rel=1e-3)
 
 
+def test_heads_are_padded_as_kernels_do():
+    machine = replace(machine_of("CPU"), peak=1e9, synchronous=False, bandwidth=1e30, constants=CONSTANTS)
+    seconds = [
+        Clock(machine).run(program_of([Operator(ATTENTION, 4.0 * size * 1e6, 1e6, False, (), ())])).device
+        for size in (64, 88, 96)
+    ]
+    assert seconds == pytest.approx([0.256, 0.384, 0.384], rel=1e-3)
+
+
+@pytest.mark.parametrize("spelling", ["--node_link", "--node-link"])
+def test_nodes_have_links_of_their_own(spelling):
+    options = parser().parse_args(["--gpus", "8xL40", "--links", "pcie", "--nodes", "2", spelling, "200gbit"])
+    ranks, machine = machines_of(options)
+    assert (ranks, machine.node, machine.node_link) == (16, 8, 25e9)
+    message = Message(1, "send", (0, 1), 10**9)
+    assert machine.link_seconds(message._replace(ranks=(7, 8))) > machine.link_seconds(message)
+
+
+def test_many_ranks_are_reached():
+    """There are choices for a thousand ranks, few of them, also by widening what was best of fewer."""
+    assert all(math.prod(one.values()) == 1024 for one in choices_of(1024)) and 0 < len(choices_of(1024)) < 8
+    best = Row("", {}, "", {"cfg": 1, "dp": 1, "pipefusion": 1, "ulysses": 32, "ring": 8, "tensor": 1})
+    staged = replace(best, degrees=best.degrees | {"pipefusion": 2, "ring": 4})
+    wider = widened([staged, best], 512)
+    assert wider == [best.degrees | {"cfg": 2}, best.degrees | {"ring": 16}]
+    assert widened([staged], 512) == [] and len(widened([replace(best, degrees={"ring": 2, "cfg": 1})], 4)) == 2
+
+
+def test_reasons_are_told_once():
+    rest = [(Row(name, {}), reason) for name, reason in (("ring 2", "slow"), ("cfg 2", "none"), ("ring 4", "slow"))]
+    assert left_out(rest) == ["no: slow: ring 2, ring 4", "no: none: cfg 2"]
+
+
+def test_replicas_without_images_and_stale_rows_are_not_counted():
+    degrees = [{"dp": 2}, {"pipefusion": 2}, {"cfg": 2}]
+    rows = plan(FLUX, 2, machine_of("H100"), False, degrees, source(), exact=True)
+    assert [row.refusal.partition(":")[0] for row in rows] == ["data_parallel_degree", "not exact", "use_cfg_parallel"]
+
+
 def test_a_compiler_fuses_what_only_moves_bytes():
     moves = [Operator(MEMORY, 0.0, 0.0, False, ((i, 8),), ((i + 1, 8),)) for i in range(3)]
     product = Operator(MATMUL, 1.0, 0.0, False, ((3, 8),), ((4, 8),))
@@ -249,7 +290,7 @@ def test_the_ranking_explains_itself(folder_of, tmp_path, monkeypatch, capsys):
     flags = ["--model", folder_of("sd3"), "--height", "80", "--width", "48", "--max_sequence_length", "6"]
     assert main([*flags, "--gpus", "2xCPU", "--dtype", "fp32", "--exact", "--explain", "best"]) == 0
     out = capsys.readouterr().out
-    assert "pipefusion 2: no: not exact" in out and "  best" in out and "GFLOP" not in out
+    assert "no: not exact: its pictures differ a little: pipefusion 2" in out and "  best" in out and "GFLOP" not in out
     assert "counted in a step" in out and (tmp_path / "plan.png").stat().st_size > 1000
     assert main([*flags, "--gpus", "CPU", "--dtype", "fp32", "--scale", "1", "2"]) == 0
     assert "efficiency" in capsys.readouterr().out

@@ -48,10 +48,9 @@ def main(arguments: list[str]) -> int:
     points = [point for point in points if point.counted in told]
     everywhere = model.fit(points, START)
     predicted: dict[str, float] = {}
-    slopes = model.slopes(points, everywhere)
     for machine in sorted({point.machine for point in points}):
         own = [point for point in points if point.machine == machine]
-        others = model.without(machine, points, everywhere, slopes)
+        others = model.fit([point for point in points if point.machine != machine], everywhere)
         predicted |= {point.id: model.seconds(point, others) for point in own}
         say(f"without {machine}: {_words(others)}")
     print("\n".join(report(points, predicted, left, everywhere)))
@@ -145,16 +144,6 @@ class Model:
         return (
             np.stack([self.errors(points, constants + shift) - found for shift in width * np.eye(len(LOW))], 1) / width
         )
-
-    def without(self, machine: str, points: list[Point], everywhere: np.ndarray, slopes: np.ndarray) -> np.ndarray:
-        """The constants of all points but those of a machine, by the slopes at the constants of all."""
-        kept = np.array([point.machine != machine for point in points] + [True] * len(LOW))
-        slopes, start = slopes[kept], self.errors(points, everywhere)[kept]
-        step = np.zeros(len(LOW))
-        for _ in range(20):
-            weights = 1 / np.sqrt(1 + ((start + slopes @ step) / ROBUST) ** 2)
-            step = -np.linalg.solve(slopes.T @ (weights[:, None] * slopes), slopes.T @ (weights * start))
-        return np.clip(everywhere + step, LOW, HIGH)
 
 
 def _loss(errors: np.ndarray) -> float:

@@ -21,6 +21,7 @@ FILE = Path(__file__).with_name("machines.json")
 NODE = 8  # devices in a node
 CACHED = 32  # bytes that a processor gets from the cache in a cycle
 KINDS = {"pcie": 32e9, "nvlink": 300e9}  # of links, and their usual bytes a second, one way
+HEADS = 32  # of sizes that are multiples of it, attention kernels are made; others are padded
 EXPS = 16  # exponentials that a processor computes in a cycle
 
 
@@ -103,7 +104,9 @@ class Machine:
         waves = np.ceil(run.tiles / self.units) * self.units
         idle = np.where(run.tiles > 0, waves / np.maximum(run.tiles, 1), 1.0)
         products = run.flops * (idle / peak + 1 / (known.matmul * self.cycles))
-        products_of, others = run.flops / (peak * self.kernels), run.scores * known.attention / (EXPS * self.cycles)
+        sizes = np.maximum(run.flops / np.maximum(4 * run.scores, 1), 1)  # of a head
+        padded = run.flops * np.ceil(sizes / HEADS) * HEADS / sizes
+        products_of, others = padded / (peak * self.kernels), run.scores * known.attention / (EXPS * self.cycles)
         attention = np.maximum(products_of, others) if self.overlaps else products_of + others
         return np.maximum(np.select([run.kinds == 0, run.kinds == 1], [products, attention], 0.0), moved)
 

@@ -24,12 +24,13 @@ def why(row: Row, best: Row, objective: str) -> str:
         return "best"
     if objective == "memory":
         return f"{(row.peak - best.peak) / 1e9:.3g} GB more"
-    excess = {part: row.time.spent[part] - best.time.spent[part] for part in PARTS}
+    own, least = ({part: one.time.spent[part] / one.groups for part in PARTS} for one in (row, best))  # a picture
+    excess = {part: own[part] - least[part] for part in PARTS}
     part = max(excess, key=lambda name: excess[name])
-    lost, total = row.time.spent[part], row.time.seconds
+    lost, total = own[part], row.seconds / row.groups
     if excess[part] <= 0.005 * total:
         return "equal, but for rounding"
-    return f"{VERBS.get(part, part)}: {lost:.2g} of {total:.3g} s ({best.name}: {best.time.spent[part]:.2g} s)"
+    return f"{VERBS.get(part, part)}: {lost:.2g} of {total:.3g} s ({_name(best)}: {least[part]:.2g} s)"
 
 
 def table(rows: list[Row], objective: str) -> list[str]:

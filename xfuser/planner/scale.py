@@ -10,17 +10,15 @@ from xfuser.planner.report import ranked
 from xfuser.planner.table import Row, located, plan, source_of
 
 FEW = 16  # ranks up to which all combinations are looked at
-MOST = {"cfg": 2, "ulysses": 32, "ring": 16, "pipefusion": 4, "tensor": 1, "dp": 1}  # for more ranks
+MOST = {"cfg": 2, "ulysses": 32, "ring": 32, "pipefusion": 1, "tensor": 1, "dp": 1}  # for more ranks
 
 
 def choices_of(ranks: int) -> list[dict[str, int]]:
-    """The combinations to look at: all of them for few ranks, for many those of two methods, with guidance or not."""
+    """The combinations to look at: all of them for few ranks; for many Ulysses and rings, with guidance or not."""
     legal = legal_degrees(ranks)
     if ranks <= FEW:
         return legal
-    near = [one for one in legal if all(n <= MOST[method] for method, n in one.items())]
-    few = [one for one in near if sum(n > 1 for method, n in one.items() if method != "cfg") <= 2]
-    return few or near
+    return [one for one in legal if all(n <= MOST[method] for method, n in one.items())]
 
 
 def best_of(
@@ -29,7 +27,7 @@ def best_of(
     """The fastest row of each number of ranks.
 
     Where it is a multiple of the number before, the best of that one is looked at with one of its degrees multiplied:
-    as ranks grow, the methods that are in use seldom change all at once.
+    as ranks grow, the methods that are in use seldom change all at once. Of many ranks, what is looked at is exact.
 
     Raises:
         ValueError: no configuration fits one of them, or a number is below 1.
@@ -42,7 +40,7 @@ def best_of(
     for ranks in sorted(set(counts)):
         choices = choices_of(ranks)
         if before and ranks % before == 0:
-            choices = _multiplied(good[0].degrees, ranks) or choices
+            choices = widened(good, ranks) or choices
         good, rest = ranked(plan(args, ranks, machine, compiled, choices, source, exact), "latency", memory)
         if not good:
             raise ValueError(f"nothing fits {ranks} ranks: {rest[0][0].name}: {rest[0][1]}")
@@ -50,15 +48,13 @@ def best_of(
     return best
 
 
-def _multiplied(degrees: dict[str, int], ranks: int) -> list[dict[str, int]]:
-    """What so many ranks are with one of these degrees multiplied."""
+def widened(rows: list[Row], ranks: int) -> list[dict[str, int]]:
+    """What so many ranks are with one degree of the first row multiplied, for many of one within :data:`MOST`."""
+    most = MOST if ranks > FEW else dict.fromkeys(MOST, ranks) | {"cfg": 2}
+    inside = (row.degrees for row in rows if all(n <= most[method] for method, n in row.degrees.items()))
+    degrees = next(inside, {})
     factor = ranks // math.prod(degrees.values())
-    wider = [{**degrees, method: n * factor} for method, n in degrees.items()]
-    return [
-        one
-        for one in wider
-        if ranks <= FEW or all(n <= max(MOST[method], degrees[method]) for method, n in one.items())
-    ]
+    return [{**degrees, method: n * factor} for method, n in degrees.items() if n * factor <= most[method]]
 
 
 def with_groups(args: xFuserArgs, ranks: int, machine: Machine, compiled: bool, exact: bool) -> list[Row]:
