@@ -60,6 +60,7 @@ def main(arguments: list[str]) -> int:
 
 
 def say(text: str) -> None:
+    """Tell the user how far the fit is."""
     print(text, file=sys.stderr, flush=True)
 
 
@@ -102,6 +103,7 @@ class Model:
                 self._programs[key] = program
 
     def seconds(self, point: Point, constants: np.ndarray) -> float:
+        """Seconds of a point by these constants, of what its source has measured: a step, all steps or the call."""
         kernels = float(np.exp(constants[list(BOUNDS).index("kernels")]))
         machine = machine_of(point.machine, constants=constants_of(constants), kernels=kernels, newest=point.newest)
         told = estimate(self._programs[point.counted, point.compiled], machine, point.steps, 1, point.compiled)

@@ -57,6 +57,7 @@ class Point:
 
     @property
     def ranks(self) -> int:
+        """How many ranks the configuration takes."""
         return math.prod(self.degrees)
 
     @property
@@ -71,6 +72,7 @@ class Point:
 
     @property
     def name(self) -> str:
+        """The configuration in words, without degrees of 1."""
         return " x ".join(f"{name} {n}" for name, n in zip(DEGREES, self.degrees, strict=True) if n > 1) or "1 rank"
 
     def arguments(self, steps: int) -> xFuserArgs:
@@ -100,6 +102,7 @@ def read(folder: str, sheets: dict[str, Any]) -> tuple[list[Point], Counter]:
 
 
 def machine_name(row: dict[str, str]) -> str:
+    """The machine of a published row, by its name among the profiles."""
     return MACHINES.get(row["gpu"], row["gpu"])
 
 

@@ -29,14 +29,17 @@ class CaseSource(Source):
         return {name: self._faked(part) for name, part in parts.items()}
 
     def module(self, name: str) -> nn.Module:
+        """The case's component, with its seeded weights."""
         return getattr(seeded(self._case.pipeline), name)
 
     def pipeline(self, parts: dict[str, nn.Module]) -> Any:
+        """The case's pipeline, with these components in place of its own."""
         pipe = type(self._pipe)(**self._pipe.components | parts)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
     def call(self, pipe: Any, wrapped: Any, inputs: InputConfig) -> dict[str, Any]:
+        """The arguments of the case's call, with as many steps as are asked for."""
         return self._arguments | {"num_inference_steps": inputs.num_inference_steps}
 
 

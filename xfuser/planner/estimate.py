@@ -45,6 +45,7 @@ class Counted:
 
 
 def counted(told: Rehearsed, stages: int, compiled: bool) -> Counted:
+    """The programs of what was rehearsed: those of the first step, and of the sub-steps of the last one."""
     patches = max(patch for _, patch in told.steps)
     last = max(step for step, patch in told.steps if patch == patches)
     first = [event for (step, _), events in told.steps.items() if step == 0 for event in events]

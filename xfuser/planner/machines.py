@@ -89,6 +89,7 @@ class Machine:
 
     @property
     def cache_column(self) -> int:
+        """The column of :data:`CACHES` with the largest size that the machine's cache has."""
         return max(i for i, size in enumerate(CACHES) if size <= self.cache / 1e6)
 
     def host_seconds(self, compiled: bool) -> float:

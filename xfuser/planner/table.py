@@ -36,6 +36,7 @@ class Row:
 
     @property
     def peak(self) -> float:
+        """Bytes on the rank that needs most; infinite where the row was not counted."""
         return self.needs.get("peak", float("inf"))
 
     @property
@@ -45,9 +46,11 @@ class Row:
 
     @property
     def seconds(self) -> float:
+        """Seconds of a call; infinite where time was not counted."""
         return self.time.seconds if self.time else float("inf")
 
     def fits(self, memory: int | None) -> bool:
+        """Whether a device with so many bytes can run it; any can where None is given."""
         return memory is None or self.peak <= memory
 
     def value(self, objective: str) -> float:

@@ -65,6 +65,7 @@ class Operator(NamedTuple):
 
     @property
     def bytes(self) -> int:
+        """Bytes read and written."""
         return sum(size for _, size in self.reads) + sum(size for _, size in self.writes)
 
 

@@ -172,6 +172,7 @@ class Steps:
         self._first, self._cancelled = get_world_group().is_first_rank and engine is not None, set()
 
     def __call__(self, step: int, latents: torch.Tensor | None) -> None:
+        """To be called behind each step; raises :class:`Cancelled` where all jobs of the batch are."""
         while self._first and self._engine.poll():
             self._cancelled |= self._engine.recv()[1]
         if get_world_group().world_size > 1:

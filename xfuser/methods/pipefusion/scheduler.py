@@ -57,6 +57,7 @@ class PatchwiseScheduler:
 
     @property
     def timesteps(self) -> Tensor:
+        """Each timestep of the scheduler once for every patch."""
         return self._copies[0].timesteps.repeat_interleave(self._call.patches)
 
     @property
@@ -65,6 +66,7 @@ class PatchwiseScheduler:
 
     @property
     def order(self) -> int:
+        """Evaluations a step, counting each patch."""
         return self._copies[0].order * self._call.patches
 
     @property
@@ -78,6 +80,7 @@ class PatchwiseScheduler:
         self._copies[self._call.patch].sigmas = value
 
     def set_begin_index(self, begin_index: int = 0) -> None:
+        """Begin at the step that this sub-step belongs to."""
         if hasattr(self._copies[0], "set_begin_index"):
             self._copies[0].set_begin_index(begin_index // self._call.patches)
 

@@ -66,6 +66,7 @@ class Stage:
 
     @property
     def is_last(self) -> bool:
+        """Whether this stage has the last block."""
         return self.number == self._owners[-1]
 
     @property
