@@ -278,6 +278,8 @@ def test_unknown_machines_and_bad_flags_are_refused(tmp_path, monkeypatch):
     ):
         with pytest.raises(ValueError, match=words):
             main(["--model", "flux.1-dev", *flags])
+    with pytest.raises(ValueError, match=r"(?s)model='sd3' is neither a folder nor .*stable-diffusion-3-medium"):
+        main(["--model", "sd3", "--gpus", "2xH100"])
     assert machine_of("NVIDIA H100 80GB HBM3").name == "H100"
     keep(replace(machine_of("CPU"), name="My Machine"))
     assert machine_of("my machine").synchronous

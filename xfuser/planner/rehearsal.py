@@ -33,7 +33,16 @@ from xfuser.core.meters import LiveMemory
 from xfuser.models.plan import blocks_of
 from xfuser.models.registry import plan_of, planned_models
 from xfuser.parallel import xDiTParallel
-from xfuser.planner.published import call_of, check_guidance, module_of, named, parts_of, pipeline_of, texts_of
+from xfuser.planner.published import (
+    call_of,
+    check_guidance,
+    module_of,
+    named,
+    parts_of,
+    pipeline_of,
+    published,
+    texts_of,
+)
 from xfuser.planner.repeats import Seen, repeats
 from xfuser.planner.trace import Event, Mark, Tracer
 from xfuser.weights.fsdp import outermost_lists
@@ -83,10 +92,20 @@ def alone_of(world_size: int) -> Iterator[None]:
 
 
 def configs_of(model: str, cache: str | None = None) -> str:
-    """The folder of a pipeline; of one on the hub, all but the weights is downloaded."""
+    """The folder of a pipeline; of one on the hub, all but the weights is downloaded.
+
+    Raises:
+        ValueError: the hub has no such pipeline, or cannot be reached.
+    """
     if os.path.isdir(model):
         return model
-    return snapshot_download(model, cache_dir=cache, allow_patterns=["*.json", "*.txt", "*.model", "*.jinja"])
+    try:
+        return snapshot_download(model, cache_dir=cache, allow_patterns=["*.json", "*.txt", "*.model", "*.jinja"])
+    except OSError as error:
+        raise ValueError(
+            f"model={model!r} is neither a folder nor a pipeline that the hub gives"
+            f" ({str(error).splitlines()[0]}): give one, or a published size by name: {', '.join(published())}"
+        ) from None
 
 
 def rehearse(engine_config: EngineConfig, input_config: InputConfig, source: "Source | None" = None) -> Rehearsed:
