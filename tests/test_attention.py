@@ -220,10 +220,12 @@ def shares(lengths, heads, kv_heads, degrees, masked, dtype, value_dim):
     group = get_sp_group()
     tokens = sum(lengths)
     q, k, v = tensors(2, heads, tokens, tokens, 8, seed=3, value_dim=value_dim)
+    if dtype is torch.float64:
+        q, k, v = q.double(), k.double(), v.double()
     k, v = k[:, :kv_heads], v[:, :kv_heads]
     mask = None
     if masked:
-        mask = torch.zeros(2, 1, 1, tokens).masked_fill(torch.arange(tokens) >= tokens - 2, -torch.inf)
+        mask = q.new_zeros(2, 1, 1, tokens).masked_fill(torch.arange(tokens) >= tokens - 2, -torch.inf)
     expected = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=heads != kv_heads)
     rank = group.rank_in_group
     local = [x.split(lengths, dim=2)[rank].to(dtype) for x in (q, k, v)]
@@ -231,7 +233,7 @@ def shares(lengths, heads, kv_heads, degrees, masked, dtype, value_dim):
     out = usp_attention(*local, lengths, group, mask=local_mask)
     expected = expected.split(lengths, dim=2)[rank]
     assert out.shape == expected.shape and out.dtype == dtype
-    return (out.float() - expected).abs().max().item() if out.numel() else 0.0
+    return (out.to(expected.dtype) - expected).abs().max().item() if out.numel() else 0.0
 
 
 DEGREES = {
@@ -253,10 +255,11 @@ DEGREES = {
         ([3, 3, 2, 2], 4, 1, False, torch.float32, None),
         ([3, 3, 2, 2], 4, 4, False, torch.float32, 12),
         ([5, 4, 4, 4], 3, 3, False, torch.bfloat16, None),
+        ([1, 9, 0, 3], 3, 3, True, torch.float64, None),
     ],
 )
 def test_uneven_shares(pool, kind, lengths, heads, kv_heads, masked, dtype, value_dim):
-    tolerance = 1e-5 if dtype is torch.float32 else 0.1
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 0.1)
     for worst in pool.run(4, shares, lengths, heads, kv_heads, DEGREES[kind], masked, dtype, value_dim):
         assert worst <= tolerance
 

@@ -203,10 +203,10 @@ def test_a_refusal_is_the_exit_code(tmp_path):
 
 
 def test_xdit_refuses_unknown_transformers_and_unets_before_loading(tmp_path, folder_of, monkeypatch, capsys):
-    unet = edited(folder_of, tmp_path, {"transformer": [None, None], "unet": ["diffusers", "UNet3DConditionModel"]})
+    unet = edited(folder_of, tmp_path, {"transformer": [None, None], "unet": ["diffusers", "UNet2DModel"]})
     told = refused(tmp_path, monkeypatch, capsys, "--prompt", "x", "--model", unet, "--ulysses_degree", "2")
     assert told.count("ValueError") == 1
-    assert "no plan for UNet3DConditionModel" in told and "PixArtTransformer2DModel" in told
+    assert "no plan for UNet2DModel" in told and "PixArtTransformer2DModel" in told
 
 
 def test_ranks_fail_with_one_message(tmp_path, folder_of):

@@ -1,8 +1,8 @@
 """Attention kernels that return the log-sum-exp (LSE), which the ring needs to merge partial results.
 
-Tensors are ``[B, H, S, D]``; the LSE is float32 ``[B, H, Sq]``. A mask is additive and ``[B|1, H|1, 1|Sq, Sk]``.
-Keys and values may have fewer heads than queries (grouped queries). Where attention is ``causal``, there are as many
-queries as keys, and query i attends to the keys up to i.
+Tensors are ``[B, H, S, D]``; the LSE is ``[B, H, Sq]`` in float32, or in float64 for tensors of that dtype. A mask is
+additive and ``[B|1, H|1, 1|Sq, Sk]``. Keys and values may have fewer heads than queries (grouped queries). Where
+attention is ``causal``, there are as many queries as keys, and query i attends to the keys up to i.
 """
 
 from collections.abc import Callable
@@ -42,20 +42,25 @@ class Kernel:
     run: Callable[..., Result]
 
 
+def wide(x: Tensor) -> torch.dtype:
+    """The dtype in which sums over tensors of ``x``'s dtype are kept: float32, or float64 for float64."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 def attention_math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, causal: bool) -> Result:
-    """Any device, dtype, head size and mask, in float32; by chunks of queries to bound the score matrix."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    keys, values = k.float(), v.float()
+    """Any device, dtype, head size and mask, in :func:`wide`; by chunks of queries to bound the score matrix."""
+    scale, dtype = q.shape[-1] ** -0.5 if scale is None else scale, wide(q)
+    keys, values = k.to(dtype), v.to(dtype)
     rows = max(1, MATH_SCORES // max(1, q.shape[0] * q.shape[1] * k.shape[2]))
     positions = torch.arange(k.shape[2], device=q.device)
     outs, lses = [], []
     for start in range(0, max(1, q.shape[2]), rows):  # without queries, too
-        scores = (q[:, :, start : start + rows].float() * scale) @ keys.mT
+        scores = (q[:, :, start : start + rows].to(dtype) * scale) @ keys.mT
         if causal:
             later = positions > positions[start : start + rows, None]
             scores = scores.masked_fill(later, -torch.inf)
         if mask is not None:
-            scores = scores + (mask if mask.shape[2] == 1 else mask[:, :, start : start + rows]).float()
+            scores = scores + (mask if mask.shape[2] == 1 else mask[:, :, start : start + rows]).to(dtype)
         lse = scores.logsumexp(dim=-1)
         weights = scores.softmax(dim=-1)  # not by the LSE, which takes scores near the lowest number for their sum
         outs.append(weights.masked_fill((lse == -torch.inf).unsqueeze(-1), 0.0) @ values)

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from xfuser.core.attention.kernels import attention_with_lse
+from xfuser.core.attention.kernels import attention_with_lse, wide
 
 
 def ring_attention(
@@ -35,7 +35,7 @@ def ring_attention(
             ``masks``.
 
     Returns:
-        ``[B, H, S_local, Dv]`` in q's dtype, of sums kept in float32, and the LSE ``[B, H, S_local]``.
+        ``[B, H, S_local, Dv]`` in q's dtype, of sums kept in :func:`wide`, and the LSE ``[B, H, S_local]``.
     """
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     out, lse = None, None
@@ -50,7 +50,7 @@ def ring_attention(
         if coming:
             k, v = coming.wait()
     if out is None:
-        return q.new_zeros(*q.shape[:3], v.shape[-1]), q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32)
+        return q.new_zeros(*q.shape[:3], v.shape[-1]), q.new_full(q.shape[:3], -torch.inf, dtype=wide(q))
     return out.to(q.dtype), lse
 
 
@@ -62,10 +62,10 @@ def with_joint(k: Tensor, v: Tensor, joint: tuple[Tensor, Tensor] | None) -> tup
 def merge(out: Tensor | None, lse: Tensor | None, block_out: Tensor, block_lse: Tensor) -> tuple[Tensor, Tensor]:
     """Join two partial attentions over disjoint keys: ``out`` ``[B, H, S, D]``, ``lse`` ``[B, H, S]``."""
     if out is None:
-        return block_out.float(), block_lse
+        return block_out.to(wide(block_out)), block_lse
     total = torch.logaddexp(lse, block_lse)
     weight = (block_lse - total).exp().nan_to_num(0.0)  # rows without a key in either block
-    return torch.lerp(out, block_out.float(), weight.unsqueeze(-1)), total
+    return torch.lerp(out, block_out.to(out.dtype), weight.unsqueeze(-1).to(out.dtype)), total
 
 
 class _Shift:
