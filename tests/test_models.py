@@ -1,5 +1,7 @@
 """Plans fit the classes that they describe, and what has none is refused."""
 
+from functools import partial
+
 import diffusers
 import pytest
 import tiny
@@ -7,7 +9,11 @@ import torch
 import torch.distributed as dist
 
 from xfuser import xDiTParallel, xFuserArgs
+from xfuser.core.hooks import Binder
+from xfuser.models.plan import blocks_of
 from xfuser.models.registry import PLANS, plan_of
+from xfuser.testing.loop import loop_of
+from xfuser.testing.zoo import FAMILIES
 
 
 def test_subclasses_share_the_plan():
@@ -51,3 +57,33 @@ def test_pipelines_without_a_plan_are_refused_before_any_group(make, message):
     with pytest.raises(ValueError, match=message):
         xDiTParallel(make(), engine_config)
     assert not dist.is_initialized()
+
+
+def linears_of_text(family):
+    """Linears of a family's first block that see as many tokens as the text has, and not as the image."""
+    loop, found, others, tokens = loop_of(family), set(), set(), []
+    plan = plan_of(loop.transformer)
+    block = blocks_of(loop.transformer, plan)[0].module
+    bind = Binder(block.forward)
+
+    def count(_, args, kwargs):
+        given = bind(args, kwargs)
+        tokens[:] = [given[name].shape[1] for name in (plan.image, plan.text) if given.get(name) is not None]
+
+    def look(name, _, args):
+        of_text = len(tokens) == 2 and tokens[0] != args[0].shape[1] == tokens[1] and args[0].dim() == 3
+        (found if of_text else others).add(name)
+
+    block.register_forward_pre_hook(count, with_kwargs=True)
+    for name, one in block.named_modules():
+        if isinstance(one, torch.nn.Linear):
+            one.register_forward_pre_hook(partial(look, name))
+    loop(family, num_inference_steps=1)
+    return {name for name in found - others if not f"{name}.".startswith(tuple(f"{one}." for one in plan.text_modules))}
+
+
+def test_linears_that_see_text_alone_are_named():
+    """Stages of PipeFusion are balanced by them: counted for the image's tokens, they would weigh many times more."""
+    families = {name: one for name, one in FAMILIES.items() if one.present and PLANS[one.cls].text}
+    left = {name: linears_of_text(one) for name, one in families.items() if not PLANS[one.cls].unpiped}
+    assert not {name: found for name, found in left.items() if found}

@@ -48,6 +48,6 @@ def test_equals_serial(pool, kind, ranks, degrees, images):
 )
 def test_methods_over_rows_and_tokens_are_refused_before_any_group(kind, degrees, method):
     engine_config, _ = xFuserArgs(**degrees).checked()
-    with pytest.raises(ValueError, match=f"{method}.* serve.*: .*Use CFG, data parallelism or tensor parallelism"):
+    with pytest.raises(ValueError, match=f"{method}.* support.*: .*Use CFG, data parallelism or tensor parallelism"):
         xDiTParallel(more_unets.built(kind), engine_config)
     assert not dist.is_initialized()

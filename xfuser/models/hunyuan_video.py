@@ -10,6 +10,7 @@ HUNYUAN_VIDEO = ModelPlan(
     attention={"attn": ("image", "text")},
     text="encoder_hidden_states",
     needs_text=True,
+    text_modules=("ff_context", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
     per_token={
         "attention_mask": Tokens(("image", "text"), dim=-1),
         "freqs_cis": Tokens(("image",), dim=0),

@@ -8,6 +8,15 @@ MOTIF_VIDEO = ModelPlan(
     optional=("cross_attn",),
     text="encoder_hidden_states",
     needs_text=True,
+    text_modules=(
+        "ff_context",
+        "attn.add_q_proj",
+        "attn.add_k_proj",
+        "attn.add_v_proj",
+        "attn.to_add_out",
+        "cross_attn.to_k",
+        "cross_attn.to_v",
+    ),  # fmt: skip
     per_token={"attention_mask": Tokens(("image", "text"), dim=-1), "image_rotary_emb": Tokens(("image",), dim=0)},
     returns=("image", "text"),
     by_number=("image_embeds",),

@@ -221,7 +221,7 @@ def check_methods(cls: str, plan: ModelPlan, sequence: bool, pipelined: bool, pa
     for asked, method, reason in (
         (sequence, "sequence parallelism (ulysses_degree, ring_degree)", plan.unsequenced),
         (pipelined, "PipeFusion", plan.unpiped),
-        (patched, "DistriFusion and naive patches", unpatched),
+        (patched, "DistriFusion (as naive patches)", unpatched),
     ):
         if asked and reason:
             raise ValueError(f"{method} does not support {cls}: {reason}. Use {', '.join(served[:-1])} or {served[-1]}")

@@ -27,7 +27,7 @@ VIDEO_UNET = replace(
     halvings=None,
     residuals=(),
     unsequenced=(
-        "a U-Net's maps of several resolutions are no sequence of tokens, and its layers over time see them pixel by"
+        "a U-Net's maps of several resolutions are not a sequence of tokens, and its layers over time see them pixel by"
         " pixel, which bands of rows do not know"
     ),
 )
