@@ -16,7 +16,7 @@ MOTIF_VIDEO = ModelPlan(
         "attn.to_add_out",
         "cross_attn.to_k",
         "cross_attn.to_v",
-    ),  # fmt: skip
+    ),
     per_token={"attention_mask": Tokens(("image", "text"), dim=-1), "image_rotary_emb": Tokens(("image",), dim=0)},
     returns=("image", "text"),
     by_number=("image_embeds",),
