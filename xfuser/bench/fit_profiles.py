@@ -23,7 +23,6 @@ from xfuser.bench.points import Point, read
 from xfuser.planner.estimate import Counted, Parts, counted, estimate
 from xfuser.planner.machines import FILE, Constants, machine_of, shipped
 from xfuser.planner.rehearsal import Rehearsed, Source, alone_of, rehearse
-from xfuser.planner.table import steps_of
 
 BOUNDS = {  # of what is fitted, and where to begin
     "matmul": (2e3, 6900, 6e4), "attention": (0.3, 2.0, 6.0), "kernels": (0.4, 0.7, 1.0), "memory": (0.3, 0.7, 1.0),
@@ -74,9 +73,9 @@ def rehearsals(points: Iterable[Point], path: str | None) -> dict[Any, Rehearsed
     for point in sorted({point.counted: point for point in points}.values(), key=lambda point: point.counted):
         if point.counted in told:
             continue
-        engine, inputs = point.arguments(steps_of(point.degrees[3], 1)).checked(point.ranks)
         if source is None or source.model != point.model:
-            source = Source(point.model, engine.runtime_config.dtype)
+            source = Source(point.model, point.arguments(1).checked(point.ranks)[0].runtime_config.dtype)
+        engine, inputs = point.arguments(source.steps(point.degrees[3], 1)).checked(point.ranks)
         say(f"counting {point.model} {dict(point.size)} {point.name}")
         try:
             with alone_of(point.ranks):

@@ -6,6 +6,7 @@ defaults (as in the models' own repositories), the shapes of a prompt's embeddin
 
 import inspect
 import json
+import os
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import diffusers
 import torch
 import transformers
+from huggingface_hub import snapshot_download
 from torch import nn
 
 from xfuser.config import InputConfig
@@ -122,3 +124,20 @@ def call_of(name: str, pipe: Any, inputs: InputConfig, dtype: torch.dtype) -> di
     takes = inspect.signature(type(pipe).__call__).parameters
     call |= {key: None for key in ("prompt", "negative_prompt") if key in takes}
     return call | {"output_type": "pt"}
+
+
+def configs_of(model: str, cache: str | None = None) -> str:
+    """The folder of a pipeline; of one on the hub, all but the weights is downloaded.
+
+    Raises:
+        ValueError: the hub has no such pipeline, or cannot be reached.
+    """
+    if os.path.isdir(model):
+        return model
+    try:
+        return snapshot_download(model, cache_dir=cache, allow_patterns=["*.json", "*.txt", "*.model", "*.jinja"])
+    except OSError as error:
+        raise ValueError(
+            f"model={model!r} is neither a folder nor a pipeline that the hub gives"
+            f" ({str(error).splitlines()[0]}): give one, or a published size by name: {', '.join(published())}"
+        ) from None

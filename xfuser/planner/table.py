@@ -8,8 +8,8 @@ from xfuser.config.args import shipped_folder
 from xfuser.config.config import DEGREES, in_words, legal_degrees
 from xfuser.planner.estimate import Estimate, counted, estimate
 from xfuser.planner.machines import Machine
-from xfuser.planner.published import named
-from xfuser.planner.rehearsal import Rehearsed, Source, alone_of, configs_of, rehearse
+from xfuser.planner.published import configs_of, named
+from xfuser.planner.rehearsal import Rehearsed, Source, alone_of, rehearse
 from xfuser.weights.text_encoders import PREFIX
 
 COLUMNS = ("transformer", "text encoders", "other weights", "kept", "encode", "denoise", "VAE", "peak")
@@ -147,7 +147,7 @@ def _row(
                 f"data_parallel_degree: more replicas than the {inputs.batch_size} images of the batch;"
                 " give more prompts, or ask for --objective throughput"
             )
-        told = rehearse(*replace(wanted, **plain, num_inference_steps=steps_of(stages, warmup)).checked(), source)
+        told = rehearse(*replace(wanted, **plain, num_inference_steps=source.steps(stages, warmup)).checked(), source)
     except (ValueError, RuntimeError) as error:
         return Row(name, {}, str(error).splitlines()[0], degrees)
     row = Row(name, needs_of(told, args.text_encoder, world_size, shards), "", degrees, 1, told)
@@ -155,12 +155,6 @@ def _row(
         synchronous = warmup * len(told.transformers)  # each begins with its own
         row.time = estimate(counted(told, stages, compiled), machine, args.num_inference_steps, synchronous, compiled)
     return row
-
-
-def steps_of(stages: int, warmup: int) -> int:
-    """How many steps to rehearse: without stages all are alike; with some, there are synchronous and stale ones, of one
-    transformer at least where two divide the steps."""
-    return 2 * max(1, warmup) + 1 if stages > 1 else 1
 
 
 def needs_of(told: Rehearsed, mode: str, world_size: int, shards: int) -> dict[str, int]:

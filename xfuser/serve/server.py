@@ -15,7 +15,8 @@ from xfuser.config.config import DEGREES
 from xfuser.core import device as devices
 from xfuser.planner.estimate import Estimate, counted, estimate
 from xfuser.planner.machines import calibrated
-from xfuser.planner.rehearsal import alone_of, configs_of, rehearse
+from xfuser.planner.published import configs_of
+from xfuser.planner.rehearsal import alone_of, rehearse
 from xfuser.planner.table import needs_of, with_degrees
 from xfuser.serve import elastic
 from xfuser.serve.engine import Engine, Metrics
