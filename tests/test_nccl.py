@@ -23,9 +23,9 @@ UNLIKE = ("pixart", "sd3", "z_image", "cogvideox", "ltx2", "sana", "unet", "stab
 
 
 def methods_of(family):
-    """All that the class can have; for one that is like another, only the product that it can have."""
+    """All that the class can have; for one that is like another, the first product of two methods."""
     possible = [method for method in matrix.METHODS if not matrix.refusal(family, method)]
-    return possible if family in UNLIKE else [one for one in (*COVERING, *possible) if one in possible][:1]
+    return possible if family in UNLIKE else [one for one in COVERING if one in possible][:1]
 
 
 CELLS = [(name, method, {}) for name, family in FAMILIES.items() if family.present for method in methods_of(name)]
