@@ -33,10 +33,11 @@ def _for_inference(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """A forward that computes no gradients; ``backward()`` through its output raises a ValueError."""
 
     @functools.wraps(forward)
-    def wrapper(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def wrapper(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         with torch.no_grad():
-            out = forward(self, x, *args, **kwargs)
-        return forward_only(out, x, *self.parameters(recurse=False))
+            out = forward(self, *args, **kwargs)
+        given = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+        return forward_only(out, *given, *self.parameters(recurse=False))
 
     return wrapper
 
@@ -45,9 +46,9 @@ class Gathered(Divided):
     """Keeps some outputs, and gathers those of all ranks. No sum is divided."""
 
     @_for_inference
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """All outputs, of which this rank computes its own."""
-        own = super().forward(x, *args, **kwargs)
+        own = super().forward(input, *args, **kwargs)
         dim = -1 if isinstance(self, nn.Linear | nn.Embedding) else 1
         return self._group.all_gather(own, dim=dim, sizes=self._shards.sizes)
 
@@ -56,10 +57,10 @@ class Summed(Divided):
     """Keeps the weights of some inputs, gets these alone, and sums the outputs over the ranks."""
 
     @_for_inference
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """All outputs, summed over the ranks; the bias is added once."""
         is_linear = isinstance(self, nn.Linear)
-        out = F.linear(x, self.weight) if is_linear else self._conv_forward(x, self.weight, None)
+        out = F.linear(input, self.weight) if is_linear else self._conv_forward(input, self.weight, None)
         out = self._group.all_reduce(out)
         if self.bias is None:
             return out
@@ -69,10 +70,10 @@ class Summed(Divided):
 class SummedOfAll(Summed):
     """As :class:`Summed`, but gets all inputs, and takes its own."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Take this rank's inputs of all, then as :class:`Summed`."""
-        dim = x.dim() - 1 if isinstance(self, nn.Linear) else 1
-        return super().forward(self._shards.part(x, dim, self._group.rank_in_group))
+        dim = input.dim() - 1 if isinstance(self, nn.Linear) else 1
+        return super().forward(self._shards.part(input, dim, self._group.rank_in_group))
 
 
 class SpanningRMSNorm(Divided):
