@@ -15,7 +15,8 @@ ABSENT = ("image_encoder", "feature_extractor")
 KINDS = {  # family, pipeline, net, changes of its configuration, arguments of the call
     "flux": ("flux", "FluxControlNetPipeline", "FluxControlNetModel", {"num_layers": 2, "num_single_layers": 1}, {}),
     "flux_uneven": ("flux", "FluxControlNetPipeline", "FluxControlNetModel", {"num_layers": 1, "num_single_layers": 2},
-                    {"true_cfg_scale": 2.0, "negative_prompt": "the cat", "control_guidance_end": 0.6}),
+                    {"true_cfg_scale": 2.0, "negative_prompt": "the cat", "control_guidance_end": 0.6,
+                     "sigmas": np.linspace(1.0, 0.25, 4)}),
     "flux_union": ("flux", "FluxControlNetPipeline", "FluxControlNetModel",
                    {"num_layers": 1, "num_single_layers": 1, "num_mode": 3}, {"control_mode": [0, 2]}),
     "sd3": ("sd3", "StableDiffusion3ControlNetPipeline", "SD3ControlNetModel", {"num_layers": 2}, {}),

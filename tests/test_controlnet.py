@@ -37,6 +37,12 @@ def test_patches_equal_the_oracle(pool, path_of, kind):
     check(pool, 4, path, kind, hybrids, [two, three])
 
 
+def test_an_array_of_sigmas_says_how_many_steps_there_are(pool, path_of):
+    path, kind = path_of("flux_uneven"), "flux_uneven"
+    expected = controlled.draw(path, kind, (2, 1))
+    check(pool, 1, path, kind, [degrees(1, 2, 1)], [expected])
+
+
 def test_control_of_unknown_steps_is_refused(pool, path_of):
     for message in pool.run(1, refused, path_of("sd3")):
         assert "the call does not say how many there are" in message and "Use 0 and 1" in message

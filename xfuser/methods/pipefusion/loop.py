@@ -93,7 +93,8 @@ def stepwise_control(pipe: Any, arguments: Arguments, patches: int) -> Arguments
         why = "the pipeline compares them with the number of the sub-step, and the call does not say how many there are"
         refuse(f"{bounds} of {type(pipe).__name__}", why, "Use 0 and 1")
     given = arguments.get("sigmas")
-    steps = len(given) if given else arguments.get("num_inference_steps", known["num_inference_steps"].default)
+    counted = arguments.get("num_inference_steps", known["num_inference_steps"].default)
+    steps = counted if given is None else len(given)
 
     def start(bound: float) -> float:
         first = next(step for step in range(steps + 1) if step / steps >= bound)
