@@ -181,7 +181,7 @@ def _by_context(module: nn.Module, context: dict[str, Any]) -> ModelPlan:
     unbatched = tuple(name for name, entry in split.items() if getattr(entry, "split_dim", 1) == 0)
     return ModelPlan(
         blocks=(), attention={}, latents=first, unbatched=unbatched, context=context,
-        unpiped="it has no plan that says what its blocks are",
+        unpiped="there is no plan for it that says what its blocks are",
     )  # fmt: skip
 
 
