@@ -44,7 +44,7 @@ class Kernel:
 
 def wide(x: Tensor) -> torch.dtype:
     """The dtype in which sums over tensors of ``x``'s dtype are kept: float32, or float64 for float64."""
-    return torch.promote_types(x.dtype, torch.float32)
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def attention_math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, causal: bool) -> Result:
