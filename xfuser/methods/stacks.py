@@ -28,26 +28,23 @@ def stacks_of(
     if not pipefusion:
         return []
     shared = group, backend, pipefusion
-    refiners: list[SequenceParallel] = [Refiner(*one, *shared) for one in models if one[1].ahead]
-    return [*refiners, *(ControlNet(*net, *shared) for net in controlnets_of(pipe))]
+    ahead = [
+        (model, replace(plan, blocks=plan.ahead, head=None, text_first=None, residuals=()))
+        for model, plan in models
+        if plan.ahead
+    ]
+    return [*(Refiner(*one, *shared) for one in ahead), *(ControlNet(*net, *shared) for net in controlnets_of(pipe))]
 
 
-class Refiner(SequenceParallel):
-    """The blocks ahead of a transformer's own: the first stage runs them on the patch; others, on nothing.
+class Stack(SequenceParallel):
+    """Blocks beside a transformer's own, of which each sequence-parallel rank computes the whole patch."""
 
-    Each sequence-parallel rank computes the whole patch.
-    """
+    def _splits(self, tokens: int) -> bool:
+        return False
 
-    def __init__(
-        self,
-        model: nn.Module,
-        plan: ModelPlan,
-        group: SequenceParallelGroupCoordinator,
-        backend: str,
-        pipefusion: PipeFusion,
-    ) -> None:
-        stack = replace(plan, blocks=plan.ahead, head=None, text_first=None, residuals=())
-        super().__init__(model, stack, group, backend, pipefusion)
+
+class Refiner(Stack):
+    """The blocks ahead of a transformer's own: the first stage runs them on the patch; others, on nothing."""
 
     @contextmanager
     def enter(self, call: CallState) -> Iterator[None]:
@@ -69,26 +66,16 @@ class Refiner(SequenceParallel):
         shares, self._call.tokens = self._call.tokens, None
         return shares.rows(outputs[0], output.shape[1]).in_sequence(output)
 
-    def _splits(self, tokens: int) -> bool:
-        return False
 
-
-class ControlNet(SequenceParallel):
+class ControlNet(Stack):
     """A ControlNet whose forward computes the patch of the sub-step: its residuals are those of the patch's tokens.
 
     All blocks are on every stage, and so are, for their sake, the latents of the patch; nothing is sent for it but
-    those. Each sequence-parallel rank computes the whole patch, of which the transformer takes a share.
+    those. Of a rank's patch, the transformer takes a share.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        plan: ModelPlan,
-        group: SequenceParallelGroupCoordinator,
-        backend: str,
-        pipefusion: PipeFusion,
-    ) -> None:
-        super().__init__(model, plan, group, backend, pipefusion)
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
         self._outputs: list[Any] = []  # of each call of the synchronous step
         self._unit = self._lines = 1
         self._begin()
@@ -127,6 +114,3 @@ class ControlNet(SequenceParallel):
             return output
 
         return forward
-
-    def _splits(self, tokens: int) -> bool:
-        return False
