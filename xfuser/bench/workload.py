@@ -18,7 +18,7 @@ from xfuser.config import EngineConfig, InputConfig, ParallelConfig, xFuserArgs
 from xfuser.core import device as devices
 from xfuser.core.distributed import get_world_group
 from xfuser.methods.cache import hooks
-from xfuser.methods.cache.added import THRESHOLD, first_block_cache
+from xfuser.methods.cache.added import first_block_cache
 from xfuser.models.registry import planned_models
 from xfuser.parallel import xDiTParallel
 from xfuser.pipeline_io.arguments import pipeline_arguments
@@ -61,10 +61,9 @@ class Workload:
     def serial(self) -> Iterator[Any]:
         """The bare pipeline; with First-Block-Cache where that is asked for beside the configurations."""
         pipe, runtime = self.pipe(), self._engine.runtime_config
-        threshold = THRESHOLD if runtime.cache_threshold is None else runtime.cache_threshold
         with ExitStack() as stack:
             for model, _ in planned_models(pipe).values() if runtime.use_fbcache else ():
-                stack.enter_context(first_block_cache(model, threshold))
+                stack.enter_context(first_block_cache(model, runtime.cache_threshold))
                 stack.enter_context(hooks.in_context(hooks.managers(hooks.cached(model)), "serial"))
             yield pipe
 

@@ -48,7 +48,6 @@ class AddedCache:
 
     def _added(self, there: list[Cached], call: CallState) -> AbstractContextManager[None]:
         given = self._runtime.cache_threshold
-        threshold = THRESHOLD if given is None else given
         means = SharedMeans(call, get_forward_group(), get_branch_group())
         if self._runtime.use_teacache:
             plan = teacache_plan(type(self._model).__name__, self._model.config)
@@ -56,8 +55,8 @@ class AddedCache:
             return self._stack(TeaCache(plan, plan.threshold if given is None else given, means, must_run), call)
         if self._parallel.pipelined and (self._runtime.use_fbcache or _of_first_block(there)):
             enabled = (one.hook.threshold for one in there if hasattr(one.hook, "threshold"))
-            return self._stack(FirstBlock(next(enabled, threshold), means), call)
-        return first_block_cache(self._model, threshold) if self._runtime.use_fbcache else nullcontext()
+            return self._stack(FirstBlock(next(enabled, THRESHOLD if given is None else given), means), call)
+        return first_block_cache(self._model, given) if self._runtime.use_fbcache else nullcontext()
 
     def _stack(self, rule: Rule, call: CallState) -> AbstractContextManager[None]:
         blocks = blocks_of(self._model, self._plan)
@@ -76,9 +75,9 @@ class AddedCache:
 
 
 @contextmanager
-def first_block_cache(model: nn.Module, threshold: float = THRESHOLD) -> Iterator[None]:
-    """Within the context, a transformer has Diffusers' First-Block-Cache."""
-    apply_first_block_cache(model, FirstBlockCacheConfig(threshold))
+def first_block_cache(model: nn.Module, threshold: float | None = None) -> Iterator[None]:
+    """Within the context, a transformer has Diffusers' First-Block-Cache, by default with :data:`THRESHOLD`."""
+    apply_first_block_cache(model, FirstBlockCacheConfig(THRESHOLD if threshold is None else threshold))
     hooks.refresh(model)
     try:
         yield
