@@ -33,6 +33,7 @@ def _i2vgen(model: Any, rows: int, draw: Callable) -> Inputs:
     return text(model, rows, draw) | pictures | {"fps": torch.arange(8, 8 + rows)}
 
 
+OF_3D = LEVELS | blocks("DownBlock3D", "UpBlock3D") | {"attention_head_dim": 4}
 FAMILIES = {
     "unet_motion": Family(
         "UNetMotionModel",
@@ -47,7 +48,7 @@ FAMILIES = {
     "unet_3d": Family(
         "UNet3DConditionModel",
         "ModelScope text-to-video, ZeroScope",
-        LEVELS | blocks("DownBlock3D", "UpBlock3D") | {"attention_head_dim": 4},
+        OF_3D,
         LATENTS,
         text,
         scaled=False,
@@ -55,7 +56,7 @@ FAMILIES = {
     "unet_i2vgen": Family(
         "I2VGenXLUNet",
         "I2VGen-XL",
-        LEVELS | blocks("DownBlock3D", "UpBlock3D") | {"attention_head_dim": 4},
+        OF_3D,
         LATENTS,
         _i2vgen,
         scaled=False,
