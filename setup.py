@@ -5,7 +5,7 @@ from setuptools import find_packages, setup
 BENCH = ["matplotlib", "torchmetrics"]
 SERVE = ["fastapi", "uvicorn", "pydantic>=2", "prometheus-client", "gradio"]
 RAY = ["ray[serve]"]
-TEST = ["pytest", "ruff", "hypothesis", "distvae", "imageio", "imageio-ffmpeg", "optimum-quanto", "peft"]
+TEST = ["pytest", "pytest-xdist", "ruff", "hypothesis", "distvae", "imageio", "imageio-ffmpeg", "optimum-quanto", "peft"]
 TEST += ["openai", "selenium"]
 
 setup(

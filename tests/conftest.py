@@ -19,6 +19,14 @@ def pytest_addoption(parser):
     parser.addoption("--matrix", action="store_true", help="run every class under every method")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """With pytest-xdist, whole files of tests run beside each other, unless ``-n`` says otherwise or a test is named."""
+    alone = hasattr(config, "workerinput") or config.option.usepdb or any("::" in one for one in config.args)
+    if config.pluginmanager.hasplugin("xdist") and config.option.numprocesses is None and not alone:
+        config.option.numprocesses, config.option.dist = min(4, os.cpu_count()), "loadfile"
+
+
 MANY, SAMPLE = 5, 8  # a test with more cases than that runs every so many of them, where not all are asked for
 
 

@@ -117,7 +117,7 @@ def inpaint(path: str, degrees: Any) -> np.ndarray:
 
 
 def controlnet(path: str, degrees: Any) -> np.ndarray:
-    pipe = loaded(path)
+    pipe = loaded.__wrapped__(path)  # from_transformer() changes the transformer's configuration
     torch.manual_seed(1)
     net = diffusers.SD3ControlNetModel.from_transformer(
         pipe.transformer, num_layers=2, num_extra_conditioning_channels=0
