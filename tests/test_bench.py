@@ -32,6 +32,7 @@ def xdit(folder, *flags):
     return subprocess.run(program, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.matrix
 def test_bench_reports_what_configurations_cost(tmp_path):
     """By counters that are known beforehand; PixArt has no peer in Diffusers."""
     degrees = ("ulysses", "ring", "pipefusion_parallel", "tensor_parallel", "distrifusion")

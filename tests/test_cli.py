@@ -261,9 +261,9 @@ pipe("x", height=80, width=48, callback_on_step_end=fail, num_inference_steps=50
 @pytest.mark.parametrize(
     ("degree", "rank", "error"),
     [
-        ("ulysses_degree", 1, "ValueError"),
+        pytest.param("ulysses_degree", 1, "ValueError", marks=pytest.mark.matrix),
         ("pipefusion_parallel_degree", 0, "RuntimeError"),
-        ("pipefusion_parallel_degree", 1, "RuntimeError"),
+        pytest.param("pipefusion_parallel_degree", 1, "RuntimeError", marks=pytest.mark.matrix),
     ],
 )
 def test_a_failing_rank_ends_all_within_seconds(tmp_path, folder_of, degree, rank, error):
