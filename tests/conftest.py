@@ -21,7 +21,7 @@ def pytest_addoption(parser):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
-    """With pytest-xdist, whole files of tests run beside each other, unless ``-n`` says otherwise or a test is named."""
+    """With pytest-xdist, files of tests run beside each other, unless ``-n`` says otherwise or a test is named."""
     alone = hasattr(config, "workerinput") or config.option.usepdb or any("::" in one for one in config.args)
     if config.pluginmanager.hasplugin("xdist") and config.option.numprocesses is None and not alone:
         config.option.numprocesses, config.option.dist = min(4, os.cpu_count()), "loadfile"

@@ -67,6 +67,19 @@ def test_the_list_of_paths_is_that_of_the_docs():
     assert all(f"- {title}" in listed for title in PATHS.values())
 
 
+def loops(degrees):
+    with speed.called(speed.SMALL[0], degrees) as call:
+        return call()[0]
+
+
+@pytest.mark.parametrize("flag", speed.OVERLAPPED)
+def test_loops_whose_messages_a_profiler_sees(pool, flag):
+    (expected,) = pool.run(1, loops, {})
+    for latents in pool.run(2, loops, {flag: 2}):
+        error = (latents - expected).abs().max() / expected.abs().max()
+        assert error <= 1e-5 or (0 < error < 0.1 and "fusion" in flag)
+
+
 def test_time_of_messages_that_is_hidden():
     messages, computes = speed.union([(0, 4), (2, 6), (10, 12)]), speed.union([(5, 11)])
     assert messages == [(0, 6), (10, 12)]

@@ -9,18 +9,23 @@ from unittest import mock
 
 import diffusers
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from xfuser import parallelize, xFuserArgs
+from xfuser import parallelize, xDiTParallel, xFuserArgs
 from xfuser.core import device as devices
 from xfuser.core.meters import traffic
 from xfuser.testing.gpu.ranks import Pools, on_device
 from xfuser.testing.gpu.report import Check
+from xfuser.testing.loop import DenoisingLoop
+from xfuser.testing.zoo.family import Family
 
 FORWARDS = 5
 DIFFUSERS = "Diffusers' Ulysses"
 MESSAGE = "nccl"  # in the names of its kernels
+OVERLAPPED = ("ulysses_degree", "ring_degree", "pipefusion_parallel_degree", "distrifusion_degree")
+STEPS = 4  # of a call of which messages are seen: a synchronous one, and three behind it
 Sent = dict[str, float]
 
 
@@ -90,7 +95,7 @@ def checks(pools: Pools, short: bool) -> Iterator[Check]:
         if not (short and size is SMALL[1]):
             yield Check("speed", f"{size.model}, {ranks} ranks", partial(_compared, pools, size, ranks))
     missing = pools.missing(True, 2)
-    for flag in ("ulysses_degree", "ring_degree"):
+    for flag in OVERLAPPED:
         run = partial(_overlap, pools, SIZES[0], {flag: max(2, min(4, pools.count))})
         yield Check("overlap", f"Flux, {flag}", run, missing)
 
@@ -159,10 +164,10 @@ def _overlap(pools: Pools, size: Size, degrees: dict[str, int]) -> str:
 
 
 def hidden(size: Size, degrees: dict[str, int]) -> float:
-    """On a rank: that share in one forward, of the kernels that a profiler has seen on the device."""
-    with _ready(size, degrees) as forward:
+    """On a rank: that share in one call, of the kernels that a profiler has seen on the device."""
+    with called(size, degrees) as call:
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-            forward()
+            call()
             devices.synchronize()
         spans: dict[bool, list[tuple[int, int]]] = {True: [], False: []}
         for event in profiler.profiler.kineto_results.events():
@@ -174,6 +179,22 @@ def hidden(size: Size, degrees: dict[str, int]) -> float:
         if not whole:
             raise AssertionError("the profiler has seen no message")
         return (whole + length(computes) - length(union(messages + computes))) / whole
+
+
+@contextmanager
+def called(size: Size, degrees: dict[str, int]) -> Iterator[Any]:
+    """Within the context, a wrapped denoising loop over blocks of this size, which has run once."""
+    with on_device() as device:
+        with device:
+            model, arguments = size.build()
+        latents, _ = arguments.pop("hidden_states"), arguments.pop("timestep")
+        family = Family(type(model).__name__, size.model, {}, latents.shape[1:], lambda *_: arguments)
+        loop = DenoisingLoop(model.to(devices.default_dtype()).eval(), FlowMatchEulerDiscreteScheduler())
+        parallel = xDiTParallel(loop, *xFuserArgs(**degrees).create_config())
+        call = partial(parallel, family, guidance="none", num_inference_steps=STEPS)
+        call()
+        yield call
+        parallel.unwrap()
 
 
 def union(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
