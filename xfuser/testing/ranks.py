@@ -8,11 +8,20 @@ from collections.abc import Callable
 from multiprocessing.connection import wait
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from xfuser.core import device as devices
+
 TIMEOUT = 120  # seconds for one job
 PATIENCE = 5  # seconds for the other ranks to fail, too
+IMPORTED = [
+    "xfuser.testing.matrix",
+    "diffusers.models.transformers",
+    "diffusers.loaders",
+    "transformers.modeling_utils",
+]
 
 
 class RankPool:
@@ -51,7 +60,10 @@ class RankPool:
         self._workers = []
 
     def _start(self) -> None:
-        context = mp.get_context("spawn")
+        # Where there is no accelerator, which a process must not have been asked for before it is forked, ranks are
+        # forked from one that has imported what all of them need.
+        context = mp.get_context("forkserver" if devices.device_type() == "cpu" else "spawn")
+        context.set_forkserver_preload(IMPORTED)
         self._store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # where ranks find others
         for _ in range(self._size):
             ours, theirs = context.Pipe()
@@ -83,10 +95,6 @@ class RankPool:
 
 def _serve(pipe: Any, path: list[str], port: int, backend: str) -> None:
     sys.path[:] = path
-    import torch
-
-    from xfuser.core import device as devices
-
     torch.set_num_threads(1)
     store = dist.TCPStore("localhost", port, is_master=False)
     while True:
