@@ -71,6 +71,7 @@ TWO, MASK = torch.stack([whole.rows(7), -whole.rows(7)]), torch.arange(7) < torc
 DISPLACED = {  # under PipeFusion, in asynchronous steps: changes of the call
     "cosmos2": {},
     "wan": ONE_FRAME,
+    "wan_vace": {},
     "kandinsky5": ONE_FRAME,
     "sana": {},
     "z_image": {"prompt_embeds": [whole.rows(33), whole.rows(6)], "negative_prompt_embeds": [whole.rows(5)] * 2},

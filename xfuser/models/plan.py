@@ -109,6 +109,8 @@ class ModelPlan:
         unpaired_without: attention modules to the layer without which they are ``unpaired``.
         context: the class's own context-parallel plan of Diffusers, in place of all that is said here about blocks.
         in_patches: the plan under PipeFusion, where it is another.
+        hints: lists among ``blocks``, ahead of the others, whose blocks pass tokens on to each other alone, and whose
+            first outputs the forward adds behind others: to the configuration's list of the numbers of these.
         ahead: lists of blocks ahead of ``blocks``, on the first stage of PipeFusion; elsewhere they run whole.
         text_first: argument of the forward with a mask of text tokens, where the sequence of each row of the batch is
             its own number of these, its image and padding. Patches have the image first, and all else behind it.
@@ -163,6 +165,7 @@ class ModelPlan:
     unpaired_without: dict[str, str] = field(default_factory=dict)
     context: dict[str, Any] | None = None
     in_patches: "ModelPlan | None" = None
+    hints: dict[str, str] = field(default_factory=dict)
     ahead: tuple[str, ...] = ()
     text_first: str | None = None
     unsequenced: str | None = None

@@ -19,7 +19,7 @@ WAN_VACE = replace(
     blocks=("vace_blocks", "blocks"),
     carried={"vace_blocks": {"hidden_states": ("image",), "control_hidden_states": ("image",)}},
     unbatched=("control_hidden_states_scale",),
-    unpiped="a second stack of blocks feeds those of all stages",
+    hints={"vace_blocks": "vace_layers"},
 )
 
 # Its mask over pairs of frames is cut where attention needs it.

@@ -88,8 +88,8 @@ class PipeFusion:
             self._close_channels()
         controlled = bool(controlnets_of(self._pipe))  # every stage runs these, and needs fresh latents for them
         if not self._channels:
-            takers = self._group.world_size if controlled else 1
-            routes = set().union(*(routes_of(one.plan, one.owners, takers) for one in self._blocks))
+            takers = set(range(self._group.world_size)) if controlled else set()
+            routes = set().union(*(routes_of(one.plan, one.chains, takers) for one in self._blocks))
             self._channels = open_channels(self._group.group_ranks, routes, call.patches)
         begins = partial(branches_of, self._pipe), self._start
         self.stages = {one.model: Stage(one, self._channels, call, *begins, controlled) for one in self._blocks}
