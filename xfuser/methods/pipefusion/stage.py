@@ -56,7 +56,6 @@ class Stage:
         """Drop the state of the last denoising loop, or of the transformer's part of one."""
         self._first = 0  # step in which the transformer was called first
         self._latents: list[Tensor] = []  # input of each call of the first sub-step
-        self.patches.behind = 0
         self._outputs: list[tuple[list[Tensor], Any]] = []  # full output of each call: tensors, tree
         self._autocast = False  # whether the dtypes of activations depend on their operators
         self.kept.clear()
@@ -231,8 +230,8 @@ class Stage:
         dtypes = [x.dtype for x in parts]
         if self._autocast:  # only the last stage has the output's own
             dtypes = self._group.broadcast_object(dtypes, src=self._last)
-        length = self.patches.kind(self._latents[0])[1]
-        return [zeros(x, self.patches.dim(x), length, dtype) for x, dtype in zip(parts, dtypes, strict=True)]
+        latents, dim = self._latents[0], self.patches.dim
+        return [zeros(x, dim(x), latents.shape[dim(latents)], dtype) for x, dtype in zip(parts, dtypes, strict=True)]
 
     def _embedding(self, embed: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         """Computes the tokens of this sub-step on stages with first blocks; else zeros, of which the shape matters.
