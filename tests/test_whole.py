@@ -72,6 +72,7 @@ DISPLACED = {  # under PipeFusion, in asynchronous steps: changes of the call
     "wan": ONE_FRAME,
     "wan_vace": {},
     "ltx_i2v": {"num_frames": 41},
+    "ltx_condition": {"frame_index": 0},
     "kandinsky5": ONE_FRAME,
     "sana": {},
     "z_image": {"prompt_embeds": [whole.rows(33), whole.rows(6)], "negative_prompt_embeds": [whole.rows(5)] * 2},

@@ -15,6 +15,7 @@ from xfuser.core.hooks import Arguments, replaced
 from xfuser.methods.pipefusion.blocks import StageBlocks
 from xfuser.methods.pipefusion.channel import Channel, Route, open_channels, routes_of
 from xfuser.methods.pipefusion.loop import (
+    LoopNoise,
     boundary_of,
     branches_of,
     guiders_of,
@@ -168,7 +169,10 @@ class PipeFusion:
             vars(pipe)["scheduler"] = patchwise(pipe.scheduler, call, patches, end_substep, boundary_of(pipe))
             for guider in guiders_of(pipe):
                 stack.enter_context(replaced(guider, "set_state", stepwise_guider(guider.set_state, call)))
-            for name, stepwise in (("progress_bar", stepwise_progress), ("get_timesteps", plain_steps)):
+            noise = LoopNoise(call)
+            stack.enter_context(noise.once_a_step(pipe))
+            progress = partial(stepwise_progress, begin=noise.begin)
+            for name, stepwise in (("progress_bar", progress), ("get_timesteps", plain_steps)):
                 for owner in filter(lambda one, name=name: hasattr(one, name), (pipe, *loops_of(pipe))):
                     stack.enter_context(replaced(owner, name, stepwise(getattr(owner, name), call)))
             yield
