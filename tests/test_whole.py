@@ -72,6 +72,7 @@ DISPLACED = {  # under PipeFusion, in asynchronous steps: changes of the call
     "wan": ONE_FRAME,
     "wan_vace": {},
     "ltx_i2v": {"num_frames": 41},
+    "wan_animate": {},
     "ltx_condition": {"frame_index": 0},
     "kandinsky5": ONE_FRAME,
     "sana": {},

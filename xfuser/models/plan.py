@@ -78,6 +78,10 @@ class ModelPlan:
         linear: attention modules that are linear: they sum a state over the tokens by their first ``matmul``.
         gathered: modules, of the model or of blocks, that look at all tokens of the image at once, to their arguments
             with these: they run whole on every rank.
+        framed: arguments of ``gathered`` modules with an entry for each frame, ``[B, frames, ...]``, at which this
+            frame's tokens alone look: under PipeFusion, these modules run on a patch, of whole frames or a part of one.
+        between: modules that the forward calls on the image's tokens between blocks, to their argument with these,
+            which has the shape of their output: under PipeFusion, they run on the stage of the block behind.
         rows: argument of the blocks with the number of rows of tokens, where blocks convolve them and rows therefore
             stay together.
         convolutions: modules of a block that do so, ``[B, C, rows, columns]``.
@@ -140,6 +144,8 @@ class ModelPlan:
     many: bool = False
     linear: tuple[str, ...] = ()
     gathered: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    framed: tuple[str, ...] = ()
+    between: dict[str, str] = field(default_factory=dict)
     rows: str | None = None
     convolutions: tuple[str, ...] = ()
     residuals: tuple[str, ...] = ()

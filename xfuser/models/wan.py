@@ -37,5 +37,6 @@ ANYFLOW = replace(
 WAN_ANIMATE = replace(
     WAN,
     gathered={"face_adapter.*": ("hidden_states",)},
-    unpiped="between the blocks, whole frames attend to the faces of theirs, where no stage is in charge",
+    framed=("encoder_hidden_states",),
+    between={"face_adapter.*": "hidden_states"},
 )

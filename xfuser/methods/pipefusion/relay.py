@@ -26,6 +26,7 @@ class Relay:
     Attributes:
         own: the blocks of this stage.
         begins: whether the first block of the chain is among them.
+        holds: whether the tokens are on this stage in the forward that is running.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class Relay:
         self._call, self._window = call, window
         self._places = [i for i, owner in enumerate(chain.owners) if owner == number]
         self.own, self.begins = [chain.blocks[i] for i in self._places], 0 in self._places
+        self.holds = False
         self._hints = int(chain.kind != "tokens")  # of a block's outputs those that stay on its stage
         self._skips = {} if self._hints else {i: one for i, one in skips(plan, chain.owners) if one in channels}
 
@@ -71,7 +73,8 @@ class Relay:
 
     def _receive(self, stub: nn.Module, args: tuple, output: Any) -> Any:
         """Behind the stub ahead of this stage's first block: the tokens that the previous stage sent."""
-        passed, dim = self._passed(self._places[0] - 1, output), self._plan.carrier_dim
+        self.holds, dim = True, self._plan.carrier_dim
+        passed = self._passed(self._places[0] - 1, output)
         image = next(x for x, streams in passed if "image" in streams)
         shape = [-1 if i == dim else size for i, size in enumerate(image.shape)]
         per_token = image.shape[1 - dim] * image.shape[2]
@@ -91,7 +94,7 @@ class Relay:
 
     def _send(self, block: nn.Module, args: tuple, output: Any) -> None:
         """Behind this stage's last block: image tokens first, whatever the order in the blocks."""
-        counts, parts, flag = self._call.tokens.own, {}, []
+        self.holds, counts, parts, flag = False, self._call.tokens.own, {}, []
         for x, streams in self._passed(self._places[-1], output):
             own = x.split([counts[stream] for stream in streams], self._plan.carrier_dim)
             parts |= dict(zip(streams, own, strict=True))

@@ -72,6 +72,11 @@ class Stage:
         """Whether the transformer has been called, and no other since."""
         return bool(self._latents)
 
+    @property
+    def holds(self) -> bool:
+        """Whether the forward that is running has come to this stage's blocks, and not yet left them."""
+        return self._chains[-1].holds
+
     def part(self, output: Tensor) -> Tensor:
         """View of what this rank computes of an output in this sub-step: no row of it before the last stage."""
         if not self.is_last:
@@ -164,6 +169,8 @@ class Stage:
             kept, tree = self._outputs[index]
             return tree_unflatten([x.clone() for x in kept], tree)
         self._runs = True
+        for chain in self._chains:
+            chain.holds = chain.begins
         parts, tree = tree_flatten(forward(arguments))
         self._runs = False
         if self._call.synchronous:

@@ -1,4 +1,4 @@
-"""PipeFusion of a transformer with a second stack of blocks, whose outputs are added behind blocks of the first."""
+"""PipeFusion of transformers with more than one chain of blocks: hints of a second one, modules between blocks."""
 
 from dataclasses import replace
 
@@ -64,3 +64,25 @@ def test_a_stage_has_the_blocks_whose_hints_it_adds(pool):
     found = pool.run(2, weights, [0, 2, 3], [3, 3])
     assert [held[1] for held, _ in found] == [[True, False, False], [False, True, True]]
     assert all(same for _, same in found)
+
+
+BETWEEN = {"consisid": "perceiver_cross_attention", "wan_animate": "face_adapter"}
+
+
+def runs(family, steps):
+    """How often this stage runs each of the modules between blocks."""
+    pipe, counts = loop_of(FAMILIES[family]), {}
+    for name, module in pipe.transformer.get_submodule(BETWEEN[family]).named_children():
+        counts[name] = 0
+        module.to_q.register_forward_hook(lambda *_, name=name: counts.update({name: counts[name] + 1}))
+    parallel = running.wrap(pipe, PATCHES | {"pipefusion_parallel_degree": 2})
+    parallel(FAMILIES[family], num_inference_steps=steps)
+    parallel.unwrap()
+    return counts
+
+
+@pytest.mark.parametrize("family", BETWEEN)
+def test_modules_between_blocks_run_on_one_stage(pool, family):
+    first, second = pool.run(2, runs, family, 3)
+    assert {name: first[name] + second[name] for name in first} == dict.fromkeys(first, 1 + 2 * 3)
+    assert all(0 in pair for pair in zip(first.values(), second.values(), strict=True))
