@@ -117,9 +117,7 @@ VARIANTS = {
 # What is not cut with the rows of a batch of two, or in another way.
 ROWS = {
     "omnigen, pictures": with_conditions("omnigen", with_pictures),
-    "wan_vace, two blocks of control": with_conditions(
-        "wan_vace", lambda rows, draw: {"control_hidden_states_scale": torch.tensor([0.7, 0.4])}, vace_layers=[0, 2]
-    ),
+    "wan_vace, two blocks of control": FAMILIES["wan_vace"],
 }
 EVEN = {
     "flux": as_much_text(

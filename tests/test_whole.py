@@ -24,7 +24,6 @@ DEFAULT = {
     "pipefusion2": {"wan", "wan_i2v", "hunyuan_video", "ltx", "qwen_image", "flux_fill", "cogview4", "aura_flow"},
 }  # fmt: skip
 REFUSED = {  # by PipeFusion, where the transformer's class is not refused
-    "ltx_i2v": "patches are rows of what the scheduler steps",
     "skyreels_v2_forcing": "copy their scheduler",
     "hunyuan_image_guided": "does not support AdaptiveProjectedMixGuidance of HunyuanImagePipeline",
     "sana_sprint": "leave out its last timestep",
@@ -71,6 +70,10 @@ TWO, MASK = torch.stack([whole.rows(7), -whole.rows(7)]), torch.arange(7) < torc
 DISPLACED = {  # under PipeFusion, in asynchronous steps: changes of the call
     "cosmos2": {},
     "wan": ONE_FRAME,
+    "wan_vace": {},
+    "ltx_i2v": {"num_frames": 41},
+    "wan_animate": {},
+    "ltx_condition": {"frame_index": 0},
     "kandinsky5": ONE_FRAME,
     "sana": {},
     "z_image": {"prompt_embeds": [whole.rows(33), whole.rows(6)], "negative_prompt_embeds": [whole.rows(5)] * 2},

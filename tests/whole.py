@@ -286,6 +286,13 @@ WHOLE = {
         parts=t5,
         call=lambda: FRAMES() | LTX_CALL | {"image": picture(160, 96), "num_frames": 17},
     ),
+    "ltx_condition": Whole(
+        "LTXConditionPipeline",
+        "ltx",
+        LTX_VAE,
+        parts=t5,
+        call=lambda: FRAMES() | LTX_CALL | {"image": picture(160, 96), "num_frames": 17, "frame_index": 8},
+    ),
     "qwen_image": Whole(
         "QwenImagePipeline", "qwen_image", QWEN_VAE, text=EMBEDS | {"prompt_embeds_mask": (WORDS,)}, parts=shifting
     ),

@@ -1,14 +1,18 @@
 """Modules of blocks that mix tokens by other means than attention: they convolve rows, or sum over all tokens."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from xfuser.core.attention.operator import outside_of_graphs
 from xfuser.core.distributed.utils import share
+from xfuser.core.hooks import Binder, replaced
 from xfuser.methods.sharded import ShardedModel
+from xfuser.models.plan import Streams, Tokens, matching
 from xfuser.vae.bands import Bands, common
 from xfuser.vae.parallelize import OnBands
 
@@ -25,6 +29,7 @@ class MixingModules(ShardedModel):
     _stage: Any
     _alone: bool
     _attended: dict[str, int]
+    _gather: Callable[[Tensor, Streams], Tensor]
 
     def _on_rows(self, module: nn.Module) -> Callable[[Tensor], Tensor]:
         """The forward of a module that convolves the grid, ``[B, C, rows, columns]``, and looks into others' rows."""
@@ -44,6 +49,57 @@ class MixingModules(ShardedModel):
                 return original(x)
             with OnBands(Bands(-2, rows, x.shape[3], self._group.device_group), None):
                 return original(x)
+
+        return forward
+
+    def _gathering(self) -> Iterator[AbstractContextManager[None]]:
+        """The hooks into modules that look at all tokens of the image or patch, and into those between blocks."""
+        on_some = self._on_patch if self._stage else self._on_all
+        for pattern, names in self._plan.gathered.items():
+            for module in map(self._model.get_submodule, matching(self._model, pattern)):
+                bind = Binder(module.forward)
+                if set(names) <= set(bind.names):
+                    place = pattern.partition("*.")[2]  # within a block, where it is of one
+                    yield replaced(module, "forward", outside_of_graphs(on_some(module.forward, bind, names), place))
+        for pattern, name in self._plan.between.items() if self._stage else ():
+            for module in map(self._model.get_submodule, matching(self._model, pattern)):
+                yield replaced(module, "forward", self._where_held(module.forward, name))
+
+    def _where_held(self, original: Callable[..., Tensor], name: str) -> Callable[..., Tensor]:
+        """The forward of a module between blocks; zeros on stages that have not the tokens there."""
+        bind = Binder(original)
+
+        @wraps(original)
+        def forward(*args: Any, **kwargs: Any) -> Tensor:
+            arguments = bind(args, kwargs)
+            return original(**arguments) if self._stage.holds else torch.zeros_like(arguments[name])
+
+        return forward
+
+    def _on_all(self, original: Callable[..., Tensor], bind: Binder, names: tuple[str, ...]) -> Callable[..., Tensor]:
+        """The forward of a module that looks at all image tokens, and of whose output a rank takes its own."""
+
+        @wraps(original)
+        def forward(*args: Any, **kwargs: Any) -> Tensor:
+            arguments = bind(args, kwargs)
+            arguments |= {name: self._gather(arguments[name], ("image",)) for name in names}
+            return self._call.tokens.cut(original(**arguments), Tokens(("image",)))
+
+        return forward
+
+    def _on_patch(self, original: Callable[..., Tensor], bind: Binder, names: tuple[str, ...]) -> Callable[..., Tensor]:
+        """The same of the patch's tokens, and its frames."""
+
+        @wraps(original)
+        def forward(*args: Any, **kwargs: Any) -> Tensor:
+            arguments, shares = bind(args, kwargs), self._call.tokens
+            sizes, image = shares.sizes["image"], shares.window.image
+            for name in names if shares.ranks > 1 else ():
+                arguments[name] = self._group.all_gather(arguments[name].contiguous(), dim=1, sizes=sizes)
+            for name in self._plan.framed:
+                tokens = shares.totals["image"] // arguments[name].shape[1]
+                arguments[name] = arguments[name][:, image.start // tokens : -(-image.stop // tokens)]
+            return original(**arguments).split(sizes, dim=1)[shares.rank]
 
         return forward
 

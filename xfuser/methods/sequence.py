@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from functools import partial, wraps
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from xfuser.core.attention.operator import outside_of_graphs
 from xfuser.core.attention.segments import segment_mask
 from xfuser.core.attention.usp import usp_attention
 from xfuser.core.distributed import SequenceParallelGroupCoordinator
-from xfuser.core.hooks import Arguments, Binder, edited_arguments, edited_output, replaced
+from xfuser.core.hooks import Arguments, edited_arguments, edited_output, replaced
 from xfuser.methods.distrifusion import DistriFusion
 from xfuser.methods.masks import PairMasks, cut_pairs
 from xfuser.methods.mixing import MixingModules
@@ -26,7 +26,7 @@ from xfuser.methods.pipefusion.patches import Patches
 from xfuser.methods.pipefusion.pipefusion import PipeFusion
 from xfuser.methods.pipefusion.stage import first_of
 from xfuser.methods.tokens import Rows, TokenShares, Window
-from xfuser.models.plan import PICTURE, Attention, ModelPlan, Streams, Tokens, attentions_of, blocks_of, matching
+from xfuser.models.plan import PICTURE, Attention, ModelPlan, Streams, Tokens, attentions_of, blocks_of
 
 
 class SequenceParallel(MixingModules):
@@ -74,13 +74,7 @@ class SequenceParallel(MixingModules):
                 module = block.module.get_submodule(name)
                 state = partial(self._state, f"{block.list_name}.{block.index}.{name}")
                 yield replaced(module, "forward", outside_of_graphs(summed_state(module, state), name))
-        for pattern, names in plan.gathered.items():
-            for module in map(self._model.get_submodule, matching(self._model, pattern)):
-                bind = Binder(module.forward)
-                if set(names) <= set(bind.names):
-                    place = pattern.partition("*.")[2]  # within a block, where it is of one
-                    whole = self._on_all(module.forward, bind, names)
-                    yield replaced(module, "forward", outside_of_graphs(whole, place))
+        yield from self._gathering()
         yield edited_output(blocks[-1].module, partial(self._leave_blocks, plan.outputs(blocks[-1].list_name)))
         if plan.head:
             yield edited_output(self._model.get_submodule(plan.head), self._leave_head)
@@ -242,17 +236,6 @@ class SequenceParallel(MixingModules):
         if shares.ranks > 1:
             x = self._group.all_gather(x, dim=1, sizes=rows.key_lengths)
         return rows.in_sequence(x)
-
-    def _on_all(self, original: Callable[..., Tensor], bind: Binder, names: tuple[str, ...]) -> Callable[..., Tensor]:
-        """The forward of a module that looks at all image tokens, and of whose output a rank takes its own."""
-
-        @wraps(original)
-        def forward(*args: Any, **kwargs: Any) -> Tensor:
-            arguments = bind(args, kwargs)
-            arguments |= {name: self._gather(arguments[name], ("image",)) for name in names}
-            return self._call.tokens.cut(original(**arguments), Tokens(("image",)))
-
-        return forward
 
     def _attends_again(self, attentions: dict[str, nn.Module]) -> dict[str, Callable[..., Tensor]]:
         adapted = [name for name, one in attentions.items() if hasattr(getattr(one, "processor", None), "to_k_ip")]

@@ -15,6 +15,4 @@ COGVIDEOX = ModelPlan(
 )
 
 # Its forward normalises text and image together, and cuts by the length of the text.
-CONSISID = replace(
-    COGVIDEOX, head=None, unpiped="tokens attend to the face between the blocks, where no stage is in charge"
-)
+CONSISID = replace(COGVIDEOX, head=None, between={"perceiver_cross_attention.*": "hidden_states"})

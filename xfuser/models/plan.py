@@ -78,6 +78,10 @@ class ModelPlan:
         linear: attention modules that are linear: they sum a state over the tokens by their first ``matmul``.
         gathered: modules, of the model or of blocks, that look at all tokens of the image at once, to their arguments
             with these: they run whole on every rank.
+        framed: arguments of ``gathered`` modules with an entry for each frame, ``[B, frames, ...]``, at which this
+            frame's tokens alone look: under PipeFusion, these modules run on a patch, of whole frames or a part of one.
+        between: modules that the forward calls on the image's tokens between blocks, to their argument with these,
+            which has the shape of their output: under PipeFusion, they run on the stage of the block behind.
         rows: argument of the blocks with the number of rows of tokens, where blocks convolve them and rows therefore
             stay together.
         convolutions: modules of a block that do so, ``[B, C, rows, columns]``.
@@ -109,6 +113,8 @@ class ModelPlan:
         unpaired_without: attention modules to the layer without which they are ``unpaired``.
         context: the class's own context-parallel plan of Diffusers, in place of all that is said here about blocks.
         in_patches: the plan under PipeFusion, where it is another.
+        hints: lists among ``blocks``, ahead of the others, whose blocks pass tokens on to each other alone, and whose
+            first outputs the forward adds behind others: to the configuration's list of the numbers of these.
         ahead: lists of blocks ahead of ``blocks``, on the first stage of PipeFusion; elsewhere they run whole.
         text_first: argument of the forward with a mask of text tokens, where the sequence of each row of the batch is
             its own number of these, its image and padding. Patches have the image first, and all else behind it.
@@ -138,6 +144,8 @@ class ModelPlan:
     many: bool = False
     linear: tuple[str, ...] = ()
     gathered: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    framed: tuple[str, ...] = ()
+    between: dict[str, str] = field(default_factory=dict)
     rows: str | None = None
     convolutions: tuple[str, ...] = ()
     residuals: tuple[str, ...] = ()
@@ -163,6 +171,7 @@ class ModelPlan:
     unpaired_without: dict[str, str] = field(default_factory=dict)
     context: dict[str, Any] | None = None
     in_patches: "ModelPlan | None" = None
+    hints: dict[str, str] = field(default_factory=dict)
     ahead: tuple[str, ...] = ()
     text_first: str | None = None
     unsequenced: str | None = None

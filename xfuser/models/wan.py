@@ -19,7 +19,7 @@ WAN_VACE = replace(
     blocks=("vace_blocks", "blocks"),
     carried={"vace_blocks": {"hidden_states": ("image",), "control_hidden_states": ("image",)}},
     unbatched=("control_hidden_states_scale",),
-    unpiped="a second stack of blocks feeds those of all stages",
+    hints={"vace_blocks": "vace_layers"},
 )
 
 # Its mask over pairs of frames is cut where attention needs it.
@@ -37,5 +37,6 @@ ANYFLOW = replace(
 WAN_ANIMATE = replace(
     WAN,
     gathered={"face_adapter.*": ("hidden_states",)},
-    unpiped="between the blocks, whole frames attend to the faces of theirs, where no stage is in charge",
+    framed=("encoder_hidden_states",),
+    between={"face_adapter.*": "hidden_states"},
 )

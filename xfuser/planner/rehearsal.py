@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import wraps
-from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -29,6 +28,7 @@ from xfuser.core.distributed import destroy_distributed_environment
 from xfuser.core.hooks import replaced
 from xfuser.core.logger import quiet_libraries
 from xfuser.core.meters import LiveMemory
+from xfuser.methods.pipefusion.blocks import owners_of
 from xfuser.models.plan import blocks_of
 from xfuser.models.registry import plan_of, planned_models
 from xfuser.parallel import xDiTParallel
@@ -301,7 +301,8 @@ def _heaviest_stage(pipe: Any, engine_config: EngineConfig) -> dict[str, float]:
         blocks = [set(block.module.parameters()) - lent for block in blocks_of(model, plan)]
         sizes = [sum(weight.nbytes for weight in weights) for weights in blocks]
         everywhere = sum(weight.nbytes for weight in model.parameters()) - sum(sizes)
-        ends = list(accumulate(layers, initial=0))
-        stages = [everywhere + sum(sizes[start:end]) for start, end in pairwise(ends)]
+        stages = [everywhere] * len(layers)
+        for size, owner in zip(sizes, owners_of(model, plan, layers), strict=True):
+            stages[owner] += size
         factors[name] = max(stages) / stages[0]
     return factors

@@ -40,8 +40,9 @@ class Displaced:
         self.model, self.plan, self.patches, self.synchronous = model, plan, patches, max(1, warmup * order)
         self.step = self.call = self.counted = 0
         self.first: int | None = None  # step in which the model was called first
-        self.stepped: int | None = None  # rows of packed latents that the scheduler steps; behind them are pictures
-        self.ahead, self.pictures = [0], slice(0, 0)
+        self.stepped: int | None = None  # rows that the scheduler steps; beside them are pictures
+        self.given, self.leads, self.frame = 0, False, 0  # dimensions; if they are ahead; tokens of packed frames
+        self.ahead, self.pictures = [0], [slice(0, 0)]
         self.patch: int | None = None
         self.kept: dict[tuple[str, int], torch.Tensor] = {}
 
@@ -50,11 +51,16 @@ class Displaced:
         latents = args[0] if args else kwargs[self.plan.latents]
         latents = latents[0] if isinstance(latents, list) else latents
         dim, unit, self.width = layout(self.model, self.plan, latents)
-        self.tokens = latents.shape[dim] // unit * self.width
+        self.given, self.dim, self.unit = latents.dim(), dim, unit
+        if self.frame:
+            unit = self.width = self.frame
+        total = latents.shape[dim] // unit
+        self.tokens, count = total * self.width, self.stepped or total
+        ahead = total - count if self.leads else 0
         text = kwargs.get(self.plan.text_first)
         self.ahead = [0] if text is None else text.sum(dim=1).tolist()  # tokens ahead of the image, in each row
-        count = self.stepped or latents.shape[dim] // unit
-        rows, self.pictures = bands(count, self.patches), slice(count * self.width, self.tokens)
+        rows = [slice(ahead + band.start, ahead + band.stop) for band in bands(count, self.patches)]
+        self.pictures = [slice(0, ahead * self.width), slice((ahead + count) * self.width, self.tokens)]
         self.own = [slice(band.start * self.width, band.stop * self.width) for band in rows]
         self.first = self.step if self.first is None else self.first
         if self.step < max(one for one in (self.first, *self.starts) if one <= self.step) + self.synchronous:
@@ -66,11 +72,21 @@ class Displaced:
                 self.patch = patch
                 given = tree_map(lambda x: x, (args, kwargs))  # a forward may empty the lists that it is given
                 outputs.append(original(*given[0], **given[1]))
+            rows = [slice(0, ahead), *rows, slice(ahead + count, total)]
             scaled = [slice(band.start * unit, band.stop * unit) for band in rows]
-            pictures = slice(count * unit, latents.shape[dim])
-            output = joined([*outputs, outputs[0]], dim, [*scaled, pictures])
+            output = joined([outputs[0], *outputs, outputs[0]], dim, scaled)
         self.call += 1
         return output
+
+    def find(self, sample: torch.Tensor) -> None:
+        """Note the rows that the scheduler steps: of packed latents, the first ones; of a video, the last ones."""
+        self.leads = sample.dim() == 5
+        if self.given == sample.dim() == 3:
+            self.stepped = sample.shape[self.plan.packed]
+        elif self.leads and self.given == 3:
+            self.stepped, self.frame = sample.shape[self.plan.frames], sample[0, 0, 0].numel()
+        elif self.leads and self.given == 5 and self.dim == self.plan.frames:
+            self.stepped = sample.shape[self.dim] // self.unit
 
     def control(self, transformer: "Displaced", original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The residuals of a ControlNet, each ``[B, tokens, C]``, of which those of a part are made with it."""
@@ -104,7 +120,7 @@ class Displaced:
             image = range(start, start + (0 if of_text else self.tokens))
             own = list(image[self.own[self.patch]])
             if self.patch == 0:
-                own += [i for i in range(count) if i not in image] + list(image[self.pictures])
+                own += [i for i in range(count) if i not in image] + [i for part in self.pictures for i in image[part]]
             kept[row, own] = new[own]
         result = output.clone()
         result[..., columns] = kept[..., columns]
@@ -282,8 +298,8 @@ def _whole_forward(pipe: Any, state: Displaced | PartByPart) -> Iterator[None]:
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         state.step, state.call = state.step + 1, 0
-        sample = Binder(step)(args, kwargs)["sample"]
-        state.stepped = sample.shape[plan.packed] if sample.dim() == 3 else None
+        if isinstance(state, Displaced):
+            state.find(Binder(step)(args, kwargs)["sample"])
         return step(*args, **kwargs)
 
     counted.__wrapped__ = step

@@ -5,7 +5,8 @@ import functools
 import pickle
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any
+from itertools import count, groupby
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,15 +24,18 @@ def stage_layers(model: nn.Module, plan: ModelPlan, stages: int, asked: tuple[in
     Raises:
         ValueError: there are fewer blocks than stages, or the numbers asked for do not add up.
     """
-    blocks = blocks_of(model, plan)
-    count, those = len(blocks), f"the {len(blocks)} blocks of {type(model).__name__}"
-    if stages > count:
-        raise ValueError(f"pipefusion_parallel_degree={stages} is more than {those}: use at most {count}")
+    places = _places(model, plan)
+    total = max(places) + 1
+    those = f"the {total} blocks of {type(model).__name__}"
+    if stages > total:
+        raise ValueError(f"pipefusion_parallel_degree={stages} is more than {those}: use at most {total}")
     if asked is None:
-        costs = [block_cost(block.module, plan) for block in blocks]
+        costs = [0.0] * total
+        for place, block in zip(places, blocks_of(model, plan), strict=True):
+            costs[place] += block_cost(block.module, plan)
         costs[-1] += _linear_cost(model.get_submodule(plan.head), NOMINAL_TOKENS["image"]) if plan.head else 0
         return list(_balanced(tuple(costs), stages)[1])
-    if sum(asked) != count or len(asked) != stages or min(asked) < 1:
+    if sum(asked) != total or len(asked) != stages or min(asked) < 1:
         raise ValueError(
             f"attn_layer_num_for_pp={list(asked)} must be {stages} numbers of 1 or more that add up to {those}"
         )
@@ -115,7 +119,7 @@ class Stub(nn.Module):
 
 def divide(model: nn.Module, plan: ModelPlan, layers: list[int], stage: int) -> None:
     """Leave the blocks of this stage in the model, and put a :class:`Stub` in the place of each of the others."""
-    for (block, name, i), owner in zip(blocks_of(model, plan), _owners(layers), strict=True):
+    for (block, name, i), owner in zip(blocks_of(model, plan), owners_of(model, plan, layers), strict=True):
         if owner != stage:
             model.get_submodule(name)[i] = Stub(block, plan, (name, i), layers)
 
@@ -125,22 +129,30 @@ def divided(model: nn.Module, plan: ModelPlan) -> list[Stub]:
     return [block.module for block in blocks_of(model, plan) if isinstance(block.module, Stub)]
 
 
+class Chain(NamedTuple):
+    """Blocks that pass tokens on to each other, and their stages; ``kind`` names the messages with these tokens."""
+
+    kind: str
+    blocks: list[Block]
+    owners: list[int]
+
+
 class StageBlocks:
     """The blocks of a transformer that this stage holds. The weights of all others are freed until :meth:`restore`.
 
     Attributes:
         model, plan: the transformer.
-        owners: the stage of each block.
+        last: the stage of the last block.
         group: the stages.
     """
 
     def __init__(self, model: nn.Module, plan: ModelPlan, group: GroupCoordinator, layers: list[int]) -> None:
         self.model, self.plan, self.group = model, plan, group
-        self.owners = _owners(layers)
+        self._owners, self.last = owners_of(model, plan, layers), len(layers) - 1
         if not divided(model, plan):  # it is where the pipeline was loaded for these stages
             divide(model, plan, layers, group.rank_in_group)
         stubs = [isinstance(block.module, Stub) for block in blocks_of(model, plan)]
-        if stubs != [owner != group.rank_in_group for owner in self.owners]:
+        if stubs != [owner != group.rank_in_group for owner in self._owners]:
             raise ValueError(
                 f"this {type(model).__name__} was loaded for other degrees: wrap it with those, or load it again"
             )
@@ -149,6 +161,16 @@ class StageBlocks:
         self._hooks = ExitStack()
         if hasattr(model, "load_lora_adapter"):
             self._hooks.enter_context(replaced(model, "load_lora_adapter", self._loading(model.load_lora_adapter)))
+
+    @property
+    def chains(self) -> list[Chain]:
+        """The blocks, with their stages: each list of hints, and all others."""
+
+        def kind(one: tuple[Block, int]) -> str:
+            return one[0].list_name if one[0].list_name in self.plan.hints else "tokens"
+
+        pairs = zip(blocks_of(self.model, self.plan), self._owners, strict=True)
+        return [Chain(name, *map(list, zip(*ones, strict=True))) for name, ones in groupby(pairs, kind)]
 
     def _loading(self, load: Callable[..., Any]) -> Callable[..., Any]:
         """Loads adapters; of one that takes another's place, what is for this stage, as PEFT refuses the rest there."""
@@ -213,7 +235,7 @@ class StageBlocks:
     def restore(self) -> None:
         """Give every stage all blocks again, with the weights of the stage that holds them; all stages must call it."""
         self._hooks.close()
-        for (module, name, i), owner in zip(blocks_of(self.model, self.plan), self.owners, strict=True):
+        for (module, name, i), owner in zip(blocks_of(self.model, self.plan), self._owners, strict=True):
             block = module.block if isinstance(module, Stub) else module
             # The wrapped pipeline may have been moved to another dtype or device, which stubs do not notice.
             kinds = [(weight.dtype, weight.device.type) for weight, *_ in tensors_of(block)]
@@ -229,9 +251,19 @@ class StageBlocks:
                     self.group.broadcast(weight.detach().to(self.group.device), src=owner)
 
 
-def _owners(layers: list[int]) -> list[int]:
-    """The stage of each block."""
-    return [stage for stage, count in enumerate(layers) for _ in range(count)]
+def owners_of(model: nn.Module, plan: ModelPlan, layers: list[int]) -> list[int]:
+    """The stage of each block, where the stages have so many of those that are not ``hints``."""
+    stages = [stage for stage, number in enumerate(layers) for _ in range(number)]
+    return [stages[place] for place in _places(model, plan)]
+
+
+def _places(model: nn.Module, plan: ModelPlan) -> list[int]:
+    """For each block, which of those that are not ``hints`` it is on one stage with: a hint with the block behind that
+    to which it is added, as what the forward does between two blocks is up to the latter's stage."""
+    blocks, numbers = blocks_of(model, plan), count()
+    last = sum(block.list_name not in plan.hints for block in blocks) - 1
+    added = {name: sorted(model.config[layers]) for name, layers in plan.hints.items()}
+    return [min(added[name][i] + 1, last) if name in added else next(numbers) for _, name, i in blocks]
 
 
 def _described(block: nn.Module) -> list[tuple[str, torch.Size, type]]:

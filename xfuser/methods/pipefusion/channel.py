@@ -7,6 +7,7 @@ waits for one of another channel; what it does wait for are computations that co
 
 from collections import deque
 from contextlib import AbstractContextManager
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -14,9 +15,10 @@ from torch import Tensor, nn
 
 from xfuser.core.distributed.ending import end_group, new_group
 from xfuser.core.hooks import Arguments, edited_arguments
+from xfuser.methods.pipefusion.blocks import Chain
 from xfuser.models.plan import ModelPlan
 
-Route = tuple[str, int, int]  # what is sent (tokens, latents, skips), the sending and the receiving stage
+Route = tuple[str, int, int]  # what is sent (tokens, hints' tokens, latents, skips), the sending and receiving stage
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of tokens, by their tag
 
@@ -90,14 +92,16 @@ class Channel:
         end_group(self._group)
 
 
-def routes_of(plan: ModelPlan, owners: list[int], takers: int) -> set[Route]:
+def routes_of(plan: ModelPlan, chains: list[Chain], takers: set[int]) -> set[Route]:
     """The channels that a transformer needs, by the stage of each of its blocks.
 
-    The first ``takers`` of the stages need the latents of the last one.
+    ``takers`` are the stages that need the latents of the last one, beside those which have the first blocks.
     """
-    last = owners[-1]
-    routes = {("tokens", stage, stage + 1) for stage in range(last)} | {route for _, route in skips(plan, owners)}
-    return routes | {("latents", last, stage) for stage in range(min(takers, last))}
+    owners = chains[-1].owners
+    routes = {(one.kind, *ends) for one in chains for ends in pairwise(sorted(set(one.owners)))}
+    takers = takers | {one.owners[0] for one in chains}
+    latents = {("latents", owners[-1], stage) for stage in takers if stage < owners[-1]}
+    return routes | latents | {route for _, route in skips(plan, owners)}
 
 
 def open_channels(pipelines: list[list[int]], routes: set[Route], depth: int) -> dict[Route, Channel]:

@@ -2,8 +2,9 @@
 what is computed once a step."""
 
 import inspect
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import wraps
 from typing import Any
 
@@ -107,10 +108,54 @@ def stepwise_control(pipe: Any, arguments: Arguments, patches: int) -> Arguments
     return arguments | {name: tree_map(end if name.endswith("end") else start, x) for name, x in bounds.items()}
 
 
-def stepwise_progress(progress_bar: Callable[..., Any], call: CallState) -> Callable[..., Any]:
-    """A pipeline's ``progress_bar`` that counts steps."""
+class LoopNoise:
+    """Noise that a pipeline's loop draws beside its scheduler: with the first patch of a step, for all of them."""
+
+    def __init__(self, call: CallState) -> None:
+        self._call, self._substep = call, (-1, 0)
+        self.begin()
+
+    def begin(self) -> None:
+        """To be called ahead of the loop."""
+        self._drawn: list[Tensor] = []
+
+    @contextmanager
+    def once_a_step(self, pipe: Any) -> Iterator[None]:
+        """Within the context, ``randn_tensor`` of the pipeline's modules draws once a step."""
+        modules = {sys.modules[cls.__module__] for cls in type(pipe).__mro__}
+        with ExitStack() as stack:
+            for module in (one for one in modules if "randn_tensor" in vars(one)):
+                stack.enter_context(replaced(module, "randn_tensor", self._kept(module.randn_tensor)))
+            yield
+
+    def _kept(self, draw: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        @wraps(draw)
+        def drawn(*args: Any, **kwargs: Any) -> Tensor:
+            substep = self._call.step, self._call.patch
+            if substep != self._substep:
+                if substep[0] != self._substep[0] or not self._call.patch:
+                    self._drawn = []
+                self._substep, self._next = substep, iter(self._drawn)
+            if not self._call.patch:
+                self._drawn.append(draw(*args, **kwargs))
+                return self._drawn[-1].clone()
+            noise = next(self._next, None)
+            if noise is None:
+                refuse(
+                    "loops that draw noise in some iterations", "it would be drawn in some sub-steps of a step alone"
+                )
+            return noise.clone()
+
+        return drawn
+
+
+def stepwise_progress(
+    progress_bar: Callable[..., Any], call: CallState, begin: Callable[[], None]
+) -> Callable[..., Any]:
+    """A pipeline's ``progress_bar`` that counts steps; ``begin`` is called ahead of the loop that it shows."""
 
     def bar(iterable: Any = None, total: int | None = None) -> Any:
+        begin()
         if iterable is None:
             return progress_bar(total=_steps(total, call))
         return ticking(iterable, progress_bar(total=len(iterable) // call.patches))

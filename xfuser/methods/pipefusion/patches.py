@@ -23,20 +23,22 @@ class Patches:
         plan: of the transformer; tells which dimension of packed latents counts tokens, and of videos frames.
 
     Attributes:
-        behind: rows of a transformer's packed latents behind those that the scheduler steps: tokens of pictures.
+        ahead, behind: rows of tokens of a transformer's latents around those that the scheduler steps: of pictures.
     """
 
     def __init__(self, count: int, config: Any, plan: ModelPlan) -> None:
-        self.count, self.behind, self._dims = count, 0, {3: plan.packed, 4: 2, 5: plan.frames}
+        self.count, self._dims = count, {3: plan.packed, 4: 2, 5: plan.frames}
         size = getattr(config, "patch_size", None) or getattr(config, "all_patch_size", [1])[0]
         of_time = size[0] if isinstance(size, list | tuple) and len(size) == 3 else 1
         of_rows = size[-2] if isinstance(size, list | tuple) else size
         self._units = {4: of_rows, 5: getattr(config, "patch_size_t", None) or of_time}
         self._of_video = {False: (plan.frames, self._units[5]), True: (plan.height, of_rows)}
-        self._one_frame, self._divides_frames = False, plan.rows is None
+        self._one_frame, self._divides_frames, self._sums = False, plan.rows is None, bool(plan.linear)
+        self.ahead = self.behind = self._frame = 0
 
     def begin(self, latents: Tensor) -> None:
         """Divide latents of this shape from now on."""
+        self.ahead = self.behind = self._frame = 0
         frames, of_time = self._of_video[False]
         self._one_frame = latents.dim() == 5 and latents.shape[frames] == of_time and self._divides_frames
         self._dims[5], self._units[5] = self._of_video[self._one_frame]
@@ -46,7 +48,10 @@ class Patches:
         return self._dims.get(latents.dim(), 1)
 
     def kind(self, latents: Tensor) -> tuple[int, int]:
-        """Number of dimensions, and of entries in the divided one; a video of one frame is as good as an image."""
+        """Number of dimensions, and of entries in the divided one; a video of one frame is as good as an image, and
+        packed latents as the video that the scheduler steps of them."""
+        if latents.dim() == 3 and self._frame:
+            return 5, latents.shape[self.dim(latents)] // self._frame
         one_frame = self._one_frame and latents.dim() == 5
         return latents.dim() - one_frame, latents.shape[self.dim(latents)]
 
@@ -55,15 +60,17 @@ class Patches:
         return latents.shape[self.dim(latents)] // self._unit(latents)
 
     def rows(self, latents: Tensor, patch: int) -> range:
-        """Rows of tokens in a patch."""
-        count = self.row_count(latents)
+        """Rows of tokens in a patch; of packed latents that the scheduler steps as a video, those of frames."""
+        frame = self._frame if latents.dim() == 3 and self._frame else 1
+        count = self.row_count(latents) // frame
         if self.count > count:
             what = "frames" if latents.dim() == 5 and not self._one_frame else "rows"
             raise ValueError(
                 f"num_pipeline_patch={self.count} is more than the {count} {what} of tokens of latents of shape"
                 f" {tuple(latents.shape)}: use at most {count}"
             )
-        return share(split_sizes(count, self.count), patch)
+        rows = share(split_sizes(count, self.count), patch)
+        return range(rows.start * frame, rows.stop * frame)
 
     def tokens(self, latents: Tensor, tokens: int, patch: int) -> range:
         """Tokens of a patch, of an image with that many tokens."""
@@ -72,27 +79,42 @@ class Patches:
 
     def window(self, latents: Tensor, tokens: int, patch: int) -> Window:
         """What a patch computes of a transformer's latents with that many tokens: pictures and text with patch 0."""
-        image = self.tokens(self.stepped(latents), tokens - self.behind, patch)
-        return Window(image, patch == 0, range(tokens - self.behind, tokens) if patch == 0 else range(0))
+        rows, width = self.rows(self.stepped(latents), patch), tokens // self.row_count(latents)
+        image = range((rows.start + self.ahead if patch else 0) * width, (rows.stop + self.ahead) * width)
+        return Window(image, patch == 0, range(0) if patch else range(tokens - self.behind * width, tokens))
 
     def find_pictures(self, given: Tensor, sample: Tensor, ranks: int) -> None:
-        """Set ``behind`` by a transformer's first latents and the sample of the first step, where they are packed.
+        """Set what is beside the rows that the scheduler steps, by a transformer's first latents and the sample of the
+        first step: both packed, with pictures behind; or a video without the first frames of the latents, whose pixels
+        are the tokens where these are packed.
 
         Raises:
             ValueError: patches have fewer tokens than there are ranks to share them, which the first step did not know.
         """
-        more = given.shape[self.dim(given)] - sample.shape[self.dim(given)] if given.dim() == sample.dim() == 3 else 0
-        if more <= 0 or not torch.equal(given[tuple(map(slice, sample.shape))], sample.to(given.dtype)):
+        packs = given.dim() == 3 and sample.dim() == 5
+        rows = sample.movedim(3 - self._dims[5], -1).flatten(1, 3) if packs else sample
+        dim, unit = self.dim(given), self._unit(given)
+        more = given.shape[dim] - rows.shape[dim] if given.dim() == rows.dim() in (3, 5) else -1
+        if more < (not packs) or self._one_frame or self._sums:
             return
-        shared = len(self.rows(given, self.count - 1)) >= ranks
-        self.behind, smallest = more, len(self.rows(sample, self.count - 1))
-        if shared and smallest < ranks:
+        ahead, own = more if sample.dim() == 5 else 0, tuple(map(slice, rows.shape))
+        if not torch.equal(given.narrow(dim, ahead, rows.shape[dim])[own], rows.to(given.dtype)):
+            return
+        before = len(self.rows(given, self.count - 1))
+        self.ahead, self.behind = ahead // unit, (more - ahead) // unit
+        self._frame = rows.shape[dim] // self.row_count(sample) if packs else 0
+        height, of_rows = self._of_video[True]
+        width = 1 if given.dim() == 3 else math.prod(given.shape[height : height + 2]) // of_rows**2
+        smallest = len(self.rows(self.stepped(given), self.count - 1)) * width
+        if smallest < ranks <= before * width:
             what = f"patches of {smallest} tokens, beside those of pictures, on {ranks} ranks of Ulysses and ring"
             refuse(what, "the first step shared the tokens of larger ones", "Lower num_pipeline_patch")
 
     def stepped(self, x: Tensor) -> Tensor:
         """Of a transformer's latents or output, the rows that the scheduler steps, as a view."""
-        return x.narrow(self.dim(x), 0, x.shape[self.dim(x)] - self.behind) if self.behind else x
+        if not self.ahead + self.behind:
+            return x
+        return self.view(x, range(self.ahead, self.row_count(x) - self.behind))
 
     def view(self, latents: Tensor, rows: range) -> Tensor:
         """The latents of these rows of tokens, as a view."""

@@ -15,6 +15,7 @@ from xfuser.core.hooks import Arguments, replaced
 from xfuser.methods.pipefusion.blocks import StageBlocks
 from xfuser.methods.pipefusion.channel import Channel, Route, open_channels, routes_of
 from xfuser.methods.pipefusion.loop import (
+    LoopNoise,
     boundary_of,
     branches_of,
     guiders_of,
@@ -88,8 +89,8 @@ class PipeFusion:
             self._close_channels()
         controlled = bool(controlnets_of(self._pipe))  # every stage runs these, and needs fresh latents for them
         if not self._channels:
-            takers = self._group.world_size if controlled else 1
-            routes = set().union(*(routes_of(one.plan, one.owners, takers) for one in self._blocks))
+            takers = set(range(self._group.world_size)) if controlled else set()
+            routes = set().union(*(routes_of(one.plan, one.chains, takers) for one in self._blocks))
             self._channels = open_channels(self._group.group_ranks, routes, call.patches)
         begins = partial(branches_of, self._pipe), self._start
         self.stages = {one.model: Stage(one, self._channels, call, *begins, controlled) for one in self._blocks}
@@ -168,7 +169,10 @@ class PipeFusion:
             vars(pipe)["scheduler"] = patchwise(pipe.scheduler, call, patches, end_substep, boundary_of(pipe))
             for guider in guiders_of(pipe):
                 stack.enter_context(replaced(guider, "set_state", stepwise_guider(guider.set_state, call)))
-            for name, stepwise in (("progress_bar", stepwise_progress), ("get_timesteps", plain_steps)):
+            noise = LoopNoise(call)
+            stack.enter_context(noise.once_a_step(pipe))
+            progress = partial(stepwise_progress, begin=noise.begin)
+            for name, stepwise in (("progress_bar", progress), ("get_timesteps", plain_steps)):
                 for owner in filter(lambda one, name=name: hasattr(one, name), (pipe, *loops_of(pipe))):
                     stack.enter_context(replaced(owner, name, stepwise(getattr(owner, name), call)))
             yield

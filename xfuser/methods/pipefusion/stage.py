@@ -11,15 +11,15 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from xfuser.call import CallState, Forward
 from xfuser.core.distributed import get_sp_group
-from xfuser.core.hooks import Arguments, edited_output, replaced
+from xfuser.core.hooks import Arguments, replaced
 from xfuser.methods.pipefusion.blocks import StageBlocks
-from xfuser.methods.pipefusion.channel import Channel, Route, skip_hook, skips
+from xfuser.methods.pipefusion.channel import Channel, Route
 from xfuser.methods.pipefusion.kept import Kept
 from xfuser.methods.pipefusion.loop import once_a_step
 from xfuser.methods.pipefusion.patches import Patches, zeros
 from xfuser.methods.pipefusion.refusals import refuse
-from xfuser.methods.tokens import TokenShares, Window
-from xfuser.models.plan import blocks_of
+from xfuser.methods.pipefusion.relay import Relay
+from xfuser.methods.tokens import Window
 
 NOT_OF_ROWS = "it depends on the full latents or the number of the step, or its tokens are no rows of the latents"
 SAME_CALLS = "Remove what changes guidance during the call"
@@ -43,36 +43,39 @@ class Stage:
         branches: Callable[[], list[Any]], on_start: Callable[["Stage"], None], controlled: bool,
     ) -> None:  # fmt: skip
         model, plan = blocks.model, blocks.plan
-        self._model, self._plan, self._owners, self._group = model, plan, blocks.owners, blocks.group
+        self._model, self._plan, self._last, self._group = model, plan, blocks.last, blocks.group
         self._channels, self._call, self._on_start = channels, call, on_start
         self._branches_now, self._controlled, self._runs = branches, controlled, False
         self._name, self.number = type(model).__name__, self._group.rank_in_group
         self.kept = Kept(call)
         self.patches = Patches(call.patches, getattr(model, "config", model), plan)
+        self._chains = [Relay(one, self.number, plan, channels, call, self._window) for one in blocks.chains]
         self.forget()
 
     def forget(self) -> None:
         """Drop the state of the last denoising loop, or of the transformer's part of one."""
         self._first = 0  # step in which the transformer was called first
         self._latents: list[Tensor] = []  # input of each call of the first sub-step
-        self.patches.behind = 0
         self._outputs: list[tuple[list[Tensor], Any]] = []  # full output of each call: tensors, tree
         self._autocast = False  # whether the dtypes of activations depend on their operators
         self.kept.clear()
-        # Elements per token, shares and streams of each message with tokens in this sub-step, and in the last
-        # asynchronous one.
-        self._received: list[tuple[int, TokenShares, list[str]]] = []
-        self._received_before: list[tuple[int, TokenShares, list[str]]] | None = None
+        for chain in self._chains:
+            chain.forget()
 
     @property
     def is_last(self) -> bool:
         """Whether this stage has the last block."""
-        return self.number == self._owners[-1]
+        return self.number == self._last
 
     @property
     def started(self) -> bool:
         """Whether the transformer has been called, and no other since."""
         return bool(self._latents)
+
+    @property
+    def holds(self) -> bool:
+        """Whether the forward that is running has come to this stage's blocks, and not yet left them."""
+        return self._chains[-1].holds
 
     def part(self, output: Tensor) -> Tensor:
         """View of what this rank computes of an output in this sub-step: no row of it before the last stage."""
@@ -100,27 +103,16 @@ class Stage:
         """Within the context, tokens come from the previous stage and go to the next."""
         self._call.around(self._model, self._layer)
         self._call.at_schedule(self.forget)
-        blocks = blocks_of(self._model, self._plan)
-        own = [block for block, owner in zip(blocks, self._owners, strict=True) if owner == self.number]
         with ExitStack() as stack:
             embed, head = (name and self._model.get_submodule(name) for name in (self._plan.embed, self._plan.head))
             if embed:
                 stack.enter_context(replaced(embed, "forward", self._embedding(embed.forward)))
-            if not self.is_last:
-                send = partial(self._send, own[-1].list_name)
-                stack.enter_context(edited_output(own[-1].module, send))
-                if isinstance(head, nn.Linear):
-                    stack.enter_context(replaced(head, "forward", partial(zeros, dim=-1, size=head.out_features)))
-            for consumer, route in skips(self._plan, self._owners):
-                if route in self._channels:
-                    sends = route[1] == self.number
-                    hook = skip_hook(blocks[consumer].module, self._plan.skip, self._channels[route], sends)
-                    stack.enter_context(hook)
-            if self.number > 0:  # what the forward does behind a block, it then does with what was received
-                before = blocks[self._owners.index(self.number) - 1]
-                stack.enter_context(edited_output(before.module, partial(self._receive, before.list_name)))
+            if not self.is_last and isinstance(head, nn.Linear):
+                stack.enter_context(replaced(head, "forward", partial(zeros, dim=-1, size=head.out_features)))
+            for chain in self._chains:
+                stack.enter_context(chain.active())
             if self._plan.text is None and self._call.patches > 1 and not self._call.compiled:
-                for block in own:
+                for block in (block for chain in self._chains for block in chain.own):
                     for name in self._plan.text_modules:
                         stack.enter_context(once_a_step(block.module.get_submodule(name), self._call))
             yield
@@ -134,21 +126,20 @@ class Stage:
         """
         call, latents = self._call, results[0]
         self._check_substep(latents, sample)
-        if not call.synchronous:
-            self._received_before = self._received
-        self._received = []
+        for chain in self._chains:
+            chain.end_substep()
         if call.ends_step and call.step + 1 == call.steps:
             self.kept.clear()  # the VAE can have their memory
         for channel in self._channels.values():
             channel.end_substep()
         if call.ends_step and call.ends_whole(call.step):
             for x in results:
-                x.copy_(self._group.broadcast(x, src=self._owners[-1]))
+                x.copy_(self._group.broadcast(x, src=self._last))
         if not call.ends_whole(call.step):
             for (kind, sender, _), channel in self._channels.items():
                 if kind == "latents" and sender == self.number:
                     channel.send([self.patches.of(latents, call.patch)])
-        channel = self._channels.get(("latents", self._owners[-1], self.number))
+        channel = self._channels.get(("latents", self._last, self.number))
         coming = self._following((call.step, call.patch))
         if channel and coming:
             rows, following = self.patches.of(latents, coming[1]), self._following(coming)
@@ -178,6 +169,8 @@ class Stage:
             kept, tree = self._outputs[index]
             return tree_unflatten([x.clone() for x in kept], tree)
         self._runs = True
+        for chain in self._chains:
+            chain.holds = chain.begins
         parts, tree = tree_flatten(forward(arguments))
         self._runs = False
         if self._call.synchronous:
@@ -243,81 +236,32 @@ class Stage:
         """Zeros in the shapes of the full outputs, of which ``parts`` are computed here."""
         dtypes = [x.dtype for x in parts]
         if self._autocast:  # only the last stage has the output's own
-            dtypes = self._group.broadcast_object(dtypes, src=self._owners[-1])
-        length = self.patches.kind(self._latents[0])[1]
-        return [zeros(x, self.patches.dim(x), length, dtype) for x, dtype in zip(parts, dtypes, strict=True)]
+            dtypes = self._group.broadcast_object(dtypes, src=self._last)
+        latents, dim = self._latents[0], self.patches.dim
+        return [zeros(x, dim(x), latents.shape[dim(latents)], dtype) for x, dtype in zip(parts, dtypes, strict=True)]
 
     def _embedding(self, embed: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        """Computes the tokens of this sub-step on the first stage; elsewhere zeros, of which the shape matters.
+        """Computes the tokens of this sub-step on stages with first blocks; else zeros, of which the shape matters.
 
         Outside of the model's forward, where pipelines embed tokens for a ControlNet, it computes them all.
         """
 
+        embeds = any(chain.begins for chain in self._chains)
+
         def forward(latents: Tensor) -> Tensor:
-            if not self._runs or (self.number == 0 and self._call.synchronous):
+            if not self._runs or (embeds and self._call.synchronous):
                 return embed(latents)
             window = self.patches.window(latents, self.patches.row_count(latents), self._call.patch)
-            rows = window.ranges if self.number == 0 else (range(1),)
+            rows = window.ranges if embeds else (range(1),)
             parts = [embed(self.patches.view(latents, one)) for one in rows]
             dim = self.patches.dim(parts[0])
             full = zeros(parts[0], dim, self.patches.row_count(latents))
-            if self.number == 0:
+            if embeds:
                 for one, part in zip(rows, parts, strict=True):
                     full.narrow(dim, one.start, len(one)).copy_(part)
             return full
 
         return forward
-
-    def _receive(self, blocks: str, stub: nn.Module, args: tuple, output: Any) -> Any:
-        """Behind the stub ahead of this stage's first block: the tokens that the previous stage sent."""
-        outputs, dim = self._plan.outputs(blocks), self._plan.carrier_dim
-        carried = [output] if isinstance(output, Tensor) else output
-        image = next(x for x, streams in zip(carried, outputs, strict=True) if "image" in streams)
-        shape = [-1 if i == dim else size for i, size in enumerate(image.shape)]
-        per_token = image.shape[1 - dim] * image.shape[2]
-        counts = self._call.tokens.own
-        names = [stream for stream in counts if any(stream in streams for streams in outputs)]
-        self._received.append((per_token, self._call.tokens, names))
-        channel = self._channels["tokens", self.number - 1, self.number]
-        received = channel.receive(self._sizes([per_token * counts[name] for name in names]), image, self._next_sizes())
-        if self._call.skips is not None:
-            self._call.skips = bool(received.pop(0))
-        parts = {name: part.view(shape) for name, part in zip(names, received, strict=True)}
-        for _, route in skips(self._plan, self._owners):
-            if route[2] == self.number:
-                self._channels[route].expect([image.numel()], image)
-        joined = tuple(torch.cat([parts[one] for one in streams], dim=dim) for streams in outputs)
-        return joined[0] if isinstance(output, Tensor) else joined
-
-    def _next_sizes(self) -> list[int] | None:
-        """Elements of the next message with tokens, where they are certain."""
-        number, patch = len(self._received), self._call.patch
-        if self._received_before is None or self._call.synchronous:
-            return None
-        if number == len(self._received_before):
-            following = self._call.after(self._call.step, patch)
-            if following is None:
-                return None
-            number, patch = 0, following[1]
-        per_token, shares, streams = self._received_before[number]
-        counts = shares.at(self._window(shares.totals["image"], patch)).own
-        return self._sizes([per_token * counts[stream] for stream in streams])
-
-    def _sizes(self, tokens: list[int]) -> list[int]:
-        """Elements of each tensor of a message with tokens, ahead of which may be a flag."""
-        return tokens if self._call.skips is None else [1, *tokens]
-
-    def _send(self, blocks: str, block: nn.Module, args: tuple, output: Any) -> None:
-        """Behind this stage's last block: image tokens first, whatever the order in the blocks."""
-        counts, parts, flag = self._call.tokens.own, {}, []
-        tensors = [output] if isinstance(output, Tensor) else output
-        for x, streams in zip(tensors, self._plan.outputs(blocks), strict=True):
-            own = x.split([counts[stream] for stream in streams], self._plan.carrier_dim)
-            parts |= dict(zip(streams, own, strict=True))
-        if self._call.skips is not None:  # a cache's decision, with the tokens
-            flag = [tensors[0].new_full((1,), self._call.skips)]
-        channel = self._channels["tokens", self.number, self.number + 1]
-        channel.send([*flag, *(parts[stream] for stream in counts if stream in parts)])
 
 
 def first_of(latents: Any) -> Any:

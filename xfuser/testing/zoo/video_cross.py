@@ -9,7 +9,8 @@ from xfuser.testing.zoo.family import HEAD_DIM, HEADED, HEADS, TEXT, VIDEO, WIDT
 
 
 def _vace(model: Any, rows: int, draw: Callable) -> Inputs:
-    control = {"control_hidden_states": draw(rows, 8, 3, 10, 6), "control_hidden_states_scale": torch.tensor([0.7])}
+    scales = torch.linspace(0.7, 0.4, len(model.vace_blocks))
+    control = {"control_hidden_states": draw(rows, 8, 3, 10, 6), "control_hidden_states_scale": scales}
     return {"encoder_hidden_states": draw(rows, WORDS, TEXT)} | control
 
 
@@ -153,7 +154,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "wan": Family("WanTransformer3DModel", "Wan 2.1, 2.2", WAN, VIDEO, text),
     "wan_vace": Family(
-        "WanVACETransformer3DModel", "Wan VACE", WAN | {"vace_layers": [0], "vace_in_channels": 8}, VIDEO, _vace
+        "WanVACETransformer3DModel", "Wan VACE", WAN | {"vace_layers": [0, 2], "vace_in_channels": 8}, VIDEO, _vace
     ),
     "anyflow": Family(
         "AnyFlowTransformer3DModel",

@@ -1,0 +1,132 @@
+"""Tokens on their way from stage to stage: what one stage receives and sends of those of a chain of blocks."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xfuser.call import CallState
+from xfuser.core.hooks import edited_output
+from xfuser.methods.pipefusion.blocks import Chain
+from xfuser.methods.pipefusion.channel import Channel, Route, skip_hook, skips
+from xfuser.methods.tokens import TokenShares, Window
+from xfuser.models.plan import ModelPlan, Streams
+
+
+class Relay:
+    """One stage's part of a chain: tokens come from the stage ahead of it, and go to the one behind.
+
+    Args:
+        number: of the stage.
+        channels: this rank's ends of the channels between stages.
+        window: gives the tokens of a patch, of an image with that many.
+
+    Attributes:
+        own: the blocks of this stage.
+        begins: whether the first block of the chain is among them.
+        holds: whether the tokens are on this stage in the forward that is running.
+    """
+
+    def __init__(
+        self, chain: Chain, number: int, plan: ModelPlan, channels: dict[Route, Channel], call: CallState,
+        window: Callable[[int, int], Window],
+    ) -> None:  # fmt: skip
+        self._chain, self._number, self._plan, self._channels = chain, number, plan, channels
+        self._call, self._window = call, window
+        self._places = [i for i, owner in enumerate(chain.owners) if owner == number]
+        self.own, self.begins = [chain.blocks[i] for i in self._places], 0 in self._places
+        self.holds = False
+        self._hints = int(chain.kind != "tokens")  # of a block's outputs those that stay on its stage
+        self._skips = {} if self._hints else {i: one for i, one in skips(plan, chain.owners) if one in channels}
+
+    def forget(self) -> None:
+        """Drop what is known of the last denoising loop's messages."""
+        # Elements per token, shares and streams of each message in this sub-step, and in the last asynchronous one.
+        self._received: list[tuple[int, TokenShares, list[str]]] = []
+        self._received_before: list[tuple[int, TokenShares, list[str]]] | None = None
+
+    def end_substep(self) -> None:
+        """To be called when the scheduler has stepped."""
+        if not self._call.synchronous:
+            self._received_before = self._received
+        self._received = []
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Within the context, tokens come from the previous stage and go to the next."""
+        blocks, owners, places = self._chain.blocks, self._chain.owners, self._places
+        with ExitStack() as stack:
+            if places and places[-1] + 1 < len(blocks):
+                self._to = self._channels[self._chain.kind, self._number, owners[places[-1] + 1]]
+                stack.enter_context(edited_output(blocks[places[-1]].module, self._send))
+            for consumer, route in self._skips.items():
+                hook = skip_hook(
+                    blocks[consumer].module, self._plan.skip, self._channels[route], route[1] == self._number
+                )
+                stack.enter_context(hook)
+            if places and places[0] > 0:  # what the forward does behind a block, it then does with what was received
+                self._from = self._channels[self._chain.kind, owners[places[0] - 1], self._number]
+                stack.enter_context(edited_output(blocks[places[0] - 1].module, self._receive))
+            yield
+
+    def _receive(self, stub: nn.Module, args: tuple, output: Any) -> Any:
+        """Behind the stub ahead of this stage's first block: the tokens that the previous stage sent."""
+        self.holds, dim = True, self._plan.carrier_dim
+        passed = self._passed(self._places[0] - 1, output)
+        image = next(x for x, streams in passed if "image" in streams)
+        shape = [-1 if i == dim else size for i, size in enumerate(image.shape)]
+        per_token = image.shape[1 - dim] * image.shape[2]
+        counts = self._call.tokens.own
+        names = [stream for stream in counts if any(stream in streams for _, streams in passed)]
+        self._received.append((per_token, self._call.tokens, names))
+        sizes = self._sizes([per_token * counts[name] for name in names])
+        received = self._from.receive(sizes, image, self._next_sizes())
+        if self._flagged:
+            self._call.skips = bool(received.pop(0))
+        parts = {name: part.view(shape) for name, part in zip(names, received, strict=True)}
+        for route in self._skips.values():
+            if route[2] == self._number:
+                self._channels[route].expect([image.numel()], image)
+        joined = [torch.cat([parts[one] for one in streams], dim=dim) for _, streams in passed]
+        return joined[0] if isinstance(output, Tensor) else (*output[: self._hints], *joined)
+
+    def _send(self, block: nn.Module, args: tuple, output: Any) -> None:
+        """Behind this stage's last block: image tokens first, whatever the order in the blocks."""
+        self.holds, counts, parts, flag = False, self._call.tokens.own, {}, []
+        for x, streams in self._passed(self._places[-1], output):
+            own = x.split([counts[stream] for stream in streams], self._plan.carrier_dim)
+            parts |= dict(zip(streams, own, strict=True))
+        if self._flagged:  # a cache's decision, with the tokens
+            flag = [parts["image"].new_full((1,), self._call.skips)]
+        self._to.send([*flag, *(parts[stream] for stream in counts if stream in parts)])
+
+    def _passed(self, place: int, output: Any) -> list[tuple[Tensor, Streams]]:
+        """What a block passes on to the next one, with its streams."""
+        tensors = [output] if isinstance(output, Tensor) else output
+        streams = self._plan.outputs(self._chain.blocks[place].list_name)
+        return [*zip(tensors, streams, strict=True)][self._hints :]
+
+    @property
+    def _flagged(self) -> bool:
+        """Whether messages begin with a flag: whether a cache leaves the blocks out."""
+        return self._call.skips is not None and not self._hints
+
+    def _next_sizes(self) -> list[int] | None:
+        """Elements of the next message, where they are certain."""
+        number, patch = len(self._received), self._call.patch
+        if self._received_before is None or self._call.synchronous:
+            return None
+        if number == len(self._received_before):
+            following = self._call.after(self._call.step, patch)
+            if following is None:
+                return None
+            number, patch = 0, following[1]
+        per_token, shares, streams = self._received_before[number]
+        counts = shares.at(self._window(shares.totals["image"], patch)).own
+        return self._sizes([per_token * counts[stream] for stream in streams])
+
+    def _sizes(self, tokens: list[int]) -> list[int]:
+        """Elements of each tensor of a message, ahead of which may be a flag."""
+        return [1, *tokens] if self._flagged else tokens
