@@ -1,13 +1,14 @@
 """``xdit serve``: checks, then the HTTP process and its ranks."""
 
 import argparse
+import asyncio
 import importlib.util
 import os
 import socket
 import sys
 from contextlib import suppress
 from dataclasses import replace
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from xfuser.config import FlexibleArgumentParser, xFuserArgs
 from xfuser.pipeline_io.media import check_writable
@@ -67,20 +68,29 @@ def listening(host: str, port: int) -> socket.socket:
 
 def run(args: xFuserArgs, arguments: list[str], options: argparse.Namespace, port: socket.socket) -> NoReturn:
     """The HTTP process, until it is interrupted or the ranks do not start."""
-    import uvicorn
-
-    from xfuser.serve.app import create_app
     from xfuser.serve.server import Server
 
     server = Server(args, arguments, options)
-    app = create_app(server, ended=lambda _: setattr(http, "should_exit", True))
-    http = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
     host, number = port.getsockname()[:2]
     print(f"xdit serve: http://{host}:{number} (model {server.model}; /health tells when it is ready)", flush=True)
-    with suppress(KeyboardInterrupt):  # which uvicorn raises once more when it has ended
-        http.run(sockets=[port])
-    sys.stdout.flush()
+    with suppress(KeyboardInterrupt):
+        asyncio.run(_answer(server, port))
+    if server.engine.failed:
+        print(f"xdit serve: {server.engine.why}", file=sys.stderr, flush=True)
     os._exit(1 if server.engine.failed else 0)  # interpreter shutdown takes 10 s behind torchrun's launcher
+
+
+async def _answer(server: Any, port: socket.socket) -> None:
+    """Run the engine, and answer requests as long as it runs; to be cancelled."""
+    import uvicorn
+
+    from xfuser.serve.app import create_app
+
+    engine = asyncio.create_task(server.engine.run())
+    app = await asyncio.to_thread(create_app, server)  # loads the page's library, while the ranks start
+    http = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
+    engine.add_done_callback(lambda _: setattr(http, "should_exit", True))
+    await http.serve([port])
 
 
 def parser() -> FlexibleArgumentParser:
