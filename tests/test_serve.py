@@ -38,7 +38,7 @@ def served(tmp_path_factory):
         "--ulysses_degree",
         2,
         "--hang_timeout",
-        8,
+        3,
         "--trust_remote_code",
     )
     server = Served(folder, *flags, "--max_queue", 12, "--max_batch", 4, "--height", SIDE, "--width", SIDE)
@@ -329,7 +329,7 @@ def test_what_a_batch_has_in_common():
 def server_of(*flags):
     """One that does not run: no ranks are started."""
     args, options = command.parsed([*flags])
-    return Server(args, [*flags], options)
+    return Server(args, options)
 
 
 def test_unknown_words_and_videos_are_refused():

@@ -22,19 +22,20 @@ RETRY_AFTER = "2"  # seconds
 FileName = Annotated[str, Path(pattern=r"^[0-9a-f]{32}\.png$")]  # that a server gives
 
 
-def create_app(server: Server, videos: bool = True) -> FastAPI:
-    """The application with its page; ``videos``: whether jobs of videos are kept here."""
-    from xfuser.serve.page import mount
-
+def create_app(server: Server, alone: bool = True) -> FastAPI:
+    """The application; with videos and the page where it is ``alone``, as what they keep is in one process."""
     app = FastAPI(title="xdit serve")
     app.add_exception_handler(Failure, lambda call, failure: refusal(failure))
     for kind in (ValidationError, RequestValidationError):
         app.add_exception_handler(kind, lambda call, error: refusal(invalid(error.errors())))
     _add_state(app, server)
     _add_images(app, server)
-    if videos:
+    if alone:
+        from xfuser.serve.page import mount
+
         _add_videos(app, server)
-    return mount(app, server)
+        mount(app, server)
+    return app
 
 
 def refusal(failure: Failure) -> JSONResponse:

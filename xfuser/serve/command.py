@@ -24,17 +24,12 @@ NUMBERS = {  # flags of the server that are to be more than 0: their defaults, a
 }
 
 
-def main(arguments: list[str]) -> int:
-    """Serve until it is interrupted; on a rank, draw until the engine ends. Returns the exit code."""
+def main(arguments: list[str]) -> NoReturn:
+    """Serve until it is interrupted, or the ranks do not start."""
     args, options = parsed(arguments)
-    if options.engine:
-        from xfuser.serve.worker import serve
-
-        serve(args, options.engine, options.elastic)
-        return 0
     check(args, options)
     with listening(options.host, options.port) as port:
-        run(args, arguments, options, port)
+        run(args, options, port)
 
 
 def parsed(arguments: list[str]) -> tuple[xFuserArgs, argparse.Namespace]:
@@ -66,18 +61,18 @@ def listening(host: str, port: int) -> socket.socket:
         raise ValueError(f"cannot listen on {host}:{port} ({error}): choose another --port") from error
 
 
-def run(args: xFuserArgs, arguments: list[str], options: argparse.Namespace, port: socket.socket) -> NoReturn:
-    """The HTTP process, until it is interrupted or the ranks do not start."""
+def run(args: xFuserArgs, options: argparse.Namespace, port: socket.socket) -> NoReturn:
+    """The HTTP process."""
     from xfuser.serve.server import Server
 
-    server = Server(args, arguments, options)
+    server = Server(args, options)
     host, number = port.getsockname()[:2]
     print(f"xdit serve: http://{host}:{number} (model {server.model}; /health tells when it is ready)", flush=True)
     with suppress(KeyboardInterrupt):
         asyncio.run(_answer(server, port))
     if server.engine.failed:
         print(f"xdit serve: {server.engine.why}", file=sys.stderr, flush=True)
-    os._exit(1 if server.engine.failed else 0)  # interpreter shutdown takes 10 s behind torchrun's launcher
+    os._exit(1 if server.engine.failed else 0)  # the interpreter's shutdown takes seconds
 
 
 async def _answer(server: Any, port: socket.socket) -> None:
@@ -107,7 +102,6 @@ def parser() -> FlexibleArgumentParser:
     flags.add_argument(
         "--elastic", action="store_true", help="Draw each call on as many of the ranks as end it soonest."
     )
-    flags.add_argument("--engine", help=argparse.SUPPRESS)
     for name, (default, told) in NUMBERS.items():
         flags.add_argument(f"--{name}", type=type(default), default=default, help=f"{told[:-1]} (default: {default}).")
     return xFuserArgs.add_cli_args(flags)

@@ -1,6 +1,7 @@
 """The ranks as the HTTP process sees them: started, given one call after the other, ended and started anew."""
 
 import asyncio
+import multiprocessing
 import os
 import tempfile
 import time
@@ -12,7 +13,6 @@ from multiprocessing.connection import Connection, Listener
 from threading import Thread
 from typing import Any
 
-import psutil
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from xfuser.config import InputConfig
@@ -71,7 +71,8 @@ class Engine:
     """Draws the jobs that wait, in the order of their arrival, as long as :meth:`run` does.
 
     Args:
-        launch: starts the ranks with an address in their arguments, and returns when they have ended.
+        launch: starts the ranks as children of this process, which has no others, with an address to connect to; it
+            returns when they have ended.
         sizes: the numbers of ranks that a call may have; the last one is how many there are.
         inputs: the defaults of requests, by which calls are measured.
         capacity: jobs that may wait; ``hang``: seconds without a step after which the ranks of a call hang.
@@ -158,7 +159,8 @@ class Engine:
             self._settle_down(down)
         finally:
             while not launcher.done():  # also while it starts them
-                self._kill()
+                for rank in multiprocessing.active_children():
+                    rank.kill()
                 await asyncio.wait([launcher], timeout=POLL)
 
     def _hear(self, connection: Connection | None, name: str, value: Any) -> None:
@@ -235,7 +237,7 @@ class Engine:
         if everyone and alike:
             self._calls.remove(call)
             self._settle(call, *call.ends[call.ranks[0]])
-        elif failed and (everyone or silence > GRACE):
+        elif failed and (everyone or silence > min(GRACE, self._hang)):
             self._calls.remove(call)
             self._settle(call, *failed[0])
             raise RanksDown("a call ended differently on two ranks")
@@ -283,13 +285,6 @@ class Engine:
         for job in jobs:
             self.metrics.failures.labels(failure.code).inc()
             job.finish(failure)
-
-    def _kill(self) -> None:
-        """End the ranks at once, also those that have not connected yet."""
-        for process in psutil.Process().children():
-            with suppress(psutil.Error):  # it has just ended
-                if self._address in process.cmdline():
-                    process.kill()
 
 
 def accept(listener: Listener, put: Callable[..., Any]) -> None:

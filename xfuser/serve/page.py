@@ -19,9 +19,9 @@ FONTS = ["system-ui", "sans-serif"]  # none that a browser would fetch
 HISTORY = 20  # pictures
 
 
-def mount(app: FastAPI, server: Server) -> FastAPI:
+def mount(app: FastAPI, server: Server) -> None:
     """Add the page, behind all other routes."""
-    return gradio.mount_gradio_app(app, page(server), path="/", theme=gradio.themes.Default(font=FONTS))
+    gradio.mount_gradio_app(app, page(server), path="/", theme=gradio.themes.Default(font=FONTS))
 
 
 def page(server: Server) -> gradio.Blocks:

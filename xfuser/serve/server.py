@@ -4,6 +4,7 @@ import asyncio
 import base64
 import io
 import math
+import multiprocessing
 import os
 import random
 import threading
@@ -17,7 +18,7 @@ from fastapi import UploadFile
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
-from xfuser.cli.main import launch
+from xfuser.cli.main import call, start
 from xfuser.cli.words import check_words
 from xfuser.config import xFuserArgs
 from xfuser.config.config import DEGREES
@@ -28,6 +29,7 @@ from xfuser.serve import elastic
 from xfuser.serve.engine import Engine
 from xfuser.serve.jobs import Failure, Job
 
+WORKER = "xfuser.serve.worker:serve"  # what a rank calls
 LONGEST_PROMPT, MOST_STEPS, SEEDS = 4000, 1000, 2**31
 SETTINGS = ("num_inference_steps", "height", "width", "guidance_scale", "num_frames")
 KEPT_FILES, KEPT_COUNTS, KEPT_VIDEOS = 1000, 1000, 100
@@ -90,24 +92,25 @@ class Server:
 
     Args:
         args: how the pipeline runs, and defaults of requests.
-        arguments: the same as command-line flags, for the ranks.
         options: the server's own flags.
 
     Raises:
         ValueError: ``args`` are wrong.
     """
 
-    def __init__(self, args: xFuserArgs, arguments: list[str], options: Namespace) -> None:
+    def __init__(self, args: xFuserArgs, options: Namespace) -> None:
         self.args, self.options = args, options
         self.config, self.inputs = args.checked()
         ranks = self.config.world_size
         self.model = os.path.basename(self.config.model_config.model.rstrip("/"))
         self._sizes = elastic.sizes_of(ranks, options.elastic)
 
-        def start(address: str) -> None:
-            launch(ranks, ["serve", *arguments, "--engine", address])
+        def launch(address: str) -> None:
+            start(ranks, call, WORKER, args, address, options.elastic)
 
-        self.engine = Engine(start, self._sizes, self.inputs, options.max_queue, options.hang_timeout)
+        on_cpu = devices.device_type() == "cpu"  # other devices do not outlive a fork, if a library has looked at them
+        multiprocessing.set_forkserver_preload([WORKER.partition(":")[0]] if on_cpu else [])
+        self.engine = Engine(launch, self._sizes, self.inputs, options.max_queue, options.hang_timeout)
         self._memory = self.config.runtime_config.memory or devices.total_memory()
         self._machine = calibrated() if options.elastic else None
         self._counted, self._counting = lru_cache(KEPT_COUNTS)(self._count), threading.Lock()

@@ -4,6 +4,7 @@ import inspect
 import io
 import os
 import tempfile
+import threading
 from dataclasses import replace
 from multiprocessing.connection import Client, Connection
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch.nn import functional
+from tqdm import tqdm
 
 from xfuser.config import EngineConfig, InputConfig, xFuserArgs
 from xfuser.core.distributed import get_world_group
@@ -31,6 +33,7 @@ class Cancelled(Exception):
 
 def serve(args: xFuserArgs, address: str, is_elastic: bool) -> None:
     """Load, connect to the engine's socket, and draw until the engine is gone."""
+    tqdm.set_lock(threading.RLock())  # in place of a semaphore, which outlives a rank that is killed
     engine_config, inputs = args.create_config()
     pipe = load_pipeline(engine_config, inputs)
     pipe.set_progress_bar_config(disable=True)
