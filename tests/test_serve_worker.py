@@ -120,10 +120,7 @@ def _elastic(path: str, calls: list[Any], degrees: dict[str, Any]) -> Any:
     pipe = load_pipeline(engine_config, inputs)
     pipe.set_progress_bar_config(disable=True)
     teams, rank = worker.teams_of(pipe, engine_config, inputs, True), torch.distributed.get_rank()
-    groups, made = (
-        len(torch.distributed.distributed_c10d._world.pg_map),
-        elastic.sizes_of(engine_config.world_size, True),
-    )
+    groups = len(torch.distributed.distributed_c10d._world.pg_map)
     ends = []
     for size, batches in calls:
         ends.append(worker.draw(teams, inputs, size, batches[rank // size], None))

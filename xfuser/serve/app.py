@@ -187,15 +187,11 @@ def _described(job: Job, model: str) -> dict[str, Any]:
     """A video as OpenAI's API describes it."""
     failure, frames = job.failure, job.settings["num_frames"] or 0
     status = "failed" if failure else "completed" if job.outcome else "in_progress" if job.step else "queued"
-    told = {"id": job.id, "object": "video", "model": model, "status": status, "created_at": int(job.arrived)}
-    return told | {
-        "progress": 100 if status == "completed" else 100 * job.step // job.settings["num_inference_steps"],
-        "size": _size(job),
-        "seconds": f"{max(frames - 1, 0) / FRAMES_PER_SECOND:g}",
-        "prompt": job.prompt,
-        "seed": job.seed,
-        "error": failure and failure.body()["error"],
-    }
+    progress = 100 if status == "completed" else 100 * job.step // job.settings["num_inference_steps"]
+    seconds, error = f"{max(frames - 1, 0) / FRAMES_PER_SECOND:g}", failure and failure.body()["error"]
+    told = {"id": job.id, "object": "video", "model": model, "created_at": int(job.arrived), "error": error}
+    told |= {"status": status, "progress": progress, "seconds": seconds, "size": _size(job)}
+    return told | {"prompt": job.prompt, "seed": job.seed}
 
 
 def _size(job: Job) -> str:

@@ -14,7 +14,7 @@ from xfuser.config import FlexibleArgumentParser, xFuserArgs
 from xfuser.pipeline_io.media import check_writable
 from xfuser.serve import elastic
 
-PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "gradio", "multipart", "psutil")
+PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "gradio", "multipart")
 DEFAULT_MODEL = "shapes-256"
 NUMBERS = {  # flags of the server that are to be more than 0: their defaults, and what they are
     "max_batch": (8, "Pictures drawn together at most."),

@@ -2,14 +2,13 @@
 
 import asyncio
 import multiprocessing
-import os
-import tempfile
 import time
+from argparse import Namespace
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from multiprocessing.connection import Connection, Listener
+from multiprocessing.connection import Connection
 from threading import Thread
 from typing import Any
 
@@ -71,11 +70,12 @@ class Engine:
     """Draws the jobs that wait, in the order of their arrival, as long as :meth:`run` does.
 
     Args:
-        launch: starts the ranks as children of this process, which has no others, with an address to connect to; it
+        launch: starts the ranks as children of this process, which has no others, with a connection for each; it
             returns when they have ended.
         sizes: the numbers of ranks that a call may have; the last one is how many there are.
         inputs: the defaults of requests, by which calls are measured.
-        capacity: jobs that may wait; ``hang``: seconds without a step after which the ranks of a call hang.
+        options: with ``max_queue``, the jobs that may wait, and ``hang_timeout``, seconds without a step after which
+            the ranks of a call hang.
 
     Attributes:
         waiting: jobs that are accepted and in no call.
@@ -84,12 +84,12 @@ class Engine:
         failed: whether it gave up, as the ranks do not start, or by an error of its own.
     """
 
-    def __init__(
-        self, launch: Callable[[str], Any], sizes: list[int], inputs: InputConfig, capacity: int, hang: float
-    ) -> None:
-        self._launch, self._sizes, self._inputs, self._capacity, self._hang = launch, sizes, inputs, capacity, hang
-        self._address, self._failed_starts = "", 0
-        self._rank_of: dict[Connection, int] = {}  # the ranks that are ready
+    def __init__(self, launch: Callable[..., Any], sizes: list[int], inputs: InputConfig, options: Namespace) -> None:
+        self._launch, self._sizes, self._inputs, self._options = launch, sizes, inputs, options
+        self._failed_starts = 0
+        self._ours: list[Connection] = []  # by rank; the other ends, theirs, are closed here once they are ready
+        self._theirs: list[Connection] = []
+        self._ready: set[int] = set()
         self._calls: list[Call] = []
         self._inbox: asyncio.Queue = asyncio.Queue()  # messages of ranks
         self._measuring: asyncio.Task[elastic.Measured] | None = None
@@ -104,8 +104,8 @@ class Engine:
 
     def submit(self, jobs: list[Job]) -> None:
         """Have all of these jobs drawn, or raise a :class:`Failure`."""
-        if len(self.waiting) + len(jobs) > self._capacity:
-            told = f"{len(self.waiting)} pictures are waiting, {self._capacity} may: try again later"
+        if len(self.waiting) + len(jobs) > self._options.max_queue:
+            told = f"{len(self.waiting)} pictures are waiting, {self._options.max_queue} may: try again later"
             raise Failure(429, told, "rate_limit_exceeded")
         self.waiting += jobs
         self._post()
@@ -119,61 +119,64 @@ class Engine:
 
     async def run(self) -> None:
         """Until this task is cancelled: start the ranks, and let them draw until one fails."""
-        with tempfile.TemporaryDirectory(prefix="xdit-") as folder:  # mode 700: only this user's processes connect
-            self._address = os.path.join(folder, "engine")
-            put = partial(asyncio.get_running_loop().call_soon_threadsafe, self._post)
-            try:
-                with Listener(self._address, "AF_UNIX", self._sizes[-1]) as listener:
-                    Thread(target=accept, args=(listener, put), daemon=True).start()
-                    while not self.failed:
-                        await self._start_and_draw()
-            except Exception as error:
-                self.why, self.failed = f"an error of the server, {error!r}", True
-                raise
-            finally:
-                self.why = f"the engine ended: {self.why or 'the server stops'}"
-                if self._measuring:
-                    self._measuring.cancel()
-                jobs = self.waiting + [job for call in self._calls for job in call.jobs]
-                self._fail(jobs, Failure(503, self.why, "engine_stopped"))
+        try:
+            while not self.failed:
+                await self._start_and_draw()
+        except Exception as error:
+            self.why, self.failed = f"an error of the server, {error!r}", True
+            raise
+        finally:
+            self.why = f"the engine ended: {self.why or 'the server stops'}"
+            if self._measuring:
+                self._measuring.cancel()
+            jobs = self.waiting + [job for call in self._calls for job in call.jobs]
+            self._fail(jobs, Failure(503, self.why, "engine_stopped"))
 
-    def _post(self, connection: Connection | None = None, name: str = "look", value: Any = None) -> None:
+    def _post(self, rank: int | None = None, name: str = "look", value: Any = None) -> None:
         """Note a message of a rank, or that there is something to look at."""
-        self._inbox.put_nowait((connection, name, value))
+        self._inbox.put_nowait((rank, name, value))
 
     async def _start_and_draw(self) -> None:
         """One life of the ranks."""
-        self._inbox, self._rank_of = asyncio.Queue(), {}
-        launcher = asyncio.get_running_loop().run_in_executor(None, self._launch, self._address)
-        launcher.add_done_callback(lambda _: self._post(None, "ended"))
+        inbox, loop = asyncio.Queue(), asyncio.get_running_loop()
+        self._inbox, self._ready = inbox, set()
+        pipes = [multiprocessing.Pipe() for _ in range(self._sizes[-1])]
+        self._ours, self._theirs = map(list, zip(*pipes, strict=True))
+        for rank, connection in enumerate(self._ours):
+            put = partial(loop.call_soon_threadsafe, inbox.put_nowait)
+            Thread(target=pass_on, args=(rank, connection, put), daemon=True).start()
+        launcher = loop.run_in_executor(None, self._launch, self._theirs)
+        launcher.add_done_callback(lambda _: inbox.put_nowait((None, "ended", None)))
         try:
             while True:
                 with suppress(asyncio.TimeoutError):
-                    self._hear(*await asyncio.wait_for(self._inbox.get(), POLL))
+                    self._hear(*await asyncio.wait_for(inbox.get(), POLL))
                 for call in list(self._calls):
                     self._watch(call)
-                if len(self._rank_of) == self._sizes[-1]:
+                if len(self._ready) == self._sizes[-1]:
                     self._be_ready()
                     self._begin()
         except RanksDown as down:
             self._settle_down(down)
         finally:
             while not launcher.done():  # also while it starts them
-                for rank in multiprocessing.active_children():
-                    rank.kill()
+                for process in multiprocessing.active_children():
+                    process.kill()
                 await asyncio.wait([launcher], timeout=POLL)
+            for connection in self._theirs:
+                connection.close()
 
-    def _hear(self, connection: Connection | None, name: str, value: Any) -> None:
+    def _hear(self, rank: int | None, name: str, value: Any) -> None:
         """A message of a rank, or a note of this process."""
-        if name == "ready":
-            self._rank_of[connection], abilities = value
-            self.abilities = abilities or self.abilities
-        rank = self._rank_of.get(connection)
-        call = next((call for call in self._calls if rank in call.ranks), None)
-        if name == "ended" and (rank is not None or connection is None):
+        if name == "ended":
             raise RanksDown("a rank ended")
-        if rank is None or name == "ready":
+        if name == "ready":
+            self._theirs[rank].close()  # so that its end closes it
+            self._ready.add(rank)
+            self.abilities = value if rank == 0 else self.abilities
+        if name not in ("step", "end"):
             return
+        call = next((call for call in self._calls if rank in call.ranks), None)
         if call is None:
             raise RanksDown("a rank told of a call that had ended")
         call.heard = time.monotonic()
@@ -222,10 +225,9 @@ class Engine:
             self._send(team, ("draw", len(team), told))
 
     def _send(self, ranks: range, message: Any) -> None:
-        for connection, rank in self._rank_of.items():
+        for rank in ranks:
             try:
-                if rank in ranks:
-                    connection.send(message)
+                self._ours[rank].send(message)
             except OSError as error:
                 raise RanksDown("a rank ended") from error
 
@@ -233,16 +235,17 @@ class Engine:
         """End the call if all its ranks have, tell them of cancelled jobs, see whether they hang."""
         failed = [end for end in call.ends.values() if end[0] != "done"]
         alike = len({kind for kind, _ in call.ends.values()}) == 1
+        hang = self._options.hang_timeout
         everyone, silence = len(call.ends) == len(call.ranks), time.monotonic() - call.heard
         if everyone and alike:
             self._calls.remove(call)
             self._settle(call, *call.ends[call.ranks[0]])
-        elif failed and (everyone or silence > min(GRACE, self._hang)):
+        elif failed and (everyone or silence > min(GRACE, hang)):
             self._calls.remove(call)
             self._settle(call, *failed[0])
             raise RanksDown("a call ended differently on two ranks")
-        elif silence > self._hang:
-            raise RanksDown(f"no step for {self._hang:g} s")
+        elif silence > hang:
+            raise RanksDown(f"no step for {hang:g} s")
         elif cancelled := {job.id for job in call.jobs if job.outcome} - call.told:
             call.told |= cancelled
             self._send(call.ranks[:1], ("cancel", cancelled))
@@ -287,16 +290,11 @@ class Engine:
             job.finish(failure)
 
 
-def accept(listener: Listener, put: Callable[..., Any]) -> None:
-    """Read each rank that connects in a thread, as it may stop in the middle of a message."""
-    while True:
-        Thread(target=pass_on, args=(listener.accept(), put), daemon=True).start()
-
-
-def pass_on(rank: Connection, put: Callable[..., Any]) -> None:
-    """What a rank tells, until it has ended."""
-    try:
-        while True:
-            put(rank, *rank.recv())
-    except (EOFError, OSError):
-        put(rank, "ended")
+def pass_on(rank: int, connection: Connection, put: Callable[[tuple], Any]) -> None:
+    """What a rank tells, until it has ended; in a thread, as it may stop in the middle of a message."""
+    with connection:
+        try:
+            while True:
+                put((rank, *connection.recv()))
+        except (EOFError, OSError):
+            put((rank, "ended", None))

@@ -12,6 +12,7 @@ from argparse import Namespace
 from collections import deque
 from dataclasses import replace
 from functools import lru_cache
+from multiprocessing.connection import Connection
 from typing import Any, Literal
 
 from fastapi import UploadFile
@@ -105,12 +106,12 @@ class Server:
         self.model = os.path.basename(self.config.model_config.model.rstrip("/"))
         self._sizes = elastic.sizes_of(ranks, options.elastic)
 
-        def launch(address: str) -> None:
-            start(ranks, call, WORKER, args, address, options.elastic)
+        def launch(connections: list[Connection]) -> None:
+            start(ranks, call, WORKER, args, options.elastic, connections)
 
         on_cpu = devices.device_type() == "cpu"  # other devices do not outlive a fork, if a library has looked at them
         multiprocessing.set_forkserver_preload([WORKER.partition(":")[0]] if on_cpu else [])
-        self.engine = Engine(launch, self._sizes, self.inputs, options.max_queue, options.hang_timeout)
+        self.engine = Engine(launch, self._sizes, self.inputs, options)
         self._memory = self.config.runtime_config.memory or devices.total_memory()
         self._machine = calibrated() if options.elastic else None
         self._counted, self._counting = lru_cache(KEPT_COUNTS)(self._count), threading.Lock()

@@ -6,7 +6,7 @@ import os
 import tempfile
 import threading
 from dataclasses import replace
-from multiprocessing.connection import Client, Connection
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
@@ -31,22 +31,24 @@ class Cancelled(Exception):
     """All jobs of a call were cancelled: ends the pipeline's loop on all ranks, behind the same step."""
 
 
-def serve(args: xFuserArgs, address: str, is_elastic: bool) -> None:
-    """Load, connect to the engine's socket, and draw until the engine is gone."""
+def serve(args: xFuserArgs, is_elastic: bool, connections: list[Connection]) -> None:
+    """Load, and draw until the engine, at the other end of this rank's connection, is gone."""
     tqdm.set_lock(threading.RLock())  # in place of a semaphore, which outlives a rank that is killed
+    engine = connections[int(os.environ["RANK"])]
+    for connection in connections:
+        if connection is not engine:
+            connection.close()
     engine_config, inputs = args.create_config()
     pipe = load_pipeline(engine_config, inputs)
     pipe.set_progress_bar_config(disable=True)
-    rank = get_world_group().rank
     teams = teams_of(pipe, engine_config, inputs, is_elastic)
     try:
-        engine = Client(address, "AF_UNIX")
-        engine.send(("ready", (rank, abilities(pipe) if rank == 0 else {})))
+        engine.send(("ready", abilities(pipe)))
         while True:
             name, *rest = engine.recv()
             if name == "draw":  # or "cancel", of a call that has ended
                 engine.send(("end", draw(teams, inputs, *rest, engine)))
-    except (EOFError, OSError):
+    except (EOFError, ConnectionError):
         os._exit(0)  # the engine is gone; leaving the process groups could wait for other ranks
 
 
