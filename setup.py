@@ -23,6 +23,7 @@ setup(
         "diffusers>=0.36",
         "transformers>=4.57",
         "accelerate",
+        "filelock",
         "safetensors",
         "yunchang",
     ],

@@ -18,12 +18,10 @@ import torch
 import whole
 from PIL import Image
 
-from xfuser.config import xFuserArgs
 from xfuser.config.args import SHIPPED_PIPELINE
 from xfuser.serve import command
-from xfuser.serve.jobs import Failure, Job, JobQueue
-from xfuser.serve.requests import ImageRequest, Limits
-from xfuser.serve.server import Server
+from xfuser.serve.jobs import Failure, Job, calls_of
+from xfuser.serve.server import ImageRequest, Server
 from xfuser.testing import faults
 from xfuser.testing.serving import PATIENCE, ROOT, Served, until
 
@@ -40,7 +38,7 @@ def served(tmp_path_factory):
         "--ulysses_degree",
         2,
         "--hang_timeout",
-        8,
+        3,
         "--trust_remote_code",
     )
     server = Served(folder, *flags, "--max_queue", 12, "--max_batch", 4, "--height", SIDE, "--width", SIDE)
@@ -139,7 +137,7 @@ def test_pictures_are_checked_before_they_are_accepted(client):
     for data, told in [(b"no picture", "not a picture"), (file.getvalue(), "takes no picture")]:
         with pytest.raises(openai.BadRequestError, match=told):
             client.images.edit(image=("a.png", io.BytesIO(data), "image/png"), prompt=PROMPT)
-    with pytest.raises(openai.BadRequestError, match="send one, as image"):
+    with pytest.raises(openai.BadRequestError, match="image: List should have at most 1 item"):
         client.images.edit(image=[("a.png", file.getvalue()), ("b.png", file.getvalue())], prompt=PROMPT)
 
 
@@ -307,57 +305,60 @@ def job(name, most=4, **settings):
 
 def test_no_shape_starves():
     """Whatever comes behind it, a job waits for no more batches than there are jobs ahead of it."""
-    queue = JobQueue(1000)
-    queue.put([job(f"small {i}", height=64) for i in range(6)] + [job("large", height=512)])
+    waiting = [job(f"small {i}", height=64) for i in range(6)] + [job("large", height=512)]
     batches = 0
     while True:
-        call = queue.calls()[0]
-        queue.remove(call)
+        call = calls_of(waiting)[0]
+        waiting = [one for one in waiting if one not in call]
         if call[0].prompt == "large":
             break
         batches += 1
-        queue.put([job("late", height=64) for _ in range(8)])
+        waiting += [job("late", height=64) for _ in range(8)]
     assert batches == 2
 
 
 def test_what_a_batch_has_in_common():
-    queue = JobQueue(10)
     guided = Job("c", "a cat", 0, {"height": 64}, most=4)
     pictured = Job("d", "", 0, {"height": 64}, most=4, image=b"")
     jobs = [job("a", height=64), job("b", height=80), guided, pictured, job("e", height=64), job("f", 1, height=64)]
-    queue.put(jobs)
-    assert [[one.prompt for one in call] for call in queue.calls()] == [["a", "e"], ["b"], ["c"], ["d"], ["f"]]
-    assert [[one.prompt for one in call] for call in queue.calls(parts=2)][:3] == [["a"], ["b"], ["c"]]
-    queue.remove(jobs[:1])
-    assert [[one.prompt for one in call] for call in queue.calls()] == [["b"], ["c"], ["d"], ["e"], ["f"]]
-    with pytest.raises(Failure, match="10 may"):
-        queue.put(jobs * 2)
+    assert [[one.prompt for one in call] for call in calls_of(jobs)] == [["a", "e"], ["b"], ["c"], ["d"], ["f"]]
+    assert [[one.prompt for one in call] for call in calls_of(jobs, parts=2)][:3] == [["a"], ["b"], ["c"]]
+    assert [[one.prompt for one in call] for call in calls_of(jobs[1:])] == [["b"], ["c"], ["d"], ["e"], ["f"]]
 
 
-def limits(**args):
-    config, inputs = xFuserArgs(model="shapes-256", **args).checked()
-    return Limits(config.model_config.model, "shapes-256", inputs, side=1024, batch=4)
+def server_of(*flags):
+    """One that does not run: no ranks are started."""
+    args, options = command.parsed([*flags])
+    return Server(args, options)
 
 
 def test_unknown_words_and_videos_are_refused():
+    server = server_of()
     abilities = {"pipeline": "PixArtSigmaPipeline", "videos": False, "pictures": False, "multiple": 16}
+    server.engine.abilities = abilities
     for fields, told in [
         ({"prompt": "a red dragon"}, "'dragon'"),
         ({"prompt": PROMPT, "model": "other"}, "shapes-256"),
     ]:
         with pytest.raises(Failure, match=told):
-            limits().jobs(ImageRequest(**fields), abilities)
-    with pytest.raises(Failure, match="POST /v1/videos"):
-        limits().jobs(ImageRequest(prompt=PROMPT), abilities | {"videos": True})
-    jobs = limits().jobs(ImageRequest(prompt=PROMPT, seed=7, n=3), abilities)
+            server.jobs_of(ImageRequest(**fields))
+    jobs = server.jobs_of(ImageRequest(prompt=PROMPT, seed=7, n=3))
     assert [one.seed for one in jobs] == [7, 8, 9]
+    server.engine.abilities = abilities | {"videos": True}
+    with pytest.raises(Failure, match="POST /v1/videos"):
+        server.jobs_of(ImageRequest(prompt=PROMPT))
+
+
+def test_a_queue_holds_so_many():
+    engine = server_of("--max_queue", "10").engine
+    engine.submit([job("a")] * 6)
+    with pytest.raises(Failure, match="10 may"):
+        engine.submit([job("a")] * 6)
 
 
 def test_what_takes_too_much_memory_is_refused():
     """By the planner's count for that size, before it is accepted; the engine need not run for that."""
-    flags = ["--memory", "100MB", "--ulysses_degree", "2", "--no_use_resolution_binning"]
-    args, options = command.parsed(flags)
-    server = Server(args, flags, options)
+    server = server_of("--memory", "100MB", "--ulysses_degree", "2", "--no_use_resolution_binning")
     sizes = [{"height": side, "width": side, "num_frames": None, "num_inference_steps": 1} for side in (256, 1024)]
     server.ranks_for(sizes[0])
     with pytest.raises(Failure, match=r"takes 0\.\d+ GB of a rank, which has 0\.1 GB"):

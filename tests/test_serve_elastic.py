@@ -68,7 +68,7 @@ def test_the_planner_says_how_many_ranks_have_the_memory_and_how_long_they_take(
     flags = ["--ulysses_degree", "2", "--use_parallel_vae", "--memory", "150MB"]
     flags += ["--elastic", "--no_use_resolution_binning"]
     args, options = command.parsed(flags)
-    served = server.Server(args, flags, options)
+    served = server.Server(args, options)
     seconds = served.ranks_for(SETTINGS | {"height": 256, "width": 256})
     assert 0 < seconds[2] < seconds[1]
     assert list(served.ranks_for(SETTINGS | {"height": 1024, "width": 1024})) == [2]

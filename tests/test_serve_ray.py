@@ -11,7 +11,7 @@ import test_serve
 
 from xfuser.testing.serving import until
 
-STEPS = test_serve.STEPS
+FORKS = "from multiprocessing.forkserver"
 
 
 @pytest.fixture(scope="module")
@@ -30,12 +30,12 @@ def cluster():
 
 
 def ranks():
-    """The processes of all replicas' ranks, by their replica."""
+    """The processes of all replicas' ranks, by their replica: they are forked from a process that it starts."""
     found = {}
     for process in psutil.Process().children(recursive=True):
         try:
-            if "--engine" in process.cmdline():
-                found.setdefault(process.ppid(), []).append(process.pid)
+            if all(FORKS in " ".join(one.cmdline()) for one in (process, process.parent())):
+                found.setdefault(process.parent().ppid(), []).append(process.pid)
         except psutil.Error:
             continue
     return found

@@ -114,18 +114,23 @@ def _pixels(data: bytes) -> np.ndarray:
 def _elastic(path: str, calls: list[Any], degrees: dict[str, Any]) -> Any:
     """How each call ended on this rank's team of the size that it names, and the process groups ahead of and behind
     them."""
-    args = xFuserArgs(model=path, max_sequence_length=7, output_type="latent", **degrees)
-    engine_config, inputs = args.create_config()
+    options = {"max_sequence_length": 7, "no_use_resolution_binning": "pixart" in path, "output_type": "latent"}
+    engine_config, inputs = xFuserArgs(model=path, **options, **degrees).create_config()
     elastic.check(engine_config)
     pipe = load_pipeline(engine_config, inputs)
     pipe.set_progress_bar_config(disable=True)
     teams, rank = worker.teams_of(pipe, engine_config, inputs, True), torch.distributed.get_rank()
-    groups, made = len(torch.distributed.distributed_c10d._world.pg_map), elastic.sizes_of(4, True)
+    groups = len(torch.distributed.distributed_c10d._world.pg_map)
     ends = []
     for size, batches in calls:
         ends.append(worker.draw(teams, inputs, size, batches[rank // size], None))
     torch.distributed.barrier()
-    return ends, groups, len(torch.distributed.distributed_c10d._world.pg_map), made == list(teams)
+    return (
+        ends,
+        groups,
+        len(torch.distributed.distributed_c10d._world.pg_map),
+        list(teams) == elastic.sizes_of(engine_config.world_size, True),
+    )
 
 
 @pytest.mark.parametrize(
@@ -141,12 +146,25 @@ def test_teams_of_any_size_draw_the_same_and_make_no_groups(pool, folder_of, fam
     alone = [[one] for one in jobs]
     (expected, _), *_ = pool.run(1, _draws_with, folder_of(family), alone, {"output_type": "latent"})
     expected = [latents(end)[0] for end in expected]
-    calls = [(1, alone), (2, [jobs[:1], jobs[1:]]), (4, [jobs[2:3]]), (1, alone[::-1])]
-    wanted = [(1, [[0], [1], [2], [3]]), (2, [[0], [1, 2, 3]]), (4, [[2]]), (1, [[3], [2], [1], [0]])]
-    for rank, (ends, before, behind, all_sizes) in enumerate(pool.run(4, _elastic, folder_of(family), calls, degrees)):
+    calls = [(1, [[0], [1], [2], [3]]), (2, [[0], [1, 2, 3]]), (4, [[2]]), (1, [[3], [2], [1], [0]])]
+    check_teams(pool, 4, folder_of(family), jobs, calls, expected, degrees)
+
+
+def check_teams(pool, ranks, path, jobs, calls, expected, degrees):
+    """That each call, of so many ranks and with jobs by their numbers for each team, is as expected."""
+    batches = [(size, [[jobs[number] for number in team] for team in teams]) for size, teams in calls]
+    for rank, (ends, before, behind, all_sizes) in enumerate(pool.run(ranks, _elastic, path, batches, degrees)):
         assert before == behind and all_sizes
-        for end, (size, teams) in zip(ends, wanted, strict=True):
+        for end, (size, teams) in zip(ends, calls, strict=True):
             assert end[0] == "done"
             if rank % size == 0:
                 for drawn, number in zip(latents(end), teams[rank // size], strict=True):
                     assert running.error(drawn.numpy(), expected[number].numpy()) <= running.TOLERANCE
+
+
+@pytest.mark.matrix
+def test_teams_of_any_size_draw_the_same_with_compiled_blocks(pool, folder_of):
+    jobs, path = [job(seed) for seed in range(2)], folder_of("pixart_sigma")
+    (alone, _), *_ = pool.run(1, _draws_with, path, [[one] for one in jobs], {"output_type": "latent"})
+    expected, degrees = [latents(end)[0] for end in alone], {"ulysses_degree": 2, "use_torch_compile": True}
+    check_teams(pool, 2, path, jobs, [(1, [[0], [1]]), (2, [[1]]), (1, [[1], [0]])], expected, degrees)

@@ -4,7 +4,9 @@ import importlib
 import os
 import sys
 import time
+import traceback
 import uuid
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -29,8 +31,7 @@ def main() -> int:
     arguments, is_rank = sys.argv[1:], "RANK" in os.environ
     try:
         if arguments and arguments[0] in COMMANDS:
-            module, _, function = COMMANDS[arguments[0]].partition(":")
-            return getattr(importlib.import_module(module), function)(arguments[1:])
+            return named(COMMANDS[arguments[0]])(arguments[1:])
         options = parser().parse_args(arguments)
         args = xFuserArgs.from_cli_args(options)
         args.model = args.model or SHIPPED_PIPELINE
@@ -67,8 +68,20 @@ def parser() -> FlexibleArgumentParser:
     return xFuserArgs.add_cli_args(flags)
 
 
+def named(path: str) -> Callable[..., Any]:
+    """A function as ``module:function``."""
+    module, _, function = path.partition(":")
+    return getattr(importlib.import_module(module), function)
+
+
 def launch(ranks: int, arguments: list[str]) -> int:
-    """Start this command once per rank by torchrun's launcher; returns the exit code."""
+    """Start this command once per rank; returns the exit code."""
+    return start(ranks, sys.executable, "-m", "xfuser.cli", *arguments)
+
+
+def start(ranks: int, entrypoint: str | Callable[..., Any], *arguments: Any) -> int:
+    """Start a command, or a function in a process of its own, once per rank by torchrun's launcher; returns the exit
+    code."""
     import logging
 
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -78,12 +91,21 @@ def launch(ranks: int, arguments: list[str]) -> int:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks print their own errors
     nodes = {"min_nodes": 1, "max_nodes": 1, "nproc_per_node": ranks, "run_id": uuid.uuid4().hex}
     rendezvous = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
-    config = LaunchConfig(**nodes, **rendezvous, max_restarts=0, monitor_interval=0.1)
+    config = LaunchConfig(**nodes, **rendezvous, max_restarts=0, monitor_interval=0.1, start_method="forkserver")
     try:
-        elastic_launch(config, entrypoint=sys.executable)("-m", "xfuser.cli", *arguments)
+        elastic_launch(config, entrypoint)(*arguments)
     except ChildFailedError:
         return 1
     return 0
+
+
+def call(path: str, *arguments: Any) -> Any:
+    """On a rank: call a function as ``module:function``, and print what it raises."""
+    try:
+        return named(path)(*arguments)
+    except Exception:
+        traceback.print_exc()
+        raise
 
 
 def prepare(args: xFuserArgs) -> tuple[Any, dict[str, Any]]:

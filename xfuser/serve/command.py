@@ -1,19 +1,20 @@
 """``xdit serve``: checks, then the HTTP process and its ranks."""
 
 import argparse
+import asyncio
 import importlib.util
 import os
 import socket
 import sys
 from contextlib import suppress
 from dataclasses import replace
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from xfuser.config import FlexibleArgumentParser, xFuserArgs
 from xfuser.pipeline_io.media import check_writable
 from xfuser.serve import elastic
 
-PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "gradio", "multipart", "psutil")
+PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "gradio", "multipart")
 DEFAULT_MODEL = "shapes-256"
 NUMBERS = {  # flags of the server that are to be more than 0: their defaults, and what they are
     "max_batch": (8, "Pictures drawn together at most."),
@@ -23,17 +24,12 @@ NUMBERS = {  # flags of the server that are to be more than 0: their defaults, a
 }
 
 
-def main(arguments: list[str]) -> int:
-    """Serve until it is interrupted; on a rank, draw until the engine ends. Returns the exit code."""
+def main(arguments: list[str]) -> NoReturn:
+    """Serve until it is interrupted, or the ranks do not start."""
     args, options = parsed(arguments)
-    if options.engine:
-        from xfuser.serve.worker import serve
-
-        serve(args, options.engine, options.elastic)
-        return 0
     check(args, options)
     with listening(options.host, options.port) as port:
-        run(args, arguments, options, port)
+        run(args, options, port)
 
 
 def parsed(arguments: list[str]) -> tuple[xFuserArgs, argparse.Namespace]:
@@ -65,22 +61,31 @@ def listening(host: str, port: int) -> socket.socket:
         raise ValueError(f"cannot listen on {host}:{port} ({error}): choose another --port") from error
 
 
-def run(args: xFuserArgs, arguments: list[str], options: argparse.Namespace, port: socket.socket) -> NoReturn:
-    """The HTTP process, until it is interrupted or the ranks do not start."""
+def run(args: xFuserArgs, options: argparse.Namespace, port: socket.socket) -> NoReturn:
+    """The HTTP process."""
+    from xfuser.serve.server import Server
+
+    server = Server(args, options)
+    host, number = port.getsockname()[:2]
+    print(f"xdit serve: http://{host}:{number} (model {server.model}; /health tells when it is ready)", flush=True)
+    with suppress(KeyboardInterrupt):
+        asyncio.run(_answer(server, port))
+    if server.engine.failed:
+        print(f"xdit serve: {server.engine.why}", file=sys.stderr, flush=True)
+    os._exit(1 if server.engine.failed else 0)  # the interpreter's shutdown takes seconds
+
+
+async def _answer(server: Any, port: socket.socket) -> None:
+    """Run the engine, and answer requests as long as it runs; to be cancelled."""
     import uvicorn
 
     from xfuser.serve.app import create_app
-    from xfuser.serve.server import Server
 
-    server = Server(args, arguments, options)
-    app = create_app(server, ended=lambda _: setattr(http, "should_exit", True))
+    engine = asyncio.create_task(server.engine.run())
+    app = await asyncio.to_thread(create_app, server)  # loads the page's library, while the ranks start
     http = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
-    host, number = port.getsockname()[:2]
-    print(f"xdit serve: http://{host}:{number} (model {server.model}; /health tells when it is ready)", flush=True)
-    with suppress(KeyboardInterrupt):  # which uvicorn raises once more when it has ended
-        http.run(sockets=[port])
-    sys.stdout.flush()
-    os._exit(1 if server.engine.failed else 0)  # interpreter shutdown takes 10 s behind torchrun's launcher
+    engine.add_done_callback(lambda _: setattr(http, "should_exit", True))
+    await http.serve([port])
 
 
 def parser() -> FlexibleArgumentParser:
@@ -97,7 +102,6 @@ def parser() -> FlexibleArgumentParser:
     flags.add_argument(
         "--elastic", action="store_true", help="Draw each call on as many of the ranks as end it soonest."
     )
-    flags.add_argument("--engine", help=argparse.SUPPRESS)
     for name, (default, told) in NUMBERS.items():
         flags.add_argument(f"--{name}", type=type(default), default=default, help=f"{told[:-1]} (default: {default}).")
     return xFuserArgs.add_cli_args(flags)

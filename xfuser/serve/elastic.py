@@ -1,11 +1,15 @@
 """``--elastic``: each call on as many ranks as end it soonest, where every rank has all weights."""
 
+import io
 import math
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
-from xfuser.config import EngineConfig, ParallelConfig
+from PIL import Image
+
+from xfuser.config import EngineConfig, InputConfig, ParallelConfig
 from xfuser.config.config import DEGREES
 from xfuser.serve.jobs import Job
 
@@ -13,6 +17,7 @@ METHODS = ("cfg", "ulysses", "ring", "dp")  # of a team; the first ones are kept
 SIDE = 512  # pixels, where neither a request nor a flag says it
 SOON = 0.001  # seconds to the end of a call that takes longer than predicted
 LOOKED_AT = 32  # calls that are placed at a time
+ROUNDS, STEPS = 3, 2  # calls of each size that are measured at the start, of which the first does not count
 
 Measured = dict[int, list[tuple[int, float]]]  # by number of ranks: pixels and seconds of a step, of two sizes
 
@@ -48,6 +53,43 @@ def degrees_of(parallel: ParallelConfig, size: int) -> ParallelConfig:
         degrees[field] = math.gcd(size, getattr(parallel, field))
         size //= degrees[field]
     return replace(parallel, **degrees)
+
+
+async def measure(
+    draw: Callable[[Job], Awaitable[float]], abilities: dict[str, Any], sizes: list[int], inputs: InputConfig
+) -> Measured:
+    """Seconds of a step on each number of ranks that has the memory, at half of the default sides and at these; empty
+    where there is one number. Raises a ValueError where the pipeline fails on any number.
+
+    Args:
+        draw: has a job drawn, and tells the seconds that it took.
+    """
+    if len(sizes) == 1:
+        return {}
+    sides = [inputs.height or SIDE, inputs.width or SIDE]
+    multiple = abilities["multiple"]
+    halves = [max(multiple, side // 2 // multiple * multiple) for side in sides]
+    common = {"num_inference_steps": STEPS, "guidance_scale": inputs.guidance_scale, "num_frames": inputs.num_frames}
+    for takes_picture in (False, True):
+        found: Measured = {}
+        for size in sizes:
+            for height, width in (halves, sides):
+                settings = common | {"height": height, "width": width}
+                image = _blank(width, height) if takes_picture else None
+                job = partial(Job, "a", "a" * inputs.use_cfg_parallel, 0, settings, image, retry=True)
+                jobs = [job(ranks={size: 0.0}) for _ in range(ROUNDS)]
+                took = [await draw(one) / STEPS for one in jobs]
+                if all(not one.failure and size in one.ranks for one in jobs):  # all on so many ranks
+                    found.setdefault(size, []).append((pixels(settings), min(took[1:])))
+        if found := {size: both for size, both in found.items() if len(both) == 2}:
+            return found
+    raise ValueError(f"elastic measures calls at {sides[1]}x{sides[0]} and half of it: {jobs[0].failure}")
+
+
+def _blank(width: int, height: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (width, height)).save(file, "PNG")
+    return file.getvalue()
 
 
 def pixels(settings: dict[str, Any]) -> int:

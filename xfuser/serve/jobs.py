@@ -1,4 +1,4 @@
-"""One job a picture or video; the queue of those that are accepted, and which of them are drawn together."""
+"""One job a picture or video, and which jobs are drawn together."""
 
 import asyncio
 import time
@@ -33,7 +33,7 @@ class Job:
         most: the largest number of pictures in its call.
         ranks: how many it may be drawn on, with the seconds that the planner predicts, 0 where it predicts none.
         outcome: the encoded picture or video, or why there is none.
-        step: steps that are done; ``preview``: the last one, as a PNG, and ``previews`` counts them.
+        preview: the last one, as a PNG; ``previews`` counts them.
     """
 
     prompt: str
@@ -46,8 +46,7 @@ class Job:
     most: int = 1
     ranks: dict[int, float] = field(default_factory=dict)
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
-    arrived: float = field(default_factory=time.monotonic)
-    created: int = field(default_factory=lambda: int(time.time()))
+    arrived: float = field(default_factory=time.time)
     outcome: bytes | Failure | None = None
     step: int = 0
     preview: bytes | None = None
@@ -66,10 +65,15 @@ class Job:
             self.outcome = outcome
             self.changed.set()
 
+    @property
+    def failure(self) -> Failure | None:
+        """Why there is no result, where that is known."""
+        return self.outcome if isinstance(self.outcome, Failure) else None
+
     def result(self) -> bytes:
         """The encoded picture or video of a job that has ended, or its :class:`Failure`."""
-        if isinstance(self.outcome, Failure):
-            raise self.outcome.with_traceback(None)  # one of an earlier call would be kept with it
+        if self.failure:
+            raise self.failure.with_traceback(None)  # one of an earlier call would be kept with it
         assert self.outcome is not None
         return self.outcome
 
@@ -80,40 +84,25 @@ class Job:
             self.changed.clear()
             yield
 
+    async def ended(self) -> "Job":
+        """Itself, once it has an outcome."""
+        async for _ in self.progress():
+            pass
+        return self
 
-class JobQueue:
-    """Accepted jobs in the order of their arrival.
 
-    The job that has waited longest is always in the first call, whatever its shape: no job waits for more calls than
-    there were jobs ahead of it.
+def calls_of(jobs: list[Job], parts: int = 1) -> list[list[Job]]:
+    """Jobs as calls, in the order of their oldest jobs; jobs of a kind are spread over so many parts.
 
-    Args:
-        capacity: jobs that may wait.
+    The oldest job is in the first call, whatever its shape: no job waits for more calls than there were jobs ahead of
+    it.
     """
-
-    def __init__(self, capacity: int) -> None:
-        self.jobs: list[Job] = []
-        self._capacity = capacity
-
-    def put(self, jobs: list[Job]) -> None:
-        """Accept all of these jobs, or raise a :class:`Failure`."""
-        if len(self.jobs) + len(jobs) > self._capacity:
-            told = f"{len(self.jobs)} pictures are waiting, {self._capacity} may: try again later"
-            raise Failure(429, told, "rate_limit_exceeded")
-        self.jobs += jobs
-
-    def remove(self, jobs: list[Job]) -> None:
-        """Take out those of these jobs that wait."""
-        self.jobs = [job for job in self.jobs if job not in jobs]
-
-    def calls(self, parts: int = 1) -> list[list[Job]]:
-        """All that wait, as calls in the order of their oldest jobs; jobs of a kind are spread over so many parts."""
-        kinds: dict[tuple, list[Job]] = {}
-        for job in self.jobs:
-            kinds.setdefault(job.kind, []).append(job)
-        calls = []
-        for jobs in kinds.values():
-            size = min(jobs[0].most, -(-len(jobs) // parts))
-            calls += [jobs[start : start + size] for start in range(0, len(jobs), size)]
-        places = {job: place for place, job in enumerate(self.jobs)}
-        return sorted(calls, key=lambda call: places[call[0]])
+    kinds: dict[tuple, list[Job]] = {}
+    for job in jobs:
+        kinds.setdefault(job.kind, []).append(job)
+    calls = []
+    for alike in kinds.values():
+        size = min(alike[0].most, -(-len(alike) // parts))
+        calls += [alike[start : start + size] for start in range(0, len(alike), size)]
+    places = {job: place for place, job in enumerate(jobs)}
+    return sorted(calls, key=lambda call: places[call[0]])

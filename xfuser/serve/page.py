@@ -11,17 +11,17 @@ from pydantic import ValidationError
 
 from xfuser.config.config import DEGREES, in_words
 from xfuser.serve.jobs import Failure, Job
-from xfuser.serve.requests import ImageRequest
-from xfuser.serve.server import Server
+from xfuser.serve.server import ImageRequest, Server
 
 EXAMPLES = ("a red circle above a blue square", "a green square", "a yellow circle above a red square")
 SIZES = ("auto", "128x128", "256x256", "512x512", "1024x1024")
 FONTS = ["system-ui", "sans-serif"]  # none that a browser would fetch
+HISTORY = 20  # pictures
 
 
-def mount(app: FastAPI, server: Server) -> FastAPI:
+def mount(app: FastAPI, server: Server) -> None:
     """Add the page, behind all other routes."""
-    return gradio.mount_gradio_app(app, page(server), path="/", theme=gradio.themes.Default(font=FONTS))
+    gradio.mount_gradio_app(app, page(server), path="/", theme=gradio.themes.Default(font=FONTS))
 
 
 def page(server: Server) -> gradio.Blocks:
@@ -29,28 +29,28 @@ def page(server: Server) -> gradio.Blocks:
     running: dict[str, Job] = {}  # of each browser session
 
     async def draw(
-        prompt: str, negative: str, size: str, steps: float, seed: str, history: list, call: gradio.Request
+        prompt: str, negative: str, size: str, steps: float, seed: str, past: list | None, call: gradio.Request
     ) -> AsyncIterator[tuple[Any, ...]]:
         try:
             values = {"prompt": prompt, "negative_prompt": negative, "size": size, "num_inference_steps": int(steps)}
-            request = ImageRequest(**values, seed=seed or None, partial_images=4)
-            (job,) = await server.submit(request)
+            (job,) = await server.submit(ImageRequest(**values, seed=seed or None, partial_images=4))
         except (Failure, ValidationError) as error:
             raise gradio.Error(str(error)) from error
         running[call.session_hash] = job
         try:
             async for _ in job.progress():
-                yield bar(job), picture(job.preview), history
-            history = [(picture(job.result()), f"{prompt} (seed {job.seed})"), *history]
-            yield f"done, seed {job.seed}", history[0][0], history[:20]
+                yield bar(job), picture(job.preview), gradio.skip()
+            done = picture(job.result())
+            past = [(done, f"{prompt} (seed {job.seed})"), *(past or [])]
+            yield f"done, seed {job.seed}", done, past[:HISTORY]
         except Failure as failure:
-            yield f"{failure}", None, history
+            yield f"{failure}", None, gradio.skip()
         finally:
-            server.engine.cancel([job])
+            server.stop([job])
 
     async def cancel(call: gradio.Request) -> None:
         if call.session_hash in running:
-            server.engine.cancel([running.pop(call.session_hash)])
+            server.stop([running.pop(call.session_hash)])
 
     with gradio.Blocks(title="xdit serve", analytics_enabled=False) as blocks:
         gradio.Markdown(f"## {server.model}\n{methods(server)}")
@@ -68,14 +68,11 @@ def page(server: Server) -> gradio.Blocks:
             with gradio.Column():
                 status = gradio.HTML("", elem_id="status")
                 shown = gradio.Image(label="Picture", format="png", elem_id="picture")
-        past = gradio.Gallery(
-            label="History", format="png", columns=5, height=240, object_fit="contain", elem_id="history"
-        )
-        history = gradio.State([])
-        inputs = [prompt, negative, size, steps, seed, history]
+        look = {"format": "png", "columns": 5, "height": 240, "object_fit": "contain", "interactive": False}
+        past = gradio.Gallery(label="History", type="pil", elem_id="history", **look)
+        inputs, outputs = [prompt, negative, size, steps, seed, past], [status, shown, past]
         options = {"concurrency_limit": None, "show_progress": "hidden"}
-        gradio.on([start.click, prompt.submit], draw, inputs, [status, shown, history], **options)
-        history.change(lambda items: items, history, past)
+        gradio.on([start.click, prompt.submit], draw, inputs, outputs, **options)
         stop.click(cancel, concurrency_limit=None)
     return blocks
 

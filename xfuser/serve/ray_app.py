@@ -1,12 +1,17 @@
 """The same server as a Ray Serve deployment: ``serve run xfuser.serve.ray_app:build ulysses_degree=2 replicas=2``."""
 
+import asyncio
+from argparse import Namespace
+
 from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
 
+from xfuser.config import xFuserArgs
 from xfuser.core import device as devices
 from xfuser.serve.app import create_app
 from xfuser.serve.command import check, parsed
+from xfuser.serve.engine import POLL
 from xfuser.serve.server import Server
 
 
@@ -15,21 +20,29 @@ class Replica:
     """One engine with its ranks, on one machine; it is ready when they are.
 
     Args:
-        arguments: the flags of ``xdit serve``.
-        videos: whether this is the only replica, which then answers what is asked of a video's job.
+        args, options: the flags of ``xdit serve``.
+        alone: whether this is the only replica.
     """
 
-    def __init__(self, arguments: list[str], videos: bool) -> None:
-        args, options = parsed(arguments)
-        self._server, self._videos = Server(args, arguments, options), videos
+    async def __init__(self, args: xFuserArgs, options: Namespace, alone: bool) -> None:
+        server = Server(args, options)
+        self._engine, self._task = server.engine, asyncio.create_task(server.engine.run())
+        self._app = await asyncio.to_thread(create_app, server, alone)
+        while self._engine.why and not self._task.done():
+            await asyncio.sleep(POLL)
+        self.check_health()
+
+    async def __del__(self) -> None:
+        self._task.cancel()
+        await asyncio.wait([self._task])
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(self._server, self._videos)
+        return self._app
 
     def check_health(self) -> None:
         """Raise where the ranks do not start: Ray then makes another replica."""
-        if self._server.engine.failed:
-            raise RuntimeError(self._server.engine.why)
+        if self._engine.failed:
+            raise RuntimeError(self._engine.why)
 
 
 def build(options: dict[str, str]) -> Application:
@@ -53,4 +66,4 @@ def build(options: dict[str, str]) -> Application:
         placement_group_bundles=[needs],  # one, as the ranks of a replica are on one machine
         placement_group_strategy="STRICT_PACK",
     )
-    return deployment.bind(arguments, replicas == 1)
+    return deployment.bind(args, own, replicas == 1)

@@ -1,29 +1,91 @@
-"""The state of one server, and what its API, its page and Ray do with it."""
+"""What clients may send, the jobs that it makes, and the state of one server behind its API, its page and Ray."""
 
 import asyncio
 import base64
+import io
+import math
+import multiprocessing
 import os
+import random
 import threading
 from argparse import Namespace
-from collections import OrderedDict
+from collections import deque
 from dataclasses import replace
-from typing import Any
+from functools import lru_cache
+from multiprocessing.connection import Connection
+from typing import Any, Literal
 
-from xfuser.cli.main import launch
+from fastapi import UploadFile
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field
+
+from xfuser.cli.main import call, start
+from xfuser.cli.words import check_words
 from xfuser.config import xFuserArgs
 from xfuser.config.config import DEGREES
 from xfuser.core import device as devices
-from xfuser.planner.estimate import Estimate, counted, estimate
+from xfuser.pipeline_io.media import FRAMES_PER_SECOND
 from xfuser.planner.machines import calibrated
-from xfuser.planner.published import configs_of
-from xfuser.planner.rehearsal import alone_of, rehearse
-from xfuser.planner.table import needs_of, with_degrees
 from xfuser.serve import elastic
-from xfuser.serve.engine import Engine, Metrics
-from xfuser.serve.jobs import Failure, Job, JobQueue
-from xfuser.serve.requests import Limits, Request
+from xfuser.serve.engine import Engine
+from xfuser.serve.jobs import Failure, Job
 
-KEPT_FILES = 1000
+WORKER = "xfuser.serve.worker:serve"  # what a rank calls
+LONGEST_PROMPT, MOST_STEPS, SEEDS = 4000, 1000, 2**31
+SETTINGS = ("num_inference_steps", "height", "width", "guidance_scale", "num_frames")
+KEPT_FILES, KEPT_COUNTS, KEPT_VIDEOS = 1000, 1000, 100
+
+
+class Request(BaseModel):
+    """What pictures and videos have in common."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    prompt: str = Field(min_length=1, max_length=LONGEST_PROMPT)
+    model: str | None = None
+    size: str | None = Field(None, pattern=r"^(auto|\d{1,6}x\d{1,6})$")
+    user: str | None = None
+    seed: int | None = Field(None, ge=0, lt=2**63)
+    negative_prompt: str = Field("", max_length=LONGEST_PROMPT)
+    num_inference_steps: int | None = Field(None, ge=1, le=MOST_STEPS)
+    guidance_scale: float | None = Field(None, allow_inf_nan=False)
+    retry: bool = False
+
+
+class ImageRequest(Request):
+    """``POST /v1/images/generations``."""
+
+    n: int = Field(1, ge=1, le=10)
+    response_format: Literal["b64_json", "url"] = "b64_json"
+    stream: bool = False
+    partial_images: int = Field(0, ge=0, le=20)
+
+
+class EditRequest(ImageRequest):
+    """``POST /v1/images/edits``."""
+
+    image: list[UploadFile] = Field(min_length=1, max_length=1)
+
+
+class VideoRequest(Request):
+    """``POST /v1/videos``."""
+
+    seconds: int | None = Field(None, ge=1, le=60)
+    num_frames: int | None = Field(None, ge=1, le=60 * FRAMES_PER_SECOND)
+    image: list[UploadFile] = Field([], max_length=1, validation_alias="input_reference")
+
+
+async def picture_of(request: Request) -> bytes | None:
+    """The picture that a request begins with; raises a :class:`Failure` for what is none."""
+    if not getattr(request, "image", None):
+        return None
+    data = await request.image[0].read()
+    try:
+        with Image.open(io.BytesIO(data)) as picture:
+            picture.load()
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise Failure(400, f"the file is not a picture that can be read: {error}", "invalid_value", "image") from error
+    return data
 
 
 class Server:
@@ -31,70 +93,120 @@ class Server:
 
     Args:
         args: how the pipeline runs, and defaults of requests.
-        arguments: the same as command-line flags, for the ranks.
         options: the server's own flags.
 
     Raises:
         ValueError: ``args`` are wrong.
     """
 
-    def __init__(self, args: xFuserArgs, arguments: list[str], options: Namespace) -> None:
-        self.args, self.options, self.metrics = args, options, Metrics()
+    def __init__(self, args: xFuserArgs, options: Namespace) -> None:
+        self.args, self.options = args, options
         self.config, self.inputs = args.checked()
-        folder, ranks = self.config.model_config.model, self.config.world_size
-        self.model = os.path.basename(folder.rstrip("/"))
-        self.limits = Limits(folder, self.model, self.inputs, options.max_side, options.max_batch)
-        self.queue = JobQueue(options.max_queue)
+        ranks = self.config.world_size
+        self.model = os.path.basename(self.config.model_config.model.rstrip("/"))
         self._sizes = elastic.sizes_of(ranks, options.elastic)
 
-        def start(address: str) -> None:
-            launch(ranks, ["serve", *arguments, "--engine", address])
+        def launch(connections: list[Connection]) -> None:
+            start(ranks, call, WORKER, args, options.elastic, connections)
 
-        self.engine = Engine(start, ranks, self._sizes, self.queue, self.metrics, options.hang_timeout)
+        on_cpu = devices.device_type() == "cpu"  # other devices do not outlive a fork, if a library has looked at them
+        multiprocessing.set_forkserver_preload([WORKER.partition(":")[0]] if on_cpu else [])
+        self.engine = Engine(launch, self._sizes, self.inputs, options)
+        self._memory = self.config.runtime_config.memory or devices.total_memory()
         self._machine = calibrated() if options.elastic else None
-        self._counted: dict[tuple, dict[int, tuple[int, Estimate]]] = {}
-        self._counting = threading.Lock()
-        self._files: OrderedDict[str, None] = OrderedDict()
+        self._counted, self._counting = lru_cache(KEPT_COUNTS)(self._count), threading.Lock()
+        self._files: deque[str] = deque()
+        self._jobs: dict[str, Job] = {}
 
-    async def submit(self, request: Request, image: bytes | None = None) -> list[Job]:
-        """Put the jobs of a request into the queue.
+    async def submit(self, request: Request) -> list[Job]:
+        """Have a request drawn: one job for each picture.
 
         Raises:
-            Failure: they are not accepted.
+            Failure: it is not accepted.
         """
         try:
-            if self.engine.why or self.engine.abilities is None:
+            if self.engine.why:
                 raise Failure(503, f"not ready: {self.engine.why}", "not_ready")
-            jobs = self.limits.jobs(request, self.engine.abilities, image)
+            jobs = self.jobs_of(request, await picture_of(request))
             ranks = await asyncio.to_thread(self.ranks_for, jobs[0].settings)
             for job in jobs:
                 job.ranks = dict(ranks)
             self.engine.submit(jobs)
         except Failure as failure:
-            self.metrics.failures.labels(failure.code).inc()
+            self.engine.metrics.failures.labels(failure.code).inc()
             raise
+        self._jobs |= {job.id: job for job in jobs}
+        for job in [job for job in self._jobs.values() if job.outcome][:-KEPT_VIDEOS]:
+            del self._jobs[job.id]
         return jobs
 
+    def job(self, name: str) -> Job:
+        """By its id: one that was not stopped, and of videos, one of the newest."""
+        if name not in self._jobs:
+            raise Failure(404, f"there is no video or running request {name!r}", "not_found")
+        return self._jobs[name]
+
+    def stop(self, jobs: list[Job]) -> None:
+        """End and forget these jobs."""
+        self.engine.cancel(jobs)
+        for job in jobs:
+            self._jobs.pop(job.id, None)
+
+    def jobs_of(self, request: Request, image: bytes | None = None) -> list[Job]:
+        """The jobs of a request, with seeds that count up; raises a :class:`Failure` for what this model lacks."""
+        can = self.engine.abilities
+        if request.model not in (None, self.model):
+            told = f"model={request.model!r} is not served here: it is {self.model!r}"
+            raise Failure(404, told, "model_not_found", "model")
+        if isinstance(request, VideoRequest) != can["videos"]:
+            path = "/v1/videos" if can["videos"] else "/v1/images/generations"
+            raise Failure(400, f"{can['pipeline']} does not draw this: POST {path}", "unsupported_endpoint")
+        if image and not can["pictures"]:
+            raise Failure(400, f"{can['pipeline']} takes no picture: remove it", "unsupported_endpoint", "image")
+        try:
+            check_words(self.config.model_config.model, request.prompt, request.negative_prompt)
+        except ValueError as error:
+            raise Failure(400, str(error), "invalid_value", "prompt") from error
+        settings = self._settings(request)
+        seed = random.randrange(SEEDS) if request.seed is None else request.seed
+        previews = getattr(request, "partial_images", 0)
+        every = math.ceil(settings["num_inference_steps"] / (previews + 1)) if previews else 0
+        common = {"settings": settings, "image": image, "preview_every": every, "retry": request.retry}
+        common |= {"prompt": request.prompt, "negative_prompt": request.negative_prompt, "most": self.options.max_batch}
+        return [Job(seed=(seed + place) % 2**63, **common) for place in range(getattr(request, "n", 1))]
+
+    def _settings(self, request: Request) -> dict[str, Any]:
+        given = {name: getattr(request, name, None) for name in SETTINGS}
+        if request.size not in (None, "auto"):
+            given["width"], given["height"] = self._sides(request.size)
+        if getattr(request, "seconds", None) and not request.num_frames:
+            given["num_frames"] = request.seconds * FRAMES_PER_SECOND + 1
+        return {name: getattr(self.inputs, name) if value is None else value for name, value in given.items()}
+
+    def _sides(self, size: str) -> list[int]:
+        multiple, most = self.engine.abilities["multiple"], self.options.max_side
+        sides = [int(side) for side in size.split("x")]
+        near = [max(1, min(side, most) // multiple) * multiple for side in sides]
+        if sides != near:
+            allowed = f"both must be multiples of {multiple} from {multiple} to {most}, such as {near[0]}x{near[1]}"
+            raise Failure(400, f"size={size!r} is not supported: {allowed}", "invalid_value", "size")
+        return sides
+
     def entry(self, job: Job, response_format: str, base: str) -> dict[str, Any]:
-        """A picture as OpenAI's API gives it, with its seed."""
-        if response_format == "url":
-            return {"url": f"{base}files/{self._write(job)}", "seed": job.seed}
-        return {"b64_json": base64.b64encode(job.result()).decode(), "seed": job.seed}
+        """A picture as OpenAI's API gives it, with its seed; by URL, it is a file in the output folder."""
+        if response_format == "b64_json":
+            return {"b64_json": base64.b64encode(job.result()).decode(), "seed": job.seed}
+        os.makedirs(self.options.output_dir, exist_ok=True)
+        self._files.append(f"{job.id}.png")
+        with open(self.path(self._files[-1]), "wb") as file:
+            file.write(job.result())
+        if len(self._files) > KEPT_FILES:
+            os.unlink(self.path(self._files.popleft()))
+        return {"url": f"{base}files/{job.id}.png", "seed": job.seed}
 
     def path(self, name: str) -> str:
-        """Of a file in the output folder, whatever else ``name`` says."""
-        return os.path.join(self.options.output_dir, os.path.basename(name))
-
-    def _write(self, job: Job) -> str:
-        """Write a picture into the output folder, whose oldest files of this server go; returns the file's name."""
-        os.makedirs(self.options.output_dir, exist_ok=True)
-        name = f"{job.id}.png"
-        with open(self.path(name), "wb") as file:
-            file.write(job.result())
-        self._files[name] = None
-        if len(self._files) > KEPT_FILES:
-            os.unlink(self.path(self._files.popitem(last=False)[0]))
-        return name
+        """Of a file in the output folder."""
+        return os.path.join(self.options.output_dir, name)
 
     def ranks_for(self, settings: dict[str, Any]) -> dict[int, float]:
         """The numbers of ranks that have the memory for a picture, by the planner's count, and the seconds that it
@@ -103,32 +215,30 @@ class Server:
         Raises:
             Failure: it takes too much on any number of ranks.
         """
-        memory = self.config.runtime_config.memory or devices.total_memory()
-        if memory is None and self._machine is None:
+        if self._memory is None and self._machine is None:
             return {}
-        shape = {name: settings[name] for name in ("height", "width", "num_frames")}
         with self._counting:  # the planner stands in for process groups, which there is one set of
-            key = tuple(shape.values())
-            if key not in self._counted:
-                self._counted[key] = {size: self._count(shape, size) for size in self._sizes}
-        counts = self._counted[key]
-        fitting = {size: time for size, (need, time) in counts.items() if memory is None or need <= memory}
+            counts = self._counted(settings["height"], settings["width"], settings["num_frames"])
+        fitting = {size: time for size, (need, *time) in counts.items() if need <= (self._memory or math.inf)}
         if not fitting:
-            least = min(need for need, _ in counts.values())
-            told = f"it takes {least / 1e9:.3g} GB of a rank, which has {memory / 1e9:.3g} GB"
+            least = min(need for need, *_ in counts.values())
+            told = f"it takes {least / 1e9:.3g} GB of a rank, which has {self._memory / 1e9:.3g} GB"
             raise Failure(400, f"{told}: ask for a smaller size", "out_of_memory", "size")
         more = settings["num_inference_steps"] - 1
-        return {size: time.seconds + more * time.step for size, time in fitting.items()}
+        return {size: first + more * step for size, (first, step) in fitting.items()}
 
-    def _count(self, shape: dict[str, Any], size: int) -> tuple[int, Estimate]:
-        """Bytes of a rank, and seconds of a call with one step; all 0 where the machine is not known."""
-        parallel, compiled = elastic.degrees_of(self.config.parallel_config, size), self.args.use_torch_compile
-        plain = {"text_encoder": "replicate", "fully_shard_degree": 1, "use_split_batch": False}
-        plain |= {"use_torch_compile": False, "num_inference_steps": self.args.warmup_steps + 2, "prompt": "a"}
-        model = configs_of(self.config.model_config.model, self.args.download_dir)
-        args = with_degrees(self.args, {name: getattr(parallel, names.field) for name, names in DEGREES.items()})
-        with alone_of(size):
-            told = rehearse(*replace(args, model=model, **shape, **plain).checked())
-        need = needs_of(told, self.args.text_encoder, size, parallel.fully_shard_degree)["peak"]
-        machine = self._machine
-        return need, estimate(counted(told, 1, compiled), machine, 1, 0, compiled) if machine else Estimate()
+    def _count(self, height: int, width: int, num_frames: int | None) -> dict[int, tuple[float, float, float]]:
+        """By the number of ranks: bytes of a rank, seconds of a call with one step, and of each further step; 0 where
+        the planner does not know them."""
+        from xfuser.planner.table import plan  # loads Diffusers
+
+        parallel, counts = self.config.parallel_config, {}
+        for size in self._sizes:
+            team = elastic.degrees_of(parallel, size)
+            degrees = {name: getattr(team, names.field) for name, names in DEGREES.items()}
+            picture = {"height": height, "width": width, "num_frames": num_frames, "num_inference_steps": 1}
+            args = replace(self.args, **picture, prompt=["a"] * team.dp_degree)
+            (row,) = plan(args, size, self._machine, self.args.use_torch_compile, [degrees])
+            time = (row.time.seconds, row.time.step) if row.time else (0.0, 0.0)
+            counts[size] = 0.0 if row.refusal else row.peak, *time
+        return counts

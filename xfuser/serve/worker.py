@@ -3,9 +3,8 @@
 import inspect
 import io
 import os
-import socket
 import tempfile
-import time
+import threading
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch.nn import functional
+from tqdm import tqdm
 
 from xfuser.config import EngineConfig, InputConfig, xFuserArgs
 from xfuser.core.distributed import get_world_group
@@ -23,8 +23,6 @@ from xfuser.serve import elastic
 from xfuser.weights.loading import load_pipeline
 
 SMALL = 32  # rows and columns of latents above which a preview has half of them
-ROUNDS = 3  # calls of each size at the start, of which the last ones are measured
-STEPS = 2  # of these calls
 
 Teams = dict[int, tuple[Groups, Any]]  # by the number of ranks: groups, and the pipeline that is wrapped for them
 
@@ -33,19 +31,19 @@ class Cancelled(Exception):
     """All jobs of a call were cancelled: ends the pipeline's loop on all ranks, behind the same step."""
 
 
-def serve(args: xFuserArgs, address: str, is_elastic: bool) -> None:
-    """Load, connect to the engine's socket, and draw until the engine is gone."""
+def serve(args: xFuserArgs, is_elastic: bool, connections: list[Connection]) -> None:
+    """Load, and draw until the engine, at the other end of this rank's connection, is gone."""
+    tqdm.set_lock(threading.RLock())  # in place of a semaphore, which outlives a rank that is killed
+    engine = connections[int(os.environ["RANK"])]
+    for connection in connections:
+        if connection is not engine:
+            connection.close()
     engine_config, inputs = args.create_config()
     pipe = load_pipeline(engine_config, inputs)
     pipe.set_progress_bar_config(disable=True)
-    rank, told = get_world_group().rank, abilities(pipe)
     teams = teams_of(pipe, engine_config, inputs, is_elastic)
-    told["seconds"] = measured(teams, inputs, told["multiple"]) if is_elastic else {}
-    own = socket.socket(socket.AF_UNIX)
     try:
-        own.connect(address)
-        engine = Connection(own.detach())
-        engine.send(("ready", (rank, told)))
+        engine.send(("ready", abilities(pipe)))
         while True:
             name, *rest = engine.recv()
             if name == "draw":  # or "cancel", of a call that has ended
@@ -63,41 +61,6 @@ def teams_of(pipe: Any, engine_config: EngineConfig, inputs: InputConfig, is_ela
         with in_team(groups):
             teams[size] = groups, xDiTParallel(pipe, replace(engine_config, parallel_config=parallel), inputs)
     return teams
-
-
-def measured(teams: Teams, inputs: InputConfig, multiple: int) -> elastic.Measured:
-    """Seconds of a step on each number of ranks that does not run out of memory, at half of the default sides and at
-    these.
-
-    Raises:
-        ValueError: the pipeline fails otherwise.
-    """
-    found: elastic.Measured = {}
-    sides = [inputs.height or elastic.SIDE, inputs.width or elastic.SIDE]
-    halves = [max(multiple, side // 2 // multiple * multiple) for side in sides]
-    for size in teams:
-        ends = [_timed(teams, inputs, size, *one) for one in (halves, sides)]
-        if all(kind == "done" for kind, _ in ends):
-            found[size] = [details for _, details in ends]
-        elif failed := [details for kind, details in ends if kind not in ("done", "memory")]:
-            raise ValueError(f"elastic measures calls at {sides[1]}x{sides[0]} and half of it: {failed[0]}")
-    return found
-
-
-def _timed(teams: Teams, inputs: InputConfig, size: int, height: int, width: int) -> tuple[str, Any]:
-    """How a call ended, and of one that is done its pixels and the seconds of a step."""
-    settings = {"height": height, "width": width, "num_frames": inputs.num_frames}
-    settings |= {"num_inference_steps": STEPS, "guidance_scale": inputs.guidance_scale}
-    job = {"id": "", "prompt": "a", "negative_prompt": "a" * inputs.use_cfg_parallel, "seed": 0}
-    job |= {"settings": settings, "image": None, "preview_every": 0}
-    took = []
-    for _ in range(ROUNDS):
-        start = time.perf_counter()
-        end = draw(teams, inputs, size, [job], None)
-        took.append((time.perf_counter() - start) / STEPS)
-        if end[0] in ("invalid", "error"):  # it may require a picture
-            job["image"] = encoded(Image.new("RGB", (width, height)))
-    return ("done", (elastic.pixels(settings), min(took[1:]))) if end[0] == "done" else end
 
 
 def abilities(pipe: Any) -> dict[str, Any]:
@@ -120,7 +83,7 @@ def draw(
     groups, pipe = teams[size]
     try:
         with in_team(groups):
-            output = pipe(**arguments(pipe, inputs, batch), **callback(pipe, Steps(pipe, batch, engine)))
+            output = pipe(**arguments(pipe, inputs, batch), **Steps(pipe, batch, engine).argument())
             results = media_of(output)
             return "done", [encoded(item) for item in results] if get_world_group().is_first_rank else None
     except Cancelled:
@@ -139,8 +102,7 @@ def draw(
 def arguments(pipe: Any, inputs: InputConfig, batch: list[dict[str, Any]]) -> dict[str, Any]:
     """The pipeline's arguments for a batch; each job has a generator of its own."""
     prompts = {name: [job[name] for job in batch] for name in ("prompt", "negative_prompt")}
-    wanted = replace(inputs, **prompts, **batch[0]["settings"])
-    pipe.input_config = wanted
+    pipe.input_config = replace(inputs, **prompts, **batch[0]["settings"])
     given = pipe.call_arguments()
     generators = [torch.Generator("cpu").manual_seed(job["seed"]) for job in batch]
     given["generator"] = generators if len(batch) > 1 else generators[0]
@@ -149,27 +111,19 @@ def arguments(pipe: Any, inputs: InputConfig, batch: list[dict[str, Any]]) -> di
     return given
 
 
-def callback(pipe: Any, steps: "Steps") -> dict[str, Any]:
-    """The argument by which this pipeline tells of its steps; pipelines without one cannot be interrupted."""
-    takes = _takes(pipe._pipe)
-    if "callback_on_step_end" in takes:
-
-        def behind_step(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
-            steps(step, values.get("latents"))
-            return {}
-
-        return {"callback_on_step_end": behind_step}
-    if "callback" in takes:
-        return {"callback": lambda step, timestep, latents: steps(step, latents)}
-    return {}
-
-
 class Steps:
     """Behind each step, on all ranks: progress and previews to the engine, and its cancellations from it."""
 
     def __init__(self, pipe: Any, batch: list[dict[str, Any]], engine: Connection | None) -> None:
         self._pipe, self._batch, self._engine = pipe, batch, engine
         self._first, self._cancelled = get_world_group().is_first_rank and engine is not None, set()
+
+    def argument(self) -> dict[str, Any]:
+        """By which this pipeline tells of its steps; pipelines without one cannot be interrupted."""
+        takes = _takes(self._pipe._pipe)
+        if "callback_on_step_end" in takes:
+            return {"callback_on_step_end": lambda pipe, step, t, values: self(step, values.get("latents")) or {}}
+        return {"callback": lambda step, t, latents: self(step, latents)} if "callback" in takes else {}
 
     def __call__(self, step: int, latents: torch.Tensor | None) -> None:
         """To be called behind each step; raises :class:`Cancelled` where all jobs of the batch are."""
@@ -185,12 +139,12 @@ class Steps:
 
     def _previews(self, done: int, latents: torch.Tensor) -> dict[str, bytes]:
         """Of the jobs that want one now, decoded by all ranks together."""
-        total, wanted = self._batch[0]["settings"]["num_inference_steps"], []
-        for row, job in enumerate(self._batch):
-            if job["preview_every"] and done % job["preview_every"] == 0 and done < total:
-                wanted.append(row)
-        pictures = preview(self._pipe, latents[wanted], self._batch[0]["settings"]) if wanted else []
-        return {self._batch[row]["id"]: encoded(picture) for row, picture in zip(wanted, pictures, strict=False)}
+        settings = self._batch[0]["settings"]
+        last = done == settings["num_inference_steps"]
+        every = [0 if last else job["preview_every"] for job in self._batch]
+        rows = [row for row, steps in enumerate(every) if steps and done % steps == 0]
+        pictures = preview(self._pipe, latents[rows], settings) if rows else []
+        return {self._batch[row]["id"]: encoded(picture) for row, picture in zip(rows, pictures, strict=False)}
 
 
 def preview(pipe: Any, latents: torch.Tensor, settings: dict[str, Any]) -> list[Image.Image]:

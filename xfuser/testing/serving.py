@@ -66,11 +66,11 @@ class Served:
         return self
 
     def ranks(self) -> list[int]:
-        """Process ids of the ranks."""
+        """Process ids of the ranks: they are forked from a process that the server starts."""
         found = []
-        for child in psutil.Process(self.process.pid).children():
+        for fork in psutil.Process(self.process.pid).children():
             with suppress(psutil.Error):  # it has just ended
-                found += [child.pid] if "--engine" in child.cmdline() else []
+                found += [child.pid for child in fork.children()]
         return sorted(found)
 
     def metric(self, name: str) -> float:

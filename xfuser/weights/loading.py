@@ -2,6 +2,7 @@
 
 import inspect
 import os
+from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -9,6 +10,8 @@ import diffusers
 import torch
 import torch.distributed as dist
 from diffusers import DiffusionPipeline
+from diffusers.utils import HF_MODULES_CACHE
+from filelock import FileLock
 from packaging.version import Version
 
 from xfuser.config import EngineConfig, InputConfig
@@ -53,7 +56,8 @@ def load_pipeline(
         with quiet_libraries():
             if not any(options.get(name) for name in LEFT_TO_DIFFUSERS):
                 options |= _parts(engine_config, pipeline_class, options)
-            pipe = pipeline_class.from_pretrained(model.model, **options)
+            with _turn() if model.trust_remote_code else nullcontext():
+                pipe = pipeline_class.from_pretrained(model.model, **options)
     except (OSError, ImportError) as error:  # the second is a quantiser's package
         raise ValueError(f"model={model.model!r} is not a Diffusers pipeline that can be loaded: {error}") from error
     planned_models(pipe)
@@ -66,6 +70,13 @@ def load_pipeline(
             _enable(pipe, ability)
     _place(pipe, engine_config)
     return pipe
+
+
+def _turn() -> FileLock:
+    """Held by one process of a machine at a time: Diffusers copies a pipeline's own code into a folder that all share,
+    and runs it there."""
+    os.makedirs(HF_MODULES_CACHE, exist_ok=True)
+    return FileLock(os.path.join(HF_MODULES_CACHE, "xfuser.lock"))
 
 
 def _parts(engine_config: EngineConfig, pipeline_class: Any, options: dict[str, Any]) -> dict[str, Any]:
