@@ -11,6 +11,8 @@ import tiny
 import torch
 import unets
 import whole
+from diffusers.pipelines.kolors import KolorsPipeline
+from diffusers.pipelines.pag import KolorsPAGPipeline
 from PIL import Image
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
@@ -124,6 +126,40 @@ def kandinsky() -> Any:
     return diffusers.KandinskyV22Pipeline(unet=base, movq=movq, scheduler=scheduler)
 
 
+def kolors(cls: type = KolorsPipeline, **more: Any) -> Any:
+    """Kolors, whose text encoder is left out, as its tokenizer needs SentencePiece."""
+    net = unets.unet(cross_attention_dim=TEXT, projection_class_embeddings_input_dim=6 * 4 + VISION)
+    return cls(
+        vae=tiny.vae(4),
+        text_encoder=None,
+        tokenizer=None,
+        unet=net,
+        scheduler=diffusers.EulerDiscreteScheduler(),
+        **more,
+    )
+
+
+class Processor:
+    """Stands in for a processor of text and pictures, of which it sees the text."""
+
+    def __call__(self, text: list[str], images: list[Any], **how: Any) -> Any:
+        return tiny.tokenizer(99)(text, **how)
+
+
+def dreamlite() -> Any:
+    net = diffusers.DreamLiteUNetModel(
+        block_out_channels=(6, 12, 12), layers_per_block=1, norm_num_groups=3, cross_attention_dim=TEXT,
+        attention_head_dim=3,
+    )  # fmt: skip
+    pipe = diffusers.DreamLitePipeline(
+        text_encoder=tiny.t5(), tokenizer=tiny.tokenizer(99), processor=Processor(),
+        vae=tiny.coder("AutoencoderTiny", latent_channels=4), unet=net,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+    )  # fmt: skip
+    pipe.prompt_template_encode_generate_start_idx = pipe.prompt_template_encode_edit_start_idx = 3
+    return pipe
+
+
 def picture() -> Image.Image:
     return whole.picture(CALL["height"], CALL["width"])
 
@@ -134,6 +170,14 @@ def noise(*shape: int, seed: int = 1) -> torch.Tensor:
 
 def prompts(images: int) -> dict[str, Any]:
     return {"prompt": unets.PROMPTS[:images], "negative_prompt": ["the cat"] * images, "guidance_scale": 3.0}
+
+
+def embedded(images: int) -> dict[str, Any]:
+    return {"guidance_scale": 3.0} | {
+        f"{sign}{name}": noise(images, *shape, seed=seed)
+        for seed, sign in enumerate(("", "negative_"))
+        for name, shape in (("prompt_embeds", (7, TEXT)), ("pooled_prompt_embeds", (VISION,)))
+    }
 
 
 def masked(images: int) -> dict[str, Any]:
@@ -174,6 +218,16 @@ KINDS: dict[str, tuple[Callable[[], Any], Calls]] = {  # what makes a pipeline, 
             "image_embeds": noise(images, VISION), "negative_image_embeds": noise(images, VISION, seed=2),
             "guidance_scale": 3.0,
         },
+    ),
+    "kolors": (kolors, embedded),
+    "kolors_pag": (
+        lambda: kolors(KolorsPAGPipeline, pag_applied_layers=["mid"]),
+        lambda images: embedded(images) | {"pag_scale": 2.0},
+    ),
+    "dreamlite": (dreamlite, lambda images: {"prompt": tiny.PROMPT, "num_images_per_prompt": images}),
+    "dreamlite_edit": (
+        dreamlite,
+        lambda images: {"prompt": tiny.PROMPT, "image": picture(), "height": 80, "width": 48},
     ),
 }  # fmt: skip
 

@@ -8,13 +8,43 @@ from unittest import mock
 import diffusers
 import tiny
 import torch
-from diffusers import DPMSolverMultistepScheduler
-from parts import EMBEDS, FRAMES, LARGE, MASKED, QWEN_VAE, Parts, Whole, clip_vision, coded, kl, picture, rows, shifting
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.ace_step import AceStepConditionEncoder
+from diffusers.pipelines.stable_audio_3 import StableAudio3DurationEmbedder
+from parts import (
+    EMBEDS,
+    FRAMES,
+    LARGE,
+    MASKED,
+    QWEN_VAE,
+    Parts,
+    Whole,
+    clip_vision,
+    coded,
+    kl,
+    picture,
+    rows,
+    shifting,
+    small_pictures,
+    t5,
+    transformer,
+)  # fmt: skip
+from transformers import Qwen3VLConfig, Qwen3VLModel
 
 from xfuser.testing.zoo import TEXT, WIDTH, WORDS
 
 OF_PICTURE = {"in_channels": 12, "image_dim": 10, "added_kv_proj_dim": WIDTH}
 QWEN_TEXT = EMBEDS | {"prompt_embeds_mask": (WORDS,)}
+
+
+class Vision:
+    """Stands in for the processor of pictures of a text encoder that looks at none."""
+
+    class image_processor:
+        merge_size = 1
+
+        def __new__(cls, images: Any, return_tensors: str) -> Parts:
+            return {"pixel_values": torch.zeros(3, 8), "image_grid_thw": torch.tensor([[1, 1, 3]])}
 
 
 class Chat:
@@ -60,6 +90,76 @@ def small_bucket() -> AbstractContextManager[Any]:
     torch.manual_seed(0)
     module = importlib.import_module("diffusers.pipelines.joyimage.image_processor")
     return mock.patch.object(module, "find_best_bucket", lambda *sizes: (80, 48))
+
+
+def ace_step() -> Parts:
+    condition = AceStepConditionEncoder(
+        hidden_size=TEXT, intermediate_size=16, text_hidden_dim=TEXT, timbre_hidden_dim=4, head_dim=8,
+        num_lyric_encoder_hidden_layers=1, num_timbre_encoder_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, sliding_window=4,
+    )  # fmt: skip
+    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1, shift=1.0)
+    return t5() | {"condition_encoder": condition, "scheduler": scheduler}
+
+
+def same() -> diffusers.AutoencoderSAME:
+    return diffusers.AutoencoderSAME(
+        patch_size=2, encoder_channels=8, encoder_c_mults=[2], encoder_strides=[2], encoder_transformer_depths=[1],
+        latent_dim=4, dim_heads=8, sampling_rate=20,
+    )  # fmt: skip
+
+
+def pingpong() -> Parts:
+    scheduler = FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
+    duration = StableAudio3DurationEmbedder(output_dim=TEXT, fourier_dim=8)
+    return t5() | {"duration_embedder": duration, "scheduler": scheduler}
+
+
+def longcat_vae() -> diffusers.LongCatAudioDiTVae:
+    return diffusers.LongCatAudioDiTVae(
+        channels=8, c_mults=[1, 1], strides=[2, 2], latent_dim=4, encoder_latent_dim=8, downsampling_ratio=4,
+        sample_rate=20,
+    )  # fmt: skip
+
+
+def mm_audio() -> Parts:
+    vae = diffusers.MMAudioVAE(
+        mel_bins=8, latent_channels=6, hidden_channels=8, channel_multipliers=(1, 1, 1), layers_per_block=1,
+        sample_rate=200, n_fft=16, hop_length=8,
+    )  # fmt: skip
+    vocoder = diffusers.MMAudioVocoder(
+        num_mels=8, upsample_initial_channel=8, upsample_rates=(4, 2), upsample_kernel_sizes=(8, 4),
+        resblock_kernel_sizes=(3,), resblock_dilation_sizes=((1, 3, 5),),
+    )  # fmt: skip
+    return {"audio_vae": vae, "vocoder": vocoder}
+
+
+def chat_encoder() -> Parts:
+    """A Qwen3-VL whose two layers make features of half of the width that Ideogram's transformer takes."""
+    text = {
+        "hidden_size": TEXT // 2, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 1,
+        "num_key_value_heads": 1, "head_dim": 16, "vocab_size": len(tiny.WORDS),
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]},
+    }  # fmt: skip
+    vision = {
+        "depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 1, "out_hidden_size": TEXT // 2,
+        "num_position_embeddings": 4, "deepstack_visual_indexes": [],
+    }  # fmt: skip
+    tokenizer = tiny.tokenizer(WORDS)
+    tokenizer.chat_template = "{{ messages[0]['content'][0]['text'] }}"
+    config = Qwen3VLConfig(text_config=text, vision_config=vision)
+    return {"text_encoder": Qwen3VLModel(config), "tokenizer": tokenizer}
+
+
+def upscaling_vae() -> diffusers.Kandinsky6SRVAE:
+    return diffusers.Kandinsky6SRVAE(
+        latent_channels=4, encoder_block_out_channels=(8,) * 5, decoder_block_out_channels=(8,) * 5, layers_per_block=1
+    )
+
+
+def two_layers() -> AbstractContextManager[Any]:
+    module = importlib.import_module(diffusers.Ideogram4Pipeline.__module__)
+    return mock.patch.object(module, "QWEN3_VL_ACTIVATION_LAYERS", (0, 1))
 
 
 NEWER = {
@@ -141,5 +241,61 @@ NEWER = {
     "joyimage_edit": Whole(
         "JoyImageEditPipeline", "joyimage_edit", coded("AutoencoderKLWan"), text=QWEN_TEXT, within=small_bucket,
         call=lambda: {"image": picture()}, dtype=torch.float64,
+    ),
+    "ace_step": Whole(
+        "AceStepPipeline", "ace_step", oobleck, parts=ace_step, config={"in_channels": 12}, sized=False,
+        negative=False, call=lambda: {"lyrics": "the cat", "audio_duration": 4.6},
+    ),
+    "stable_audio3": Whole(
+        "StableAudio3Pipeline", "stable_audio3", same, parts=pingpong, sized=False,
+        config={"global_cond_dim": TEXT, "local_add_cond_dim": 0},
+        call=lambda: {"duration": 4.6, "guidance_scale": 3.0},
+    ),
+    "longcat_audio": Whole(
+        "LongCatAudioDiTPipeline", "longcat_audio", longcat_vae, sized=False,
+        parts=lambda: t5() | {"scheduler": FlowMatchEulerDiscreteScheduler(shift=1.0, invert_sigmas=True)},
+        call=lambda: {"audio_duration_s": 4.6},
+    ),
+    "longcat_image": Whole(
+        "LongCatImagePipeline", "longcat_image", kl(16), config={"in_channels": 64}, parts=lambda: t5() | shifting(),
+        call=lambda: {"enable_prompt_rewrite": False},
+    ),
+    "longcat_image_edit": Whole(
+        "LongCatImageEditPipeline", "longcat_image", kl(16), config={"in_channels": 64}, sized=False,
+        parts=lambda: t5() | shifting(), unsaved=lambda: {"text_processor": Vision()},
+        within=small_pictures("LongCatImageEditPipeline"), call=lambda: {"image": picture()},
+    ),
+    "bria_fibo": Whole(
+        "BriaFiboPipeline", "bria_fibo", coded("AutoencoderKLWan"), parts=lambda: t5() | shifting(),
+        config={"in_channels": 4, "joint_attention_dim": 2 * TEXT, "text_encoder_dim": TEXT},
+    ),
+    "bria_fibo2": Whole(
+        "BriaFibo2Pipeline", "bria_fibo2", coded("AutoencoderKLFlux2"), parts=shifting,
+        text={"prompt_embeds": (2, WORDS, TEXT)},
+        call=lambda: {
+            f"{sign}prompt_embeds_mask": torch.arange(WORDS)[None] < count
+            for sign, count in (("", 5), ("negative_", 6))
+        },
+    ),
+    "ideogram4": Whole(
+        "Ideogram4Pipeline", "ideogram4", coded("AutoencoderKLFlux2", latent_channels=2), negative=False,
+        parts=lambda: chat_encoder() | {"unconditional_transformer": transformer("ideogram4", num_layers=2)},
+        within=two_layers,
+        call=lambda: {"guidance_scale": 2.0, "guidance_schedule": None, "max_sequence_length": 9},
+    ),
+    "kandinsky6": Whole(
+        "Kandinsky6TI2VAPipeline", "kandinsky6", coded("AutoencoderKLHunyuanVideo"), parts=mm_audio,
+        text=EMBEDS | {"pooled_prompt_embeds": (10,)}, call=FRAMES,
+    ),
+    "kandinsky6_i2v": Whole(
+        "Kandinsky6TI2VAPipeline", "kandinsky6", coded("AutoencoderKLHunyuanVideo"), parts=mm_audio,
+        text=EMBEDS | {"pooled_prompt_embeds": (10,)},
+        config={"visual_cond": True, "visual_token_type_num_embeddings": 2},
+        call=lambda: FRAMES() | {"image": picture()},
+    ),
+    "kandinsky6_sr": Whole(
+        "Kandinsky6SRPipeline", "kandinsky6_sr", upscaling_vae, sized=False, prompted=False,
+        config={"tile_sizes": ((128, 128),), "out_visual_dim": 4},
+        call=lambda: {"video": [picture(80, 80)], "resolution_scale": 2, "tiles_batch_size": 3},
     ),
 }  # fmt: skip

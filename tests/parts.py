@@ -1,11 +1,14 @@
 """What tiny whole pipelines are made of: the description of one, and makers of components."""
 
+import importlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+from unittest import mock
 
+import diffusers
 import numpy as np
 import running
 import tiny
@@ -36,6 +39,7 @@ class Whole:
         tolerance: relative error that rounding explains.
         within: the context of a call.
         sized: whether the call takes a height and a width.
+        prompted: whether the call takes a prompt, where there is no ``text``.
     """
 
     cls: str
@@ -51,6 +55,7 @@ class Whole:
     unsaved: Callable[[], Parts] = dict
     within: Callable[[], AbstractContextManager[Any]] = nullcontext
     sized: bool = True
+    prompted: bool = True
 
 
 def transformer(family: str, **config: Any) -> Any:
@@ -61,6 +66,17 @@ def transformer(family: str, **config: Any) -> Any:
 def picture(height: int = 80, width: int = 48) -> Image.Image:
     pixels = np.random.default_rng(3).integers(0, 255, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
+
+
+def small_pictures(cls: str) -> Callable[[], AbstractContextManager[Any]]:
+    """A pipeline of this class gives its picture a megapixel, whatever its size is: here, a hundredth of that."""
+
+    def patched() -> AbstractContextManager[Any]:
+        module = importlib.import_module(getattr(diffusers, cls).__module__)
+        given = module.calculate_dimensions
+        return mock.patch.object(module, "calculate_dimensions", lambda area, ratio: given(area // 100, ratio))
+
+    return patched
 
 
 def kl(channels: int) -> Callable[[], Any]:

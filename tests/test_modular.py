@@ -5,6 +5,7 @@ from dataclasses import replace
 import diffusers
 import pytest
 import running
+import tiny
 import torch
 import unets
 import whole
@@ -77,8 +78,30 @@ def qwen_image(path):
     return pipe, call | masks
 
 
+def flux3(path, **more):
+    """Behind its text encoder; the two prompts differ in length."""
+    blocks, family = diffusers.Flux3AutoBlocks(), FAMILIES["flux3"]
+    for name in ("prompt_upsampler", "text_encoder"):
+        del blocks.sub_blocks[name]
+    pipe = blocks.init_pipeline()
+    pipe.update_components(
+        transformer=family.build(),
+        vae=tiny.coder("AutoencoderKLFlux2", latent_channels=2),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    embeds = {"prompt_embeds": whole.rows(WORDS)[None], "negative_prompt_embeds": whole.rows(5)[None]}
+    return pipe, SIZE | embeds | more
+
+
+def flux3_with_picture(path):
+    return flux3(path, image=whole.picture(64, 40))
+
+
 MAKERS = {
     "flux": (flux, "images"),
+    "flux3": (flux3, "images"),
+    "flux3_with_picture": (flux3_with_picture, "images"),
     "minimax_h3": (minimax_h3, "latents"),
     "qwen_image": (qwen_image, "images"),
     "sdxl": (sdxl, "images"),
@@ -111,6 +134,8 @@ def drawn(name, path, degrees, **changes):
     [
         ("flux", 4, USP),
         ("flux", 2, {"pipefusion_parallel_degree": 2, "num_pipeline_patch": 2, "warmup_steps": 2}),
+        ("flux3", 4, GUIDED | {"pipefusion_parallel_degree": 2, "num_pipeline_patch": 2, "warmup_steps": 2}),
+        ("flux3_with_picture", 4, GUIDED | {"ulysses_degree": 2}),
         ("minimax_h3", 4, USP),
         ("sdxl", 2, GUIDED),
         ("wan", 4, GUIDED | {"ulysses_degree": 2}),

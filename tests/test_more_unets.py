@@ -31,6 +31,14 @@ CASES = [
     ("controlnet", 4, CFG | TENSOR, 1),
     ("kandinsky", 2, CFG, 1),
     ("kandinsky", 2, WAITING, 1),
+    ("kolors", 2, CFG, 1),
+    ("kolors", 4, DP | WAITING, 3),
+    ("kolors_pag", 4, CFG | DP, 2),
+    ("dreamlite", 2, CFG, 1),
+    ("dreamlite", 4, DP | WAITING, 3),
+    ("dreamlite_edit", 2, CFG, 1),
+    ("dreamlite_edit", 2, WAITING, 1),
+    ("dreamlite_edit", 2, TENSOR, 1),
 ]
 
 

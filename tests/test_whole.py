@@ -13,15 +13,23 @@ from xfuser.vae.engines import PROVEN
 METHODS = {
     "ulysses2": {"ulysses_degree": 2, "use_parallel_vae": True},
     "cfg2": {"use_cfg_parallel": True},
+    "dp2": {"data_parallel_degree": 2},  # of what sequence parallelism refuses
     "pipefusion2": {"pipefusion_parallel_degree": 2, "num_pipeline_patch": 2},
 }
 DEFAULT = {
     "ulysses2": {
         "wan_two", "wan_vace", "cogvideox", "hunyuan_video_15", "ltx2", "qwen_image", "flux2", "sana", "lumina2",
-        "latte", "skyreels_v2_forcing",
+        "latte", "skyreels_v2_forcing", "bria_fibo", "kandinsky6",
     },
-    "cfg2": {"wan", "hunyuan_video", "ltx_i2v", "ltx2", "flux_kontext", "z_image", "krea2", "skyreels_v2_forcing"},
-    "pipefusion2": {"wan", "wan_i2v", "hunyuan_video", "ltx", "qwen_image", "flux_fill", "cogview4", "aura_flow"},
+    "cfg2": {
+        "wan", "hunyuan_video", "ltx_i2v", "ltx2", "flux_kontext", "z_image", "krea2", "skyreels_v2_forcing",
+        "ideogram4",
+    },
+    "dp2": set(),
+    "pipefusion2": {
+        "wan", "wan_i2v", "hunyuan_video", "ltx", "qwen_image", "flux_fill", "cogview4", "aura_flow",
+        "longcat_image_edit",
+    },
 }  # fmt: skip
 REFUSED = {  # by PipeFusion, where the transformer's class is not refused
     "skyreels_v2_forcing": "copy their scheduler",
@@ -46,15 +54,25 @@ def degrees_of(name, method):
     return degrees
 
 
+def plan(name):
+    return PLANS[FAMILIES[WHOLE[name].family].cls]
+
+
 def refusal(name):
-    return REFUSED.get(name) or PLANS[FAMILIES[WHOLE[name].family].cls].unpiped
+    return REFUSED.get(name) or plan(name).unpiped
+
+
+def serves(method, name):
+    if method == "pipefusion2":
+        return refusal(name) is None
+    return plan(name).unsequenced is None if method == "ulysses2" else method != "dp2" or plan(name).unsequenced
 
 
 def marked(name, method):
     return pytest.param(name, method, marks=[] if name in DEFAULT[method] else [pytest.mark.matrix])
 
 
-RUN = [marked(name, method) for method in METHODS for name in WHOLE if method != "pipefusion2" or refusal(name) is None]
+RUN = [marked(name, method) for method in METHODS for name in WHOLE if serves(method, name)]
 
 
 @pytest.mark.parametrize(("name", "method"), RUN)

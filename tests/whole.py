@@ -4,12 +4,9 @@ Transformers are those of the matrix (``xfuser.testing.zoo``), with the channels
 that are large to describe are left out: the call gives what they would have made.
 """
 
-import importlib
-from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import diffusers
 import numpy as np
@@ -34,6 +31,7 @@ from parts import (
     picture,
     rows,
     shifting,
+    small_pictures,
     t5,
     transformer,
 )
@@ -72,7 +70,7 @@ def call_of(name: str, **changes: Any) -> Parts:
                 if "mask" not in embeds
                 else (torch.arange(shape[0]) < shape[0] - 2 + ("negative" in twin)).long()[None]
             )
-    if not spec.text:
+    if not spec.text and spec.prompted:
         call |= {"prompt": tiny.PROMPT} | ({"negative_prompt": "the cat"} if spec.negative else {})
     return call | spec.call() | changes
 
@@ -128,13 +126,6 @@ DC = coded(
 LTX_CALL = LARGE | {"max_sequence_length": WORDS}
 TWO_TEXTS = EMBEDS | {"prompt_embeds_mask": (WORDS,), "prompt_embeds_2": (4, 12), "prompt_embeds_mask_2": (4,)}
 ONE_FRAME_BLOCKS = {"num_frame_per_block": 1}
-
-
-def small_pictures() -> AbstractContextManager[Any]:
-    """Qwen-Image-Edit gives its picture a megapixel, whatever its size is: here, a hundredth of that."""
-    module = importlib.import_module(diffusers.QwenImageEditPipeline.__module__)
-    given = module.calculate_dimensions
-    return mock.patch.object(module, "calculate_dimensions", lambda area, ratio: given(area // 100, ratio))
 
 
 def karras() -> Parts:
@@ -303,7 +294,7 @@ WHOLE = {
         text=EMBEDS | {"prompt_embeds_mask": (WORDS,)},
         parts=shifting,
         call=lambda: {"image": picture()},
-        within=small_pictures,
+        within=small_pictures("QwenImageEditPipeline"),
     ),
     "flux_kontext": Whole(
         "FluxKontextPipeline",
