@@ -5,8 +5,8 @@ from setuptools import find_packages, setup
 BENCH = ["matplotlib", "torchmetrics"]
 SERVE = ["fastapi", "uvicorn", "pydantic>=2", "prometheus-client", "gradio"]
 RAY = ["ray[serve]"]
-TEST = ["pytest", "pytest-xdist", "ruff", "hypothesis", "distvae", "imageio", "imageio-ffmpeg", "optimum-quanto", "peft"]
-TEST += ["openai", "selenium"]
+TEST = ["pytest", "pytest-xdist", "ruff", "hypothesis", "distvae", "imageio", "imageio-ffmpeg", "optimum-quanto"]
+TEST += ["peft", "openai", "selenium"]
 
 setup(
     name="xfuser",

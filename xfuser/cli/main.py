@@ -1,6 +1,7 @@
 """``xdit``: a picture from a prompt, on as many ranks as the degrees multiply to; ``xdit COMMAND`` for the rest."""
 
 import importlib
+import multiprocessing
 import os
 import sys
 import time
@@ -76,12 +77,26 @@ def named(path: str) -> Callable[..., Any]:
 
 def launch(ranks: int, arguments: list[str]) -> int:
     """Start this command once per rank; returns the exit code."""
-    return start(ranks, sys.executable, "-m", "xfuser.cli", *arguments)
+    prepare_ranks("xfuser.parallel", "xfuser.weights.loading")
+    return start(ranks, "xfuser.cli.main:run", arguments)
 
 
-def start(ranks: int, entrypoint: str | Callable[..., Any], *arguments: Any) -> int:
-    """Start a command, or a function in a process of its own, once per rank by torchrun's launcher; returns the exit
-    code."""
+def run(arguments: list[str]) -> None:
+    """On a rank: this command."""
+    sys.argv[1:] = arguments
+    sys.exit(main())
+
+
+def prepare_ranks(*modules: str) -> None:
+    """Let ranks that are started from now on be forked from a process that has imported these modules.
+
+    Not where there is an accelerator, which does not outlive a fork if a library has looked at it.
+    """
+    multiprocessing.set_forkserver_preload(list(modules) if devices.device_type() == "cpu" else [])
+
+
+def start(ranks: int, function: str, *arguments: Any) -> int:
+    """Call ``module:function`` in a process for each rank, by torchrun's launcher; returns the exit code."""
     import logging
 
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -93,7 +108,7 @@ def start(ranks: int, entrypoint: str | Callable[..., Any], *arguments: Any) -> 
     rendezvous = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
     config = LaunchConfig(**nodes, **rendezvous, max_restarts=0, monitor_interval=0.1, start_method="forkserver")
     try:
-        elastic_launch(config, entrypoint)(*arguments)
+        elastic_launch(config, call)(function, *arguments)
     except ChildFailedError:
         return 1
     return 0

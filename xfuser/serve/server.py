@@ -4,7 +4,6 @@ import asyncio
 import base64
 import io
 import math
-import multiprocessing
 import os
 import random
 import threading
@@ -19,7 +18,7 @@ from fastapi import UploadFile
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
-from xfuser.cli.main import call, start
+from xfuser.cli.main import prepare_ranks, start
 from xfuser.cli.words import check_words
 from xfuser.config import xFuserArgs
 from xfuser.config.config import DEGREES
@@ -107,10 +106,9 @@ class Server:
         self._sizes = elastic.sizes_of(ranks, options.elastic)
 
         def launch(connections: list[Connection]) -> None:
-            start(ranks, call, WORKER, args, options.elastic, connections)
+            start(ranks, WORKER, args, options.elastic, connections)
 
-        on_cpu = devices.device_type() == "cpu"  # other devices do not outlive a fork, if a library has looked at them
-        multiprocessing.set_forkserver_preload([WORKER.partition(":")[0]] if on_cpu else [])
+        prepare_ranks(WORKER.partition(":")[0])
         self.engine = Engine(launch, self._sizes, self.inputs, options)
         self._memory = self.config.runtime_config.memory or devices.total_memory()
         self._machine = calibrated() if options.elastic else None
