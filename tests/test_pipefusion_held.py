@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import running
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 
 from xfuser.models.registry import plan_of
 from xfuser.testing import matrix, oracle
@@ -27,7 +28,7 @@ RUN = {
 
 
 class Holding(DenoisingLoop):
-    """Keeps the first frame as it was drawn, or that at another place."""
+    """Keeps the first frame, or that at another place, and adds noise to it in each iteration."""
 
     @torch.no_grad()
     def __call__(self, family, seed=0, place=0):
@@ -37,14 +38,14 @@ class Holding(DenoisingLoop):
             return torch.randn(*shape, generator=generator)
 
         latents, given = draw(1, *family.latents), family.conditions(self.transformer, 1, draw)
+        count, first = latents.shape[dim] - 1, latents.select(dim, place).unsqueeze(dim)
+        rest = latents.narrow(dim, 1 + place, count)
         self.scheduler.set_timesteps(4)
         for t in self.scheduler.timesteps:
-            noise = self._forward(family, latents, t, given)[0]
-            count, held, start = latents.shape[dim] - 1, latents.select(dim, place).unsqueeze(dim), 1 + place
-            step = [x.narrow(dim, start, count) for x in (noise, latents)]
-            stepped = self.scheduler.step(step[0], t, step[1], return_dict=False)[0]
-            latents = torch.cat([stepped, held] if place else [held, stepped], dim)
-        return [latents]
+            held = first + 0.3 * randn_tensor(first.shape, generator=generator)
+            noise = self._forward(family, torch.cat([rest, held] if place else [held, rest], dim), t, given)[0]
+            rest = self.scheduler.step(noise.narrow(dim, 1 + place, count), t, rest, return_dict=False)[0]
+        return [rest]
 
 
 def loop(name):
