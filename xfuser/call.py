@@ -127,6 +127,10 @@ class CallState:
             return None if self._is_synchronous(step) else (step, patch + 1)
         return None if self.ends_whole(step) else (step + 1, 0)
 
+    def extend(self, synchronous: int) -> None:
+        """Let at least so many first steps of each transformer be synchronous."""
+        self._synchronous = max(self._synchronous, synchronous)
+
     # What moves it on.
 
     def announce(self, steps: int, order: int) -> None:

@@ -122,9 +122,9 @@ class LoopNoise:
     @contextmanager
     def once_a_step(self, pipe: Any) -> Iterator[None]:
         """Within the context, ``randn_tensor`` of the pipeline's modules draws once a step."""
-        modules = {sys.modules[cls.__module__] for cls in type(pipe).__mro__}
+        modules = {sys.modules.get(cls.__module__) for cls in type(pipe).__mro__}
         with ExitStack() as stack:
-            for module in (one for one in modules if "randn_tensor" in vars(one)):
+            for module in (one for one in modules if hasattr(one, "randn_tensor")):
                 stack.enter_context(replaced(module, "randn_tensor", self._kept(module.randn_tensor)))
             yield
 
@@ -141,9 +141,7 @@ class LoopNoise:
                 return self._drawn[-1].clone()
             noise = next(self._next, None)
             if noise is None:
-                refuse(
-                    "loops that draw noise in some iterations", "it would be drawn in some sub-steps of a step alone"
-                )
+                refuse("loops that draw noise now and then", "it would be drawn in some of a step's sub-steps alone")
             return noise.clone()
 
         return drawn

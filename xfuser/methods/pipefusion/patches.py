@@ -33,7 +33,7 @@ class Patches:
         of_rows = size[-2] if isinstance(size, list | tuple) else size
         self._units = {4: of_rows, 5: getattr(config, "patch_size_t", None) or of_time}
         self._of_video = {False: (plan.frames, self._units[5]), True: (plan.height, of_rows)}
-        self._one_frame, self._divides_frames, self._sums = False, plan.rows is None, bool(plan.linear)
+        self._one_frame, self._divides_frames = False, plan.rows is None
         self.ahead = self.behind = self._frame = 0
 
     def begin(self, latents: Tensor) -> None:
@@ -95,7 +95,7 @@ class Patches:
         rows = sample.movedim(3 - self._dims[5], -1).flatten(1, 3) if packs else sample
         dim, unit = self.dim(given), self._unit(given)
         more = given.shape[dim] - rows.shape[dim] if given.dim() == rows.dim() in (3, 5) else -1
-        if more < (not packs) or self._one_frame or self._sums:
+        if more < (not packs) or self._one_frame:
             return
         ahead, own = more if sample.dim() == 5 else 0, tuple(map(slice, rows.shape))
         if not torch.equal(given.narrow(dim, ahead, rows.shape[dim])[own], rows.to(given.dtype)):

@@ -96,7 +96,7 @@ class Stage:
 
     def patch_tokens(self, tokens: int) -> list[range]:
         """The tokens of each patch, of an image with that many."""
-        return [self.patches.tokens(self._latents[0], tokens, patch) for patch in range(self._call.patches)]
+        return [self._window(tokens, patch).image for patch in range(self._call.patches)]
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -158,6 +158,8 @@ class Stage:
             refuse(f"{calls} calls of {name} in step {self._call.step}", f"the first had {before}", SAME_CALLS)
         if before and (self._call.step, self._call.patch) == (self._first, 0):
             self.patches.find_pictures(self._latents[0], sample, get_sp_group().world_size)
+            if self.patches.ahead and self._plan.linear:
+                self._call.extend(2)  # this one has summed over other patches
         if any(kind(latents) != kind(self.patches.stepped(x)) for x in self._latents):
             what = f"a scheduler step of {tuple(latents.shape)} where {name} was given {tuple(self._latents[0].shape)}"
             refuse(what, "patches are rows of what the scheduler steps, which the transformer must see as they are")
