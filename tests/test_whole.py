@@ -73,6 +73,7 @@ DISPLACED = {  # under PipeFusion, in asynchronous steps: changes of the call
     "wan": ONE_FRAME,
     "kandinsky5": ONE_FRAME,
     "sana": {},
+    "mochi": {"output_type": "latent", "prompt": ["a red circle", "a"], "negative_prompt": ["the cat", ""]},
     "z_image": {"prompt_embeds": [whole.rows(33), whole.rows(6)], "negative_prompt_embeds": [whole.rows(5)] * 2},
     "lumina2": {
         "prompt_embeds": TWO,

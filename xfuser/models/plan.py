@@ -60,7 +60,8 @@ class ModelPlan:
             after the other; none where the tokens are rows of a batch, which need nothing from each other.
         carrier_dim: dimension of what carries streams that counts tokens.
         whole: whether text takes part in the attention, but is not split, as the forward or the attention cuts it by
-            its length: every rank has all of it, beside its share of the image.
+            its length: every rank has all of it, beside its share of the image. Under PipeFusion, blocks are given it
+            with patch 0; with others, the forward has zeros in its place between the blocks.
         needs_text: whether the blocks fail where there is no text token at all.
         per_token: arguments of the blocks with one entry per token, such as rotary tables and key masks; a tuple for
             an argument that is a tuple of different ones, with None for those that have no such entries.

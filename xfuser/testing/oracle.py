@@ -207,7 +207,7 @@ class Lagging(PartByPart):
 
     def text(self, words: int) -> torch.Tensor:
         """The text tokens that this part computes."""
-        if words < self.parts:  # all have it, and the first gives its keys
+        if words < self.parts or self.plan.whole:  # all have it, and the first gives its keys
             return torch.arange(words if self.part == 0 else 0)
         return _ranges(words, self.parts, longer_last=True)[self.part]
 

@@ -59,10 +59,10 @@ class Stage:
         self._outputs: list[tuple[list[Tensor], Any]] = []  # full output of each call: tensors, tree
         self._autocast = False  # whether the dtypes of activations depend on their operators
         self.kept.clear()
-        # Elements per token, shares and streams of each message with tokens in this sub-step, and in the last
+        # Elements per token of each stream, and shares, of each message with tokens in this sub-step, and in the last
         # asynchronous one.
-        self._received: list[tuple[int, TokenShares, list[str]]] = []
-        self._received_before: list[tuple[int, TokenShares, list[str]]] | None = None
+        self._received: list[tuple[dict[str, int], TokenShares]] = []
+        self._received_before: list[tuple[dict[str, int], TokenShares]] | None = None
 
     @property
     def is_last(self) -> bool:
@@ -272,17 +272,16 @@ class Stage:
         """Behind the stub ahead of this stage's first block: the tokens that the previous stage sent."""
         outputs, dim = self._plan.outputs(blocks), self._plan.carrier_dim
         carried = [output] if isinstance(output, Tensor) else output
-        image = next(x for x, streams in zip(carried, outputs, strict=True) if "image" in streams)
-        shape = [-1 if i == dim else size for i, size in enumerate(image.shape)]
-        per_token = image.shape[1 - dim] * image.shape[2]
-        counts = self._call.tokens.own
-        names = [stream for stream in counts if any(stream in streams for streams in outputs)]
-        self._received.append((per_token, self._call.tokens, names))
+        like = {name: x for x, streams in zip(carried, outputs, strict=True) for name in streams}
+        image, shares = like["image"], self._call.tokens
+        per_token = {name: like[name].shape[1 - dim] * like[name].shape[2] for name in shares.own if name in like}
+        self._received.append((per_token, shares))
         channel = self._channels["tokens", self.number - 1, self.number]
-        received = channel.receive(self._sizes([per_token * counts[name] for name in names]), image, self._next_sizes())
+        received = channel.receive(self._sizes(per_token, shares), image, self._next_sizes())
         if self._call.skips is not None:
             self._call.skips = bool(received.pop(0))
-        parts = {name: part.view(shape) for name, part in zip(names, received, strict=True)}
+        shapes = [(*like[name].shape[:dim], -1, *like[name].shape[dim + 1 :]) for name in per_token]
+        parts = {name: part.view(shape) for name, shape, part in zip(per_token, shapes, received, strict=True)}
         for _, route in skips(self._plan, self._owners):
             if route[2] == self.number:
                 self._channels[route].expect([image.numel()], image)
@@ -299,12 +298,12 @@ class Stage:
             if following is None:
                 return None
             number, patch = 0, following[1]
-        per_token, shares, streams = self._received_before[number]
-        counts = shares.at(self._window(shares.totals["image"], patch)).own
-        return self._sizes([per_token * counts[stream] for stream in streams])
+        per_token, shares = self._received_before[number]
+        return self._sizes(per_token, shares.at(self._window(shares.totals["image"], patch)))
 
-    def _sizes(self, tokens: list[int]) -> list[int]:
+    def _sizes(self, per_token: dict[str, int], shares: TokenShares) -> list[int]:
         """Elements of each tensor of a message with tokens, ahead of which may be a flag."""
+        tokens = [size * shares.own[stream] for stream, size in per_token.items()]
         return tokens if self._call.skips is None else [1, *tokens]
 
     def _send(self, blocks: str, block: nn.Module, args: tuple, output: Any) -> None:
