@@ -62,6 +62,7 @@ class ModelPlan:
         whole: whether text takes part in the attention, but is not split, as the forward or the attention cuts it by
             its length: every rank has all of it, beside its share of the image. Under PipeFusion, blocks are given it
             with patch 0; with others, the forward has zeros in its place between the blocks.
+        padded: whether the forward appends tokens to those of the image, up to a fixed number.
         needs_text: whether the blocks fail where there is no text token at all.
         per_token: arguments of the blocks with one entry per token, such as rotary tables and key masks; a tuple for
             an argument that is a tuple of different ones, with None for those that have no such entries.
@@ -128,6 +129,7 @@ class ModelPlan:
     carried: dict[str, dict[str, Streams]] = field(default_factory=dict)
     carrier_dim: int = 1
     whole: bool = False
+    padded: bool = False
     needs_text: bool = False
     per_token: dict[str, Tokens | tuple[Tokens | None, ...]] = field(default_factory=dict)
     leading: dict[str, str] = field(default_factory=dict)

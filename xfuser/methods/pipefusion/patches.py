@@ -33,7 +33,7 @@ class Patches:
         of_rows = size[-2] if isinstance(size, list | tuple) else size
         self._units = {4: of_rows, 5: getattr(config, "patch_size_t", None) or of_time}
         self._of_video = {False: (plan.frames, self._units[5]), True: (plan.height, of_rows)}
-        self._one_frame, self._divides_frames = False, plan.rows is None
+        self._one_frame, self._divides_frames, self._padded = False, plan.rows is None, plan.padded
 
     def begin(self, latents: Tensor) -> None:
         """Divide latents of this shape from now on."""
@@ -71,9 +71,10 @@ class Patches:
         return range(rows.start * width, rows.stop * width)
 
     def window(self, latents: Tensor, tokens: int, patch: int) -> Window:
-        """What a patch computes of a transformer's latents with that many tokens: pictures and text with patch 0."""
-        image = self.tokens(self.stepped(latents), tokens - self.behind, patch)
-        return Window(image, patch == 0, range(tokens - self.behind, tokens) if patch == 0 else range(0))
+        """What a patch computes of a transformer's latents with that many tokens: all but the image with patch 0."""
+        end = self.image_tokens(latents) if self._padded else tokens - self.behind
+        image = self.tokens(self.stepped(latents), end, patch)
+        return Window(image, patch == 0, range(end, tokens) if patch == 0 else range(0))
 
     def find_pictures(self, given: Tensor, sample: Tensor, ranks: int) -> None:
         """Set ``behind`` by a transformer's first latents and the sample of the first step, where they are packed.
