@@ -54,6 +54,7 @@ def test_pipeline_equals_the_oracle(pool, path_of, case, defined, parts):
 
 OF_BLOCKS = {  # families whose blocks take text of their own: latents, patches, synchronous steps
     "hidream": ((4, 4, 8), 2, 1),  # 10 tokens lie behind those of the image
+    "bria_fibo": ((15, 8), 4, 1),
 }
 
 
