@@ -87,6 +87,8 @@ class ModelPlan:
             where the class has ``halvings``.
         halvings: attribute of the class that says how often its maps, ``[B, C, H, W]``, are halved and doubled again
             between ``embed`` and ``head``: a U-Net's. All of it then lies between these two, and there are no blocks.
+        sound: argument of the forward with the latents of the second stream, where that is denoised, too: the forward's
+            second output is of them.
         beside: arguments of the forward with pictures whose tokens come behind those of the latents.
         by_number: arguments of the forward that make blocks pick tokens by their number, which shares do not know.
         unbatched: arguments of the forward that have no batch dimension.
@@ -145,6 +147,7 @@ class ModelPlan:
     convolutions: tuple[str, ...] = ()
     residuals: tuple[str, ...] = ()
     halvings: str | None = None
+    sound: str | None = None
     beside: tuple[str, ...] = ()
     by_number: tuple[str, ...] = ()
     unbatched: tuple[str, ...] = ()

@@ -16,7 +16,7 @@ from xfuser.core.distributed.ending import end_group, new_group
 from xfuser.core.hooks import Arguments, edited_arguments
 from xfuser.models.plan import ModelPlan
 
-Route = tuple[str, int, int]  # what is sent (tokens, latents, skips), the sending and the receiving stage
+Route = tuple[str, int, int]  # what is sent (tokens, latents, sound, skips), the sending and the receiving stage
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of tokens, by their tag
 
@@ -97,7 +97,8 @@ def routes_of(plan: ModelPlan, owners: list[int], takers: int) -> set[Route]:
     """
     last = owners[-1]
     routes = {("tokens", stage, stage + 1) for stage in range(last)} | {route for _, route in skips(plan, owners)}
-    return routes | {("latents", last, stage) for stage in range(min(takers, last))}
+    routes |= {("latents", last, stage) for stage in range(min(takers, last))}
+    return routes | ({("sound", last, 0)} if plan.sound and last else set())
 
 
 def open_channels(pipelines: list[list[int]], routes: set[Route], depth: int) -> dict[Route, Channel]:

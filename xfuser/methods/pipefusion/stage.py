@@ -74,11 +74,16 @@ class Stage:
         """Whether the transformer has been called, and no other since."""
         return bool(self._latents)
 
-    def part(self, output: Tensor) -> Tensor:
-        """View of what this rank computes of an output in this sub-step: no row of it before the last stage."""
-        if not self.is_last:
-            return self.patches.view(output, range(0))
-        return output if self._call.synchronous else self.patches.of(self.patches.stepped(output), self._call.patch)
+    def part(self, output: Any) -> Any:
+        """Views of what this rank computes of an output in this sub-step: no row of it before the last stage."""
+        parts, tree = tree_flatten(output)
+        return tree_unflatten([self._part(x, bool(i and self._plan.sound)) for i, x in enumerate(parts)], tree)
+
+    def _part(self, x: Tensor, is_sound: bool) -> Tensor:
+        call, patches = self._call, self.patches
+        if not self.is_last or (is_sound and not call.synchronous and call.patch):
+            return x.narrow(patches.dim(x), 0, 0)
+        return x if call.synchronous or is_sound else patches.of(patches.stepped(x), call.patch)
 
     def window(self, tokens: int) -> Window:
         """The tokens of this sub-step, of an image with that many."""
@@ -181,14 +186,14 @@ class Stage:
         parts, tree = tree_flatten(forward(arguments))
         self._runs = False
         if self._call.synchronous:
-            self._outputs[index:] = [(self._blank(parts), tree)]
+            self._outputs[index:] = [(self._blank(parts, arguments), tree)]
         kept = self._outputs[index][0]
         given = [x.clone() for x in kept]
 
         def fill() -> None:
             for full in (kept, given):
-                for x, part in zip(full, parts, strict=True):
-                    self.part(x).copy_(part)
+                for x, part in zip(self.part(full), parts, strict=True):
+                    x.copy_(part)
 
         self._call.when_there(fill, given)
         return tree_unflatten(given, tree)
@@ -236,16 +241,18 @@ class Stage:
         self.patches.begin(latents)
         self._autocast = torch.is_autocast_enabled(latents.device.type)
         for (kind, *_), channel in self._channels.items():
-            channel.tagged = self._autocast and kind != "latents"
+            channel.tagged = self._autocast and kind not in ("latents", "sound")
         self._on_start(self)
 
-    def _blank(self, parts: list[Tensor]) -> list[Tensor]:
+    def _blank(self, parts: list[Tensor], arguments: Arguments) -> list[Tensor]:
         """Zeros in the shapes of the full outputs, of which ``parts`` are computed here."""
         dtypes = [x.dtype for x in parts]
         if self._autocast:  # only the last stage has the output's own
             dtypes = self._group.broadcast_object(dtypes, src=self._owners[-1])
-        length = self.patches.kind(self._latents[0])[1]
-        return [zeros(x, self.patches.dim(x), length, dtype) for x, dtype in zip(parts, dtypes, strict=True)]
+        lengths = [self.patches.kind(self._latents[0])[1]] * len(parts)
+        if self._plan.sound:
+            lengths[1] = arguments[self._plan.sound].shape[1]
+        return [zeros(x, self.patches.dim(x), *what) for x, *what in zip(parts, lengths, dtypes, strict=True)]
 
     def _embedding(self, embed: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         """Computes the tokens of this sub-step on the first stage; elsewhere zeros, of which the shape matters.
@@ -270,21 +277,20 @@ class Stage:
 
     def _receive(self, blocks: str, stub: nn.Module, args: tuple, output: Any) -> Any:
         """Behind the stub ahead of this stage's first block: the tokens that the previous stage sent."""
-        outputs, dim = self._plan.outputs(blocks), self._plan.carrier_dim
+        outputs, dim, shares = self._plan.outputs(blocks), self._plan.carrier_dim, self._call.tokens
         carried = [output] if isinstance(output, Tensor) else output
         like = {name: x for x, streams in zip(carried, outputs, strict=True) for name in streams}
-        image, shares = like["image"], self._call.tokens
         per_token = {name: like[name].shape[1 - dim] * like[name].shape[2] for name in shares.own if name in like}
         self._received.append((per_token, shares))
         channel = self._channels["tokens", self.number - 1, self.number]
-        received = channel.receive(self._sizes(per_token, shares), image, self._next_sizes())
+        received = channel.receive(self._sizes(per_token, shares), like["image"], self._next_sizes())
         if self._call.skips is not None:
             self._call.skips = bool(received.pop(0))
         shapes = [(*like[name].shape[:dim], -1, *like[name].shape[dim + 1 :]) for name in per_token]
         parts = {name: part.view(shape) for name, shape, part in zip(per_token, shapes, received, strict=True)}
         for _, route in skips(self._plan, self._owners):
             if route[2] == self.number:
-                self._channels[route].expect([image.numel()], image)
+                self._channels[route].expect([like["image"].numel()], like["image"])
         joined = tuple(torch.cat([parts[one] for one in streams], dim=dim) for streams in outputs)
         return joined[0] if isinstance(output, Tensor) else joined
 
@@ -303,8 +309,8 @@ class Stage:
 
     def _sizes(self, per_token: dict[str, int], shares: TokenShares) -> list[int]:
         """Elements of each tensor of a message with tokens, ahead of which may be a flag."""
-        tokens = [size * shares.own[stream] for stream, size in per_token.items()]
-        return tokens if self._call.skips is None else [1, *tokens]
+        flag = [] if self._call.skips is None else [1]
+        return flag + [size * shares.own[stream] for stream, size in per_token.items()]
 
     def _send(self, blocks: str, block: nn.Module, args: tuple, output: Any) -> None:
         """Behind this stage's last block: image tokens first, whatever the order in the blocks."""
