@@ -1,9 +1,15 @@
 """PipeFusion of whole pipelines whose transformers see more than latents and text: equal to the oracle."""
 
+from dataclasses import replace
+
 import pytest
 import running
 import whole
 from whole import WHOLE
+
+from xfuser.testing import matrix, oracle
+from xfuser.testing.loop import loop_of
+from xfuser.testing.zoo import FAMILIES
 
 PARTS = {
     "pipefusion2": (2, {"pipefusion_parallel_degree": 2}),
@@ -44,3 +50,27 @@ def test_pipeline_equals_the_oracle(pool, path_of, case, defined, parts):
     for results in pool.run(ranks, drawn_with, path, case, degrees, changes):
         for result, reference in zip(results, expected, strict=True):
             assert running.error(result, reference) <= WHOLE[case].tolerance
+
+
+OF_BLOCKS = {  # families whose blocks take text of their own: latents, patches, synchronous steps
+    "hidream": ((4, 4, 8), 2, 1),  # 10 tokens lie behind those of the image
+    "bria_fibo": ((15, 8), 4, 1),
+}
+
+
+def looped(name, degrees):
+    family = replace(FAMILIES[name], latents=OF_BLOCKS[name][0])
+    return matrix.draw_family(family, degrees, {"images": 2, "guidance": "sequential"})
+
+
+@pytest.mark.parametrize("name", OF_BLOCKS)
+def test_text_of_every_block(pool, name):
+    latents, patches, warmup = OF_BLOCKS[name]
+    family = replace(FAMILIES[name], latents=latents)
+    pipe = loop_of(family)
+    with oracle.displaced(pipe, patches, warmup):
+        expected = pipe(family, images=2, guidance="sequential")
+    assert matrix.error(looped(name, None), expected) >= 100 * matrix.TOLERANCE  # staleness shows
+    degrees = {"pipefusion_parallel_degree": 4, "num_pipeline_patch": patches, "warmup_steps": warmup}
+    for result in pool.run(4, looped, name, degrees):
+        assert matrix.error(result, expected) <= matrix.TOLERANCE

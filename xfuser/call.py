@@ -14,7 +14,6 @@ from types import MethodType
 from typing import Any, Protocol
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from xfuser.core.hooks import Arguments, Binder, replaced
 
@@ -62,7 +61,7 @@ class CallState:
         self.skips: bool | None = None
         self._synchronous, self._every_step_whole = max(1, synchronous), every_step_whole
         self._starts = {0}  # steps in which a transformer is called first
-        self._part: Callable[[Tensor], Tensor] | None = None
+        self._part: Callable[[Any], Any] | None = None
         self._wrappers: dict[nn.Module, list[Wrapper]] = {}
         self._at_forwards_end: list[Callable[[], None]] = []
         self._at_schedule: list[Callable[[], None]] = []
@@ -81,15 +80,15 @@ class CallState:
         """Call ``action`` when a schedule is about to be made: what comes next is the first step of another image."""
         self._at_schedule.append(action)
 
-    def computes(self, part: Callable[[Tensor], Tensor]) -> None:
-        """Say which part of an output this rank computes in a sub-step, as a view."""
+    def computes(self, part: Callable[[Any], Any]) -> None:
+        """Say which part of an output this rank computes in a sub-step, as views."""
         self._part = part
 
     # What methods read.
 
     def part(self, output: Any) -> Any:
         """Of an output, or of each tensor in it, what this rank computes in this sub-step."""
-        return output if self._part is None else tree_map_only(Tensor, self._part, output)
+        return output if self._part is None else self._part(output)
 
     def when_there(self, action: Callable[[], None], results: list[Tensor]) -> None:
         """Call ``action``, which makes ``results`` of the last forward's output, once that output has arrived."""

@@ -67,6 +67,8 @@ class SequenceParallel(MixingModules):
         yield self._pair_masks.alike()
         for block in blocks:
             yield edited_arguments(block.module, partial(self._enter_block, block.list_name))
+            if plan.whole and self._stage:
+                yield edited_output(block.module, partial(self._leave_block, plan.outputs(block.list_name)))
             for name in plan.convolutions:
                 module = block.module.get_submodule(name)
                 yield replaced(module, "forward", outside_of_graphs(self._on_rows(module), name))
@@ -118,10 +120,11 @@ class SequenceParallel(MixingModules):
             self._call.tokens = self._share(blocks, arguments)
         shards = self._call.tokens
         for name, streams in self._plan.carriers(blocks).items():
-            dim = self._plan.carrier_dim
-            if arguments.get(name) is not None and arguments[name].shape[dim] == shards.total(streams):
-                x = self._image_first(arguments[name]) if begins else arguments[name]
-                arguments[name] = shards.cut(x, Tokens(streams, dim))
+            dim, x = self._plan.carrier_dim, arguments.get(name)
+            if x is not None and x.shape[dim] == shards.total(streams):
+                arguments[name] = shards.cut(self._image_first(x) if begins else x, Tokens(streams, dim))
+            elif x is not None and self._plan.whole and "text" in streams and not shards.window.text:
+                arguments[name] = shards.without_text(x, streams, dim)
         for name, tokens in self._plan.per_token.items():
             value = arguments.get(name)
             if value is not None:
@@ -173,9 +176,7 @@ class SequenceParallel(MixingModules):
         """The shares of the forward whose first block is about to run."""
         plan, stage = self._plan, self._stage
         count, text = arguments[plan.image].shape[plan.carrier_dim], 0
-        if plan.whole:
-            text = None
-        elif plan.text and arguments.get(plan.text) is not None:
+        if plan.text and arguments.get(plan.text) is not None:
             text = arguments[plan.text].shape[plan.carrier_dim]
         elif plan.carriers(blocks)[plan.image] != ("image",):  # text is in there, too
             whole, count = count, self._image_tokens
@@ -185,7 +186,8 @@ class SequenceParallel(MixingModules):
     def _share_of(self, count: int, text: int | None, window: Window) -> TokenShares:
         rank, ranks = (self._group.rank_in_group, self._group.world_size) if self._splits(count) else (0, 1)
         whole = ranks > 1 and bool(text) and (self._alone or text < ranks)  # blocks need not bear having none
-        return TokenShares(rank, ranks, count, text, window, self._unit, whole, self._plan.needs_text, self._lines)
+        kind = self._unit, whole, self._plan.needs_text, self._lines, self._plan.whole
+        return TokenShares(rank, ranks, count, text, window, *kind)
 
     def _splits(self, tokens: int) -> bool:
         """Fewer image tokens than ranks stay whole on every rank: blocks need not bear having none."""
@@ -200,6 +202,10 @@ class SequenceParallel(MixingModules):
         if not self._splits(x.shape[1]):
             return x
         return self._share_of(x.shape[1], None, Window(range(x.shape[1]))).cut(x, Tokens(("image",)))
+
+    def _leave_block(self, outputs: list[Streams], block: nn.Module, args: tuple, output: Any) -> Any:
+        """Behind a block that was given none of the text: the forward counts as many tokens of it as before."""
+        return self._call.tokens.with_text(output, outputs, self._plan.carrier_dim)
 
     def _leave_blocks(self, outputs: list[Streams], block: nn.Module, args: tuple, output: Any) -> Any:
         """Behind the last block: all tokens of what it returns, if the head is not the place for that."""
@@ -251,17 +257,16 @@ class SequenceParallel(MixingModules):
             return self._local(q, k, v, mask, scale)
         number = self._attended[name] = self._attended.get(name, 0) + 1
         layout, rank, ranks = layout or self._attentions[name], shards.rank, shards.ranks
-        queries, keys = shards.rows(layout.queries, q.shape[2]), shards.rows(layout.keys, k.shape[2])
+        place = (self, name, number)
+        text = () if shards.window.text or not self._plan.whole else (stage.kept.text(place, shards.totals["image"]),)
+        queries, keys = (shards.rows(streams, x.shape[2], *text) for streams, x in zip(layout, (q, k), strict=True))
         if layout.keys == (PICTURE,):
             return self._local(q, k, v, mask, scale)
         parts = self._parts if ranks > 1 else None
         if parts and PICTURE in layout.keys:
             return self._attend_beside(parts, name, q, k, v, scale)
-        mask = (
-            None
-            if mask is None
-            else self._pair_masks.over_keys(self._call.index, mask[(None,) * (4 - mask.dim())], q, k)
-        )
+        if mask is not None:
+            mask = self._pair_masks.over_keys(self._call.index, mask[(None,) * (4 - mask.dim())], q, k)
         per_key = mask is not None and mask.shape[2:] == (1, k.shape[2])
         if per_key:
             mask = additive(mask, q.dtype)
@@ -274,9 +279,7 @@ class SequenceParallel(MixingModules):
         k, v = keys.given(k, 2, rank), keys.given(v, 2, rank)
 
         def renew(k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-            k, v, fresh = stage.kept.attended(
-                (self, name, number), keys.order, keys.total, k, v, mask if per_key else None
-            )
+            k, v, fresh = stage.kept.attended(place, keys.order, keys.total, k, v, mask if per_key else None)
             return k, v, fresh if per_key else mask
 
         if ranks == 1:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -118,6 +118,8 @@ class TokenShares:
         whole: whether every rank holds all of the text.
         ballast: whether every rank holds one text token that counts for nothing where the window has none.
         lines: the image is that many lines of tokens, and each rank holds its part of each of them.
+        varies: every rank holds all of the text, and a sequence has as many tokens of it as it is longer than the
+            image, which may be more or fewer than ``text``.
     """
 
     def __init__(
@@ -131,11 +133,15 @@ class TokenShares:
         whole: bool = False,
         ballast: bool = False,
         lines: int = 1,
+        varies: bool = False,
     ) -> None:
         self.rank, self.ranks, self.window = rank, ranks, window
         self._made_of = rank, ranks, image, text
-        self._unit, self._whole, self._ballast, self._lines = unit, whole, ballast, lines
-        self.totals = {"image": image, "text": text, PICTURE: None}
+        self._kind = unit, whole, ballast, lines, varies
+        whole = whole or varies
+        self._unit, self._lines = unit, lines
+        self._carried = {"image": image, "text": text or 0}
+        self.totals = {"image": image, "text": None if varies else text, PICTURE: None}
         idle = ballast and not window.text
         self._active = {"image": window.ranges, "text": (range((text or 0) if window.text else int(idle)),)}
         self._givers = {"image": range(ranks), "text": range(0 if idle else 1 if whole else ranks)}
@@ -143,11 +149,11 @@ class TokenShares:
         count, words = (sum(map(len, self._active[stream])) for stream in ("image", "text"))
         self.sizes = {"image": [size * unit for size in split_sizes(count // unit, ranks)]}
         self.sizes["text"] = [words] * ranks if whole or idle else split_sizes(words, ranks)[::-1]
-        self._known: dict[tuple[Streams, int], Rows] = {}
+        self._known: dict[tuple[Streams, int, int | None], Rows] = {}
 
     def at(self, window: Window) -> "TokenShares":
         """The shares of the same streams in a forward that computes another window."""
-        return TokenShares(*self._made_of, window, self._unit, self._whole, self._ballast, self._lines)
+        return TokenShares(*self._made_of, window, *self._kind)
 
     @property
     def own(self) -> dict[str, int]:
@@ -159,21 +165,23 @@ class TokenShares:
         """Whether this rank holds all tokens."""
         return self.ranks == 1 and self.window == Window(range(self.totals["image"]))
 
-    def rows(self, streams: Streams, own: int) -> Rows:
+    def rows(self, streams: Streams, own: int, text: int | None = None) -> Rows:
         """The rows of an attention's sequence, of which this rank has ``own``.
+
+        ``text`` counts the tokens of text that varies, where this forward computes none of them.
 
         Raises:
             ValueError: that is not what it holds of these streams.
         """
-        if (streams, own) in self._known:
-            return self._known[streams, own]
-        text = own - self.sizes["image"][self.rank] * ("image" in streams)
-        rows = self._rows(streams, text)
-        if rows.lengths[self.rank] != own or text < 0:
+        if (streams, own, text) in self._known:
+            return self._known[streams, own, text]
+        further = own - self.sizes["image"][self.rank] * ("image" in streams)
+        rows = self._rows(streams, further if text is None else text)
+        if rows.lengths[self.rank] != own or further < 0:
             raise ValueError(
                 f"attention over {own} tokens, where this rank holds {rows.lengths[self.rank]} of {'+'.join(streams)}"
             )
-        self._known[streams, own] = rows
+        self._known[streams, own, text] = rows
         return rows
 
     def _rows(self, streams: Streams, text: int) -> Rows:
@@ -182,10 +190,11 @@ class TokenShares:
         for stream in streams:
             unknown = self.totals[stream] is None
             total = text if unknown else self.totals[stream]
-            sizes = [text] * self.ranks if unknown else self.sizes[stream]
+            held = 0 if stream == "text" and not self.window.text else total
+            sizes = [held] * self.ranks if unknown else self.sizes[stream]
             givers = range(1) if unknown else self._givers[stream]
             lines = self._lines if stream == "image" else 1
-            active = (range(total),) if unknown else self._active[stream]
+            active = (range(held),) if unknown else self._active[stream]
             ranges = tuple(range(start + rows.start, start + rows.stop) for rows in active)
             parts.append(Part(ranges, sizes, len(givers) == self.ranks, givers, lines))
             start += total
@@ -202,7 +211,7 @@ class TokenShares:
             rows = x.unflatten(tokens.dim, (-1, self.totals["image"]))
             return self.cut(rows, Tokens(tokens.streams, tokens.dim + 1)).flatten(tokens.dim, tokens.dim + 1)
         length = x.shape[tokens.dim]
-        same = length == 1 and self.total(tokens.streams) != 1  # one entry for all tokens
+        same = length == 1 and sum(self._carried[stream] for stream in tokens.streams) != 1  # one entry for all tokens
         if same or tokens.dims not in (None, x.dim()):
             return x
         rows = self._rows(tokens.streams, length - self.totals["image"] * ("image" in tokens.streams))
@@ -215,6 +224,21 @@ class TokenShares:
         if self.is_whole:
             return x
         return torch.cat([x.narrow(tokens.dim, *place) for place in rows.places(self.rank)], dim=tokens.dim)
+
+    def without_text(self, x: Tensor, streams: Streams, dim: int) -> Tensor:
+        """Of this rank's rows of streams, with all of the text, those of a forward that computes no text."""
+        own = self.sizes["image"][self.rank] * ("image" in streams)
+        return x.narrow(dim, 0 if streams[-1] == "text" else x.shape[dim] - own, own)
+
+    def with_text(self, output: Any, outputs: list[Streams], dim: int) -> Any:
+        """A block's output, of these streams, with zeros in the place of the text that it was not given."""
+        if not isinstance(output, Tensor):
+            return tuple(self.with_text(x, [streams], dim) for x, streams in zip(output, outputs, strict=True))
+        (streams,) = outputs
+        if self.window.text or "text" not in streams:
+            return output
+        text = output.new_zeros([*output.shape[:dim], self._carried["text"], *output.shape[dim + 1 :]])
+        return torch.cat([text, output] if streams[0] == "text" else [output, text], dim=dim)
 
     def leading(self, count: int, stream: str) -> int:
         """How many of a stream's first ``count`` tokens this rank holds."""

@@ -7,12 +7,13 @@ BRIA_FIBO = ModelPlan(
     blocks=("transformer_blocks", "single_transformer_blocks"),
     attention={"attn": ("text", "image")},
     embed="x_embedder",
+    text="encoder_hidden_states",
     whole=True,
     carried={"single_transformer_blocks": {"hidden_states": ("text", "image")}},
     per_token={"image_rotary_emb": Tokens(("text", "image"), dim=0)},
     unbatched=("img_ids", "txt_ids"),
     returns=("text", "image"),
-    unpiped="every block takes text tokens of its own, so that they are no stream",
+    text_modules=("ff_context", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
 )
 
 # Refiner blocks and the resampler of the text run whole on every rank.

@@ -18,7 +18,7 @@ KANDINSKY6 = ModelPlan(
     unbatched=("visual_rope_pos",),
     returns=("image", "text"),
     frames=1,
-    unpiped="it makes two outputs, and sound is no part of a patch of the video",
+    unpiped="its blocks return nothing in the place of sound, where a call has none",
 )
 
 KANDINSKY6_SR = ModelPlan(

@@ -26,8 +26,11 @@ LTX2_VIDEO = ModelPlan(
         "video_to_audio_attn": Attention(queries=("text",), keys=("image",)),
     },
     idle=("all_perturbed",),
+    embed="proj_in",
     head=None,
     text="audio_hidden_states",
+    sound="audio_hidden_states",
+    needs_text=True,
     per_token={
         "self_attention_mask": Tokens(("image",), dim=-1),
         "temb": _VIDEO,
@@ -42,8 +45,17 @@ LTX2_VIDEO = ModelPlan(
         "ca_audio_rotary_emb": Tokens(("text",), dim=-2),
     },
     returns=("image", "text"),
+    text_modules=(
+        "audio_attn1",
+        "audio_attn2.to_q",
+        "audio_attn2.to_out",
+        "audio_ff",
+        "audio_to_video_attn.to_k",
+        "audio_to_video_attn.to_v",
+        "video_to_audio_attn.to_q",
+        "video_to_audio_attn.to_out",
+    ),
     per_head={"query_rotary_emb": {3: -1, 4: 1}, "key_rotary_emb": {3: -1, 4: 1}},
-    unpiped="it makes two outputs, and sound is no part of a patch of the video",
 )
 
 SANA_WM_REFINER = replace(

@@ -60,7 +60,9 @@ class ModelPlan:
             after the other; none where the tokens are rows of a batch, which need nothing from each other.
         carrier_dim: dimension of what carries streams that counts tokens.
         whole: whether text takes part in the attention, but is not split, as the forward or the attention cuts it by
-            its length: every rank has all of it, beside its share of the image.
+            its length: every rank has all of it, beside its share of the image. Under PipeFusion, blocks are given it
+            with patch 0; with others, the forward has zeros in its place between the blocks.
+        padded: whether the forward appends tokens to those of the image, up to a fixed number.
         needs_text: whether the blocks fail where there is no text token at all.
         per_token: arguments of the blocks with one entry per token, such as rotary tables and key masks; a tuple for
             an argument that is a tuple of different ones, with None for those that have no such entries.
@@ -89,6 +91,8 @@ class ModelPlan:
             where the class has ``halvings``.
         halvings: attribute of the class that says how often its maps, ``[B, C, H, W]``, are halved and doubled again
             between ``embed`` and ``head``: a U-Net's. All of it then lies between these two, and there are no blocks.
+        sound: argument of the forward with the latents of the second stream, where that is denoised, too: the forward's
+            second output is of them.
         beside: arguments of the forward with pictures whose tokens come behind those of the latents.
         by_number: arguments of the forward that make blocks pick tokens by their number, which shares do not know.
         unbatched: arguments of the forward that have no batch dimension.
@@ -133,6 +137,7 @@ class ModelPlan:
     carried: dict[str, dict[str, Streams]] = field(default_factory=dict)
     carrier_dim: int = 1
     whole: bool = False
+    padded: bool = False
     needs_text: bool = False
     per_token: dict[str, Tokens | tuple[Tokens | None, ...]] = field(default_factory=dict)
     leading: dict[str, str] = field(default_factory=dict)
@@ -150,6 +155,7 @@ class ModelPlan:
     convolutions: tuple[str, ...] = ()
     residuals: tuple[str, ...] = ()
     halvings: str | None = None
+    sound: str | None = None
     beside: tuple[str, ...] = ()
     by_number: tuple[str, ...] = ()
     unbatched: tuple[str, ...] = ()

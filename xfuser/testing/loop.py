@@ -1,5 +1,6 @@
 """A pipeline of a transformer and a scheduler alone: what all denoising loops have in common."""
 
+import copy
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ class DenoisingLoop(DiffusionPipeline):
     def __call__(
         self, family: Family, images: int = 1, guidance: str = "batched", num_inference_steps: int = 3, seed: int = 0
     ) -> list[torch.Tensor]:
-        """The final latents, ``[images, ...]``, and what else the last forward returned.
+        """The final latents, ``[images, ...]``, and what else the last forward returned; of sound, its final latents.
 
         Noise and conditions are drawn on the CPU, and go to the transformer's device, in its dtype.
 
@@ -42,7 +43,10 @@ class DenoisingLoop(DiffusionPipeline):
         rows = 2 * images if guidance == "batched" else images
         calls = [family.conditions(self.transformer, rows, draw) for _ in range(1 + (guidance == "sequential"))]
         calls = tree_map_only(torch.Tensor, placed, calls)
-        self.scheduler.set_timesteps(num_inference_steps, device=weight.device)
+        plan = plan_of(self.transformer)
+        of_sound = copy.deepcopy(self.scheduler) if plan and plan.sound else None
+        for scheduler in filter(None, (of_sound, self.scheduler)):
+            scheduler.set_timesteps(num_inference_steps, device=weight.device)
         with self.progress_bar(total=num_inference_steps) as bar:
             for t in self.scheduler.timesteps:
                 outputs = [
@@ -54,6 +58,9 @@ class DenoisingLoop(DiffusionPipeline):
                 elif guidance == "sequential":
                     noise = _guided(outputs[0][0], noise)
                 latents = self.scheduler.step(noise, t, latents, return_dict=False)[0]
+                if of_sound:
+                    others = [of_sound.step(others[0], t, calls[0][plan.sound], return_dict=False)[0]]
+                    calls = [call | {plan.sound: others[0]} for call in calls]
                 bar.update()
         return [latents, *others]
 

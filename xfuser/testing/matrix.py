@@ -92,7 +92,7 @@ def setting(family: str, method: str, **changes: Any) -> tuple[int, dict[str, An
     steps = 3 if "fusion" in method else 2
     call = {"images": 3 if method == "dp2" else 1, "num_inference_steps": steps} | changes
     plan = PLANS[FAMILIES[family].cls]
-    if method == "distrifusion2" and (plan.unpiped or plan.in_patches or plan.linear):
+    if method == "distrifusion2" and (plan.unpiped or plan.in_patches or plan.linear or plan.padded):
         degrees = degrees | {"warmup_steps": steps}  # the oracle knows the tokens of the others alone
     return ranks, degrees, call
 

@@ -9,6 +9,7 @@ PipeFusion, text belongs to part 0; under DistriFusion, it is divided, too. Naiv
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
+from types import MethodType
 from typing import Any
 from unittest import mock
 
@@ -74,7 +75,10 @@ class Displaced:
                 outputs.append(original(*given[0], **given[1]))
             rows = [slice(0, ahead), *rows, slice(ahead + count, total)]
             scaled = [slice(band.start * unit, band.stop * unit) for band in rows]
+            sound = outputs[0][1:] if self.plan.sound else None  # it is of part 0
+            outputs = outputs if sound is None else [one[:1] for one in outputs]
             output = joined([outputs[0], *outputs, outputs[0]], dim, scaled)
+            output = output if sound is None else output + sound
         self.call += 1
         return output
 
@@ -223,7 +227,7 @@ class Lagging(PartByPart):
 
     def text(self, words: int) -> torch.Tensor:
         """The text tokens that this part computes."""
-        if words < self.parts:  # all have it, and the first gives its keys
+        if words < self.parts or self.plan.whole:  # all have it, and the first gives its keys
             return torch.arange(words if self.part == 0 else 0)
         return _ranges(words, self.parts, longer_last=True)[self.part]
 
@@ -296,16 +300,18 @@ def _whole_forward(pipe: Any, state: Displaced | PartByPart) -> Iterator[None]:
     model, plan, step = state.model, state.plan, pipe.scheduler.step
     original = model.forward
 
-    def counted(*args: Any, **kwargs: Any) -> Any:
+    def counted(own: Any, *args: Any, **kwargs: Any) -> Any:
+        if own is not pipe.scheduler:  # a copy
+            return of_class(own, *args, **kwargs)
         state.step, state.call = state.step + 1, 0
         if isinstance(state, Displaced):
             state.find(Binder(step)(args, kwargs)["sample"])
         return step(*args, **kwargs)
 
-    counted.__wrapped__ = step
+    of_class = counted.__wrapped__ = type(pipe.scheduler).step
     with ExitStack() as stack:
         stack.enter_context(replaced(model, "forward", partial(state.forward, original)))
-        stack.enter_context(replaced(pipe.scheduler, "step", counted))
+        stack.enter_context(replaced(pipe.scheduler, "step", MethodType(counted, pipe.scheduler)))
         if isinstance(state, PartByPart):
             end = model.get_submodule(plan.head) if plan.head else blocks_of(model, plan)[-1].module
             stack.callback(end.register_forward_hook(state.complete).remove)

@@ -13,7 +13,7 @@ from torch import nn
 from xfuser.models.plan import Attention, ModelPlan, blocks_of
 
 STACKED = ("to_qkv_mlp_proj", "img_qkv_proj", "to_qkv")  # queries, keys and values by one linear
-OF_TEXT = ("add_k_proj", "add_v_proj", "txt_kv_proj")
+OF_TEXT = ("add_k_proj", "add_v_proj", "txt_kv_proj", "to_k_t", "to_v_t")
 PROJECTIONS = ("to_k", "to_v", "to_key", "to_value", *OF_TEXT, *STACKED)
 
 

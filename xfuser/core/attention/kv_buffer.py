@@ -12,6 +12,11 @@ class KVBuffer:
     def __init__(self) -> None:
         self._whole: dict[str, Tensor] = {}
 
+    @property
+    def total(self) -> int:
+        """Rows of the whole sequence."""
+        return self._whole["k"].shape[2]
+
     def renew(
         self, k: Tensor, v: Tensor, mask: Tensor | None, places: list[tuple[int, int]], total: int
     ) -> tuple[Tensor, Tensor, Tensor | None]:

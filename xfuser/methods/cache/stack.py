@@ -17,7 +17,6 @@ from xfuser.core.hooks import Arguments, Binder
 from xfuser.models.plan import Block, ModelPlan, Streams
 
 HOOK = "xfuser_stack_cache"
-TEXT = "encoder_hidden_states"  # as Diffusers' blocks name it
 
 Carried = dict[str, Tensor]  # stream to tokens, [B, own tokens, D]
 
@@ -109,11 +108,8 @@ class BlockStack:
         return self._states.setdefault((call.index, patch), StackState())
 
     def _given(self, block: Block, given: Arguments) -> Carried:
-        carriers = self._plan.carriers(block.list_name)
-        if ("text",) in self._plan.outputs(block.list_name) and TEXT not in carriers:  # text that stays whole
-            carriers = {**carriers, TEXT: ("text",)}
         found: Carried = {}
-        for name, streams in carriers.items():
+        for name, streams in self._plan.carriers(block.list_name).items():
             found |= self._split(given[name], streams)
         return found
 

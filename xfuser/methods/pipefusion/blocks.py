@@ -88,7 +88,7 @@ class Stub(nn.Module):
         prefix = f"{place[0]}.{place[1]}."
         lent = [name.removeprefix(prefix) for name in plan.lent if name.startswith(prefix)]
         self.lent = nn.ModuleList(block.get_submodule(name) for name in lent)
-        self.__dict__["block"] = block  # unregistered: its weights are gone
+        self.__dict__["original"] = block  # unregistered: its weights are gone
         self.stage_layers, self.held = layers, False
         self.free()
         names = {streams: name for name, streams in plan.carriers(place[0]).items()}
@@ -106,7 +106,7 @@ class Stub(nn.Module):
     def free(self) -> None:
         """Free the block's weights, but for those that are lent."""
         kept = set(self.lent.parameters())
-        for weight, owner, key in tensors_of(self.block):
+        for weight, owner, key in tensors_of(self.original):
             if weight not in kept:
                 set_tensor(owner, key, weight, weight.to("meta"))
 
@@ -114,7 +114,7 @@ class Stub(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(self.__dict__["block"], name)
+            return getattr(self.__dict__["original"], name)
 
 
 def divide(model: nn.Module, plan: ModelPlan, layers: list[int], stage: int) -> None:
@@ -196,7 +196,7 @@ class StageBlocks:
         def seeing_all(*args: Any, **kwargs: Any) -> Any:
             stubs = [one for one in blocks_of(self.model, self.plan) if isinstance(one.module, Stub)]
             for stub, name, i in stubs:
-                self.model.get_submodule(name)[i] = stub.block
+                self.model.get_submodule(name)[i] = stub.original
             try:
                 return function(*args, **kwargs)
             finally:
@@ -236,7 +236,7 @@ class StageBlocks:
         """Give every stage all blocks again, with the weights of the stage that holds them; all stages must call it."""
         self._hooks.close()
         for (module, name, i), owner in zip(blocks_of(self.model, self.plan), self._owners, strict=True):
-            block = module.block if isinstance(module, Stub) else module
+            block = module.original if isinstance(module, Stub) else module
             # The wrapped pipeline may have been moved to another dtype or device, which stubs do not notice.
             kinds = [(weight.dtype, weight.device.type) for weight, *_ in tensors_of(block)]
             changed = _without_weights(block) if (name, i) in self._changed else None

@@ -18,7 +18,7 @@ from xfuser.core.hooks import Arguments, edited_arguments
 from xfuser.methods.pipefusion.blocks import Chain
 from xfuser.models.plan import ModelPlan
 
-Route = tuple[str, int, int]  # what is sent (tokens, hints' tokens, latents, skips), the sending and receiving stage
+Route = tuple[str, int, int]  # what is sent (tokens, hints' tokens, latents, sound, skips), sending and receiving stage
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of tokens, by their tag
 
@@ -101,7 +101,8 @@ def routes_of(plan: ModelPlan, chains: list[Chain], takers: set[int]) -> set[Rou
     routes = {(one.kind, *ends) for one in chains for ends in pairwise(sorted(set(one.owners)))}
     takers = takers | {one.owners[0] for one in chains}
     latents = {("latents", owners[-1], stage) for stage in takers if stage < owners[-1]}
-    return routes | latents | {route for _, route in skips(plan, owners)}
+    sound = {("sound", owners[-1], 0)} if plan.sound and owners[-1] else set()
+    return routes | latents | sound | {route for _, route in skips(plan, owners)}
 
 
 def open_channels(pipelines: list[list[int]], routes: set[Route], depth: int) -> dict[Route, Channel]:

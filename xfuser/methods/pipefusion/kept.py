@@ -32,6 +32,10 @@ class Kept:
         """
         return self._buffer(name).renew(k, v, mask, places, total)
 
+    def text(self, name: Hashable, image: int) -> int:
+        """Text tokens of an attention's full sequence, which has so many of the image."""
+        return self._buffer(name).total - image
+
     def rows(self, name: Hashable, x: Tensor, place: tuple[int, int], total: int) -> Tensor:
         """The fresh rows of a map ``[B, C, rows, columns]`` in, all of it out."""
         return self._buffer(name).renew_rows(x, place, total)

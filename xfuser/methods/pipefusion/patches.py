@@ -33,7 +33,7 @@ class Patches:
         of_rows = size[-2] if isinstance(size, list | tuple) else size
         self._units = {4: of_rows, 5: getattr(config, "patch_size_t", None) or of_time}
         self._of_video = {False: (plan.frames, self._units[5]), True: (plan.height, of_rows)}
-        self._one_frame, self._divides_frames = False, plan.rows is None
+        self._one_frame, self._divides_frames, self._padded = False, plan.rows is None, plan.padded
         self.ahead = self.behind = self._frame = 0
 
     def begin(self, latents: Tensor) -> None:
@@ -78,10 +78,11 @@ class Patches:
         return range(rows.start * width, rows.stop * width)
 
     def window(self, latents: Tensor, tokens: int, patch: int) -> Window:
-        """What a patch computes of a transformer's latents with that many tokens: pictures and text with patch 0."""
-        rows, width = self.rows(self.stepped(latents), patch), tokens // self.row_count(latents)
+        """What a patch computes of a transformer's latents with that many tokens: all but the image with patch 0."""
+        end = self.image_tokens(latents) if self._padded else tokens
+        rows, width = self.rows(self.stepped(latents), patch), end // self.row_count(latents)
         image = range((rows.start + self.ahead if patch else 0) * width, (rows.stop + self.ahead) * width)
-        return Window(image, patch == 0, range(0) if patch else range(tokens - self.behind * width, tokens))
+        return Window(image, patch == 0, range(0) if patch else range(end - self.behind * width, tokens))
 
     def find_pictures(self, given: Tensor, sample: Tensor, ranks: int) -> None:
         """Set what is beside the rows that the scheduler steps, by a transformer's first latents and the sample of the

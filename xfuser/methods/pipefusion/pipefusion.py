@@ -163,10 +163,13 @@ class PipeFusion:
             if getattr(pipe, "_num_timesteps", 0) > call.steps:
                 pipe._num_timesteps = call.steps  # of which the pipeline has counted those of all patches
 
+        end_sound = partial(self._end_sound, call) if any(one.plan.sound for one in self._blocks) else None
         with ExitStack() as stack:
             # Not by setattr(), which would register it as a component.
             stack.callback(vars(pipe).__setitem__, "scheduler", pipe.scheduler)
-            vars(pipe)["scheduler"] = patchwise(pipe.scheduler, call, patches, end_substep, boundary_of(pipe))
+            vars(pipe)["scheduler"] = patchwise(
+                pipe.scheduler, call, patches, end_substep, boundary_of(pipe), end_sound
+            )
             for guider in guiders_of(pipe):
                 stack.enter_context(replaced(guider, "set_state", stepwise_guider(guider.set_state, call)))
             noise = LoopNoise(call)
@@ -176,3 +179,15 @@ class PipeFusion:
                 for owner in filter(lambda one, name=name: hasattr(one, name), (pipe, *loops_of(pipe))):
                     stack.enter_context(replaced(owner, name, stepwise(getattr(owner, name), call)))
             yield
+
+    def _end_sound(self, call: CallState, latents: torch.Tensor, step: int, patch: int) -> None:
+        """Complete sound's next latents, which are stepped with patch 0 of a step, ahead of the next step."""
+        number, last, ends_step = self._group.rank_in_group, self._group.world_size - 1, patch == call.patches - 1
+        if call.ends_whole(step):
+            if ends_step:
+                latents.copy_(self._group.broadcast(latents, src=last))
+        elif channel := self._channels.get(("sound", last, 0)):
+            if number == last and patch == 0:
+                channel.send([latents])
+            if number == 0 and ends_step:
+                latents.copy_(channel.receive([latents.numel()], latents)[0].view(latents.shape))

@@ -43,9 +43,9 @@ class Relay:
 
     def forget(self) -> None:
         """Drop what is known of the last denoising loop's messages."""
-        # Elements per token, shares and streams of each message in this sub-step, and in the last asynchronous one.
-        self._received: list[tuple[int, TokenShares, list[str]]] = []
-        self._received_before: list[tuple[int, TokenShares, list[str]]] | None = None
+        # Of each message in this sub-step, and in the last asynchronous one: elements per token of each stream, shares.
+        self._received: list[tuple[dict[str, int], TokenShares]] = []
+        self._received_before: list[tuple[dict[str, int], TokenShares]] | None = None
 
     def end_substep(self) -> None:
         """To be called when the scheduler has stepped."""
@@ -73,22 +73,19 @@ class Relay:
 
     def _receive(self, stub: nn.Module, args: tuple, output: Any) -> Any:
         """Behind the stub ahead of this stage's first block: the tokens that the previous stage sent."""
-        self.holds, dim = True, self._plan.carrier_dim
+        self.holds, dim, shares = True, self._plan.carrier_dim, self._call.tokens
         passed = self._passed(self._places[0] - 1, output)
-        image = next(x for x, streams in passed if "image" in streams)
-        shape = [-1 if i == dim else size for i, size in enumerate(image.shape)]
-        per_token = image.shape[1 - dim] * image.shape[2]
-        counts = self._call.tokens.own
-        names = [stream for stream in counts if any(stream in streams for _, streams in passed)]
-        self._received.append((per_token, self._call.tokens, names))
-        sizes = self._sizes([per_token * counts[name] for name in names])
-        received = self._from.receive(sizes, image, self._next_sizes())
+        like = {name: x for x, streams in passed for name in streams}
+        per_token = {name: like[name].shape[1 - dim] * like[name].shape[2] for name in shares.own if name in like}
+        self._received.append((per_token, shares))
+        received = self._from.receive(self._sizes(per_token, shares), like["image"], self._next_sizes())
         if self._flagged:
             self._call.skips = bool(received.pop(0))
-        parts = {name: part.view(shape) for name, part in zip(names, received, strict=True)}
+        shapes = [(*like[name].shape[:dim], -1, *like[name].shape[dim + 1 :]) for name in per_token]
+        parts = {name: part.view(shape) for name, shape, part in zip(per_token, shapes, received, strict=True)}
         for route in self._skips.values():
             if route[2] == self._number:
-                self._channels[route].expect([image.numel()], image)
+                self._channels[route].expect([like["image"].numel()], like["image"])
         joined = [torch.cat([parts[one] for one in streams], dim=dim) for _, streams in passed]
         return joined[0] if isinstance(output, Tensor) else (*output[: self._hints], *joined)
 
@@ -123,10 +120,9 @@ class Relay:
             if following is None:
                 return None
             number, patch = 0, following[1]
-        per_token, shares, streams = self._received_before[number]
-        counts = shares.at(self._window(shares.totals["image"], patch)).own
-        return self._sizes([per_token * counts[stream] for stream in streams])
+        per_token, shares = self._received_before[number]
+        return self._sizes(per_token, shares.at(self._window(shares.totals["image"], patch)))
 
-    def _sizes(self, tokens: list[int]) -> list[int]:
+    def _sizes(self, per_token: dict[str, int], shares: TokenShares) -> list[int]:
         """Elements of each tensor of a message, ahead of which may be a flag."""
-        return [1, *tokens] if self._flagged else tokens
+        return [1] * self._flagged + [size * shares.own[stream] for stream, size in per_token.items()]

@@ -17,6 +17,7 @@ from xfuser.methods.pipefusion.patches import Patches
 from xfuser.methods.pipefusion.refusals import refuse
 
 EndSubstep = Callable[[list[Tensor], Tensor], None]  # takes a step's results, to complete them in place, and its sample
+EndSound = Callable[[Tensor, int, int], None]  # takes latents of sound, to complete them in place, step and patch
 
 
 class PatchwiseScheduler:
@@ -30,10 +31,12 @@ class PatchwiseScheduler:
     """
 
     def __init__(
-        self, scheduler: Any, call: CallState, patches: Patches, end_substep: EndSubstep, boundary: float | None
-    ) -> None:
+        self, scheduler: Any, call: CallState, patches: Patches, end_substep: EndSubstep, boundary: float | None,
+        end_sound: EndSound | None,
+    ) -> None:  # fmt: skip
         own = vars(self)
-        own.update(_copies=[scheduler], _first={}, _results=[], _begun=False, _end_substep=end_substep)
+        own.update(_copies=[scheduler], _first={}, _results=[], _begun=False)
+        own.update(_end_substep=end_substep, _end_sound=end_sound)
         own.update(
             _call=call, _patches=patches, _boundary=boundary, _bind=Binder(scheduler.step), _noise=_FullNoise(patches)
         )
@@ -53,7 +56,9 @@ class PatchwiseScheduler:
             setattr(self._copies[self._call.patch], name, value)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        refuse("pipelines that copy their scheduler", "the copy, as for other latents or for frames, knows no patches")
+        if self._end_sound is None:
+            refuse("pipelines that copy their scheduler", "the copy, as for frames of their own, knows no patches")
+        return stand_in(SoundScheduler, copy.deepcopy(self._copies[0], memo), self._call, self._end_sound)
 
     @property
     def timesteps(self) -> Tensor:
@@ -140,13 +145,19 @@ class PatchwiseScheduler:
             parts, tree = tree_flatten(self._copies[patch].step(**arguments))
         self._results = [self._full(index, part, sample) for index, part in enumerate(parts)]
         self._end_substep([x for x in self._results if isinstance(x, Tensor)], sample)
-        return tree_unflatten(self._results, tree)
+        waits = self._call.synchronous and not self._call.ends_step
+        return tree_unflatten([sample, *self._results[1:]] if waits else self._results, tree)
 
     def _full(self, index: int, part: Any, sample: Tensor) -> Any:
-        """A part of the step's result, for all rows: the next sample; others as the patches last left them."""
+        """A part of the step's result, for all rows: the next sample; others as the patches last left them.
+
+        In a synchronous step the pipeline has the sample as it was until all patches have stepped, as what it computes
+        of the whole sample and prediction must be the same for each.
+        """
         if not isinstance(part, Tensor) or part.dim() != sample.dim():
             return part
-        return self._placed(part, self._results[index] if index and self._results else sample)
+        left = self._results and (index or (self._call.synchronous and self._call.patch))
+        return self._placed(part, self._results[index] if left else sample)
 
     def _placed(self, part: Tensor, full: Tensor) -> Tensor:
         """A copy of ``full``, in the dtype of ``part``, with this patch replaced."""
@@ -158,12 +169,43 @@ class PatchwiseScheduler:
 _OWN = frozenset(name for name in vars(PatchwiseScheduler) if not name.startswith("__"))
 
 
+class SoundScheduler(PatchwiseScheduler):
+    """The copy of a :class:`PatchwiseScheduler` for sound: steps all of its latents, with the first patch.
+
+    It counts sub-steps itself, as the pipeline may step the video first, with which the call moves on.
+    """
+
+    def __init__(self, scheduler: Any, call: CallState, end_sound: EndSound) -> None:
+        super().__init__(scheduler, call, None, None, None, end_sound)
+        vars(self).update(_copies=[scheduler] * call.patches, _tree=None, _count=0)
+
+    def _set_timesteps(self, *args: Any, **kwargs: Any) -> None:
+        self._count, self._begun = 0, False
+        self._copies[0].set_timesteps(*args, **kwargs)
+
+    def _step(self, *args: Any, **kwargs: Any) -> Any:
+        step, patch = divmod(self._count, self._call.patches)
+        self._count, self._begun = self._count + 1, True
+        if patch == 0:
+            self._results, self._tree = tree_flatten(self._copies[0].step(*args, **kwargs))
+        self._end_sound(self._results[0], step, patch)
+        return tree_unflatten(self._results, self._tree)
+
+
+def stand_in(cls: type, scheduler: Any, *args: Any) -> Any:
+    """A ``cls`` of the scheduler that is an instance of the scheduler's class, too."""
+    kind = type(scheduler)
+    return type(kind.__name__, (cls, kind), {})(scheduler, *args)
+
+
 def patchwise(
-    scheduler: Any, call: CallState, patches: Patches, end_substep: EndSubstep, boundary: float | None = None
-) -> Any:
+    scheduler: Any, call: CallState, patches: Patches, end_substep: EndSubstep, boundary: float | None = None,
+    end_sound: EndSound | None = None,
+) -> Any:  # fmt: skip
     """A stand-in for ``scheduler``, of its class, too.
 
-    ``boundary`` is the timestep below which the pipeline calls another transformer, if it does.
+    ``boundary`` is the timestep below which the pipeline calls another transformer, if it does. With ``end_sound``, the
+    pipeline may copy it for sound.
 
     Raises:
         ValueError: the scheduler's steps need the full latents.
@@ -176,7 +218,7 @@ def patchwise(
         refuse(kind.__name__, "pipelines leave out its last timestep by number, which is that of a sub-step")
     if scheduler.config.get("thresholding"):
         refuse(f"thresholding=True of {kind.__name__}", "it is a quantile of the full latents", "Remove it")
-    return type(kind.__name__, (PatchwiseScheduler, kind), {})(scheduler, call, patches, end_substep, boundary)
+    return stand_in(PatchwiseScheduler, scheduler, call, patches, end_substep, boundary, end_sound)
 
 
 class _FullNoise(TorchFunctionMode):

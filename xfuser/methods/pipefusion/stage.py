@@ -77,11 +77,16 @@ class Stage:
         """Whether the forward that is running has come to this stage's blocks, and not yet left them."""
         return self._chains[-1].holds
 
-    def part(self, output: Tensor) -> Tensor:
-        """View of what this rank computes of an output in this sub-step: no row of it before the last stage."""
-        if not self.is_last:
-            return self.patches.view(output, range(0))
-        return output if self._call.synchronous else self.patches.of(self.patches.stepped(output), self._call.patch)
+    def part(self, output: Any) -> Any:
+        """Views of what this rank computes of an output in this sub-step: no row of it before the last stage."""
+        parts, tree = tree_flatten(output)
+        return tree_unflatten([self._part(x, bool(i and self._plan.sound)) for i, x in enumerate(parts)], tree)
+
+    def _part(self, x: Tensor, is_sound: bool) -> Tensor:
+        call, patches = self._call, self.patches
+        if not self.is_last or (is_sound and not call.synchronous and call.patch):
+            return x.narrow(patches.dim(x), 0, 0)
+        return x if call.synchronous or is_sound else patches.of(patches.stepped(x), call.patch)
 
     def window(self, tokens: int) -> Window:
         """The tokens of this sub-step, of an image with that many."""
@@ -176,14 +181,14 @@ class Stage:
         parts, tree = tree_flatten(forward(arguments))
         self._runs = False
         if self._call.synchronous:
-            self._outputs[index:] = [(self._blank(parts), tree)]
+            self._outputs[index:] = [(self._blank(parts, arguments), tree)]
         kept = self._outputs[index][0]
         given = [x.clone() for x in kept]
 
         def fill() -> None:
             for full in (kept, given):
-                for x, part in zip(full, parts, strict=True):
-                    self.part(x).copy_(part)
+                for x, part in zip(self.part(full), parts, strict=True):
+                    x.copy_(part)
 
         self._call.when_there(fill, given)
         return tree_unflatten(given, tree)
@@ -231,16 +236,19 @@ class Stage:
         self.patches.begin(latents)
         self._autocast = torch.is_autocast_enabled(latents.device.type)
         for (kind, *_), channel in self._channels.items():
-            channel.tagged = self._autocast and kind != "latents"
+            channel.tagged = self._autocast and kind not in ("latents", "sound")
         self._on_start(self)
 
-    def _blank(self, parts: list[Tensor]) -> list[Tensor]:
+    def _blank(self, parts: list[Tensor], arguments: Arguments) -> list[Tensor]:
         """Zeros in the shapes of the full outputs, of which ``parts`` are computed here."""
         dtypes = [x.dtype for x in parts]
         if self._autocast:  # only the last stage has the output's own
             dtypes = self._group.broadcast_object(dtypes, src=self._last)
         latents, dim = self._latents[0], self.patches.dim
-        return [zeros(x, dim(x), latents.shape[dim(latents)], dtype) for x, dtype in zip(parts, dtypes, strict=True)]
+        lengths = [latents.shape[dim(latents)]] * len(parts)
+        if self._plan.sound:
+            lengths[1] = arguments[self._plan.sound].shape[1]
+        return [zeros(x, dim(x), *what) for x, *what in zip(parts, lengths, dtypes, strict=True)]
 
     def _embedding(self, embed: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         """Computes the tokens of this sub-step on stages with first blocks; else zeros, of which the shape matters.

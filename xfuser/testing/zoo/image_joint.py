@@ -80,7 +80,11 @@ def _bria(model: Any, rows: int, draw: Callable) -> Inputs:
 
 def _bria_fibo(model: Any, rows: int, draw: Callable) -> Inputs:
     layers = len(model.transformer_blocks) + len(model.single_transformer_blocks)
-    return _bria(model, rows, draw) | {"text_encoder_layers": [draw(rows, WORDS, 10) for _ in range(layers)]}
+    mask = torch.cat([key_mask(rows, WORDS).bool(), torch.ones(rows, 15, dtype=torch.bool)], dim=1)
+    return _bria(model, rows, draw) | {
+        "text_encoder_layers": [draw(rows, WORDS, 10) for _ in range(layers)],
+        "joint_attention_kwargs": {"attention_mask": mask[:, None, None]},
+    }
 
 
 def _prx(model: Any, rows: int, draw: Callable) -> Inputs:
