@@ -28,6 +28,7 @@ class Patches:
 
     def __init__(self, count: int, config: Any, plan: ModelPlan) -> None:
         self.count, self.behind, self._dims = count, 0, {3: plan.packed, 4: 2, 5: plan.frames}
+        self._prepared: Tensor | None = None  # packed latents that the scheduler is going to step
         size = getattr(config, "patch_size", None) or getattr(config, "all_patch_size", [1])[0]
         of_time = size[0] if isinstance(size, list | tuple) and len(size) == 3 else 1
         of_rows = size[-2] if isinstance(size, list | tuple) else size
@@ -35,11 +36,24 @@ class Patches:
         self._of_video = {False: (plan.frames, self._units[5]), True: (plan.height, of_rows)}
         self._one_frame, self._divides_frames = False, plan.rows is None
 
+    def prepare(self, latents: Any) -> None:
+        """Note latents that a pipeline is going to step, where they are packed: what a transformer has behind them are
+        pictures.
+
+        Raises:
+            ValueError: there are more patches than rows of tokens.
+        """
+        if isinstance(latents, Tensor) and latents.dim() == 3:
+            self.rows(latents, 0)
+            self._prepared = latents
+
     def begin(self, latents: Tensor) -> None:
         """Divide latents of this shape from now on."""
         frames, of_time = self._of_video[False]
         self._one_frame = latents.dim() == 5 and latents.shape[frames] == of_time and self._divides_frames
         self._dims[5], self._units[5] = self._of_video[self._one_frame]
+        if self._prepared is not None:
+            self.find_pictures(latents, self._prepared)
 
     def dim(self, latents: Tensor) -> int:
         """The dimension that is divided."""
@@ -75,12 +89,17 @@ class Patches:
         image = self.tokens(self.stepped(latents), tokens - self.behind, patch)
         return Window(image, patch == 0, range(tokens - self.behind, tokens) if patch == 0 else range(0))
 
-    def find_pictures(self, given: Tensor, sample: Tensor, ranks: int) -> None:
+    def find_pictures(self, given: Tensor, sample: Tensor, ranks: int = 1) -> None:
         """Set ``behind`` by a transformer's first latents and the sample of the first step, where they are packed.
+
+        Args:
+            ranks: those that have shared the tokens of the first step already.
 
         Raises:
             ValueError: patches have fewer tokens than there are ranks to share them, which the first step did not know.
         """
+        if self.behind:
+            return
         more = given.shape[self.dim(given)] - sample.shape[self.dim(given)] if given.dim() == sample.dim() == 3 else 0
         if more <= 0 or not torch.equal(given[tuple(map(slice, sample.shape))], sample.to(given.dtype)):
             return

@@ -20,6 +20,7 @@ from xfuser.methods.pipefusion.loop import (
     guiders_of,
     loops_of,
     plain_steps,
+    preparing,
     stepwise_callbacks,
     stepwise_control,
     stepwise_guider,
@@ -166,6 +167,9 @@ class PipeFusion:
             # Not by setattr(), which would register it as a component.
             stack.callback(vars(pipe).__setitem__, "scheduler", pipe.scheduler)
             vars(pipe)["scheduler"] = patchwise(pipe.scheduler, call, patches, end_substep, boundary_of(pipe))
+            if hasattr(pipe, "prepare_latents"):
+                noting = preparing(pipe.prepare_latents, patches.prepare)
+                stack.enter_context(replaced(pipe, "prepare_latents", noting))
             for guider in guiders_of(pipe):
                 stack.enter_context(replaced(guider, "set_state", stepwise_guider(guider.set_state, call)))
             for name, stepwise in (("progress_bar", stepwise_progress), ("get_timesteps", plain_steps)):
