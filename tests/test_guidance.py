@@ -60,6 +60,7 @@ CASES = {  # pipeline, callback, scales behind some steps, guider, steps in whic
     "hunyuan_video_15, begins": ("hunyuan_video_15", None, {}, {"guidance_scale": 2.0, "start": 0.4}, (2,)),
     "hunyuan_dit, rescaled": ("hunyuan_dit", None, {}, None, ()),
     "hunyuan_video_15, rescaled": ("hunyuan_video_15", None, {}, {"guidance_scale": 4.0, "guidance_rescale": 0.7}, ()),
+    "z_image, normalized": ("z_image", None, {}, None, ()),
 }
 
 
@@ -87,6 +88,43 @@ def rescaling(pipe, module, patches, synchronous):
         yield
 
 
+class Norms:
+    """Norms of a prediction, one for each row of latents, as that row's patch sees them; they stand for one number."""
+
+    def __init__(self, of_rows):
+        self.of_rows = of_rows
+
+    def __mul__(self, number):
+        return Norms(self.of_rows * number)
+
+    def __gt__(self, largest):
+        return True
+
+    def __truediv__(self, norms):
+        return (self.of_rows / norms.of_rows).clamp(max=1)
+
+
+@contextmanager
+def normalizing(pipe, patches, synchronous):
+    """Within the context, norms for a patch are of patches up to it in this step, and behind it in the last."""
+    original, plan, seen = torch.linalg.vector_norm, plan_of(pipe.transformer), []
+
+    def norm(x):
+        dim, unit, _ = layout(pipe.transformer, plan, x)
+        seen.append(x)  # in turn of the prediction with the prompt, and of both together
+        asynchronous = len(seen) > 2 * synchronous
+        old, rows = seen[-3] if asynchronous else x, x.new_empty(x.shape[dim])
+        for band in bands(len(rows) // unit, patches if asynchronous else 1):
+            start, stop = band.start * unit, band.stop * unit
+            rows[start:stop] = original(
+                torch.cat([x.narrow(dim, 0, stop), old.narrow(dim, stop, len(rows) - stop)], dim)
+            )
+        return Norms(rows.view([-1 if i == dim else 1 for i in range(x.dim())]))
+
+    with mock.patch.object(torch.linalg, "vector_norm", norm):
+        yield
+
+
 def draw(path, case, asked, defined=None):
     """The latents of a call; ``asked`` are degrees; ``defined``, patches and synchronous steps, is for the oracle."""
     name, callback, scales, guider, starts = CASES[case]
@@ -102,12 +140,16 @@ def draw(path, case, asked, defined=None):
         call |= {"callback_on_step_end": callback(pipe, scales), "callback_on_step_end_tensor_inputs": names}
     if name == "hunyuan_dit":
         call["guidance_rescale"] = 0.7
+    if name == "z_image":
+        call["cfg_normalization"] = 0.9
     with ExitStack() as stack:
         if defined:
             stack.enter_context(oracle.displaced(pipe, *defined, starts=starts))
             if "rescaled" in case:
                 module = ClassifierFreeGuidance.__module__ if guider else type(pipe).__module__
                 stack.enter_context(rescaling(pipe, module, *defined))
+            if "normalized" in case:
+                stack.enter_context(normalizing(pipe, *defined))
         parallel = running.wrap(pipe, asked)
         result = running.array(parallel(**call, generator=running.seeded()))
         running.unwrap(parallel)

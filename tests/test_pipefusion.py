@@ -2,10 +2,12 @@
 
 import diffusers
 import numpy as np
+import parts
 import pytest
 import running
 import tiny
 import torch
+from test_modular import assembled
 
 from xfuser.core.attention.kv_buffer import KVBuffer
 from xfuser.methods.tokens import TokenShares
@@ -510,12 +512,12 @@ def test_stages_agree_in_bfloat16(pool, folder_of):
 
 
 def small_patches(path):
-    """Kontext puts the tokens of a picture behind those of the latents."""
-    pipe = diffusers.FluxKontextPipeline.from_pipe(running.loaded(path))
+    """Kontext puts the tokens of a picture behind those of the latents; a modular pipeline does not say how many."""
+    pipe = assembled(diffusers.FluxKontextAutoBlocks(), running.loaded(path))
     parallel = running.wrap(pipe, degrees(1, 8, 1, ulysses_degree=2))
     try:
         with pytest.raises(ValueError) as error:
-            parallel(**call_of("flux", image=running.picture(), max_area=80 * 48, _auto_resize=False))
+            parallel(**call_of("flux", image=parts.picture(), max_area=80 * 48, _auto_resize=False))
         return str(error.value)
     finally:
         parallel.unwrap()

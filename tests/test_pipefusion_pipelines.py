@@ -74,3 +74,40 @@ def test_text_of_every_block(pool, name):
     degrees = {"pipefusion_parallel_degree": 4, "num_pipeline_patch": patches, "warmup_steps": warmup}
     for result in pool.run(4, looped, name, degrees):
         assert matrix.error(result, expected) <= matrix.TOLERANCE
+
+
+@pytest.mark.parametrize("case", ["flux_kontext", "flux2", "qwen_image_edit"])
+def test_patches_that_have_fewer_tokens_than_ranks(pool, path_of, case):
+    """Pictures are more tokens than the latents, and are not counted among those of the patches."""
+    path, changes = path_of(case), CASES[case]
+    patches = rows_of(path, case) // 2 + 1
+    expected = displaced(path, case, patches, 1, **changes)
+    degrees = {"ulysses_degree": 2, "pipefusion_parallel_degree": 2, "num_pipeline_patch": patches, "warmup_steps": 1}
+    for results in pool.run(4, drawn_with, path, case, degrees, changes):
+        assert running.error(results[0], expected[0]) <= WHOLE[case].tolerance
+
+
+def rows_of(path, case):
+    return serial(path, case, None, **CASES[case])[0].shape[1]
+
+
+def refused(path, case, patches):
+    """The message of the refusal, and how often the transformer was called ahead of it."""
+    calls = []
+    hook = whole.loaded(path, case).transformer.register_forward_pre_hook(lambda *_: calls.append(1))
+    degrees = {"pipefusion_parallel_degree": 1, "num_pipeline_patch": patches}
+    parallel = running.wrap(whole.loaded(path, case), degrees)
+    try:
+        with WHOLE[case].within(), pytest.raises(ValueError) as error:
+            parallel(**whole.call_of(case))
+        return str(error.value), len(calls)
+    finally:
+        hook.remove()
+        parallel.unwrap()
+
+
+@pytest.mark.parametrize("case", ["flux_kontext", "flux2", "qwen_image_edit"])
+def test_more_patches_than_rows_of_latents_are_refused_ahead_of_the_transformer(pool, path_of, case):
+    rows = rows_of(path_of(case), case)
+    for message, calls in pool.run(1, refused, path_of(case), case, rows + 1):
+        assert f"num_pipeline_patch={rows + 1} is more than the {rows} rows" in message and calls == 0

@@ -177,6 +177,18 @@ def plain_steps(get_timesteps: Callable[..., Any], call: CallState) -> Callable[
     return steps
 
 
+def preparing(prepare_latents: Callable[..., Any], note: Callable[[Any], None]) -> Callable[..., Any]:
+    """A pipeline's ``prepare_latents``, of whose results ``note`` is told the first, the latents."""
+
+    @wraps(prepare_latents)
+    def prepare(*args: Any, **kwargs: Any) -> Any:
+        results = prepare_latents(*args, **kwargs)
+        note(results[0] if isinstance(results, tuple) else results)
+        return results
+
+    return prepare
+
+
 def _steps(count: int, call: CallState) -> int:
     """Pipelines that pass sigmas take the number of timesteps for the number of steps."""
     return count // call.patches if count > call.steps else count

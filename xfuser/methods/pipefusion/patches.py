@@ -28,6 +28,7 @@ class Patches:
 
     def __init__(self, count: int, config: Any, plan: ModelPlan) -> None:
         self.count, self._dims = count, {3: plan.packed, 4: 2, 5: plan.frames}
+        self._prepared: Tensor | None = None  # packed latents that the scheduler is going to step
         size = getattr(config, "patch_size", None) or getattr(config, "all_patch_size", [1])[0]
         of_time = size[0] if isinstance(size, list | tuple) and len(size) == 3 else 1
         of_rows = size[-2] if isinstance(size, list | tuple) else size
@@ -36,12 +37,25 @@ class Patches:
         self._one_frame, self._divides_frames, self._padded = False, plan.rows is None, plan.padded
         self.ahead = self.behind = self._frame = 0
 
+    def prepare(self, latents: Any) -> None:
+        """Note latents that a pipeline is going to step, where they are packed: what a transformer has behind them are
+        pictures.
+
+        Raises:
+            ValueError: there are more patches than rows of tokens.
+        """
+        if isinstance(latents, Tensor) and latents.dim() == 3:
+            self.rows(latents, 0)
+            self._prepared = latents
+
     def begin(self, latents: Tensor) -> None:
         """Divide latents of this shape from now on."""
         self.ahead = self.behind = self._frame = 0
         frames, of_time = self._of_video[False]
         self._one_frame = latents.dim() == 5 and latents.shape[frames] == of_time and self._divides_frames
         self._dims[5], self._units[5] = self._of_video[self._one_frame]
+        if self._prepared is not None:
+            self.find_pictures(latents, self._prepared)
 
     def dim(self, latents: Tensor) -> int:
         """The dimension that is divided."""
@@ -84,10 +98,13 @@ class Patches:
         image = range((rows.start + self.ahead if patch else 0) * width, (rows.stop + self.ahead) * width)
         return Window(image, patch == 0, range(0) if patch else range(end - self.behind * width, tokens))
 
-    def find_pictures(self, given: Tensor, sample: Tensor, ranks: int) -> None:
+    def find_pictures(self, given: Tensor, sample: Tensor, ranks: int = 1) -> None:
         """Set what is beside the rows that the scheduler steps, by a transformer's first latents and the sample of the
         first step: both packed, with pictures behind; or a video without the first frames of the latents, whose pixels
         are the tokens where these are packed.
+
+        Args:
+            ranks: those that have shared the tokens of the first step already.
 
         Raises:
             ValueError: patches have fewer tokens than there are ranks to share them, which the first step did not know.
@@ -96,7 +113,7 @@ class Patches:
         rows = sample.movedim(3 - self._dims[5], -1).flatten(1, 3) if packs else sample
         dim, unit = self.dim(given), self._unit(given)
         more = given.shape[dim] - rows.shape[dim] if given.dim() == rows.dim() in (3, 5) else -1
-        if more < (not packs) or self._one_frame:
+        if more < (not packs) or self._one_frame or self.ahead + self.behind:
             return
         ahead, own = more if sample.dim() == 5 else 0, tuple(map(slice, rows.shape))
         if not torch.equal(given.narrow(dim, ahead, rows.shape[dim])[own], rows.to(given.dtype)):

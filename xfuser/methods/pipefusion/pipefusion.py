@@ -21,6 +21,7 @@ from xfuser.methods.pipefusion.loop import (
     guiders_of,
     loops_of,
     plain_steps,
+    preparing,
     stepwise_callbacks,
     stepwise_control,
     stepwise_guider,
@@ -170,6 +171,9 @@ class PipeFusion:
             vars(pipe)["scheduler"] = patchwise(
                 pipe.scheduler, call, patches, end_substep, boundary_of(pipe), end_sound
             )
+            if hasattr(pipe, "prepare_latents"):
+                noting = preparing(pipe.prepare_latents, patches.prepare)
+                stack.enter_context(replaced(pipe, "prepare_latents", noting))
             for guider in guiders_of(pipe):
                 stack.enter_context(replaced(guider, "set_state", stepwise_guider(guider.set_state, call)))
             noise = LoopNoise(call)
