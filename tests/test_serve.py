@@ -168,6 +168,13 @@ def test_events_tell_steps_and_show_previews(client):
     assert same(pixels(base64.b64decode(events[-1].b64_json)), serial(seed=3, steps=6))
     preview = next(event for event in events if event.type == "image_generation.partial_image")
     assert pixels(base64.b64decode(preview.b64_json)).shape == (SIDE // 2, SIDE // 2, 3) or SIDE // 8 < 32
+    events = client.images.generate(
+        prompt=PROMPT, n=2, stream=True, extra_body={"num_inference_steps": STEPS, "seed": 3}
+    )
+    completed = [event.b64_json for event in events if event.type == "image_generation.completed"]
+    for seed, data in enumerate(completed, 3):
+        assert same(pixels(base64.b64decode(data)), serial(seed=seed))
+    assert len(completed) == 2
 
 
 @pytest.mark.matrix
