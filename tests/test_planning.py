@@ -17,6 +17,7 @@ from xfuser.config.config import legal_degrees
 from xfuser.core.meters import LiveMemory
 from xfuser.planner import repeats
 from xfuser.planner.cost import Clock, fuse, program_of
+from xfuser.planner.estimate import Counted, Parts, estimate
 from xfuser.planner.machines import Constants, keep, machine_of
 from xfuser.planner.rehearsal import alone_of, rehearse, weight_of
 from xfuser.planner.report import left_out
@@ -217,6 +218,19 @@ def test_the_longest_chain():
     assert times == pytest.approx([1, 2, 3, 5], rel=1e-3)
     slow = replace(machine, constants=replace(CONSTANTS, host=2.0))
     assert Clock(slow).run(program_of([product] * 3)).device == pytest.approx(7, rel=1e-3)
+
+
+def test_the_slowest_stage_sets_the_pace(folder_of):
+    """Not the first one, which is the one that is counted; and what it computes is by its blocks."""
+    machine = replace(machine_of("CPU"), peak=1e9, synchronous=False, bandwidth=1e30, constants=CONSTANTS)
+    patch, whole = (program_of([Operator(MATMUL, 1e9, 0.0, False, (), ())] * count) for count in (1, 2))
+    told = estimate(Counted(whole, [patch, patch], Parts({}), [1.0, 2.0], []), machine, 5, 1, False)
+    assert told.step == pytest.approx(4) and told.seconds == pytest.approx(3 * 2 + 4 * 4 + 1)
+    assert sum(told.spent.values()) == pytest.approx(told.seconds)
+    args = asked(folder_of("flux"), {"pipefusion_parallel_degree": 2, "attn_layer_num_for_pp": [1, 3]})
+    with alone_of(2):
+        first, second = rehearse(*args.checked()).stages
+    assert first == 1 and 2 < second < 4
 
 
 def test_heads_are_padded_as_kernels_do():

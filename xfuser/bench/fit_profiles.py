@@ -97,7 +97,7 @@ class Model:
         for point in points:
             key = point.counted, point.compiled
             if key not in self._programs and point.counted in told:
-                program = counted(told[point.counted], point.degrees[3], point.compiled)
+                program = counted(told[point.counted], point.compiled)
                 program.parts = parts.setdefault((point.model, point.size), program.parts)
                 self._programs[key] = program
 

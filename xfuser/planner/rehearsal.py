@@ -29,6 +29,7 @@ from xfuser.core.distributed import destroy_distributed_environment
 from xfuser.core.hooks import replaced
 from xfuser.core.logger import quiet_libraries
 from xfuser.core.meters import LiveMemory
+from xfuser.methods.pipefusion.blocks import block_cost
 from xfuser.models.plan import blocks_of
 from xfuser.models.registry import plan_of, planned_models
 from xfuser.parallel import xDiTParallel
@@ -56,6 +57,7 @@ class Rehearsed:
         kept: of those between the transformers' forwards, and behind them.
         steps: events of each sub-step, by step and patch.
         parts: events of each other component's calls, by its name.
+        stages: what PipeFusion's stages compute, by what the first one does, of the transformer that is divided worst.
     """
 
     weights: dict[str, int] = field(default_factory=dict)
@@ -65,6 +67,7 @@ class Rehearsed:
     kept: int = 0
     steps: dict[tuple[int, int], list[Event]] = field(default_factory=dict)
     parts: dict[str, list[Event]] = field(default_factory=dict)
+    stages: list[float] = field(default_factory=lambda: [1.0])
 
 
 @contextmanager
@@ -178,7 +181,7 @@ class _Rehearsal:
                 for method in CODER if hasattr(part, CODER[1]) else ("forward",):
                     stack.enter_context(replaced(part, method, self._simulated(name, part, method)))
             pipe = source.pipeline(parts)
-            heaviest = _heaviest_stage(pipe, self._engine)
+            heaviest, told.stages = _stages(pipe, self._engine)
             told.transformers = set(planned_models(pipe))
             told.units = {name: units_of(part) for name, part in parts.items()}
             wrapped = xDiTParallel(pipe, self._engine, self._inputs)
@@ -292,9 +295,10 @@ def _fake_parameters(module: nn.Module, fake: FakeTensorMode) -> None:
             owner._parameters[key] = new[old]
 
 
-def _heaviest_stage(pipe: Any, engine_config: EngineConfig) -> dict[str, float]:
-    """Of each transformer, how much more the heaviest PipeFusion stage weighs than the first, which is rehearsed."""
-    models, factors = planned_models(pipe), {}
+def _stages(pipe: Any, engine_config: EngineConfig) -> tuple[dict[str, float], list[float]]:
+    """By what the first PipeFusion stage has, which is rehearsed: how much more the heaviest one weighs, of each
+    transformer; and what each stage computes, of the one whose stages differ most."""
+    models, factors, paces = planned_models(pipe), {}, [[1.0]]
     for name, layers in pipeline_split(models, type(pipe).__name__, engine_config.parallel_config).items():
         model, plan = models[name]
         lent = {weight for module in plan.lent for weight in model.get_submodule(module).parameters()}
@@ -304,4 +308,7 @@ def _heaviest_stage(pipe: Any, engine_config: EngineConfig) -> dict[str, float]:
         ends = list(accumulate(layers, initial=0))
         stages = [everywhere + sum(sizes[start:end]) for start, end in pairwise(ends)]
         factors[name] = max(stages) / stages[0]
-    return factors
+        costs = [block_cost(block.module, plan) for block in blocks_of(model, plan)]
+        each = [sum(costs[start:end]) for start, end in pairwise(ends)]
+        paces.append([cost / each[0] for cost in each])
+    return factors, max(paces, key=lambda pace: (len(pace), max(pace)))

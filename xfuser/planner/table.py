@@ -153,7 +153,7 @@ def _row(
     row = Row(name, needs_of(told, args.text_encoder, world_size, shards), "", degrees, 1, told)
     if machine:
         synchronous = warmup * len(told.transformers)  # each begins with its own
-        row.time = estimate(counted(told, stages, compiled), machine, args.num_inference_steps, synchronous, compiled)
+        row.time = estimate(counted(told, compiled), machine, args.num_inference_steps, synchronous, compiled)
     return row
 
 
