@@ -169,6 +169,14 @@ def _flops(events, kind):
             yield event.flops
 
 
+def test_ranks_with_a_branch_of_guidance_compute_half():
+    """But for the first step of a pipeline that calls its transformer for each branch: both are run in it."""
+    args = replace(FLUX, negative_prompt="a cat")
+    told = [plan(args, ranks, None, False, [{"cfg": ranks}], source())[0].told for ranks in (1, 2)]
+    one, half = (sum(_flops(told.steps[max(told.steps)], MATMUL)) for told in told)
+    assert half == pytest.approx(one / 2, rel=1e-3)
+
+
 def test_stages_of_two_transformers_are_counted():
     """Of Wan 2.2: half of both's blocks; the keys and values of one at a time, and none while the VAE decodes."""
     args = replace(FLUX, model="wan2.2-t2v-a14b", height=160, width=96, num_frames=33)

@@ -119,11 +119,12 @@ class Source:
             return dict(self._parts)
         return {n: self._faked(self.module(n)) if plan_of(part) else part for n, part in self._parts.items()}
 
-    def steps(self, stages: int, warmup: int) -> int:
-        """How many steps to rehearse: without stages all are alike; with some, there are synchronous and stale ones, of
-        one transformer at least where two divide the steps."""
+    def steps(self, stages: int, warmup: int, branches: int = 1) -> int:
+        """How many steps to rehearse: without stages all are alike, but for the first where ranks have branches of
+        guidance, which may be both of them; with some, there are synchronous and stale ones, of one transformer at
+        least where two divide the steps."""
         transformers = sum(plan_of(part) is not None for part in self.parts(fresh=False).values())
-        return transformers * max(1, warmup) + 1 if stages > 1 else 1
+        return transformers * max(1, warmup) + 1 if stages > 1 else branches
 
     def _built(self) -> dict[str, nn.Module]:
         if self.published:
