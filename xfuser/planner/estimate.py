@@ -3,7 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass, field
 
-from xfuser.planner.cost import BUBBLES, LINKS, TEXT, VAE, Clock, Program, program_of
+from xfuser.planner.cost import BUBBLES, HOST, LINKS, TEXT, VAE, Clock, Program, program_of
 from xfuser.planner.machines import Machine
 from xfuser.planner.rehearsal import Rehearsed
 from xfuser.planner.trace import Event, Message
@@ -95,7 +95,8 @@ def estimate(told: Counted, machine: Machine, steps: int, warmup: int, compiled:
         for clock in each:
             _add(found.spent, clock.spent, steps - 1)
     found.spent.update(told.parts.seconds(machine))
-    found.seconds = found.denoise + found.spent[VAE] + found.spent[TEXT]
+    found.spent[HOST] += machine.constants.call
+    found.seconds = found.denoise + found.spent[VAE] + found.spent[TEXT] + machine.constants.call
     return found
 
 
