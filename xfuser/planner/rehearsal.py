@@ -291,8 +291,8 @@ def _fake_parameters(module: nn.Module, fake: FakeTensorMode) -> None:
     for owner in module.modules():
         for key, old in owner._parameters.items():
             if old not in new:
-                shapes = torch.empty(old.shape, dtype=old.dtype, device="meta")
-                new[old] = nn.Parameter(FakeTensor(fake, shapes, torch.device("cpu")), requires_grad=False)
+                with fake:
+                    new[old] = nn.Parameter(torch.empty(old.shape, dtype=old.dtype), requires_grad=False)
             owner._parameters[key] = new[old]
 
 
