@@ -21,13 +21,13 @@ import numpy as np
 
 from xfuser.bench.points import Point, read
 from xfuser.planner.estimate import Counted, Parts, counted, estimate
-from xfuser.planner.machines import FILE, Constants, machine_of, shipped
+from xfuser.planner.machines import FILE, KINDS, Constants, machine_of, shipped
 from xfuser.planner.rehearsal import Rehearsed, Source, alone_of, rehearse
 
 BOUNDS = {  # of what is fitted, and where to begin
-    "matmul": (2e3, 6900, 6e4), "attention": (0.3, 2.0, 6.0), "kernels": (0.4, 0.7, 1.0), "memory": (0.3, 0.7, 1.0),
-    "nvlink": (0.05, 0.4, 1.0), "pcie": (0.05, 0.5, 1.0), "host": (1e-6, 3e-5, 2e-4),
-    "host_compiled": (5e-7, 6e-6, 5e-5), "start": (1e-6, 3e-5, 3e-4),
+    "matmul": (1e11, 4.5e11, 2e12), "attention": (0.3, 2.0, 6.0), "kernels": (0.4, 0.7, 1.0),
+    "convolution": (0.1, 0.3, 1.0), "memory": (0.3, 0.7, 1.0), "nvlink": (0.05, 0.4, 1.0), "pcie": (0.05, 0.5, 1.0),
+    "host": (1e-6, 3e-5, 2e-4), "start": (1e-6, 3e-5, 3e-4), "call": (0.01, 0.2, 1.0),
 }  # fmt: skip
 LOW, START, HIGH = (np.log([values[i] for values in BOUNDS.values()]) for i in range(3))
 SURE = 0.05  # as far from its begin, as a logarithm, a constant weighs as much as a point with an error of ROBUST
@@ -97,7 +97,7 @@ class Model:
         for point in points:
             key = point.counted, point.compiled
             if key not in self._programs and point.counted in told:
-                program = counted(told[point.counted], point.degrees[3], point.compiled)
+                program = counted(told[point.counted], point.compiled)
                 program.parts = parts.setdefault((point.model, point.size), program.parts)
                 self._programs[key] = program
 
@@ -154,8 +154,8 @@ def _loss(errors: np.ndarray) -> float:
 def constants_of(values: np.ndarray) -> dict[str, Constants]:
     """By kind of links."""
     one = dict(zip(BOUNDS, map(float, np.exp(values)), strict=True))
-    shared = {name: one[name] for name in ("matmul", "attention", "memory", "host", "host_compiled", "start")}
-    return {kind: Constants(link=one[kind], start_node=2 * one["start"], **shared) for kind in ("nvlink", "pcie")}
+    shared = {name: value for name, value in one.items() if name not in (*KINDS, "kernels")}
+    return {kind: Constants(link=one[kind], **shared) for kind in ("nvlink", "pcie")}
 
 
 def _words(values: np.ndarray) -> str:

@@ -63,7 +63,7 @@ def predicted(source: Source, engine: EngineConfig, inputs: InputConfig, machine
     with alone_of(engine.world_size):
         told = rehearse(replace(engine, runtime_config=runtime), shown, source)
     compiled = engine.runtime_config.use_torch_compile
-    return estimate(counted(told, parallel.pp_degree, compiled), machine, steps, warmup, compiled)
+    return estimate(counted(told, compiled), machine, steps, warmup, compiled)
 
 
 def prediction_table(

@@ -23,9 +23,9 @@ def run(arguments: list[str]) -> int:
         path, known = keep(machine), machine.constants
         print(
             f"{machine.name}, {get_world_group().world_size} ranks at once: matrix products {machine.peak / 1e9:.4g}"
-            f" GFLOP/s, attention {machine.kernels * machine.peak / 1e9:.4g} GFLOP/s,"
-            f" memory {machine.bandwidth / 1e9:.3g} GB/s, host {known.host * 1e6:.3g} us an operator (right away"
-            f" {known.host_compiled * 1e6:.3g} us),"
+            f" GFLOP/s, of convolutions"
+            f" {known.convolution:.0%} of it, attention {machine.kernels * machine.peak / 1e9:.4g} GFLOP/s,"
+            f" memory {machine.bandwidth / 1e9:.3g} GB/s, host {known.host * 1e6:.3g} us an operator,"
             f" link {machine.link / 1e9:.3g} GB/s behind {known.start * 1e6:.3g} us"
         )
         print(path)

@@ -24,9 +24,10 @@ def measure() -> Machine:
     device, dtype = devices.device(group.local_rank), devices.default_dtype()
     peak = _products(device, dtype)
     small, large = _copies(device, 1 << 18), _copies(device, 1 << 24)
-    host, dispatch = _host(device, dtype)
+    host = _host(device, dtype)
     start, rate = _links(device) if group.world_size > 1 else (0.0, large)
-    constants = Constants(NO_LIMIT, 0.0, 1.0, 1.0, host, dispatch, start, start)
+    convolution = _convolutions(device, dtype) / peak
+    constants = Constants(NO_LIMIT, 0.0, convolution, 1.0, 1.0, host, start, 0.0)
     is_cpu = device.type == "cpu"
     machine = Machine(
         name=devices.device_name(), peak=peak, units=1, clock=small / CACHED, cache=6e6 if is_cpu else 40e6,
@@ -59,6 +60,14 @@ def _products(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * rows * width * width / _each(lambda: F.linear(x, weight))
 
 
+def _convolutions(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a convolution of the size of a VAE's."""
+    channels, side = (32, 128) if device.type == "cpu" else (256, 512)
+    x = torch.randn(1, channels, side, side, device=device, dtype=dtype)
+    weight = torch.randn(channels, channels, 3, 3, device=device, dtype=dtype)
+    return 2 * 9 * channels * x.numel() / _each(lambda: F.conv2d(x, weight, padding=1))
+
+
 def _attention(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of an attention."""
     heads, tokens, size = (8, 1024, 64) if device.type == "cpu" else (24, 16384, 128)
@@ -72,8 +81,8 @@ def _copies(device: torch.device, elements: int) -> float:
     return 2 * x.nbytes / _each(lambda: torch.mul(x, 1.01, out=y))
 
 
-def _host(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
-    """Seconds of the host for an operator within a model, and for one that is called right away."""
+def _host(device: torch.device, dtype: torch.dtype) -> float:
+    """Seconds of the host for an operator within a model."""
     from diffusers import FluxTransformer2DModel
 
     model = FluxTransformer2DModel(
@@ -90,8 +99,7 @@ def _host(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
         with tracer:
             model(**arguments)
         count = sum(isinstance(event, Operator) for event in tracer.trace.events)
-        x = torch.zeros(16, device=device)
-        return _each(lambda: model(**arguments)) / count, _each(lambda: [x.add(1) for _ in range(100)]) / 100
+        return _each(lambda: model(**arguments)) / count
 
 
 def _links(device: torch.device) -> tuple[float, float]:

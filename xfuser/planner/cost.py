@@ -35,6 +35,7 @@ class Operators(NamedTuple):
     bytes: np.ndarray
     wide: np.ndarray
     tiles: np.ndarray
+    convolutions: np.ndarray
     eager: np.ndarray
     missed: np.ndarray
 
@@ -86,7 +87,9 @@ def program_of(events: Iterable[Event], fused: bool = False) -> Program:
 
 
 def _arrays(kept: list[tuple[Operator, bool, np.ndarray]]) -> Operators:
-    columns = [[KINDS.index(x.kind), x.flops, x.scores, x.bytes, x.wide, x.tiles, eager] for x, eager, _ in kept]
+    columns = [
+        [KINDS.index(x.kind), x.flops, x.scores, x.bytes, x.wide, x.tiles, x.convolution, eager] for x, eager, _ in kept
+    ]
     return Operators(*np.array(columns, dtype=float).T, np.stack([missed for *_, missed in kept]))
 
 

@@ -3,7 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass, field
 
-from xfuser.planner.cost import BUBBLES, LINKS, TEXT, VAE, Clock, Program, program_of
+from xfuser.planner.cost import BUBBLES, HOST, LINKS, TEXT, VAE, Clock, Program, program_of
 from xfuser.planner.machines import Machine
 from xfuser.planner.rehearsal import Rehearsed
 from xfuser.planner.trace import Event, Message
@@ -33,30 +33,30 @@ class Counted:
 
     Attributes:
         first, steps: of the first step, and of each sub-step of the last one that is asynchronous.
-        stages: of PipeFusion.
+        stages: what PipeFusion's stages compute, by what the first one does, which is the one that is counted.
         sent: bytes between two stages for each of the steps, and the message itself.
     """
 
     first: Program
     steps: list[Program]
     parts: Parts
-    stages: int
+    stages: list[float]
     between: list[Message]
 
 
-def counted(told: Rehearsed, stages: int, compiled: bool) -> Counted:
+def counted(told: Rehearsed, compiled: bool) -> Counted:
     """The programs of what was rehearsed: those of the first step, and of the sub-steps of the last one."""
     patches = max(patch for _, patch in told.steps)
     last = max(step for step, patch in told.steps if patch == patches)
     first = [event for (step, _), events in told.steps.items() if step == 0 for event in events]
     steps = [program_of(events, compiled) for (step, _), events in sorted(told.steps.items()) if step == last]
     parts = Parts({name: program_of(events) for name, events in told.parts.items()})
-    return Counted(program_of(first, compiled), steps, parts, stages, _between(first, stages))
+    return Counted(program_of(first, compiled), steps, parts, told.stages, _between(first, told.stages))
 
 
-def _between(events: list[Event], stages: int) -> list[Message]:
+def _between(events: list[Event], stages: list[float]) -> list[Message]:
     """What a stage sends to the next in a step of the whole image."""
-    return [one for one in events if isinstance(one, Message) and one.operation == "send"] if stages > 1 else []
+    return [one for one in events if isinstance(one, Message) and one.operation == "send"] if len(stages) > 1 else []
 
 
 @dataclass
@@ -75,28 +75,28 @@ def estimate(told: Counted, machine: Machine, steps: int, warmup: int, compiled:
     found = Estimate()
     first = Clock(machine, compiled).run(told.first)
     each = [Clock(machine, compiled).run(program) for program in told.steps]
-    busy, stages = sum(clock.device for clock in each), told.stages
+    busy, stages = sum(clock.device for clock in each), len(told.stages)
     found.link = sum(clock.link for clock in each)
     found.step = busy
     if stages > 1:
-        hop = sum(map(machine.link_seconds, told.between))
-        patch = busy / len(each)
-        found.step = max(busy, stages * (patch + hop / len(each)))
-        synchronous = max(1, warmup)
-        once = stages * first.device + (stages - 1) * hop
-        found.denoise = synchronous * once + (stages - 1) * patch + max(0, steps - synchronous) * found.step
-        found.spent[BUBBLES] += synchronous * (stages - 1) * first.device + (stages - 1) * patch
-        found.spent[LINKS] += synchronous * (stages - 1) * hop + (steps - synchronous) * (found.step - busy)
+        hop, all_stages, slowest = sum(map(machine.link_seconds, told.between)), sum(told.stages), max(told.stages)
+        patch, stale, synchronous = busy / len(each), max(0, steps - max(1, warmup)), max(1, warmup)
+        found.step = max(slowest * busy, all_stages * patch + stages * hop / len(each))
+        once, drain = all_stages * first.device + (stages - 1) * hop, (all_stages - slowest) * patch
+        found.denoise = synchronous * once + drain + stale * found.step
+        found.spent[BUBBLES] += synchronous * (all_stages - 1) * first.device + drain + stale * (slowest - 1) * busy
+        found.spent[LINKS] += synchronous * (stages - 1) * hop + stale * (found.step - slowest * busy)
         _add(found.spent, first.spent, synchronous)
         for clock in each:
-            _add(found.spent, clock.spent, max(0, steps - synchronous))
+            _add(found.spent, clock.spent, stale)
     else:
         found.denoise = first.device + (steps - 1) * found.step
         _add(found.spent, first.spent, 1)
         for clock in each:
             _add(found.spent, clock.spent, steps - 1)
     found.spent.update(told.parts.seconds(machine))
-    found.seconds = found.denoise + found.spent[VAE] + found.spent[TEXT]
+    found.spent[HOST] += machine.constants.call
+    found.seconds = found.denoise + found.spent[VAE] + found.spent[TEXT] + machine.constants.call
     return found
 
 

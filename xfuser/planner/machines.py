@@ -4,7 +4,7 @@ import difflib
 import json
 import os
 import re
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,8 @@ CACHED = 32  # bytes that a processor gets from the cache in a cycle
 KINDS = {"pcie": 32e9, "nvlink": 300e9}  # of links, and their usual bytes a second, one way
 HEADS = 32  # of sizes that are multiples of it, attention kernels are made; others are padded
 EXPS = 16  # exponentials that a processor computes in a cycle
+COMPILED = 1 / 6  # of the host's time for an operator, to issue it from compiled code
+BETWEEN_NODES = 2  # times as long as within a node until a message begins
 
 
 @dataclass(frozen=True)
@@ -30,23 +32,25 @@ class Constants:
     """What a kind of machine reaches: eight figures.
 
     Attributes:
-        matmul: FLOPs a cycle that the rest of a processor (loads, sums of tiles) keeps up with in matrix products; the
-            share of the peak that is reached follows from it.
+        matmul: FLOPs a joule of products at the full clock; where the peak takes more than the card's power, the clock
+            follows the cube root of it, as power grows with the cube of the clock (its voltage follows it).
         attention: exponentials that the work on one score of an attention, beside its products, is worth.
+        convolution: the share of the speed of matrix products that convolutions reach.
         memory, link: fractions of the memory's bandwidth, and of a link's one way.
-        host, host_compiled: seconds of the host for an operator, run one by one, or within compiled code.
+        host: seconds of the host for an operator, run one by one.
         start: seconds from the issue of a message to its first byte.
-        start_node: the same between nodes.
+        call: seconds of the host for a call beside its operators: tokenizers, conversion of pictures, kernels that are
+            loaded when they are first used.
     """
 
     matmul: float
     attention: float
+    convolution: float
     memory: float
     link: float
     host: float
-    host_compiled: float
     start: float
-    start_node: float
+    call: float
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,8 @@ class Machine:
         link, node_link: bytes a second one way, of a device within its node, and of a node to others.
         kernels: the share of the peak that the instructions of the attention kernels have; ``overlaps``: whether they
             compute products and exponentials at the same time.
-        feed: how many times as many operands a cycle reach its products as where these read registers.
+        power: watts that the card may take.
+        exps: how many times :data:`EXPS` exponentials its attention kernels compute in a cycle.
         synchronous: whether the host itself computes: a CPU.
     """
 
@@ -75,7 +80,8 @@ class Machine:
     link: float
     constants: Constants
     kernels: float = 1.0
-    feed: float = 1.0
+    power: float = 1.0
+    exps: float = 1.0
     overlaps: bool = False
     wide: float = 0.5
     node: int = NODE
@@ -84,8 +90,13 @@ class Machine:
 
     @property
     def cycles(self) -> float:
-        """Of all processors in a second, in those of a generation whose products read registers."""
-        return self.units * self.clock * self.feed
+        """Of all processors in a second."""
+        return self.units * self.clock
+
+    @property
+    def reached(self) -> float:
+        """The share of the full clock that matrix products run at within the card's power."""
+        return min(1.0, (self.constants.matmul * self.power / self.peak) ** (1 / 3))
 
     @property
     def cache_column(self) -> int:
@@ -94,7 +105,7 @@ class Machine:
 
     def host_seconds(self, compiled: bool) -> float:
         """Of one operator."""
-        return self.constants.host_compiled if compiled else self.constants.host
+        return self.constants.host * (COMPILED if compiled else 1.0)
 
     def seconds(self, run: "Operators") -> np.ndarray:
         """Of the device, for each operator: what takes longer, its arithmetic or its bytes."""
@@ -104,10 +115,13 @@ class Machine:
         )
         waves = np.ceil(run.tiles / self.units) * self.units
         idle = np.where(run.tiles > 0, waves / np.maximum(run.tiles, 1), 1.0)
-        products = run.flops * (idle / peak + 1 / (known.matmul * self.cycles))
+        products = run.flops * idle / (peak * self.reached * np.where(run.convolutions > 0, known.convolution, 1.0))
         sizes = np.maximum(run.flops / np.maximum(4 * run.scores, 1), 1)  # of a head
         padded = run.flops * np.ceil(sizes / HEADS) * HEADS / sizes
-        products_of, others = padded / (peak * self.kernels), run.scores * known.attention / (EXPS * self.cycles)
+        products_of, others = (
+            padded / (peak * self.kernels),
+            run.scores * known.attention / (EXPS * self.exps * self.cycles),
+        )
         attention = np.maximum(products_of, others) if self.overlaps else products_of + others
         return np.maximum(np.select([run.kinds == 0, run.kinds == 1], [products, attention], 0.0), moved)
 
@@ -122,7 +136,7 @@ class Machine:
             crossing = message.sent * (total - local) / (total - 1) * min(self.node, local * (self.node // local))
         else:  # around the ring, one of them does, for each group
             crossing = message.sent * (self.node // local)
-        return self.constants.start_node + crossing / (self.constants.link * self.node_link)
+        return self.constants.start * BETWEEN_NODES + crossing / (self.constants.link * self.node_link)
 
 
 @cache
@@ -181,7 +195,7 @@ def _of_sheet(name: str, links: str | None, constants: dict[str, Constants] | No
     link = sheet["link_gb_s"] * 1e9 if kind == sheet["links"] else KINDS[kind]
     reached = (constants or constants_of())[kind]
     held = sheet["memory_gib"] and sheet["memory_gib"] * 2**30
-    more = {name: sheet[name] for name in ("kernels", "feed", "wide", "synchronous") if name in sheet}
+    more = {name: sheet[name] for name in ("kernels", "power", "exps", "wide", "synchronous") if name in sheet}
     return Machine(
         name=found, peak=sheet["peak_tflops"] * 1e12, units=sheet["units"], clock=sheet["gigahertz"] * 1e9,
         cache=sheet["cache_mb"] * 1e6, bandwidth=sheet["memory_gb_s"] * 1e9, memory=held,
@@ -233,12 +247,14 @@ def cache_folder() -> Path:
 
 
 def calibrated(name: str | None = None) -> Machine | None:
-    """The machine of this name that was calibrated here; None where none was."""
+    """The machine of this name that was calibrated here, by this version's constants; None where none was."""
     path = cache_folder() / f"{_plain(name or devices.device_name())}.json"
     if not path.is_file():
         return None
     with open(path, encoding="utf-8") as file:
         kept = json.load(file)
+    if kept["constants"].keys() != {one.name for one in fields(Constants)}:
+        return None  # measured by another version
     return Machine(**kept | {"constants": Constants(**kept["constants"])})
 
 

@@ -28,7 +28,7 @@ from xfuser.core.distributed import destroy_distributed_environment
 from xfuser.core.hooks import replaced
 from xfuser.core.logger import quiet_libraries
 from xfuser.core.meters import LiveMemory
-from xfuser.methods.pipefusion.blocks import owners_of
+from xfuser.methods.pipefusion.blocks import block_cost, owners_of
 from xfuser.models.plan import blocks_of
 from xfuser.models.registry import plan_of, planned_models
 from xfuser.parallel import xDiTParallel
@@ -56,6 +56,7 @@ class Rehearsed:
         kept: of those between the transformers' forwards, and behind them.
         steps: events of each sub-step, by step and patch.
         parts: events of each other component's calls, by its name.
+        stages: what PipeFusion's stages compute, by what the first one does, of the transformer that is divided worst.
     """
 
     weights: dict[str, int] = field(default_factory=dict)
@@ -65,6 +66,7 @@ class Rehearsed:
     kept: int = 0
     steps: dict[tuple[int, int], list[Event]] = field(default_factory=dict)
     parts: dict[str, list[Event]] = field(default_factory=dict)
+    stages: list[float] = field(default_factory=lambda: [1.0])
 
 
 @contextmanager
@@ -116,11 +118,12 @@ class Source:
             return dict(self._parts)
         return {n: self._faked(self.module(n)) if plan_of(part) else part for n, part in self._parts.items()}
 
-    def steps(self, stages: int, warmup: int) -> int:
-        """How many steps to rehearse: without stages all are alike; with some, there are synchronous and stale ones, of
-        one transformer at least where two divide the steps."""
+    def steps(self, stages: int, warmup: int, branches: int = 1) -> int:
+        """How many steps to rehearse: without stages all are alike, but for the first where ranks have branches of
+        guidance, which may be both of them; with some, there are synchronous and stale ones, of one transformer at
+        least where two divide the steps."""
         transformers = sum(plan_of(part) is not None for part in self.parts(fresh=False).values())
-        return transformers * max(1, warmup) + 1 if stages > 1 else 1
+        return transformers * max(1, warmup) + 1 if stages > 1 else branches
 
     def _built(self) -> dict[str, nn.Module]:
         if self.published:
@@ -178,7 +181,7 @@ class _Rehearsal:
                 for method in CODER if hasattr(part, CODER[1]) else ("forward",):
                     stack.enter_context(replaced(part, method, self._simulated(name, part, method)))
             pipe = source.pipeline(parts)
-            heaviest = _heaviest_stage(pipe, self._engine)
+            heaviest, told.stages = _stages(pipe, self._engine)
             told.transformers = set(planned_models(pipe))
             told.units = {name: units_of(part) for name, part in parts.items()}
             wrapped = xDiTParallel(pipe, self._engine, self._inputs)
@@ -292,17 +295,20 @@ def _fake_parameters(module: nn.Module, fake: FakeTensorMode) -> None:
             owner._parameters[key] = new[old]
 
 
-def _heaviest_stage(pipe: Any, engine_config: EngineConfig) -> dict[str, float]:
-    """Of each transformer, how much more the heaviest PipeFusion stage weighs than the first, which is rehearsed."""
-    models, factors = planned_models(pipe), {}
+def _stages(pipe: Any, engine_config: EngineConfig) -> tuple[dict[str, float], list[float]]:
+    """By what the first PipeFusion stage has, which is rehearsed: how much more the heaviest one weighs, of each
+    transformer; and what each stage computes, of the one whose stages differ most."""
+    models, factors, paces = planned_models(pipe), {}, [[1.0]]
     for name, layers in pipeline_split(models, type(pipe).__name__, engine_config.parallel_config).items():
         model, plan = models[name]
         lent = {weight for module in plan.lent for weight in model.get_submodule(module).parameters()}
         blocks = [set(block.module.parameters()) - lent for block in blocks_of(model, plan)]
         sizes = [sum(weight.nbytes for weight in weights) for weights in blocks]
         everywhere = sum(weight.nbytes for weight in model.parameters()) - sum(sizes)
-        stages = [everywhere] * len(layers)
-        for size, owner in zip(sizes, owners_of(model, plan, layers), strict=True):
+        stages, paces_of = [everywhere] * len(layers), [0.0] * len(layers)
+        for block, size, owner in zip(blocks_of(model, plan), sizes, owners_of(model, plan, layers), strict=True):
             stages[owner] += size
+            paces_of[owner] += block_cost(block.module, plan)
         factors[name] = max(stages) / stages[0]
-    return factors
+        paces.append([cost / paces_of[0] for cost in paces_of])
+    return factors, max(paces, key=lambda pace: (len(pace), max(pace)))

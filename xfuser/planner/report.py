@@ -3,7 +3,7 @@
 from collections import Counter
 
 from xfuser.planner.cost import BUBBLES, HOST, LINKS, PARTS
-from xfuser.planner.machines import CACHED, EXPS, Machine
+from xfuser.planner.machines import BETWEEN_NODES, CACHED, EXPS, Machine
 from xfuser.planner.table import COLUMNS, Row
 from xfuser.planner.trace import ATTENTION, KINDS as KINDS_OF_OPERATORS, MATMUL, Event, Message, Operator
 
@@ -66,13 +66,12 @@ def explain(row: Row, machine: Machine, steps: int, compiled: bool) -> list[str]
     last = max(step for step, _ in told.steps)
     events = [event for (step, _), found in told.steps.items() if step == last for event in found]
     flops, scores, moved, count = _totals(events)
-    share = 1 / (1 + machine.peak / (known.matmul * machine.cycles))
-    host = known.host_compiled if compiled else known.host
+    host = machine.host_seconds(compiled)
     lines = [
         f"{row.name} on {machine.name}, {steps} steps, {'compiled' if compiled else 'eager'}",
-        f"  machine: {machine.peak / 1e12:.4g} TFLOP/s, of which matrix products reach {share:.0%}"
-        f" ({known.matmul:.4g} FLOPs a cycle of each of {machine.units} processors at {machine.clock / 1e9:.3g} GHz"
-        " beside the peak)",
+        f"  machine: {machine.peak / 1e12:.4g} TFLOP/s, of which matrix products reach {machine.reached:.0%}"
+        f" ({machine.power:.4g} W, {known.matmul / 1e12:.3g} TFLOP a joule at the full clock of {machine.units}"
+        f" processors, {machine.clock / 1e9:.3g} GHz); convolutions are {known.convolution:.2g} times as fast",
         f"           attention: the peak times {machine.kernels:.2g} (of its kernels), and"
         f" {known.attention:.3g} exponentials a score, {EXPS} a cycle and processor",
         f"           memory {machine.bandwidth / 1e9:.4g} GB/s, {known.memory:.0%} of it reached, behind a cache of"
@@ -80,7 +79,7 @@ def explain(row: Row, machine: Machine, steps: int, compiled: bool) -> list[str]
         f"           host {host * 1e6:.3g} us an operator; link {machine.link / 1e9:.4g} GB/s one way,"
         f" {known.link:.0%} of it reached, {known.start * 1e6:.3g} us until a message begins;"
         f" between nodes {machine.node_link / 1e9:.4g} GB/s of a node of {machine.node},"
-        f" {known.start_node * 1e6:.3g} us",
+        f" {known.start * BETWEEN_NODES * 1e6:.3g} us; {known.call:.3g} s of the host for a call beside its operators",
         f"  counted in a step: {flops[MATMUL] / 1e12:.4g} TFLOP of matrix products, {flops[ATTENTION] / 1e12:.4g} TFLOP"
         f" and {scores / 1e9:.4g} G scores of attention, {moved / 1e9:.4g} GB touched by operators as they are,"
         f" {count} operators",

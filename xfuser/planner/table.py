@@ -147,13 +147,14 @@ def _row(
                 f"data_parallel_degree: more replicas than the {inputs.batch_size} images of the batch;"
                 " give more prompts, or ask for --objective throughput"
             )
-        told = rehearse(*replace(wanted, **plain, num_inference_steps=source.steps(stages, warmup)).checked(), source)
+        steps = source.steps(stages, warmup, degrees.get("cfg", 1))
+        told = rehearse(*replace(wanted, **plain, num_inference_steps=steps).checked(), source)
     except (ValueError, RuntimeError) as error:
         return Row(name, {}, str(error).splitlines()[0], degrees)
     row = Row(name, needs_of(told, args.text_encoder, world_size, shards), "", degrees, 1, told)
     if machine:
         synchronous = warmup * len(told.transformers)  # each begins with its own
-        row.time = estimate(counted(told, stages, compiled), machine, args.num_inference_steps, synchronous, compiled)
+        row.time = estimate(counted(told, compiled), machine, args.num_inference_steps, synchronous, compiled)
     return row
 
 

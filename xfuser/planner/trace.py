@@ -62,6 +62,7 @@ class Operator(NamedTuple):
     reads: tuple[tuple[int, int], ...]
     writes: tuple[tuple[int, int], ...]
     tiles: float = 0.0  # of 128 x 128 outputs, of a matrix product
+    convolution: bool = False  # whether the product is one
 
     @property
     def bytes(self) -> int:
@@ -150,8 +151,9 @@ class Tracer(TorchDispatchMode):
         writes = tuple((self._number(x), _held(x)) for x in outputs)
         kind, flops, scores, tiles = _cost(func, args, kwargs, result, inputs)
         wide = bool(inputs) and inputs[0].dtype in (torch.float32, torch.float64)
-        self.trace.events.append(Operator(kind, flops, scores, wide, reads, writes, tiles))
-        if "conv" in func._schema.name and not wide:  # whose maps are put into the order that its units need, and back
+        convolution = "conv" in func._schema.name
+        self.trace.events.append(Operator(kind, flops, scores, wide, reads, writes, tiles, convolution))
+        if convolution and not wide:  # whose maps are put into the order that its units need, and back
             self.trace.events.append(Operator(MEMORY, 0.0, 0.0, wide, reads, writes))
 
     def _number(self, x: Tensor) -> int:

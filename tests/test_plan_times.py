@@ -1,0 +1,65 @@
+"""From what a plan counts to seconds: the times of operators, messages and stages on a machine."""
+
+from dataclasses import replace
+
+import pytest
+from test_planning import asked
+
+from xfuser.planner.cost import Clock, fuse, program_of
+from xfuser.planner.estimate import Counted, Parts, estimate
+from xfuser.planner.machines import Constants, machine_of
+from xfuser.planner.rehearsal import alone_of, rehearse
+from xfuser.planner.trace import ATTENTION, MATMUL, MEMORY, Message, Operator, Wait
+
+CONSTANTS = Constants(1e30, 0.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0)  # of a machine that is its data sheet
+
+
+def test_the_longest_chain():
+    """A message hides behind what does not wait for it; a slow host holds a fast device."""
+    machine = replace(machine_of("CPU"), peak=1e9, synchronous=False, bandwidth=1e30, link=1e6, constants=CONSTANTS)
+    product = Operator(MATMUL, 1e9, 0.0, False, (), ())  # a second
+    message, ready = Message(1, "send", (0, 1), 10**6), Wait(1)  # a second, too
+    times = [
+        Clock(machine).run(program_of(events)).device
+        for events in ([message, product, ready], [message, ready, product], [product] * 3, [([product], 5)])
+    ]
+    assert times == pytest.approx([1, 2, 3, 5], rel=1e-3)
+    slow = replace(machine, constants=replace(CONSTANTS, host=2.0))
+    assert Clock(slow).run(program_of([product] * 3)).device == pytest.approx(7, rel=1e-3)
+
+
+def test_the_slowest_stage_sets_the_pace(folder_of):
+    """Not the first one, which is the one that is counted; and what it computes is by its blocks."""
+    machine = replace(machine_of("CPU"), peak=1e9, synchronous=False, bandwidth=1e30, constants=CONSTANTS)
+    patch, whole = (program_of([Operator(MATMUL, 1e9, 0.0, False, (), ())] * count) for count in (1, 2))
+    told = estimate(Counted(whole, [patch, patch], Parts({}), [1.0, 2.0], []), machine, 5, 1, False)
+    assert told.step == pytest.approx(4) and told.seconds == pytest.approx(3 * 2 + 4 * 4 + 1)
+    assert sum(told.spent.values()) == pytest.approx(told.seconds)
+    args = asked(folder_of("flux"), {"pipefusion_parallel_degree": 2, "attn_layer_num_for_pp": [1, 3]})
+    with alone_of(2):
+        first, second = rehearse(*args.checked()).stages
+    assert first == 1 and 2 < second < 4
+
+
+def test_convolutions_are_slower_than_other_products():
+    machine = replace(machine_of("CPU"), peak=1e9, bandwidth=1e30, constants=replace(CONSTANTS, convolution=0.25))
+    one = Operator(MATMUL, 1e9, 0.0, False, (), ())
+    seconds = [Clock(machine).run(program_of([x])).device for x in (one, one._replace(convolution=True))]
+    assert seconds == pytest.approx([1, 4], rel=1e-3)
+
+
+def test_heads_are_padded_as_kernels_do():
+    machine = replace(machine_of("CPU"), peak=1e9, synchronous=False, bandwidth=1e30, constants=CONSTANTS)
+    seconds = [
+        Clock(machine).run(program_of([Operator(ATTENTION, 4.0 * size * 1e6, 1e6, False, (), ())])).device
+        for size in (64, 88, 96)
+    ]
+    assert seconds == pytest.approx([0.256, 0.384, 0.384], rel=1e-3)
+
+
+def test_a_compiler_fuses_what_only_moves_bytes():
+    moves = [Operator(MEMORY, 0.0, 0.0, False, ((i, 8),), ((i + 1, 8),)) for i in range(3)]
+    product = Operator(MATMUL, 1.0, 0.0, False, ((3, 8),), ((4, 8),))
+    events, eager = fuse([*moves, product])
+    assert [event.kind for event in events] == [MEMORY, MATMUL] and not any(eager)
+    assert events[0].reads == ((0, 8),) and events[0].writes == ((3, 8),)
