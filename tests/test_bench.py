@@ -132,7 +132,7 @@ def test_measures_of_pictures(tmp_path):
             Image.fromarray(pixels.byte().numpy()).save(tmp_path / folder / f"{index}.png")
     light, same, dark, features = (str(tmp_path / name) for name in ("light", "same", "dark", "features.pt"))
     assert abs(quality.fid(light, same, features)) < 1e-6 < quality.fid(light, dark, features)
-    with pytest.raises(ValueError, match="has 0 pictures"):
+    with pytest.raises(ValueError, match="has 0 images"):
         quality.fid(str(tmp_path), dark, features)
     with pytest.raises(ValueError, match="holds no network"):
         quality.fid(light, dark, str(tmp_path / "dark" / "0.png"))

@@ -265,7 +265,7 @@ def test_the_ranking_explains_itself(folder_of, tmp_path, monkeypatch, capsys):
     flags = ["--model", folder_of("sd3"), "--height", "80", "--width", "48", "--max_sequence_length", "6"]
     assert main([*flags, "--gpus", "2xCPU", "--dtype", "fp32", "--exact", "--explain", "best"]) == 0
     out = capsys.readouterr().out
-    assert "no: not exact: its pictures differ a little: pipefusion 2" in out and "  best" in out and "GFLOP" not in out
+    assert "no: not exact: its images differ a little: pipefusion 2" in out and "  best" in out and "GFLOP" not in out
     assert "counted in a step" in out and (tmp_path / "plan.png").stat().st_size > 1000
     assert main([*flags, "--gpus", "CPU", "--dtype", "fp32", "--scale", "1", "2"]) == 0
     assert "efficiency" in capsys.readouterr().out

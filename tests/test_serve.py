@@ -134,7 +134,7 @@ def test_jobs_of_a_batch_that_the_pipeline_refuses_are_drawn_alone(served, clien
 def test_pictures_are_checked_before_they_are_accepted(client):
     file = io.BytesIO()
     Image.new("RGB", (8, 8)).save(file, "PNG")
-    for data, told in [(b"no picture", "not a picture"), (file.getvalue(), "takes no picture")]:
+    for data, told in [(b"no picture", "not an image"), (file.getvalue(), "takes no image")]:
         with pytest.raises(openai.BadRequestError, match=told):
             client.images.edit(image=("a.png", io.BytesIO(data), "image/png"), prompt=PROMPT)
     with pytest.raises(openai.BadRequestError, match="image: List should have at most 1 item"):

@@ -46,7 +46,7 @@ class LoadedPipeline(xDiTParallel):
         return cls(pipe, engine_config)
 
     def prepare_run(self, input_config: InputConfig, steps: int = 3) -> None:
-        """Draw once with few steps and throw the picture away, so that later calls find everything made.
+        """Draw once with few steps and throw the image away, so that later calls find everything made.
 
         There are more steps than asked for where the warm-up of PipeFusion or DistriFusion is longer, and never one
         alone, which some pipelines take for a request of another way to draw.

@@ -71,7 +71,7 @@ def parser() -> FlexibleArgumentParser:
     flags.add_argument("--slow_links", action="store_true", help="On two network namespaces, over links of each rate.")
     flags.add_argument("--rates", nargs="+", metavar="RATE", help="Of --slow_links (default: 100mbit 1gbit 10gbit).")
     flags.add_argument("--delay", metavar="TIME", help="Of --slow_links, such as 1ms; needs netem in the kernel.")
-    flags.add_argument("--vae_memory", action="store_true", help="The largest picture that the parallel VAE decodes.")
+    flags.add_argument("--vae_memory", action="store_true", help="The largest image that the parallel VAE decodes.")
     flags.add_argument("--host_overhead", action="store_true", help="What a wrapped block costs the host, without GPU.")
     flags.add_argument("--compile", action="store_true", help="Also with compiled blocks: what both bring, and cost.")
     flags.add_argument("--against", choices=["diffusers"], help="Also run Diffusers' own context parallelism.")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 from xfuser.config import EngineConfig, FlexibleArgumentParser, xFuserArgs
 
 GROUPS = ("Parallel Processing Options", "Runtime Options")
-OF_THE_RUN = ("seed", "output_type")  # runtime options that would draw another picture
+OF_THE_RUN = ("seed", "output_type")  # runtime options that would draw another image
 DEGREES = [spec.name for spec in fields(xFuserArgs) if spec.name.endswith("_degree")]
 PRESETS = {
     "methods": "every method alone, on all ranks",

@@ -109,7 +109,7 @@ def _bytes(weight: torch.Tensor) -> int:
 
 
 def errors(output: torch.Tensor, expected: torch.Tensor) -> dict[str, float]:
-    """Against serial; the peak that PSNR is about is 1 for pictures, and the range of values for latents."""
+    """Against serial; the peak that PSNR is about is 1 for images, and the range of values for latents."""
     far = (output.float() - expected.float()).abs().max().item()
     low, high = expected.min().item(), expected.max().item()
     peak = 1.0 if low >= 0 and high <= 1 else high - low

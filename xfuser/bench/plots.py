@@ -137,7 +137,7 @@ def draw_links(path: str, title: str, told: dict[float, dict[str, Any]]) -> str:
 
 
 def draw_pictures(path: str, prompts: list[str], rows: dict[str, dict[str, Any]], columns: int = 6) -> str:
-    """Pictures side by side: a row for each configuration, a column for each of the first prompts."""
+    """Images side by side: a row for each configuration, a column for each of the first prompts."""
     from PIL import Image
 
     shown = min(columns, len(prompts))

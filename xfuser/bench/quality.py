@@ -1,4 +1,4 @@
-"""How near pictures are to other pictures: PSNR, SSIM, and FID between two folders."""
+"""How near images are to other images: PSNR, SSIM, and FID between two folders."""
 
 import math
 import os
@@ -22,7 +22,7 @@ def psnr(a: torch.Tensor, b: torch.Tensor, peak: float = 1.0) -> float:
 
 
 def ssim(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Structural similarity of pictures ``[N, C, H, W]`` in 0..1, at least 11 pixels a side: 1 for equal ones.
+    """Structural similarity of images ``[N, C, H, W]`` in 0..1, at least 11 pixels a side: 1 for equal ones.
 
     Wang et al., Image Quality Assessment, 2004; Gaussian window of 11 pixels. In single precision, which takes a
     fifteenth of the time: flat areas may cost 1e-4. Raises a ValueError without torchmetrics.
@@ -32,15 +32,15 @@ def ssim(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def fid(one: str | list[str], other: str | list[str], features: str, batch: int = 32) -> float:
-    """Fréchet distance between the features of two sets of pictures (arXiv 1706.08500).
+    """Fréchet distance between the features of two sets of images (arXiv 1706.08500).
 
     Args:
-        one, other: folders, or lists of files; pictures are scaled to 299 x 299 pixels.
+        one, other: folders, or lists of files; images are scaled to 299 x 299 pixels.
         features: a file with the network, as TorchScript or as ``torch.save`` writes a module (loading that runs its
-            code). It takes uint8 pictures ``[N, 3, 299, 299]`` and returns ``[N, D]``.
+            code). It takes uint8 images ``[N, 3, 299, 299]`` and returns ``[N, D]``.
 
     Raises:
-        ValueError: there are less than two pictures, the file holds no such network, or torchmetrics is absent.
+        ValueError: there are less than two images, the file holds no such network, or torchmetrics is absent.
     """
     metrics = extra("torchmetrics.image.fid", "FID")
     files = [_pictures(given) for given in (one, other)]
@@ -61,7 +61,7 @@ def _pictures(given: str | list[str]) -> list[str]:
         paths = [path for path in given if path.lower().endswith(PICTURES)]
     if len(paths) < 2:
         where = repr(given) if isinstance(given, str) else "what was drawn"
-        raise ValueError(f"{where} has {len(paths)} pictures ({', '.join(PICTURES)}); FID needs two at least")
+        raise ValueError(f"{where} has {len(paths)} images ({', '.join(PICTURES)}); FID needs two at least")
     return paths
 
 

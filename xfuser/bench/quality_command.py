@@ -1,4 +1,4 @@
-"""``xdit quality``: what configurations do to pictures, prompt by prompt, against a serial run."""
+"""``xdit quality``: what configurations do to images, prompt by prompt, against a serial run."""
 
 import argparse
 import os
@@ -71,9 +71,9 @@ def parser() -> FlexibleArgumentParser:
     flags.add_argument("--configs", nargs="+", metavar="FLAGS", help="As of xdit bench (default: PipeFusion previews).")
     flags.add_argument("--ranks", nargs="+", type=int, default=[2], help="Ranks of presets (default: 2).")
     flags.add_argument("--prompts", metavar="FILE", help="A prompt a line; those of the shipped pipeline if not given.")
-    flags.add_argument("--fid", nargs=2, metavar="FOLDER", help="Only compute FID between two folders of pictures.")
+    flags.add_argument("--fid", nargs=2, metavar="FOLDER", help="Only compute FID between two folders of images.")
     flags.add_argument("--features", metavar="FILE", help="Network that FID takes features of (docs/fid.md).")
-    flags.add_argument("--output_dir", default="results/quality", help="Folder for pictures and the report.")
+    flags.add_argument("--output_dir", default="results/quality", help="Folder for images and the report.")
     flags.add_argument("--part", help=argparse.SUPPRESS)  # where rank 0 leaves what it measured for who started it
     xFuserArgs.add_cli_args(flags).set_defaults(num_inference_steps=None)
     return flags
@@ -104,7 +104,7 @@ def _features(options: argparse.Namespace) -> str:
 
 
 def folder_of(name: str) -> str:
-    """A configuration's folder of pictures."""
+    """A configuration's folder of images."""
     return re.sub(r"[^\w.=-]+", "_", name)
 
 
@@ -140,7 +140,7 @@ def _run_rank(options: argparse.Namespace, chosen: list[Configuration], prompts:
 
 
 def _compared(directory: str, name: str, pictures: list[Any], serial: list[Any]) -> dict[str, list[Any]]:
-    """Save pictures; PSNR and SSIM of each, and its path."""
+    """Save images; PSNR and SSIM of each, and its path."""
     from xfuser.bench.quality import psnr, ssim
     from xfuser.pipeline_io.media import write_media
 
@@ -155,7 +155,7 @@ def _compared(directory: str, name: str, pictures: list[Any], serial: list[Any])
 
 
 def _flat(x: Any) -> Any:
-    """Pictures, or the frames of videos, as ``[N, C, H, W]``."""
+    """Images, or the frames of videos, as ``[N, C, H, W]``."""
     x = x.movedim(-1, -3) if x.shape[-3] not in (1, 3) else x
     return x.reshape(-1, *x.shape[-3:])
 
@@ -182,7 +182,7 @@ def _write_report(options: argparse.Namespace, prompts: list[str], told: list[di
 
 
 def _adherence(prompts: list[str], paths: list[str]) -> float | None:
-    """Share of pictures that show all that their prompts ask for, where the shipped pipeline's checker knows these."""
+    """Share of images that show all that their prompts ask for, where the shipped pipeline's checker knows these."""
     from PIL import Image
 
     verdicts = []

@@ -46,7 +46,7 @@ class Account:
 
     def __str__(self) -> str:
         told = ", ".join(f"{name} {count}" for name, count in sorted(self.ends.items()))
-        lines = [f"{self.ends.total()} requests ended: {told}; wrong pictures: {self.wrong}"]
+        lines = [f"{self.ends.total()} requests ended: {told}; wrong images: {self.wrong}"]
         lines.append(f"kills: {len(self.killed)}; ready again after {_spread(self.recovered)} s")
         lines.append(f"running requests ended {_spread(self.after_fault)} s after the kill")
         if len(self.memory) == 2:
@@ -102,7 +102,7 @@ def bare_pipeline(steps: int) -> tuple[Any, dict[str, Any]]:
 
 
 def drawn(pipe: Any, call: dict[str, Any], shape: tuple[int, int], seed: int) -> np.ndarray:
-    """A picture of the bare pipeline."""
+    """An image of the bare pipeline."""
     own = {"width": shape[0], "height": shape[1], "generator": torch.Generator().manual_seed(seed)}
     return np.asarray(pipe(**call | own).images[0], np.int16)
 

@@ -1,4 +1,4 @@
-"""The largest picture that fits: a decoder of Stable Diffusion's structure, by rows, on 1, 2 and 4 ranks."""
+"""The largest image that fits: a decoder of Stable Diffusion's structure, by rows, on 1, 2 and 4 ranks."""
 
 import os
 import tempfile
@@ -13,7 +13,7 @@ from xfuser.bench.cases import decoder
 from xfuser.core.meters import peak_allocation
 from xfuser.vae.engines import parallel_vae
 
-TITLE = "The largest picture within a fixed memory, AutoencoderKL, widths 32 to 128"
+TITLE = "The largest image within a fixed memory, AutoencoderKL, widths 32 to 128"
 WIDTHS = (32, 64, 128, 128)  # a quarter of Stable Diffusion's
 SERIAL = 384  # pixels on a side: what serial needs for it is the memory that there is
 STEP = 32
@@ -22,7 +22,7 @@ CASES = {"serial": (1, None), "1 rank": (1, 8), "2 ranks": (2, 8), "4 ranks": (4
 
 def run_memory() -> int:
     """Print the table; starts the ranks of each case. Returns the exit code."""
-    print(f"{TITLE}\n\n| | rows at a time | largest picture | pixels | allocated |\n|---|---|---|---|---|")
+    print(f"{TITLE}\n\n| | rows at a time | largest image | pixels | allocated |\n|---|---|---|---|---|")
     for label, (ranks, rows) in CASES.items():
         with tempfile.TemporaryDirectory() as folder:
             mp.spawn(_largest, args=(label, ranks, rows, os.path.join(folder, "store")), nprocs=ranks)

@@ -84,7 +84,7 @@ class Workload:
         return call | ({"output_type": "pt"} if inputs.output_type == "pil" and "output_type" in call else {})
 
     def run(self, pipe: Any, prompt: str | None = None, place: int = 0, **changes: Any) -> torch.Tensor:
-        """Call it; returns the pictures, ``[N, ...]``, in 0..1 unless they are latents.
+        """Call it; returns the images, ``[N, ...]``, in 0..1 unless they are latents.
 
         Noise is that of the seed, and another one for each ``place`` among several prompts.
         """

@@ -1,4 +1,4 @@
-"""``xdit``: a picture from a prompt, on as many ranks as the degrees multiply to; ``xdit COMMAND`` for the rest."""
+"""``xdit``: an image from a prompt, on as many ranks as the degrees multiply to; ``xdit COMMAND`` for the rest."""
 
 import importlib
 import multiprocessing
@@ -59,13 +59,13 @@ def parser() -> FlexibleArgumentParser:
     """All flags of the library, and where to save."""
     flags = FlexibleArgumentParser(
         prog="xdit",
-        description="Draw a picture from a prompt, on as many processes as the product of the degrees.",
+        description="Draw an image from a prompt, on as many processes as the product of the degrees.",
         epilog='Example: xdit --prompt "a red circle above a blue square" --ulysses_degree 2.'
         f" Other commands, with a --help of their own: {', '.join(f'xdit {name}' for name in COMMANDS)}."
         " Without --model, the pipeline that comes with the package draws; the words that it knows are:"
         f" {', '.join(known_words())}.",
     )
-    flags.add_argument("--output_dir", default="results", help="Folder for the pictures (default: results).")
+    flags.add_argument("--output_dir", default="results", help="Folder for the images (default: results).")
     return xFuserArgs.add_cli_args(flags)
 
 

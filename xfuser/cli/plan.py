@@ -91,7 +91,7 @@ def _with_times(options: argparse.Namespace, args: xFuserArgs, ranks: int, machi
 
 
 def _draw(kind: str, path: str, *what: Any) -> None:
-    """A picture, or why there is none: the table says the same."""
+    """An image, or why there is none: the table says the same."""
     from xfuser.planner import picture
 
     try:
@@ -137,7 +137,7 @@ def parser() -> FlexibleArgumentParser:
     flags.add_argument("--node_link", metavar="RATE", help="Of a node to others, such as 100gbit (the default).")
     flags.add_argument("--objective", default="latency", help=f"{', '.join(OBJECTIVES)} (default: latency).")
     flags.add_argument("--compile", action="store_true", help="Blocks are compiled, as by --use_torch_compile.")
-    flags.add_argument("--exact", action="store_true", help="Leave out what draws a slightly different picture.")
+    flags.add_argument("--exact", action="store_true", help="Leave out what draws a slightly different image.")
     flags.add_argument("--explain", metavar="CONFIG", help="Where each number of a row is from; 'best' for the first.")
     flags.add_argument("--scale", nargs="+", type=int, metavar="N", help="The best configuration of each rank count.")
     flags.add_argument("--picture", metavar="FILE", default="plan.png", help="PNG file of it (default: plan.png).")

@@ -49,13 +49,13 @@ class DistriConfig:
     Half of the ranks compute each branch of classifier-free guidance, if it is split, and divide its work.
 
     Args:
-        height, width: of the picture, in pixels, where a call does not say.
+        height, width: of the image, in pixels, where a call does not say.
         do_classifier_free_guidance: whether calls are guided; if not, ``guidance_scale`` is 1 where calls do not say.
         split_batch: whether the two branches of guidance go to different ranks. One rank, or an odd number, has both.
         warmup_steps: synchronous first steps of ``"patch"`` and ``"pipefusion"``.
         mode: of ``"patch"``: one of ``xfuser.config.config.MODES``.
         parallelism: ``"patch"`` (DistriFusion), ``"naive_patch"``, ``"pipefusion"``, ``"tensor"`` or ``"sequence"``.
-        split_scheme: how ``"naive_patch"`` cuts the picture: ``"row"``, ``"col"`` or ``"alternate"``.
+        split_scheme: how ``"naive_patch"`` cuts the image: ``"row"``, ``"col"`` or ``"alternate"``.
         pp_num_patch: patches of ``"pipefusion"``.
         attn_num: blocks of each stage of ``"pipefusion"``.
         ulysses_degree: of ``"sequence"``; its other ranks form rings. All of them if not given.

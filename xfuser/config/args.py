@@ -77,7 +77,7 @@ class xFuserArgs:
     use_teacache: bool = _runtime(False, "Cache steps by TeaCache, for models whose coefficients are known.")
     cache_threshold: float | None = _runtime(None, "Change below which a cache leaves blocks out; its own by default.")
     rel_l1_thresh: float | None = _runtime(None, "Older name of --cache_threshold.")
-    use_parallel_vae: bool = _runtime(False, "Encode and decode with the rows of the picture divided over ranks.")
+    use_parallel_vae: bool = _runtime(False, "Encode and decode with the rows of the image divided over ranks.")
     vae_engine: str = _runtime("auto", "Parallel VAE: auto, native, or the package distvae.")
     vae_split: str = _runtime("auto", "Parallel VAE: divide height, width, or auto, the longer one.")
     vae_chunk_rows: str | int | None = _runtime(None, "Parallel VAE: rows computed at a time, or auto; bounds memory.")
@@ -92,7 +92,7 @@ class xFuserArgs:
     )
     enable_model_cpu_offload: bool = _runtime(False, "Keep models on the CPU while they are not in use.")
     enable_sequential_cpu_offload: bool = _runtime(False, "Keep layers on the CPU while they are not in use.")
-    enable_tiling: bool = _runtime(False, "Decode in tiles: less memory, close to the untiled picture.")
+    enable_tiling: bool = _runtime(False, "Decode in tiles: less memory, close to the untiled image.")
     enable_slicing: bool = _runtime(False, "Decode one image at a time: less memory.")
     text_encoder: str = _runtime("replicate", f"Where text encoders are: {', '.join(TEXT_ENCODER_MODES)}.")
     memory: str | None = _runtime(None, "Memory that a rank may use, such as 24GB; its accelerator's if not given.")
@@ -100,7 +100,7 @@ class xFuserArgs:
     dtype: str = _runtime("auto", "Weights: float32, float16, bfloat16; auto is bfloat16 on a GPU, else float32.")
 
     auto: bool = _parallel(False, "Choose the degrees by plan, for the ranks that run: the fastest exact ones.")
-    allow_stale: bool = _parallel(False, "Let auto choose what draws a slightly different picture, too.")
+    allow_stale: bool = _parallel(False, "Let auto choose what draws a slightly different image, too.")
     do_classifier_free_guidance: bool = _parallel(True, "Guide by the prompt (--no_... switches guidance off).")
     use_cfg_parallel: bool = _parallel(False, "Compute guidance's two branches on two groups of ranks.")
     use_split_batch: bool = _parallel(False, "Older name of --use_cfg_parallel.")
@@ -114,9 +114,9 @@ class xFuserArgs:
     attn_layer_num_for_pp: list[int] | None = _parallel(None, "Blocks of each PipeFusion stage; balanced by time.", "+")
     tensor_parallel_degree: int = _parallel(1, "Ranks that divide each layer's weights.")
     tensor_parallel_text_encoder: bool = _parallel(False, "Divide the weights of the text encoders as well.")
-    distrifusion_degree: int = _parallel(1, "Ranks that each compute a part of the picture, from stale activations.")
+    distrifusion_degree: int = _parallel(1, "Ranks that each compute a part of the image, from stale activations.")
     distrifusion_mode: str = _parallel(ASYNCHRONOUS, f"What DistriFusion waits for: {', '.join(MODES)}.")
-    naive_patch_degree: int = _parallel(1, "Ranks that each compute a part of the picture alone; a baseline.")
+    naive_patch_degree: int = _parallel(1, "Ranks that each compute a part of the image alone; a baseline.")
     split_scheme: str | None = _parallel(
         None,
         "Naive patches are cut by row (the default), col, or alternate (step by step). Tensor parallelism divides each"
@@ -129,13 +129,13 @@ class xFuserArgs:
     height: int | None = _input(None, "Height of the image in pixels; the model's own if not given.")
     width: int | None = _input(None, "Width of the image in pixels; the model's own if not given.")
     num_frames: int | None = _input(None, "Frames of a video; the model's own if not given.")
-    prompt: str | list[str] = _input("", "What to draw; several prompts draw several pictures.", "*")
+    prompt: str | list[str] = _input("", "What to draw; several prompts draw several images.", "*")
     negative_prompt: str | list[str] = _input("", "What not to draw: one for all prompts, or one each.", "*")
     no_use_resolution_binning: bool = _input(False, "Draw exactly the given size, not the nearest trained one.")
     num_inference_steps: int = _input(20, "Denoising steps.")
     max_sequence_length: int = _input(256, "Longest prompt in tokens.")
     guidance_scale: float = _input(3.5, "Strength of the guidance by the prompt.")
-    img_file_path: str | None = _input(None, "Picture to start from, for image-to-image pipelines.")
+    img_file_path: str | None = _input(None, "Image to start from, for image-to-image pipelines.")
 
     @staticmethod
     def add_cli_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

@@ -37,7 +37,7 @@ DEGREES = {
     "distrifusion": Degree("distrifusion_degree", "distrifusion_degree", "ring_degree"),
     "naive": Degree("naive_patch_degree", "naive_patch_degree", "ring_degree"),
 }
-PATCH_METHODS = ("distrifusion", "naive")  # each rank computes a part of the picture
+PATCH_METHODS = ("distrifusion", "naive")  # each rank computes a part of the image
 BESIDE_PATCHES = [DEGREES[method].flag for method in ("dp", "cfg", "tensor")]
 SPLIT_SCHEMES = {"tensor_parallel_degree": ("row", "col"), "naive_patch_degree": ("row", "col", "alternate")}
 
@@ -116,7 +116,7 @@ class ParallelConfig:
 
     @property
     def sp_degree(self) -> int:
-        """Ranks that each have a part of a picture's rows, by whatever method."""
+        """Ranks that each have a part of an image's rows, by whatever method."""
         return self.ulysses_degree * self.ring_degree * self.distrifusion_degree * self.naive_patch_degree
 
     @property
@@ -154,7 +154,7 @@ class ParallelConfig:
 
     @property
     def patched(self) -> bool:
-        """Whether each rank computes a part of the picture, from stale activations of the others, or none."""
+        """Whether each rank computes a part of the image, from stale activations of the others, or none."""
         return self.distrifusion_degree > 1 or self.naive_patch_degree > 1
 
     def degrees(self) -> dict[str, int]:
@@ -202,7 +202,7 @@ class ParallelConfig:
         dividing = [f"{flag}={n}" for flag, n in degrees.items() if n > 1 and flag not in BESIDE_PATCHES]
         if self.patched and len(dividing) > 1:
             raise ValueError(
-                f"{' and '.join(dividing)} divide the picture in ways that exclude each other: choose one."
+                f"{' and '.join(dividing)} divide the image in ways that exclude each other: choose one."
                 f" {' and '.join(DEGREES[method].flag for method in PATCH_METHODS)} go with {', '.join(BESIDE_PATCHES)}"
             )
         if self.split_scheme is None:

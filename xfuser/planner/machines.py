@@ -39,7 +39,7 @@ class Constants:
         memory, link: fractions of the memory's bandwidth, and of a link's one way.
         host: seconds of the host for an operator, run one by one.
         start: seconds from the issue of a message to its first byte.
-        call: seconds of the host for a call beside its operators: tokenizers, conversion of pictures, kernels that are
+        call: seconds of the host for a call beside its operators: tokenizers, conversion of images, kernels that are
             loaded when they are first used.
     """
 

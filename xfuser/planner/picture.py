@@ -1,4 +1,4 @@
-"""Pictures of plans (matplotlib, an optional package)."""
+"""Images of plans (matplotlib, an optional package)."""
 
 from typing import Any
 

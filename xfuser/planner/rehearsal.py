@@ -268,7 +268,7 @@ def _zeros(x: Tensor) -> Tensor:
 
 
 def _few_pixels(x: Tensor) -> Tensor:
-    """In place of decoded pictures: all that is left to do is to convert them, which takes long for a video."""
+    """In place of decoded images: all that is left to do is to convert them, which takes long for a video."""
     return _zeros(x[..., :8, :8] if x.dim() > 3 else x)
 
 

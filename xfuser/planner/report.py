@@ -24,7 +24,7 @@ def why(row: Row, best: Row, objective: str) -> str:
         return "best"
     if objective == "memory":
         return f"{(row.peak - best.peak) / 1e9:.3g} GB more"
-    own, least = ({part: one.time.spent[part] / one.groups for part in PARTS} for one in (row, best))  # a picture
+    own, least = ({part: one.time.spent[part] / one.groups for part in PARTS} for one in (row, best))  # an image
     excess = {part: own[part] - least[part] for part in PARTS}
     part = max(excess, key=lambda name: excess[name])
     lost, total = own[part], row.seconds / row.groups

@@ -58,7 +58,7 @@ def widened(rows: list[Row], ranks: int) -> list[dict[str, int]]:
 
 
 def with_groups(args: xFuserArgs, ranks: int, machine: Machine, compiled: bool, exact: bool) -> list[Row]:
-    """Groups of ranks that draw pictures of their own side by side: the rows of fewer ranks, several times."""
+    """Groups of ranks that draw images of their own side by side: the rows of fewer ranks, several times."""
     args = located(args)
     source, rows = source_of(args), []
     for size in (size for size in range(1, ranks) if ranks % size == 0):

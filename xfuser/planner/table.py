@@ -22,7 +22,7 @@ class Row:
     """A combination of degrees, and the bytes that a rank needs by the names of ``COLUMNS``; or why it cannot be.
 
     Attributes:
-        degrees: by the names of the methods; ``groups`` of so many ranks draw pictures of their own.
+        degrees: by the names of the methods; ``groups`` of so many ranks draw images of their own.
         told: what was counted; ``time``: what that takes on a machine, where one is given.
     """
 
@@ -41,7 +41,7 @@ class Row:
 
     @property
     def exact(self) -> bool:
-        """Whether the picture is that of one rank."""
+        """Whether the image is that of one rank."""
         return self.degrees.get("pipefusion", 1) == 1
 
     @property
@@ -91,7 +91,7 @@ def plan(
         compiled: whether blocks are compiled.
         choices: the combinations; all of them if not given.
         source: what other calls of this function have in common with this one.
-        exact: refuse what draws another picture than one rank.
+        exact: refuse what draws another image than one rank.
 
     Raises:
         ValueError: the pipeline is not found.
@@ -136,7 +136,7 @@ def _row(
     plain = {"text_encoder": "replicate", "fully_shard_degree": 1, "use_torch_compile": False}
     stages = degrees.get("pipefusion", 1)
     if exact and stages > 1:
-        return Row(name, {}, "not exact: its pictures differ a little", degrees)
+        return Row(name, {}, "not exact: its images differ a little", degrees)
     warmup = args.warmup_steps if stages > 1 else 0
     shards = world_size // degrees.get("dp", 1) if args.fully_shard_degree > 1 else 1
     try:

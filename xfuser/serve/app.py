@@ -93,7 +93,7 @@ def _add_images(app: FastAPI, server: Server) -> None:
 
 
 async def _answer(server: Server, call: Call, request: ImageRequest) -> Response:
-    """The pictures, or events of how they are drawn; when the client leaves, they are not drawn."""
+    """The images, or events of how they are drawn; when the client leaves, they are not drawn."""
     jobs = await server.submit(request)
 
     def entry(job: Job) -> dict[str, Any]:
@@ -122,7 +122,7 @@ async def _left(call: Call) -> None:
 async def _events(
     jobs: list[Job], entry: Callable[[Job], dict[str, Any]], leave: Callable[[], None]
 ) -> AsyncIterator[str]:
-    """Server-sent events, job by job: steps, previews as partial images, and the picture or the error."""
+    """Server-sent events, job by job: steps, previews as partial images, and the image or the error."""
     try:
         for job in jobs:
             told = {"created_at": int(job.arrived), "size": _size(job), "quality": "auto", "background": "opaque"}

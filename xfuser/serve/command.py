@@ -17,9 +17,9 @@ from xfuser.serve import elastic
 PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "gradio", "multipart")
 DEFAULT_MODEL = "shapes-256"
 NUMBERS = {  # flags of the server that are to be more than 0: their defaults, and what they are
-    "max_batch": (8, "Pictures drawn together at most."),
-    "max_queue": (256, "Pictures that may wait."),
-    "max_side": (2048, "Largest height or width of a picture, in pixels."),
+    "max_batch": (8, "Images drawn together at most."),
+    "max_queue": (256, "Images that may wait."),
+    "max_side": (2048, "Largest height or width of an image, in pixels."),
     "hang_timeout": (300.0, "Seconds without a step after which the ranks are started anew."),
 }
 
@@ -98,7 +98,7 @@ def parser() -> FlexibleArgumentParser:
     )
     flags.add_argument("--host", default="127.0.0.1", help="Address to listen on (default: this machine alone).")
     flags.add_argument("--port", type=int, default=8000, help="Port to listen on (default: 8000).")
-    flags.add_argument("--output_dir", default="results", help="Folder for pictures that are asked for by URL.")
+    flags.add_argument("--output_dir", default="results", help="Folder for images that are asked for by URL.")
     flags.add_argument(
         "--elastic", action="store_true", help="Draw each call on as many of the ranks as end it soonest."
     )

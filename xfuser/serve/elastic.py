@@ -23,7 +23,7 @@ Measured = dict[int, list[tuple[int, float]]]  # by number of ranks: pixels and 
 
 
 def check(config: EngineConfig) -> None:
-    """Raise a ValueError unless any number of ranks that divides the world can draw a picture, and the same one."""
+    """Raise a ValueError unless any number of ranks that divides the world can draw an image, and the same one."""
     parallel = config.parallel_config
     degrees = {names.flag: getattr(parallel, names.field) for name, names in DEGREES.items() if name not in METHODS}
     degrees |= {name: getattr(parallel, name) for name in ("fully_shard_degree", "num_pipeline_patch")}
@@ -32,7 +32,7 @@ def check(config: EngineConfig) -> None:
         given.append(f"text_encoder={config.runtime_config.text_encoder}")
     allowed = ", ".join(DEGREES[name].flag for name in METHODS)
     if given:
-        told = f"elastic requires all weights on every rank, and pictures that are the same on any number: {given[0]}"
+        told = f"elastic requires all weights on every rank, and images that are the same on any number: {given[0]}"
         raise ValueError(f"{told} does not go with it; remove one of them. Those that do are {allowed}")
     if config.world_size == 1:
         raise ValueError(f"elastic requires more than one rank: give {allowed}, or remove it")

@@ -40,11 +40,11 @@ class Metrics:
     def __init__(self) -> None:
         own = {"registry": CollectorRegistry()}
         self.registry = own["registry"]
-        self.queue = Gauge("xdit_queue_length", "Pictures that wait", **own)
+        self.queue = Gauge("xdit_queue_length", "Images that wait", **own)
         self.ready = Gauge("xdit_ready", "1 if the ranks can draw", **own)
         self.latency = Histogram("xdit_latency_seconds", "From acceptance to result", buckets=SECONDS, **own)
         self.steps = Counter("xdit_steps", "Denoising steps of calls", **own)
-        self.batches = Histogram("xdit_batch_size", "Pictures in a call", buckets=(1, 2, 4, 8, 16), **own)
+        self.batches = Histogram("xdit_batch_size", "Images in a call", buckets=(1, 2, 4, 8, 16), **own)
         self.running = Gauge("xdit_running", "Calls that are drawn now", **own)
         self.calls = Counter("xdit_calls", "Calls, by the number of their ranks", ["ranks"], **own)
         self.failures = Counter("xdit_failures", "Requests without a result, by code", ["code"], **own)
@@ -105,7 +105,7 @@ class Engine:
     def submit(self, jobs: list[Job]) -> None:
         """Have all of these jobs drawn, or raise a :class:`Failure`."""
         if len(self.waiting) + len(jobs) > self._options.max_queue:
-            told = f"{len(self.waiting)} pictures are waiting, {self._options.max_queue} may: try again later"
+            told = f"{len(self.waiting)} images are waiting, {self._options.max_queue} may: try again later"
             raise Failure(429, told, "rate_limit_exceeded")
         self.waiting += jobs
         self._post()

@@ -1,4 +1,4 @@
-"""One job a picture or video, and which jobs are drawn together."""
+"""One job an image or video, and which jobs are drawn together."""
 
 import asyncio
 import time
@@ -23,16 +23,16 @@ class Failure(Exception):
 
 @dataclass(eq=False)
 class Job:
-    """One picture or video.
+    """One image or video.
 
     Attributes:
         settings: what all jobs of a call have in common: fields of ``InputConfig``.
-        image: an encoded picture to start from; such jobs are drawn alone.
+        image: an encoded image to start from; such jobs are drawn alone.
         preview_every: steps from one preview to the next, 0 for none.
         retry: whether it is drawn once more if the ranks end while they draw it.
-        most: the largest number of pictures in its call.
+        most: the largest number of images in its call.
         ranks: how many it may be drawn on, with the seconds that the planner predicts, 0 where it predicts none.
-        outcome: the encoded picture or video, or why there is none.
+        outcome: the encoded image or video, or why there is none.
         preview: the last one, as a PNG; ``previews`` counts them.
     """
 
@@ -71,7 +71,7 @@ class Job:
         return self.outcome if isinstance(self.outcome, Failure) else None
 
     def result(self) -> bytes:
-        """The encoded picture or video of a job that has ended, or its :class:`Failure`."""
+        """The encoded image or video of a job that has ended, or its :class:`Failure`."""
         if self.failure:
             raise self.failure.with_traceback(None)  # one of an earlier call would be kept with it
         assert self.outcome is not None

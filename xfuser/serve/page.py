@@ -16,7 +16,7 @@ from xfuser.serve.server import ImageRequest, Server
 EXAMPLES = ("a red circle above a blue square", "a green square", "a yellow circle above a red square")
 SIZES = ("auto", "128x128", "256x256", "512x512", "1024x1024")
 FONTS = ["system-ui", "sans-serif"]  # none that a browser would fetch
-HISTORY = 20  # pictures
+HISTORY = 20  # images
 
 
 def mount(app: FastAPI, server: Server) -> None:
@@ -93,5 +93,5 @@ def bar(job: Job) -> str:
 
 
 def picture(data: bytes | None) -> Image.Image | None:
-    """An encoded picture."""
+    """An encoded image."""
     return Image.open(io.BytesIO(data)) if data else None

@@ -36,7 +36,7 @@ KEPT_FILES, KEPT_COUNTS, KEPT_VIDEOS = 1000, 1000, 100
 
 
 class Request(BaseModel):
-    """What pictures and videos have in common."""
+    """What images and videos have in common."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -75,7 +75,7 @@ class VideoRequest(Request):
 
 
 async def picture_of(request: Request) -> bytes | None:
-    """The picture that a request begins with; raises a :class:`Failure` for what is none."""
+    """The image that a request begins with; raises a :class:`Failure` for what is none."""
     if not getattr(request, "image", None):
         return None
     data = await request.image[0].read()
@@ -83,7 +83,7 @@ async def picture_of(request: Request) -> bytes | None:
         with Image.open(io.BytesIO(data)) as picture:
             picture.load()
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise Failure(400, f"the file is not a picture that can be read: {error}", "invalid_value", "image") from error
+        raise Failure(400, f"the file is not an image that can be read: {error}", "invalid_value", "image") from error
     return data
 
 
@@ -117,7 +117,7 @@ class Server:
         self._jobs: dict[str, Job] = {}
 
     async def submit(self, request: Request) -> list[Job]:
-        """Have a request drawn: one job for each picture.
+        """Have a request drawn: one job for each image.
 
         Raises:
             Failure: it is not accepted.
@@ -160,7 +160,7 @@ class Server:
             path = "/v1/videos" if can["videos"] else "/v1/images/generations"
             raise Failure(400, f"{can['pipeline']} does not draw this: POST {path}", "unsupported_endpoint")
         if image and not can["pictures"]:
-            raise Failure(400, f"{can['pipeline']} takes no picture: remove it", "unsupported_endpoint", "image")
+            raise Failure(400, f"{can['pipeline']} takes no image: remove it", "unsupported_endpoint", "image")
         try:
             check_words(self.config.model_config.model, request.prompt, request.negative_prompt)
         except ValueError as error:
@@ -191,7 +191,7 @@ class Server:
         return sides
 
     def entry(self, job: Job, response_format: str, base: str) -> dict[str, Any]:
-        """A picture as OpenAI's API gives it, with its seed; by URL, it is a file in the output folder."""
+        """An image as OpenAI's API gives it, with its seed; by URL, it is a file in the output folder."""
         if response_format == "b64_json":
             return {"b64_json": base64.b64encode(job.result()).decode(), "seed": job.seed}
         os.makedirs(self.options.output_dir, exist_ok=True)
@@ -207,7 +207,7 @@ class Server:
         return os.path.join(self.options.output_dir, name)
 
     def ranks_for(self, settings: dict[str, Any]) -> dict[int, float]:
-        """The numbers of ranks that have the memory for a picture, by the planner's count, and the seconds that it
+        """The numbers of ranks that have the memory for an image, by the planner's count, and the seconds that it
         predicts where it knows this machine; empty where nothing needs to be counted.
 
         Raises:

@@ -148,7 +148,7 @@ class Steps:
 
 
 def preview(pipe: Any, latents: torch.Tensor, settings: dict[str, Any]) -> list[Image.Image]:
-    """Latents decoded at half their height and width; empty for those that are no pictures ``[B, C, H, W]``."""
+    """Latents decoded at half their height and width; empty for those that are no images ``[B, C, H, W]``."""
     height, width = settings.get("height"), settings.get("width")
     if latents.dim() == 3 and height and width and hasattr(pipe, "_unpack_latents"):
         latents = pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor)
@@ -164,7 +164,7 @@ def preview(pipe: Any, latents: torch.Tensor, settings: dict[str, Any]) -> list[
 
 
 def encoded(item: Any) -> bytes:
-    """A picture as PNG, a video as MP4 (GIF without an encoder), latents as safetensors."""
+    """An image as PNG, a video as MP4 (GIF without an encoder), latents as safetensors."""
     if isinstance(item, Image.Image):
         file = io.BytesIO()
         item.save(file, "PNG", compress_level=1)

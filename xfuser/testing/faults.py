@@ -15,7 +15,7 @@ from xfuser.config.args import SHIPPED_PIPELINE
 from xfuser.core.distributed import get_world_group
 
 RAISES, RAISES_ON_LAST_RANK, HANGS_ON_LAST_RANK, REFUSES_BATCHES = 11, 12, 13, 14
-ONLY_ALONE, ONLY_TOGETHER, NEVER_FITS = 15, 16, 17  # runs out of memory, with several pictures, on one rank, or always
+ONLY_ALONE, ONLY_TOGETHER, NEVER_FITS = 15, 16, 17  # runs out of memory, with several images, on one rank, or always
 SLOW = 36
 SECONDS = 0.15  # of a slow step
 

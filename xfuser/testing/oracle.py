@@ -41,7 +41,7 @@ class Displaced:
         self.model, self.plan, self.patches, self.synchronous = model, plan, patches, max(1, warmup * order)
         self.step = self.call = self.counted = 0
         self.first: int | None = None  # step in which the model was called first
-        self.stepped: int | None = None  # rows that the scheduler steps; beside them are pictures
+        self.stepped: int | None = None  # rows that the scheduler steps; beside them are images
         self.given, self.leads, self.frame = 0, False, 0  # dimensions; if they are ahead; tokens of packed frames
         self.ahead, self.pictures = [0], [slice(0, 0)]
         self.patch: int | None = None
@@ -260,7 +260,7 @@ def distrifusion(pipe: Any, parts: int, warmup: int, renews: bool = True, cache:
 
 @contextmanager
 def naive(pipe: Any, parts: int, scheme: str) -> Iterator[None]:
-    """Within the context, a bare pipeline draws its picture in parts that know nothing of each other."""
+    """Within the context, a bare pipeline draws its image in parts that know nothing of each other."""
 
     def share(tokens: int, width: int) -> list[torch.Tensor]:
         if scheme == "row" or (scheme == "alternate" and state.step % 2 == 0):

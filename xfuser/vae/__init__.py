@@ -1,4 +1,4 @@
-"""Parallel VAE: decode and encode with the rows of the picture divided over ranks, equal to one device."""
+"""Parallel VAE: decode and encode with the rows of the image divided over ranks, equal to one device."""
 
 from xfuser.vae.parallelize import parallelize_vae
 

@@ -1,7 +1,7 @@
 """Parallel VAE: the encoder and the decoder of any VAE of Diffusers, on bands of rows.
 
 Nothing of the VAE is replaced. While its encoder or decoder runs, a ``TorchFunctionMode`` takes the place of the few
-functions that mix rows (``operations.py``); all others work on a band as they do on a full picture. What would mix
+functions that mix rows (``operations.py``); all others work on a band as they do on a full image. What would mix
 rows unseen is refused by name. The idea of patches that exchange halos is DistVAE's (in xDiT, arXiv 2411.01738).
 """
 
@@ -71,7 +71,7 @@ class OnBands(TorchFunctionMode):
 
     def _refuse_mixing(self, func: Any, args: tuple, kwargs: dict) -> None:
         if func in functions.REFUSED or (func in functions.REDUCTIONS and self._mixes_rows(func, *args, **kwargs)):
-            raise self._bands.refusal(f"{func.__name__} may mix the rows of the picture, which lie on different ranks")
+            raise self._bands.refusal(f"{func.__name__} may mix the rows of the image, which lie on different ranks")
         if func is F.interpolate and kwargs.get("mode", "nearest") not in ("nearest", "nearest-exact"):
             raise self._bands.refusal(f"interpolation with mode={kwargs['mode']!r} mixes rows, which is not supported")
 
@@ -190,7 +190,7 @@ def check_values(split: str, chunk_rows: int | str | None) -> None:
 
 
 def compression(vae: nn.Module) -> int:
-    """Rows of a picture that become one row of latents, or a multiple of them where a class does not tell."""
+    """Rows of an image that become one row of latents, or a multiple of them where a class does not tell."""
     for name in ("spatial_compression_ratio", "scale_factor_spatial"):
         if found := getattr(vae, name, None) or getattr(vae.config, name, None):
             return int(found)

@@ -129,7 +129,7 @@ def _draw(
 
 
 def shipped(flags: dict[str, Any]) -> tuple[torch.Tensor, int]:
-    """On a rank: the latents or the picture of the shipped pipeline, loaded for these flags, and the peak memory."""
+    """On a rank: the latents or the image of the shipped pipeline, loaded for these flags, and the peak memory."""
     with on_device():
         args = xFuserArgs(prompt=[PROMPT], num_inference_steps=2, dtype="fp32", output_type="pt", **flags)
         engine, inputs = args.create_config()
@@ -210,7 +210,7 @@ def _ship(pools: Pools, own: bool, ranks: int, flags: dict[str, Any]) -> str:
     ((expected, alone),) = pool.run(1, shipped, {})
     results = pool.run(ranks, shipped, flags)
     worst = max((picture - expected).abs().max().item() for picture, _ in results)
-    told = f"picture {worst:.0e}; peak {max(peak for _, peak in results) / 1e6:.0f} MB, one rank {alone / 1e6:.0f} MB"
+    told = f"image {worst:.0e}; peak {max(peak for _, peak in results) / 1e6:.0f} MB, one rank {alone / 1e6:.0f} MB"
     if not worst <= 1e-3:
         raise AssertionError(told)
     return told

@@ -1,1 +1,1 @@
-"""The little world that the shipped pipelines draw: its scenes, and a checker of pictures."""
+"""The little world that the shipped pipelines draw: its scenes, and a checker of images."""

@@ -1,6 +1,6 @@
-"""Look at a picture of the little world and say what of its scene is right.
+"""Look at an image of the little world and say what of its scene is right.
 
-By itself it says how often it is right about true pictures, and about pictures that are wrong in one thing.
+By itself it says how often it is right about true images, and about images that are wrong in one thing.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ TEMPLATE, LEAST_OVERLAP = 64, 0.85
 NAMES = (*COLOURS, *BACKGROUNDS)
 PALETTE = np.array([*COLOURS.values(), *BACKGROUNDS.values()], np.float32)
 OPPOSITES = {"above": "below", "below": "above", "left of": "right of", "right of": "left of", "and": "right of"}
-PLACES = slice(-4, -2)  # of the features: the mean place of the objects, in parts of the picture's side
+PLACES = slice(-4, -2)  # of the features: the mean place of the objects, in parts of the image's side
 MEASURES = ("background", "colours", "count", "shapes", "relation")
 
 
 @dataclass(frozen=True)
 class Found:
-    """An object seen in a picture and the shape nearest to it; places are in pixels of a 256 x 256 picture."""
+    """An object seen in an image and the shape nearest to it; places are in pixels of a 256 x 256 image."""
 
     colour: str
     shape: str
@@ -40,14 +40,14 @@ class Found:
 
 
 def label_pixels(picture: Image.Image) -> tuple[np.ndarray, np.ndarray]:
-    """Return for each pixel of the picture, at 256 x 256, the index of the nearest named colour, and how far it is."""
+    """Return for each pixel of the image, at 256 x 256, the index of the nearest named colour, and how far it is."""
     pixels = np.asarray(picture.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BILINEAR), np.float32)
     distances = np.stack([np.square(pixels - colour).sum(-1) for colour in PALETTE])
     return distances.argmin(0), distances.min(0)
 
 
 def find_background(labels: np.ndarray) -> str:
-    """Return the colour of most of the picture's rim."""
+    """Return the colour of most of the image's rim."""
     rim = np.concatenate([labels[:8].ravel(), labels[-8:].ravel(), labels[:, :8].ravel(), labels[:, -8:].ravel()])
     return NAMES[np.bincount(rim, minlength=len(NAMES)).argmax()]
 
@@ -120,7 +120,7 @@ def is_clean(item: Found) -> bool:
 
 
 def check(picture: Image.Image, scene: Scene) -> dict[str, bool]:
-    """Say for each of `MEASURES` whether the picture is right about it.
+    """Say for each of `MEASURES` whether the image is right about it.
 
     `colours` asks that the objects show exactly the colours named, `count` that each colour has its number of
     objects, and `shapes` that the objects are exactly the coloured shapes named. `relation` is true if the
@@ -159,7 +159,7 @@ def _is(item: Found, group: Group, alike: bool) -> bool:
 
 
 def features(picture: Image.Image) -> np.ndarray:
-    """Measure a picture, whatever it was asked to show: what `frechet_distance` compares.
+    """Measure an image, whatever it was asked to show: what `frechet_distance` compares.
 
     The shares of the nine named colours, the share of pixels near none of them, the number of objects, and, of the
     objects, the mean overlap with the nearest shape, the mean aspect, and the mean and the spread of the places.
@@ -191,14 +191,14 @@ def rates(verdicts: list[dict[str, bool]]) -> dict[str, float]:
 
 
 def true_rates(count: int, seed: int) -> dict[str, float]:
-    """Return how often the checker calls true pictures right."""
+    """Return how often the checker calls true images right."""
     rng = np.random.default_rng(seed)
     scenes = [sample_scene(rng) for _ in range(count)]
     return rates([check(render(scene), scene) for scene in scenes])
 
 
 def false_rates(count: int, seed: int) -> dict[str, float]:
-    """Return how often the checker calls a picture right about what it was made wrong in."""
+    """Return how often the checker calls an image right about what it was made wrong in."""
     rng, found = np.random.default_rng(seed), {}
     for name in MEASURES:
         scenes = [sample_scene(rng, kind="pair") for _ in range(count)]
@@ -227,14 +227,14 @@ def spoil(scene: Scene, measure: str, rng: np.random.Generator) -> Scene:
 
 
 def main() -> None:
-    """Print how often the checker is right about true and about spoilt pictures."""
+    """Print how often the checker is right about true and about spoilt images."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     true, false = true_rates(args.count, args.seed), false_rates(args.count, args.seed)
     for name, rate in true.items():
-        print(f"{name:12} {rate:.3f} right about true pictures, {false.get(name, float('nan')):.3f} about spoilt ones")
+        print(f"{name:12} {rate:.3f} right about true images, {false.get(name, float('nan')):.3f} about spoilt ones")
 
 
 if __name__ == "__main__":
