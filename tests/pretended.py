@@ -16,12 +16,11 @@ from unittest import mock
 import diffusers
 import torch
 import torch.distributed as dist
-from messages import Messages
+from messages import Messages, mapped, tensors_in
 from torch.distributed import distributed_c10d as c10d
 from torch.overrides import TorchFunctionMode
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 import xfuser
 from xfuser.core.attention.kernels import attention_math
@@ -100,6 +99,10 @@ class OnDevice(torch.Tensor):
         return self.cpu().tolist()
 
 
+def _inner(x):
+    return x.inner
+
+
 class _FromData(TorchFunctionMode):
     """Makes tensors of numbers on the CPU first: torch would, without a word to the device."""
 
@@ -126,7 +129,7 @@ class Device(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.namespace == "c10d":
             return self.messages.communicate(func, args, kwargs)
-        leaves = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        leaves = tensors_in((*args, *kwargs.values()))
         here = [x for x in leaves if isinstance(x, OnDevice)]
         asked = None if kwargs.get("device") is None else torch.device(kwargs["device"]).type
         if not here and asked != NAME:
@@ -138,11 +141,11 @@ class Device(TorchDispatchMode):
             return MATHEMATICAL
         if asked == NAME:
             kwargs = kwargs | {"device": torch.device("cpu")}
-        inner = tree_map_only(OnDevice, lambda x: x.inner, (args, kwargs))
-        out = ATTENTION.get(func, func)(*inner[0], **inner[1])
+        inner = {name: mapped(OnDevice, _inner, x) for name, x in kwargs.items()}
+        out = ATTENTION.get(func, func)(*mapped(OnDevice, _inner, args), **inner)
         if asked not in (None, NAME) or (func is aten.copy_.default and not isinstance(args[0], OnDevice)):
             return out
-        wrapped = tree_map_only(torch.Tensor, OnDevice, out)
+        wrapped = mapped(torch.Tensor, OnDevice, out)
         return return_and_correct_aliasing(func, args, kwargs, wrapped) if here else wrapped
 
     def _check(self, func, args, leaves, here):

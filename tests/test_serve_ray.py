@@ -34,8 +34,11 @@ def ranks():
     found = {}
     for process in psutil.Process().children(recursive=True):
         try:
-            if all(FORKS in " ".join(one.cmdline()) for one in (process, process.parent())):
-                found.setdefault(process.parent().ppid(), []).append(process.pid)
+            forking = process.parent()
+            replica = forking.parent()
+            forked = all(FORKS in " ".join(one.cmdline()) for one in (process, forking))
+            if forked and "ray::" in " ".join(replica.cmdline()):
+                found.setdefault(replica.pid, []).append(process.pid)
         except psutil.Error:
             continue
     return found
