@@ -24,7 +24,7 @@ def pytest_cmdline_main(config):
     """With pytest-xdist, files of tests run beside each other, unless ``-n`` says otherwise or a test is named."""
     alone = hasattr(config, "workerinput") or config.option.usepdb or any("::" in one for one in config.args)
     if config.pluginmanager.hasplugin("xdist") and config.option.numprocesses is None and not alone:
-        config.option.numprocesses, config.option.dist = min(4, os.cpu_count()), "loadfile"
+        config.option.numprocesses, config.option.dist = min(2, os.cpu_count() or 1), "loadfile"
 
 
 MANY, SAMPLE = 5, 8  # a test with more cases than that runs every so many of them, where not all are asked for
