@@ -86,11 +86,6 @@ class Patches:
         rows = share(split_sizes(count, self.count), patch)
         return range(rows.start * frame, rows.stop * frame)
 
-    def tokens(self, latents: Tensor, tokens: int, patch: int) -> range:
-        """Tokens of a patch, of an image with that many tokens."""
-        rows, width = self.rows(latents, patch), tokens // self.row_count(latents)
-        return range(rows.start * width, rows.stop * width)
-
     def window(self, latents: Tensor, tokens: int, patch: int) -> Window:
         """What a patch computes of a transformer's latents with that many tokens: all but the image with patch 0."""
         end = self.image_tokens(latents) if self._padded else tokens
