@@ -1,7 +1,6 @@
 """``xdit``: an image from a prompt, on as many ranks as the degrees multiply to; ``xdit COMMAND`` for the rest."""
 
 import importlib
-import multiprocessing
 import os
 import sys
 import time
@@ -77,7 +76,7 @@ def named(path: str) -> Callable[..., Any]:
 
 def launch(ranks: int, arguments: list[str]) -> int:
     """Start this command once per rank; returns the exit code."""
-    prepare_ranks("xfuser.parallel", "xfuser.weights.loading")
+    devices.preload("xfuser.parallel", "xfuser.weights.loading")
     return start(ranks, "xfuser.cli.main:run", arguments)
 
 
@@ -85,14 +84,6 @@ def run(arguments: list[str]) -> None:
     """On a rank: this command."""
     sys.argv[1:] = arguments
     sys.exit(main())
-
-
-def prepare_ranks(*modules: str) -> None:
-    """Let ranks that are started from now on be forked from a process that has imported these modules.
-
-    Not where there is an accelerator, which does not outlive a fork if a library has looked at it.
-    """
-    multiprocessing.set_forkserver_preload(list(modules) if devices.device_type() == "cpu" else [])
 
 
 def start(ranks: int, function: str, *arguments: Any) -> int:

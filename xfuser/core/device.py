@@ -1,5 +1,6 @@
 """The one place that knows which device and which communication backend this machine has."""
 
+import multiprocessing
 import os
 import platform
 import resource
@@ -32,6 +33,14 @@ def on_cpu() -> Iterator[None]:
 def hide() -> None:
     """Leave accelerators out in this process and those that it starts; to be called before anything asks for one."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def preload(*modules: str) -> None:
+    """Let processes of multiprocessing's fork server, if it is still to start, be forked with these modules imported.
+
+    Not where there is an accelerator, which does not outlive a fork if a library has looked at it.
+    """
+    multiprocessing.set_forkserver_preload(list(modules) if device_type() == "cpu" else [])
 
 
 def _working_type() -> str:

@@ -18,7 +18,7 @@ from fastapi import UploadFile
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
-from xfuser.cli.main import prepare_ranks, start
+from xfuser.cli.main import start
 from xfuser.cli.words import check_words
 from xfuser.config import xFuserArgs
 from xfuser.config.config import DEGREES
@@ -108,7 +108,7 @@ class Server:
         def launch(connections: list[Connection]) -> None:
             start(ranks, WORKER, args, options.elastic, connections)
 
-        prepare_ranks(WORKER.partition(":")[0])
+        devices.preload(WORKER.partition(":")[0])
         self.engine = Engine(launch, self._sizes, self.inputs, options)
         self._memory = self.config.runtime_config.memory or devices.total_memory()
         self._machine = calibrated() if options.elastic else None

@@ -60,10 +60,8 @@ class RankPool:
         self._workers = []
 
     def _start(self) -> None:
-        # Where there is no accelerator, which a process must not have been asked for before it is forked, ranks are
-        # forked from one that has imported what all of them need.
-        context = mp.get_context("forkserver" if devices.device_type() == "cpu" else "spawn")
-        context.set_forkserver_preload(IMPORTED)
+        devices.preload(*IMPORTED)
+        context = mp.get_context("forkserver")
         self._store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # where ranks find others
         for _ in range(self._size):
             ours, theirs = context.Pipe()
