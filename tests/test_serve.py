@@ -1,5 +1,6 @@
 """`xdit serve`: the unmodified OpenAI client draws what one rank draws, and faults stay with their requests."""
 
+import asyncio
 import base64
 import io
 import os
@@ -7,7 +8,9 @@ import shutil
 import signal
 import subprocess
 import sys
+from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
 
 import imageio
 import numpy as np
@@ -18,8 +21,10 @@ import torch
 import whole
 from PIL import Image
 
+from xfuser.config import InputConfig
 from xfuser.config.args import SHIPPED_PIPELINE
 from xfuser.serve import command
+from xfuser.serve.engine import Engine
 from xfuser.serve.jobs import Failure, Job, calls_of
 from xfuser.serve.server import ImageRequest, Server
 from xfuser.testing import faults
@@ -361,6 +366,30 @@ def test_a_queue_holds_so_many():
     engine.submit([job("a")] * 6)
     with pytest.raises(Failure, match="10 may"):
         engine.submit([job("a")] * 6)
+
+
+def test_a_rank_that_reads_nothing_is_started_anew():
+    """A message that its connection does not take, as a rank that is stopped does not read, holds nothing up."""
+
+    def launch(connections):
+        with Connection(os.dup(connections[0].fileno())) as rank:
+            rank.send(("ready", {"multiple": 16}))
+            until(lambda: not engine.why, "an engine that is ready")
+            until(lambda: engine.why, "an engine that starts its ranks anew")
+
+    async def drawn(job):
+        running = asyncio.create_task(engine.run())
+        while engine.why:
+            await asyncio.sleep(0.05)
+        engine.submit([job])
+        await asyncio.wait_for(job.ended(), 10)
+        running.cancel()
+        await asyncio.wait([running])
+
+    engine = Engine(launch, [1], InputConfig(), Namespace(max_queue=1, hang_timeout=0.5))
+    edited = Job("a", "", 0, {"num_inference_steps": 1}, image=bytes(1 << 22))
+    asyncio.run(drawn(edited))
+    assert edited.failure.status == 503 and "no step for 0.5 s" in str(edited.failure)
 
 
 def test_what_takes_too_much_memory_is_refused():

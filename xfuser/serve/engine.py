@@ -5,6 +5,7 @@ import multiprocessing
 import time
 from argparse import Namespace
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -89,6 +90,7 @@ class Engine:
         self._failed_starts = 0
         self._ours: list[Connection] = []  # by rank; the other ends, theirs, are closed here once they are ready
         self._theirs: list[Connection] = []
+        self._senders: list[ThreadPoolExecutor] = []  # a thread each, as a rank that is stopped reads nothing
         self._ready: set[int] = set()
         self._calls: list[Call] = []
         self._inbox: asyncio.Queue = asyncio.Queue()  # messages of ranks
@@ -142,6 +144,7 @@ class Engine:
         self._inbox, self._ready = inbox, set()
         pipes = [multiprocessing.Pipe() for _ in range(self._sizes[-1])]
         self._ours, self._theirs = map(list, zip(*pipes, strict=True))
+        self._senders = [ThreadPoolExecutor(1) for _ in pipes]
         for rank, connection in enumerate(self._ours):
             put = partial(loop.call_soon_threadsafe, inbox.put_nowait)
             Thread(target=pass_on, args=(rank, connection, put), daemon=True).start()
@@ -163,8 +166,9 @@ class Engine:
                 for process in multiprocessing.active_children():
                     process.kill()
                 await asyncio.wait([launcher], timeout=POLL)
-            for connection in self._theirs:
+            for connection, sender in zip(self._theirs, self._senders, strict=True):
                 connection.close()
+                sender.shutdown(wait=False)
 
     def _hear(self, rank: int | None, name: str, value: Any) -> None:
         """A message of a rank, or a note of this process."""
@@ -225,11 +229,9 @@ class Engine:
             self._send(team, ("draw", len(team), told))
 
     def _send(self, ranks: range, message: Any) -> None:
+        """In the order of calls; that a rank has ended is told by its connection's other direction."""
         for rank in ranks:
-            try:
-                self._ours[rank].send(message)
-            except OSError as error:
-                raise RanksDown("a rank ended") from error
+            self._senders[rank].submit(self._ours[rank].send, message)
 
     def _watch(self, call: Call) -> None:
         """End the call if all its ranks have, tell them of cancelled jobs, see whether they hang."""
