@@ -3,13 +3,14 @@
 from dataclasses import replace
 
 import pytest
+import torch
 from test_planning import asked
 
-from xfuser.planner.cost import Clock, fuse, program_of
+from xfuser.planner.cost import LINKS, Clock, fuse, program_of
 from xfuser.planner.estimate import Counted, Parts, estimate
 from xfuser.planner.machines import Constants, machine_of
 from xfuser.planner.rehearsal import alone_of, rehearse
-from xfuser.planner.trace import ATTENTION, MATMUL, MEMORY, Message, Operator, Wait
+from xfuser.planner.trace import ATTENTION, MATMUL, MEMORY, Message, Operator, Tracer, Wait
 
 CONSTANTS = Constants(1e30, 0.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0)  # of a machine that is its data sheet
 
@@ -26,6 +27,27 @@ def test_the_longest_chain():
     assert times == pytest.approx([1, 2, 3, 5], rel=1e-3)
     slow = replace(machine, constants=replace(CONSTANTS, host=2.0))
     assert Clock(slow).run(program_of([product] * 3)).device == pytest.approx(7, rel=1e-3)
+
+
+def test_a_processor_moves_its_messages_itself():
+    """What it sends hides behind nothing; what it receives is the other's."""
+    machine = replace(machine_of("CPU"), peak=1e9, bandwidth=1e30, link=1e6, constants=CONSTANTS)
+    product = Operator(MATMUL, 1e9, 0.0, False, (), ())
+    messages = [Message(1, "send", (0, 1), 10**6), Message(2, "recv", (0, 1), 10**6)]
+    clock = Clock(machine).run(program_of([*messages, product, Wait(1), Wait(2)]))
+    assert (clock.device, clock.spent[LINKS]) == pytest.approx((2, 1), rel=1e-3)
+
+
+def test_activations_take_exponentials():
+    """Of a feed-forward's GELU, one of each number, also where a compiler fuses it."""
+    machine = replace(machine_of("CPU"), bandwidth=1e30, units=1, clock=1e9, exps=0.5, constants=CONSTANTS)
+    moves = [Operator(MEMORY, 0.0, scores, False, ((0, 8),), ((1, 8),)) for scores in (8e9, 0.0)]
+    seconds = [Clock(machine).run(program_of(moves, fused)).device for fused in (False, True)]
+    assert seconds == pytest.approx([1, 1], rel=1e-3)
+    x = torch.ones(3, 5)
+    with Tracer() as tracer:
+        torch.nn.functional.silu(torch.nn.functional.gelu(x))
+    assert [event.scores for event in tracer.trace.events] == [15, 0]
 
 
 def test_the_slowest_stage_sets_the_pace(folder_of):

@@ -9,12 +9,12 @@ import torch.nn.functional as F
 
 from xfuser.core import device as devices
 from xfuser.core.distributed import get_world_group
-from xfuser.planner.machines import CACHED, NODE, Constants, Machine
+from xfuser.planner.machines import CACHED, EXPS, NODE, Constants, Machine
 from xfuser.planner.trace import Operator, Tracer
 
-SECONDS = 1.0  # for each figure
+SECONDS = 0.5  # for each figure
 NO_LIMIT = 1e12  # of what was measured together with the peak
-EXCHANGES = 30  # that all ranks do
+EXCHANGES = 100  # that all ranks do
 BLOCKS = 12  # of the transformer whose operators are timed
 
 
@@ -23,16 +23,17 @@ def measure() -> Machine:
     group = get_world_group()
     device, dtype = devices.device(group.local_rank), devices.default_dtype()
     peak = _products(device, dtype)
-    small, large = _copies(device, 1 << 18), _copies(device, 1 << 24)
+    small, large = _copies(device, 1 << 18), _copies(device, 1 << 22)
     host = _host(device, dtype)
     start, rate = _links(device) if group.world_size > 1 else (0.0, large)
     convolution = _convolutions(device, dtype) / peak
     constants = Constants(NO_LIMIT, 0.0, convolution, 1.0, 1.0, host, start, 0.0)
     is_cpu = device.type == "cpu"
     machine = Machine(
-        name=devices.device_name(), peak=peak, units=1, clock=small / CACHED, cache=6e6 if is_cpu else 40e6,
+        name=devices.device_name(), peak=peak, units=1, clock=small / CACHED, cache=0.0 if is_cpu else 40e6,
         bandwidth=large, memory=devices.total_memory(), link=rate, constants=constants,
-        kernels=_attention(device, dtype) / peak, wide=1.0 if is_cpu else 0.5, node=NODE, synchronous=is_cpu,
+        kernels=_attention(device, dtype) / peak, exps=_activations(device, dtype) * CACHED / (EXPS * small),
+        wide=1.0 if is_cpu else 0.5, node=NODE, synchronous=is_cpu,
     )  # fmt: skip
     return _of_slowest(machine)
 
@@ -77,8 +78,14 @@ def _attention(device: torch.device, dtype: torch.dtype) -> float:
 
 def _copies(device: torch.device, elements: int) -> float:
     """Bytes a second of an operator that reads and writes so many numbers."""
-    x, y = torch.randn(elements, device=device), torch.empty(elements, device=device)
-    return 2 * x.nbytes / _each(lambda: torch.mul(x, 1.01, out=y))
+    x = torch.randn(elements, device=device)
+    return 2 * x.nbytes / _each(lambda: x * 1.01)
+
+
+def _activations(device: torch.device, dtype: torch.dtype) -> float:
+    """Numbers a second that go through a feed-forward's activation."""
+    x = torch.randn(1 << 18, device=device, dtype=dtype)
+    return x.numel() / _each(lambda: F.gelu(x, approximate="tanh"))
 
 
 def _host(device: torch.device, dtype: torch.dtype) -> float:
@@ -103,12 +110,21 @@ def _host(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def _links(device: torch.device) -> tuple[float, float]:
-    """Seconds until a message begins, and bytes a second behind that, of exchanges over all ranks."""
+    """Seconds until a message begins, and bytes a second behind that, of exchanges over all ranks.
+
+    Ranks do not end at one moment what they compute ahead of a message, and wake up for it: part of the first figure.
+    """
     ranks = dist.get_world_size()
 
+    rows, weight = torch.randn(512, 512, device=device), torch.randn(512, 512, device=device)
+
     def exchange(count: int) -> float:
+        """The mean of two collectives that send ``ranks - 1`` times so many numbers, each behind a product."""
         x, y = torch.zeros(ranks * count, device=device), torch.empty(ranks * count, device=device)
-        return devices.seconds_of(lambda: dist.all_to_all_single(y, x), EXCHANGES)
+        half = torch.zeros(ranks * count // 2, device=device)
+        both = (lambda: dist.all_to_all_single(y, x), lambda: dist.all_reduce(half))
+        taken = [devices.seconds_of(lambda one=one: (rows @ weight, one()), EXCHANGES) for one in both]
+        return max(0.0, sum(taken) / 2 - devices.seconds_of(lambda: rows @ weight, EXCHANGES))
 
     little, much = 256, 1 << 20
     short, long = exchange(little), exchange(much)

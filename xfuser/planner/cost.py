@@ -164,7 +164,7 @@ def _kernel(group: list[Operator], end: int, last: dict[int, int]) -> Operator:
         writes |= dict(one.writes)
     kept = {number: size for number, size in writes.items() if last.get(number, -1) >= end}
     kept = kept or dict(group[-1].writes)
-    return Operator(MEMORY, 0.0, 0.0, False, tuple(reads.items()), tuple(kept.items()))
+    return Operator(MEMORY, 0.0, sum(one.scores for one in group), False, tuple(reads.items()), tuple(kept.items()))
 
 
 @dataclass
@@ -211,6 +211,12 @@ class Clock:
     def _send(self, message: Message) -> None:
         self.host += CALLS * self.machine.host_seconds(False)
         seconds = self.machine.link_seconds(message)
+        if self.machine.synchronous:  # its own processors move the bytes
+            seconds *= message.operation != "recv"
+            self.spent[LINKS] += seconds
+            self.link += seconds
+            self.host = self.device = max(self.host, self.device) + seconds
+            return
         if message.operation == "recv":
             start = max(self.host, self.device, self.into)
             self.into = start + seconds

@@ -66,7 +66,7 @@ class Machine:
         kernels: the share of the peak that the instructions of the attention kernels have; ``overlaps``: whether they
             compute products and exponentials at the same time.
         power: watts that the card may take.
-        exps: how many times :data:`EXPS` exponentials its attention kernels compute in a cycle.
+        exps: how many times :data:`EXPS` exponentials its attention kernels, or its activations, compute in a cycle.
         synchronous: whether the host itself computes: a CPU.
     """
 
@@ -118,12 +118,11 @@ class Machine:
         products = run.flops * idle / (peak * self.reached * np.where(run.convolutions > 0, known.convolution, 1.0))
         sizes = np.maximum(run.flops / np.maximum(4 * run.scores, 1), 1)  # of a head
         padded = run.flops * np.ceil(sizes / HEADS) * HEADS / sizes
-        products_of, others = (
-            padded / (peak * self.kernels),
-            run.scores * known.attention / (EXPS * self.exps * self.cycles),
-        )
+        products_of, exponentials = padded / (peak * self.kernels), run.scores / (EXPS * self.exps * self.cycles)
+        others = exponentials * known.attention
         attention = np.maximum(products_of, others) if self.overlaps else products_of + others
-        return np.maximum(np.select([run.kinds == 0, run.kinds == 1], [products, attention], 0.0), moved)
+        arithmetic = np.select([run.kinds == 0, run.kinds == 1], [products, attention], exponentials)
+        return np.maximum(arithmetic, moved)
 
     def link_seconds(self, message: Message) -> float:
         """Of a message, from its issue to its end."""

@@ -5,7 +5,7 @@ from collections import Counter
 from xfuser.planner.cost import BUBBLES, HOST, LINKS, PARTS
 from xfuser.planner.machines import BETWEEN_NODES, CACHED, EXPS, Machine
 from xfuser.planner.table import COLUMNS, Row
-from xfuser.planner.trace import ATTENTION, KINDS as KINDS_OF_OPERATORS, MATMUL, Event, Message, Operator
+from xfuser.planner.trace import ATTENTION, KINDS as KINDS_OF_OPERATORS, MATMUL, MEMORY, Event, Message, Operator
 
 VERBS = {LINKS: "waits for links", BUBBLES: "idles while stages fill and drain", HOST: "waits for the host"}
 
@@ -81,7 +81,8 @@ def explain(row: Row, machine: Machine, steps: int, compiled: bool) -> list[str]
         f" between nodes {machine.node_link / 1e9:.4g} GB/s of a node of {machine.node},"
         f" {known.start * BETWEEN_NODES * 1e6:.3g} us; {known.call:.3g} s of the host for a call beside its operators",
         f"  counted in a step: {flops[MATMUL] / 1e12:.4g} TFLOP of matrix products, {flops[ATTENTION] / 1e12:.4g} TFLOP"
-        f" and {scores / 1e9:.4g} G scores of attention, {moved / 1e9:.4g} GB touched by operators as they are,"
+        f" and {scores[ATTENTION] / 1e9:.4g} G scores of attention, {scores[MEMORY] / 1e9:.4g} G exponentials of"
+        f" activations, {moved / 1e9:.4g} GB touched by operators as they are,"
         f" {count} operators",
     ]
     for (operation, ranks), (number, sent) in _messages(events).items():
@@ -98,17 +99,19 @@ def explain(row: Row, machine: Machine, steps: int, compiled: bool) -> list[str]
     return lines
 
 
-def _totals(events: list[Event]) -> tuple[Counter, float, float, int]:
-    flops, scores, moved, count = Counter(), 0.0, 0.0, 0
+def _totals(events: list[Event]) -> tuple[Counter, Counter, float, int]:
+    flops, scores, moved, count = Counter(), Counter(), 0.0, 0
     for event in events:
         if isinstance(event, Operator):
             flops[event.kind] += event.flops
-            scores, moved, count = scores + event.scores, moved + event.bytes, count + 1
+            scores[event.kind] += event.scores
+            moved, count = moved + event.bytes, count + 1
         elif type(event) is tuple:
             more = _totals(event[0])
             for kind in KINDS_OF_OPERATORS:
                 flops[kind] += event[1] * more[0][kind]
-            scores, moved, count = (a + event[1] * b for a, b in zip((scores, moved, count), more[1:], strict=True))
+                scores[kind] += event[1] * more[1][kind]
+            moved, count = moved + event[1] * more[2], count + event[1] * more[3]
     return flops, scores, moved, count
 
 

@@ -45,11 +45,14 @@ def _all_places(x: Tensor) -> Tensor:
     return torch.empty(x.numel(), x.dim(), dtype=torch.long, device=x.device)
 
 
+EXPONENTIALS = ("gelu",)  # operators of a transformer's blocks that take one of each number
 NONZERO = torch.ops.aten.nonzero.default
 
 
 class Operator(NamedTuple):
-    """One kernel: ``flops`` of a matrix product or an attention, which has ``scores`` besides, and bytes moved.
+    """One kernel: ``flops`` of a matrix product or an attention, and bytes moved.
+
+    ``scores`` are those of an attention, or the numbers that an activation takes an exponential of.
 
     ``reads`` and ``writes`` are tensors, by number, with their bytes: a compiler that fuses operators saves those that
     live between two of them alone.
@@ -218,7 +221,7 @@ def _held(x: Tensor) -> int:
 def _cost(
     func: Any, args: tuple, kwargs: dict[str, Any], result: Any, inputs: list[Tensor]
 ) -> tuple[str, float, float, float]:
-    """Kind, FLOPs, scores of an attention, and tiles of a matrix product."""
+    """Kind, FLOPs, scores or exponentials, and tiles of a matrix product."""
     name = func._schema.name
     if "scaled_dot_product" in name and "math" not in name:
         q, k, v = inputs[:3]
@@ -226,7 +229,8 @@ def _cost(
         return ATTENTION, 2.0 * scores * (q.shape[-1] + v.shape[-1]), float(scores), 0.0
     count = flop_registry.get(func._overloadpacket)
     if count is None:
-        return MEMORY, 0.0, 0.0, 0.0
+        is_activation = name.partition("::")[2] in EXPONENTIALS
+        return MEMORY, 0.0, float(inputs[0].numel()) if is_activation else 0.0, 0.0
     out = result if isinstance(result, Tensor) else result[0]
     rows, columns = (out.shape[-2], out.shape[-1]) if "mm" in name else (out.numel() // out.shape[1], out.shape[1])
     batch = math.prod(out.shape[:-2]) if "mm" in name else 1
