@@ -1,6 +1,8 @@
 """The legal combinations of degrees for a number of ranks: the memory that each takes, and the time."""
 
-from collections.abc import Iterable
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 from xfuser.config import xFuserArgs
@@ -14,6 +16,7 @@ from xfuser.weights.text_encoders import PREFIX
 
 COLUMNS = ("transformer", "text encoders", "other weights", "kept", "encode", "denoise", "VAE", "peak")
 GATHERED = 2  # units at a time: the one that computes, and the one that is fetched meanwhile
+MANY = 6  # combinations that are worth processes of their own
 OBJECTIVES = ("latency", "throughput", "memory")
 
 
@@ -100,7 +103,34 @@ def plan(
     source = source or source_of(base)
     with alone_of(world_size):
         choices = legal_degrees(world_size) if choices is None else choices
-        return [_row(base, degrees, world_size, machine, compiled, source, exact) for degrees in choices]
+        return _each(lambda degrees: _row(base, degrees, world_size, machine, compiled, source, exact), list(choices))
+
+
+def _each(row: Callable[[dict[str, int]], Row], choices: list[dict[str, int]]) -> list[Row]:
+    """A row of each combination.
+
+    Of many, the rest is counted by forks of this process once a row is there: what all have in common is known then.
+    """
+    found: list[Row] = []
+    while len(found) < len(choices) and (len(choices) < MANY or not any(one.told for one in found)):
+        found.append(row(choices[len(found)]))
+    rest = choices[len(found) :]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    if cores == 1 or not rest:
+        return found + [row(one) for one in rest]
+    with multiprocessing.get_context("fork").Pool(min(cores, len(rest)), _keep, (row,)) as pool:
+        return found + pool.map(_kept_row, rest, chunksize=1)
+
+
+_kept: list[Callable[[dict[str, int]], Row]] = []  # of a fork, which takes it from the process that it began as
+
+
+def _keep(row: Callable[[dict[str, int]], Row]) -> None:
+    _kept.append(row)
+
+
+def _kept_row(degrees: dict[str, int]) -> Row:
+    return _kept[0](degrees)
 
 
 def located(args: xFuserArgs) -> xFuserArgs:
