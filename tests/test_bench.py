@@ -66,6 +66,32 @@ def test_bench_reports_what_configurations_cost(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["results", "time.png"]
 
 
+PREDICTS = """
+import sys
+from xfuser.bench import predict
+from xfuser.bench.command import main
+predict.MODELS = ("tiny",)  # in the place of four that take two minutes each
+sys.exit(main(["--predict", "--rounds", "1", "--configs", "ulysses_degree=2", "distrifusion_degree=2"]))
+"""
+
+
+@pytest.mark.matrix
+def test_this_machine_is_calibrated_and_predicted(tmp_path):
+    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "XFUSER_CACHE": str(tmp_path)}
+    program, environment = [sys.executable, "-c", PREDICTS], os.environ | environment
+    done = subprocess.run(program, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    (kept,) = (tmp_path / "machines").iterdir()
+    machine = json.loads(kept.read_text())
+    assert 1e9 < machine["peak"] < 1e13 and 1e8 < machine["bandwidth"] < 1e12 and 1e-7 < machine["exps"] < 1e3
+    assert machine["synchronous"] and 1e-6 < machine["constants"]["start"] < 0.1
+    rows = [line.split(" | ") for line in done.stdout.split("## Predicted")[1].splitlines() if line.startswith("| `")]
+    assert [row[0] for row in rows] == ["| `serial`", "| `ulysses_degree=2`", "| `distrifusion_degree=2`"]
+    assert all(float(cell.split()[0]) > 0 for row in rows for cell in row[1:3])
+    assert [word for row in rows for word in row[4].split(", ") if word.strip()].count("named") == 1
+    assert "links" in rows[1][5] and "links" not in rows[0][5] and "of 3 within 20 %" in done.stdout
+
+
 @pytest.mark.matrix
 def test_bench_tells_what_compiled_blocks_bring(tmp_path):
     flags = ("--compile", "--case", "tiny", "--configs", "ulysses_degree=2", "naive_patch_degree=2 split_scheme=col")

@@ -81,6 +81,51 @@ def flux_call(height: int, width: int, text: int, steps: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def sd3(blocks: int = 6, heads: int = 8) -> Any:
+    """A Stable Diffusion 3 pipeline that takes prompts' embeddings."""
+    transformer = diffusers.SD3Transformer2DModel(
+        sample_size=64, patch_size=2, in_channels=16, out_channels=16, num_layers=blocks, attention_head_dim=64,
+        num_attention_heads=heads, joint_attention_dim=TEXT, caption_projection_dim=heads * 64,
+        pooled_projection_dim=TEXT, pos_embed_max_size=96,
+    )  # fmt: skip
+    parts = dict.fromkeys(f"{part}{which}" for part in ("text_encoder", "tokenizer") for which in ("", "_2", "_3"))
+    return diffusers.StableDiffusion3Pipeline(
+        transformer=transformer, scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), vae=None, **parts
+    )
+
+
+def sd3_call(side: int, text: int, steps: int, guidance: float = 4.5) -> dict[str, Any]:
+    """Arguments of a call of Stable Diffusion 3: a square image of ``side`` pixels, ``text`` tokens of text."""
+    generator = torch.Generator().manual_seed(0)
+    words, pooled = torch.randn(2, 1, text, TEXT, generator=generator), torch.randn(2, 1, TEXT, generator=generator)
+    return {
+        "prompt_embeds": words[0], "negative_prompt_embeds": words[1], "pooled_prompt_embeds": pooled[0],
+        "negative_pooled_prompt_embeds": pooled[1], "height": side, "width": side, "num_inference_steps": steps,
+        "guidance_scale": guidance, "output_type": "latent",
+    }  # fmt: skip
+
+
+def wan(blocks: int = 6, heads: int = 4) -> Any:
+    """A Wan pipeline that takes prompts' embeddings."""
+    transformer = diffusers.WanTransformer3DModel(
+        num_attention_heads=heads, attention_head_dim=128, in_channels=16, out_channels=16, text_dim=TEXT, freq_dim=64,
+        ffn_dim=heads * 512, num_layers=blocks, rope_max_seq_len=1024,
+    )  # fmt: skip
+    scheduler = diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    return diffusers.WanPipeline(
+        tokenizer=None, text_encoder=None, vae=None, scheduler=scheduler, transformer=transformer
+    )
+
+
+def wan_call(height: int, width: int, frames: int, text: int, steps: int, guidance: float = 5.0) -> dict[str, Any]:
+    """Arguments of a call of Wan, sizes in pixels, ``text`` tokens of text."""
+    words = torch.randn(2, 1, text, TEXT, generator=torch.Generator().manual_seed(0))
+    return {
+        "prompt_embeds": words[0], "negative_prompt_embeds": words[1], "height": height, "width": width,
+        "num_frames": frames, "num_inference_steps": steps, "guidance_scale": guidance, "output_type": "latent",
+    }  # fmt: skip
+
+
 def decoder(widths: tuple[int, int, int, int]) -> Any:
     """An ``AutoencoderKL`` of Stable Diffusion's structure with random weights."""
     return diffusers.AutoencoderKL(
@@ -102,6 +147,12 @@ CASES = {
     ),
     "uneven": Case(
         "Flux, 4 + 8 layers, hidden 512, 127 tokens of text", flux, partial(flux_call, 528, 496, 127, 2), SEQUENCE
+    ),
+    "guided-joint": Case(
+        "SD3 with guidance, 6 layers, hidden 512, 77 tokens of text", sd3, partial(sd3_call, 512, 77, 3)
+    ),
+    "video": Case(
+        "Wan with guidance, 6 layers, hidden 512, 4 latent frames", wan, partial(wan_call, 256, 256, 13, 64, 3)
     ),
     "pipefusion": Case(
         "PixArt, 16 layers, hidden 512",

@@ -37,22 +37,25 @@ def main(arguments: list[str]) -> int:
         from xfuser.bench import host_overhead
 
         return host_overhead.run(options.rounds)
+    if options.predict and not (options.case or options.model):
+        from xfuser.bench.predict import run_cases
+
+        return run_cases(options, arguments)
     chosen = chosen_configurations(options)
     if is_rank():
         fail_together()
         return _run_rank(options, chosen)
     check_outputs(options)
     if options.predict:
-        from xfuser.bench.predict import machine_here, prediction_table
+        from xfuser.bench.predict import machine_here, prediction_table, predictions
 
         machine_here()  # or an error, ahead of all that is measured
     told = run_ranks("bench", arguments, chosen)
     if told is None:
         return 1
-    _report(options, told)
+    report(options, told)
     if options.predict:
-        engine, inputs = base_arguments(options).checked()
-        print(prediction_table(options, inputs, engine, chosen, told))
+        print(prediction_table(predictions(options, chosen, told)))
     return 0
 
 
@@ -77,7 +80,11 @@ def parser() -> FlexibleArgumentParser:
     flags.add_argument("--against", choices=["diffusers"], help="Also run Diffusers' own context parallelism.")
     flags.add_argument("--rounds", type=int, default=5, help="Interleaved rounds; medians are shown (default: 5).")
     flags.add_argument("--warm_up", type=int, default=1, help="Short calls ahead of each timed one (default: 1).")
-    flags.add_argument("--predict", action="store_true", help="Beside it, what xdit plan says of this machine.")
+    flags.add_argument(
+        "--predict",
+        action="store_true",
+        help="Also what xdit plan says of this machine; of four models if none is given.",
+    )
     flags.add_argument("--timeline", metavar="FILE", help="Draw what PipeFusion's stages did when into this PNG file.")
     flags.add_argument("--output_dir", default="results/bench", help="Folder for the report (default: results/bench).")
     flags.add_argument("--part", help=argparse.SUPPRESS)  # where rank 0 leaves what it measured for who started it
@@ -198,12 +205,13 @@ def _finish(options: argparse.Namespace, told: dict[str, Any]) -> int:
     if get_world_group().is_first_rank and options.part:
         write_json(options.part, told)
     elif get_world_group().is_first_rank:
-        _report(options, [told])
+        report(options, [told])
     destroy_distributed_environment()
     return 0
 
 
-def _report(options: argparse.Namespace, told: list[dict[str, Any]]) -> None:
+def report(options: argparse.Namespace, told: list[dict[str, Any]]) -> None:
+    """Write what was measured into the folder of the options, and print it."""
     from xfuser.bench import compiled
     from xfuser.bench.report import write_report
 

@@ -1,18 +1,23 @@
 """What the planner says of what was measured: the table of ``xdit bench --predict``."""
 
 import argparse
+import os
 import statistics
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from xfuser.bench.cases import CASES, seeded
-from xfuser.bench.configurations import Configuration
+from xfuser.bench.command import base_arguments, check_outputs, chosen_configurations, report, run_ranks, title_of
+from xfuser.bench.configurations import PRESETS, Configuration
 from xfuser.config import EngineConfig, InputConfig, ParallelConfig
 from xfuser.planner.estimate import Estimate, counted, estimate
 from xfuser.planner.machines import Machine, calibrated
 from xfuser.planner.rehearsal import Source, alone_of, rehearse
+
+MODELS = ("costs", "guided-joint", "joint", "video")  # cases of PixArt, Stable Diffusion 3, Flux and Wan
+BAR = 0.2  # of an error
 
 
 class CaseSource(Source):
@@ -66,15 +71,27 @@ def predicted(source: Source, engine: EngineConfig, inputs: InputConfig, machine
     return estimate(counted(told, compiled), machine, steps, warmup, compiled)
 
 
-def prediction_table(
-    options: argparse.Namespace,
-    inputs: InputConfig,
-    base: EngineConfig,
-    chosen: list[Configuration],
-    told: list[dict[str, Any]],
-) -> str:
-    """Markdown: seconds of a call, measured and predicted, of each configuration and of one rank."""
-    machine = machine_here()
+@dataclass(frozen=True)
+class Prediction:
+    """A configuration of a pipeline: seconds of a call as measured, and what the planner says."""
+
+    title: str
+    name: str
+    measured: float
+    told: Estimate
+    is_exact: bool
+
+    @property
+    def error(self) -> float:
+        """Of the prediction, as a share of what was measured."""
+        return self.told.seconds / self.measured - 1
+
+
+def predictions(
+    options: argparse.Namespace, chosen: list[Configuration], told: list[dict[str, Any]]
+) -> list[Prediction]:
+    """Of one rank, and of each configuration that was measured."""
+    machine, (base, inputs) = machine_here(), base_arguments(options).checked()
     sizes = {name: getattr(options, name) for name in ("height", "width") if getattr(options, name) is not None}
     source = (
         CaseSource(options.case, CASES[options.case].call() | sizes)
@@ -82,19 +99,64 @@ def prediction_table(
         else Source(base.model_config.model, base.runtime_config.dtype)
     )
     engines = {one.name: one.engine for one in chosen}
-    lines = ["| configuration | measured | predicted | error | where it goes |", "|---|---|---|---|---|"]
+    found = []
     for run in told:
         steps = run["serial"]["steps"][0]
-        alone = replace(base, parallel_config=ParallelConfig())
-        rows = [("serial", alone, run["serial"]["seconds"])]
+        rows = [("serial", replace(base, parallel_config=ParallelConfig()), run["serial"]["seconds"])]
         rows += [(row["name"], engines[row["name"]], row["seconds"]) for row in run["rows"] if row["name"] in engines]
         for name, engine, seconds in rows:
             if seconds:
-                lines.append(_line(name, statistics.median(seconds), predicted(source, engine, inputs, machine, steps)))
-    return "## Predicted\n\n" + "\n".join(lines)
+                estimated = predicted(source, engine, inputs, machine, steps)
+                measured = statistics.median(seconds)
+                is_exact = not (engine.parallel_config.pipelined or engine.parallel_config.patched)
+                found.append(Prediction(title_of(options), name, measured, estimated, is_exact))
+    return found
 
 
-def _line(name: str, measured: float, told: Estimate) -> str:
-    parts = ", ".join(f"{part} {seconds:.2g}" for part, seconds in told.spent.most_common() if seconds > 0)
-    error = 100 * (told.seconds / measured - 1)
-    return f"| `{name}` | {measured:.3g} s | {told.seconds:.3g} s | {error:+.0f} % | {parts} |"
+def prediction_table(found: list[Prediction]) -> str:
+    """Markdown, with the exact configuration that is the best one measured, and the one that is named."""
+    lines = ["## Predicted", ""]
+    for title in dict.fromkeys(one.title for one in found):
+        rows = [one for one in found if one.title == title]
+        exact = [one for one in rows if one.is_exact]
+        best = min(exact, key=lambda one: one.measured)
+        named = min(exact, key=lambda one: one.told.seconds)
+        lines += [f"| {title} | measured | predicted | error | | where it goes |", "|---|---|---|---|---|---|"]
+        words = {best.name: "best", named.name: "named"} if best is not named else {best.name: "best, named"}
+        lines += [_line(one, words.get(one.name, "")) for one in rows]
+        lines += ["", f"`{named.name}` is named, and costs {100 * (named.measured / best.measured - 1):.0f} %.", ""]
+    errors = sorted(abs(one.error) for one in found)
+    within = sum(error <= BAR for error in errors)
+    lines.append(
+        f"Median error {100 * statistics.median(errors):.0f} %, at most {100 * errors[-1]:.0f} %;"
+        f" {within} of {len(errors)} within {100 * BAR:.0f} %."
+    )
+    return "\n".join(lines)
+
+
+def _line(one: Prediction, word: str) -> str:
+    parts = ", ".join(f"{part} {seconds:.2g}" for part, seconds in one.told.spent.most_common() if seconds > 0)
+    times = f"{one.measured:.3g} s | {one.told.seconds:.3g} s | {100 * one.error:+.0f} %"
+    return f"| `{one.name}` | {times} | {word} | {parts} |"
+
+
+def run_cases(options: argparse.Namespace, arguments: list[str]) -> int:
+    """Calibrate and measure, one model after the other; returns the exit code."""
+    from xfuser.cli.main import launch
+
+    found: list[Prediction] = []
+    for case in MODELS:
+        one = argparse.Namespace(**vars(options) | {"case": case, "output_dir": os.path.join(options.output_dir, case)})
+        one.configs = options.configs or list(PRESETS)
+        chosen = chosen_configurations(one)
+        check_outputs(one)
+        flags = ["--case", case, "--output_dir", one.output_dir, "--configs", *one.configs]
+        if launch(max(one.ranks), ["plan", "--calibrate"]):
+            return 1
+        told = run_ranks("bench", [*arguments, *flags], chosen)
+        if told is None:
+            return 1
+        report(one, told)
+        found += predictions(one, chosen, told)
+    print(prediction_table(found))
+    return 0
