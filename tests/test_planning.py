@@ -172,6 +172,24 @@ def test_ranks_with_a_branch_of_guidance_compute_half():
     assert half == pytest.approx(one / 2, rel=1e-3)
 
 
+def test_weights_in_shards_travel_once_a_forward():
+    """Behind what is computed, over fast links; else steps wait for them. Each rank has its share of them."""
+    args = replace(FLUX, model="wan2.1-t2v-1.3b", height=160, width=96, num_frames=9)
+    shared, rows = source_of(args), []
+    for link, degree in (("nvlink", 1), ("nvlink", 2), ("1gbit", 2)):
+        sharded = replace(args, fully_shard_degree=degree)
+        rows += plan(sharded, 2, machine_of("H100", link), False, [{"ulysses": 2}], shared)
+    whole, fast, slow = rows
+    assert fast.seconds == pytest.approx(whole.seconds)
+    assert slow.time.step > 2 * fast.time.step
+    weights = whole.told.weights["transformer"]
+    rate = 0.125e9 * machine_of("H100").constants.link
+    assert slow.time.step == pytest.approx(2 * weights / 2 / rate, rel=0.1)  # two calls, half of them
+    assert fast.needs["transformer"] == pytest.approx(weights / 2, rel=0.05)
+    for row in rows:
+        assert sum(row.time.spent.values()) == pytest.approx(row.seconds, rel=0.02)
+
+
 def test_stages_of_two_transformers_are_counted():
     """Of Wan 2.2: half of both's blocks; the keys and values of one at a time, and none while the VAE decodes."""
     args = replace(FLUX, model="wan2.2-t2v-a14b", height=160, width=96, num_frames=33)

@@ -56,7 +56,7 @@ def machines_of(options: argparse.Namespace) -> tuple[int, Machine]:
 
 def _memory_alone(args: xFuserArgs, world_size: int) -> int:
     rows = plan(args, world_size)
-    memory = args.checked()[0].runtime_config.memory or devices.total_memory()
+    memory = (in_bytes(args.memory) if args.memory else None) or devices.total_memory()
     width = max(len(row.name) for row in rows)
     print(f"GB of a rank, {args.dtype}, {world_size} ranks")
     print(f"{'':{width}}  " + "  ".join(COLUMNS))

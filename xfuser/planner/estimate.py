@@ -70,8 +70,13 @@ class Estimate:
     link: float = 0.0
 
 
-def estimate(told: Counted, machine: Machine, steps: int, warmup: int, compiled: bool) -> Estimate:
-    """Of a call with so many steps, the first ``warmup`` of which are synchronous where there are stages."""
+def estimate(
+    told: Counted, machine: Machine, steps: int, warmup: int, compiled: bool, fetched: float = 0.0
+) -> Estimate:
+    """Of a call with so many steps, the first ``warmup`` of which are synchronous where there are stages.
+
+    ``fetched`` are the seconds in which sharded weights travel in a step, behind the computation.
+    """
     found = Estimate()
     first = Clock(machine, compiled).run(told.first)
     each = [Clock(machine, compiled).run(program) for program in told.steps]
@@ -90,7 +95,9 @@ def estimate(told: Counted, machine: Machine, steps: int, warmup: int, compiled:
         for clock in each:
             _add(found.spent, clock.spent, stale)
     else:
-        found.denoise = first.device + (steps - 1) * found.step
+        found.step = max(busy, fetched)
+        found.denoise = max(first.device, fetched) + (steps - 1) * found.step
+        found.spent[LINKS] += found.denoise - first.device - (steps - 1) * busy
         _add(found.spent, first.spent, 1)
         for clock in each:
             _add(found.spent, clock.spent, steps - 1)

@@ -57,6 +57,7 @@ class Rehearsed:
         steps: events of each sub-step, by step and patch.
         parts: events of each other component's calls, by its name.
         stages: what PipeFusion's stages compute, by what the first one does, of the transformer that is divided worst.
+        forwards: of a transformer, in a step.
     """
 
     weights: dict[str, int] = field(default_factory=dict)
@@ -67,6 +68,7 @@ class Rehearsed:
     steps: dict[tuple[int, int], list[Event]] = field(default_factory=dict)
     parts: dict[str, list[Event]] = field(default_factory=dict)
     stages: list[float] = field(default_factory=lambda: [1.0])
+    forwards: int = 1
 
 
 @contextmanager
@@ -254,7 +256,7 @@ class _Rehearsal:
 
     def _sort(self) -> None:
         """Events by sub-step and by component. Without a call's state, forwards are told apart by their number."""
-        each = max(1, self._forwards // self._inputs.num_inference_steps)
+        each = self.told.forwards = max(1, self._forwards // self._inputs.num_inference_steps)
         for mark, events in self._tracer.trace.parts().items():
             if mark.part == STEP:
                 step = mark.step if mark.step >= 0 else (-1 - mark.step) // each

@@ -12,6 +12,7 @@ from xfuser.planner.estimate import Estimate, counted, estimate
 from xfuser.planner.machines import Machine
 from xfuser.planner.published import configs_of, named
 from xfuser.planner.rehearsal import Rehearsed, Source, alone_of, rehearse
+from xfuser.planner.trace import Message
 from xfuser.weights.text_encoders import PREFIX
 
 COLUMNS = ("transformer", "text encoders", "other weights", "kept", "encode", "denoise", "VAE", "peak")
@@ -142,7 +143,7 @@ def located(args: xFuserArgs) -> xFuserArgs:
 
 def source_of(args: xFuserArgs) -> Source:
     """What rehearsals of this pipeline share."""
-    engine = replace(args, use_torch_compile=False).checked()[0]
+    engine = replace(args, use_torch_compile=False, fully_shard_degree=1).checked()[0]
     return Source(engine.model_config.model, engine.runtime_config.dtype)
 
 
@@ -184,8 +185,15 @@ def _row(
     row = Row(name, needs_of(told, args.text_encoder, world_size, shards), "", degrees, 1, told)
     if machine:
         synchronous = warmup * len(told.transformers)  # each begins with its own
-        row.time = estimate(counted(told, compiled), machine, args.num_inference_steps, synchronous, compiled)
+        fetched = machine.link_seconds(_gathered(told, shards)) * told.forwards if shards > 1 else 0.0
+        row.time = estimate(counted(told, compiled), machine, args.num_inference_steps, synchronous, compiled, fetched)
     return row
+
+
+def _gathered(told: Rehearsed, shards: int) -> Message:
+    """The weights of the largest transformer, as one message: they travel once a forward."""
+    weight = max(sum(told.units[name]) for name in told.transformers)
+    return Message(0, "all_gather", tuple(range(shards)), weight * (shards - 1) // shards)
 
 
 def needs_of(told: Rehearsed, mode: str, world_size: int, shards: int) -> dict[str, int]:
