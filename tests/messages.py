@@ -53,9 +53,14 @@ class Messages:
 
     def __init__(self, backend, kind, note):
         self._backend, self._kind, self.note = backend, kind, note
-        self.program, self.objects, self.host = [], [], []
         self._flying = {}  # by event: memory that a message writes, memory that it reads
+        self.restart()
         self._batch = None  # the messages that are issued together
+
+    def restart(self):
+        """Begin a program, as if no communicator had been used."""
+        self.program, self.objects, self.host = [], [], []
+        self._met = set()
 
     def check(self, func, here, written):
         """Refuse an operator on ``here`` that reads what is to arrive, or writes what is being sent."""
@@ -125,8 +130,9 @@ class Messages:
 
     def _meet(self, group, members):
         """The host stands still at its first operation on a communicator, until all members have come to theirs."""
-        if (first := ("join", group, members, None, 0)) not in self.program:
-            self.program.append(first)
+        if (group, members) not in self._met:
+            self._met.add((group, members))
+            self.program.append(("join", group, members, None, 0))
 
     def arrived(self, event):
         self._flying.pop(event, None)

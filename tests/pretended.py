@@ -122,7 +122,13 @@ class Device(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.reads, self.messages = [], Messages(NAME, OnDevice, self._note)
+        self.messages = Messages(NAME, OnDevice, self._note)
+        self.restart()
+
+    def restart(self):
+        """Note from here on."""
+        self.messages.restart()
+        self.reads = []
         self.step, self.in_block = -1, False  # where a denoising loop stands, as :meth:`following` tells
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
