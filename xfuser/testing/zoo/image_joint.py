@@ -115,6 +115,10 @@ def _nucleus(model: Any, rows: int, draw: Callable) -> Inputs:
     return text(model, rows, draw) | mask
 
 
+FLUX_LIKE = HEADED | {
+    "in_channels": 8, "num_layers": 2, "num_single_layers": 2, "joint_attention_dim": TEXT, "axes_dims_rope": (4, 2, 2),
+}  # fmt: skip
+
 FAMILIES: dict[str, Family] = {
     "auraflow": Family(
         "AuraFlowTransformer2DModel",
@@ -130,11 +134,7 @@ FAMILIES: dict[str, Family] = {
     "chroma": Family(
         "ChromaTransformer2DModel",
         "Chroma",
-        {
-            **HEADED, "in_channels": 8, "num_layers": 2, "num_single_layers": 2, "joint_attention_dim": TEXT,
-            "axes_dims_rope": (4, 2, 2), "approximator_num_channels": 8, "approximator_hidden_dim": 16,
-            "approximator_layers": 1,
-        },
+        FLUX_LIKE | {"approximator_num_channels": 8, "approximator_hidden_dim": 16, "approximator_layers": 1},
         (15, 8),
         _chroma,
         timestep=FRACTION,
@@ -162,10 +162,7 @@ FAMILIES: dict[str, Family] = {
     "flux": Family(
         "FluxTransformer2DModel",
         "Flux.1, Kontext, Fill, Control",
-        {
-            **HEADED, "in_channels": 8, "num_layers": 2, "num_single_layers": 2, "joint_attention_dim": TEXT,
-            "pooled_projection_dim": 8, "guidance_embeds": True, "axes_dims_rope": (4, 2, 2),
-        },
+        FLUX_LIKE | {"pooled_projection_dim": 8, "guidance_embeds": True},
         (15, 8),
         _flux,
         timestep=FRACTION,
@@ -228,20 +225,14 @@ FAMILIES: dict[str, Family] = {
     "bria": Family(
         "BriaTransformer2DModel",
         "Bria 3.2",
-        {
-            **HEADED, "in_channels": 8, "num_layers": 2, "num_single_layers": 2, "joint_attention_dim": TEXT,
-            "axes_dims_rope": (4, 2, 2),
-        },
+        FLUX_LIKE,
         (15, 8),
         _bria,
     ),
     "bria_fibo": Family(
         "BriaFiboTransformer2DModel",
         "Bria FIBO",
-        {
-            **HEADED, "in_channels": 8, "num_layers": 2, "num_single_layers": 2, "joint_attention_dim": TEXT,
-            "axes_dims_rope": (4, 2, 2), "text_encoder_dim": 10,
-        },
+        FLUX_LIKE | {"text_encoder_dim": 10},
         (15, 8),
         _bria_fibo,
     ),
@@ -278,10 +269,7 @@ FAMILIES: dict[str, Family] = {
     "longcat_image": Family(
         "LongCatImageTransformer2DModel",
         "LongCat-Image, Edit",
-        {
-            **HEADED, "in_channels": 8, "num_layers": 2, "num_single_layers": 2, "joint_attention_dim": TEXT,
-            "pooled_projection_dim": 8, "axes_dims_rope": (4, 2, 2),
-        },
+        FLUX_LIKE | {"pooled_projection_dim": 8},
         (15, 8),
         _bria,
         timestep=FRACTION,
@@ -289,10 +277,7 @@ FAMILIES: dict[str, Family] = {
     "ovis_image": Family(
         "OvisImageTransformer2DModel",
         "Ovis-Image",
-        {
-            **HEADED, "in_channels": 8, "out_channels": 8, "num_layers": 2, "num_single_layers": 2,
-            "joint_attention_dim": TEXT, "axes_dims_rope": (4, 2, 2),
-        },
+        FLUX_LIKE | {"out_channels": 8},
         (15, 8),
         _bria,
         timestep=FRACTION,
