@@ -3,6 +3,8 @@
 Ring Attention, arXiv 2310.01889; partial results are merged by their log-sum-exp.
 """
 
+import math
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -39,16 +41,17 @@ def ring_attention(
     """
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     out, lse = None, None
+    held = torch.cat([k.reshape(-1), v.reshape(-1)]) if size > 1 else None
     for step in range(size):
         owner = (rank - step) % size
-        coming = _Shift(k, v, lengths[(owner - 1) % size], group) if step + 1 < size else None
+        coming = _Shift(held, k, v, lengths[(owner - 1) % size], group) if step + 1 < size else None
         keys, values = with_joint(k, v, joint if step == 0 else None)  # a copy is on every rank: none travels
         if keys.shape[2] and q.numel() and not (causal and owner > rank):
             mask = masks[owner] if masks else None
             block = attention_with_lse(q, keys, values, mask, scale, backend, causal and owner == rank)
             out, lse = merge(out, lse, *block)
         if coming:
-            k, v = coming.wait()
+            held, k, v = coming.wait()
     if out is None:
         return q.new_zeros(*q.shape[:3], v.shape[-1]), q.new_full(q.shape[:3], -torch.inf, dtype=wide(q))
     return out.to(q.dtype), lse
@@ -69,16 +72,15 @@ def merge(out: Tensor | None, lse: Tensor | None, block_out: Tensor, block_lse: 
 
 
 class _Shift:
-    """K and V on their way to the next rank, and those of the previous rank on their way here, as one message."""
+    """K and V on their way to the next rank, and those of the previous rank on their way here, as one message.
 
-    def __init__(self, k: Tensor, v: Tensor, incoming_length: int, group: dist.ProcessGroup) -> None:
+    ``held`` is what travels: this rank's ``k`` and ``v``, one behind the other.
+    """
+
+    def __init__(self, held: Tensor, k: Tensor, v: Tensor, incoming_length: int, group: dist.ProcessGroup) -> None:
         ranks, rank = dist.get_process_group_ranks(group), dist.get_rank(group)
-        self._k_shape = (*k.shape[:2], incoming_length, k.shape[3])
-        self._v_shape = (*v.shape[:2], incoming_length, v.shape[3])
-        counts = [k.shape[0] * k.shape[1] * incoming_length * x.shape[3] for x in (k, v)]
-        self._sent = torch.cat([k.reshape(-1), v.reshape(-1)])
-        self._received = k.new_empty(sum(counts))
-        self._counts = counts
+        self._shapes = [(*x.shape[:2], incoming_length, x.shape[3]) for x in (k, v)]
+        self._sent, self._received = held, k.new_empty(sum(map(math.prod, self._shapes)))
         ops = []
         if self._sent.numel():
             ops.append(dist.P2POp(dist.isend, self._sent, ranks[(rank + 1) % len(ranks)], group))
@@ -86,11 +88,12 @@ class _Shift:
             ops.append(dist.P2POp(dist.irecv, self._received, ranks[rank - 1], group))
         self._works = dist.batch_isend_irecv(ops) if ops else []
 
-    def wait(self) -> tuple[Tensor, Tensor]:
+    def wait(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What came: as it is to travel on, and its K and V."""
         # On NCCL this holds up the stream of computation, not the host: what is queued from here on, the attention to
         # these keys, starts when they are there, and the attention queued before ran meanwhile. The buffer that was
         # sent is this object's until then.
         for work in self._works:
             work.wait()
-        k, v = self._received.split(self._counts)
-        return k.view(self._k_shape), v.view(self._v_shape)
+        k, v = self._received.split([math.prod(shape) for shape in self._shapes])
+        return self._received, k.view(self._shapes[0]), v.view(self._shapes[1])
