@@ -13,6 +13,7 @@ from xfuser.planner.machines import CACHED, EXPS, NODE, Constants, Machine
 from xfuser.planner.trace import Operator, Tracer
 
 SECONDS = 0.5  # for each figure
+QUEUED = 20  # actions that an accelerator gets at a time
 NO_LIMIT = 1e12  # of what was measured together with the peak
 EXCHANGES = 100  # that all ranks do
 BLOCKS = 12  # of the transformer whose operators are timed
@@ -23,15 +24,15 @@ def measure() -> Machine:
     group = get_world_group()
     device, dtype = devices.device(group.local_rank), devices.default_dtype()
     peak = _products(device, dtype)
-    small, large = _copies(device, 1 << 18), _copies(device, 1 << 22)
+    is_cpu = device.type == "cpu"
+    small, large = (_copies(device, 1 << bits) for bits in ((18, 22) if is_cpu else (22, 28)))
     host = _host(device, dtype)
     start, rate = _links(device) if group.world_size > 1 else (0.0, large)
     convolution = _convolutions(device, dtype) / peak
     constants = Constants(NO_LIMIT, 0.0, convolution, 1.0, 1.0, host, start, 0.0)
-    is_cpu = device.type == "cpu"
     machine = Machine(
         name=devices.device_name(), peak=peak, units=1, clock=small / CACHED, cache=0.0 if is_cpu else 40e6,
-        bandwidth=large, memory=devices.total_memory(), link=rate, constants=constants,
+        bandwidth=large, memory=devices.total_memory(), link=min(rate, large), constants=constants,
         kernels=_attention(device, dtype) / peak, exps=_activations(device, dtype) * CACHED / (EXPS * small),
         wide=1.0 if is_cpu else 0.5, node=NODE, synchronous=is_cpu,
     )  # fmt: skip
@@ -44,11 +45,20 @@ def _of_slowest(machine: Machine) -> Machine:
 
 
 def _each(action: Callable[[], Any]) -> float:
-    """Seconds of an action: the median of as many as take :data:`SECONDS`, while all ranks do the same."""
+    """Seconds of an action: the median of as many as take :data:`SECONDS`, while all ranks do the same.
+
+    An accelerator gets several at a time, as it does within a model.
+    """
+    times = 1 if devices.device_type() == "cpu" else QUEUED
+
+    def repeated() -> None:
+        for _ in range(times):
+            action()
+
     action()
     devices.synchronize()
     get_world_group().barrier()
-    return devices.seconds_of(action, least=SECONDS)
+    return devices.seconds_of(repeated, least=SECONDS) / times
 
 
 def _products(device: torch.device, dtype: torch.dtype) -> float:
@@ -84,7 +94,7 @@ def _copies(device: torch.device, elements: int) -> float:
 
 def _activations(device: torch.device, dtype: torch.dtype) -> float:
     """Numbers a second that go through a feed-forward's activation."""
-    x = torch.randn(1 << 18, device=device, dtype=dtype)
+    x = torch.randn(1 << (18 if device.type == "cpu" else 24), device=device, dtype=dtype)
     return x.numel() / _each(lambda: F.gelu(x, approximate="tanh"))
 
 
@@ -126,6 +136,6 @@ def _links(device: torch.device) -> tuple[float, float]:
         taken = [devices.seconds_of(lambda one=one: (rows @ weight, one()), EXCHANGES) for one in both]
         return max(0.0, sum(taken) / 2 - devices.seconds_of(lambda: rows @ weight, EXCHANGES))
 
-    little, much = 256, 1 << 20
+    little, much = 256, 1 << (20 if device.type == "cpu" else 26)
     short, long = exchange(little), exchange(much)
     return short, 4 * (ranks - 1) * (much - little) / max(long - short, 1e-9)
