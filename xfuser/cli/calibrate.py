@@ -5,7 +5,7 @@ import os
 from xfuser.core import device as devices
 from xfuser.core.distributed import destroy_distributed_environment, get_world_group, init_distributed_environment
 
-LEAST = 2  # ranks: links are measured between them
+LEAST = 2  # ranks on a CPU: links are measured between them
 
 
 def run(arguments: list[str]) -> int:
@@ -13,7 +13,8 @@ def run(arguments: list[str]) -> int:
     if "RANK" not in os.environ:
         from xfuser.cli.main import launch
 
-        return launch(max(LEAST, devices.device_count()), ["plan", *arguments])
+        least = LEAST if devices.device_type() == "cpu" else 1  # a rank has an accelerator of its own
+        return launch(max(least, devices.device_count()), ["plan", *arguments])
     from xfuser.planner.calibrate import measure
     from xfuser.planner.machines import keep
 

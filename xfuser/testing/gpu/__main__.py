@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import os
 import subprocess
 import sys
 import tempfile
@@ -16,7 +17,8 @@ from xfuser.testing.gpu import kernels, speed
 from xfuser.testing.gpu.ranks import Pools, checks as checks_of_ranks, quiet
 from xfuser.testing.gpu.report import Check, outcome_of, render
 
-PLAN, BENCH = ("plan", "--world_size", "2"), ("bench", "--case", "tiny-joint", "--rounds", "1")  # of xdit
+PLAN, CALIBRATE = ("plan", "--world_size", "2"), ("plan", "--calibrate")  # of xdit
+BENCH = ("bench", "--case", "tiny-joint", "--rounds", "1")
 PATIENCE = 120  # seconds
 
 
@@ -53,14 +55,16 @@ def _checks(pools: Pools, short: bool) -> Iterator[Check]:
     own = devices.device_type() != "cpu"  # its ranks have a device each
     plots = None if importlib.util.find_spec("matplotlib") else 'it takes pip install "xfuser[bench]"'
     with tempfile.TemporaryDirectory() as folder:
+        kept = {"XFUSER_CACHE": folder}  # not among the user's machines
+        yield Check("commands", "xdit plan --calibrate", partial(_xdit, CALIBRATE, **kept), left_out)
         run = partial(_xdit, (*BENCH, "--output_dir", folder))
         yield Check("commands", "xdit bench", run, left_out or plots or pools.missing(own, 2))
 
 
-def _xdit(command: tuple[str, ...]) -> str:
+def _xdit(command: tuple[str, ...], **environment: str) -> str:
     """The last lines that a command prints."""
     called = [sys.executable, "-m", "xfuser.cli", *command]
-    done = subprocess.run(called, capture_output=True, text=True, timeout=PATIENCE)
+    done = subprocess.run(called, capture_output=True, text=True, timeout=PATIENCE, env=os.environ | environment)
     if done.returncode:
         raise AssertionError((done.stderr.strip().splitlines() or ["it printed nothing"])[-1])
     return "; ".join(done.stdout.strip().splitlines()[-3:])
