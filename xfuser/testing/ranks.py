@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from tqdm import tqdm
 
 from xfuser.core import device as devices
 
@@ -93,6 +94,7 @@ class RankPool:
 
 def _serve(pipe: Any, path: list[str], port: int, backend: str) -> None:
     sys.path[:] = path
+    tqdm.set_lock(threading.RLock())  # in place of a semaphore, which outlives a process that is killed
     torch.set_num_threads(1)
     store = dist.TCPStore("localhost", port, is_master=False)
     while True:
