@@ -36,19 +36,24 @@ def of_all_classes(method):
 def drawn(cells):
     """What a rank draws on the device, cell by cell, and what was noted in the loop of each."""
     with pretended() as device:
-        told = [drawn_one(device, *cell) for cell in cells]
+        told = []
+        for family, degrees, call in cells:
+            try:
+                told.append(drawn_one(device, FAMILIES[family], degrees, call))
+            except Exception as error:
+                raise RuntimeError(f"in the cell of {family}") from error
         destroy_distributed_environment()
         return told
 
 
 def drawn_one(device, family, degrees, call):
     device.restart()
-    pipe = loop_of(FAMILIES[family])
+    pipe = loop_of(family)
     pipe.to(NAME)
     blocks = [block.module for block in blocks_of(pipe.transformer, plan_of(pipe.transformer))]
     parallel = xDiTParallel(pipe, *xFuserArgs(**degrees).create_config())
     with device.following(pipe.scheduler, blocks):
-        result = parallel(FAMILIES[family], **call)
+        result = parallel(family, **call)
     steps = range(device.step)
     pipe.to("cpu")  # as offloading does
     parallel.unwrap()
