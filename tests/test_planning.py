@@ -200,6 +200,15 @@ def test_stages_of_two_transformers_are_counted():
     assert told.live["vae"] < 0.6 * keys_and_values
 
 
+def test_a_model_with_whole_text_and_a_schedule_of_two_steps_is_counted():
+    """Mochi: its blocks take all of the text with every patch, and compute it with the first one alone."""
+    args = replace(FLUX, model="mochi-1-preview", height=160, width=96, num_frames=7)
+    ring, staged = plan(args, 2, None, False, [{"ring": 2}, {"pipefusion": 2}], source_of(args))
+    assert {step for step, _ in ring.told.steps} == {0, 1}
+    first, second = (sum(_flops(staged.told.steps[1, patch], MATMUL)) for patch in (0, 1))
+    assert second < 0.5 * first  # 256 tokens of text, and 60 of the image
+
+
 def test_repeated_blocks_are_what_running_them_gives(folder_of, monkeypatch):
     """Of a transformer with many blocks: operators, FLOPs, bytes and memory are the same with all blocks run."""
     args = asked(folder_of("flux"), {"pipefusion_parallel_degree": 2}, num_inference_steps=3)
