@@ -274,6 +274,19 @@ def test_unknown_machines_and_bad_flags_are_refused(tmp_path, monkeypatch):
         (["--gpus", "0xH100"], "a number and a name"),
         (["--gpus", "2xH100", "--links", "string"], "is not a rate"),
         (["--gpus", "2xH100", "--objective", "beauty"], "objective='beauty' is unknown"),
+        (["--gpus", "2xH100", "--links", "0gbit"], "is not a rate"),
+        (["--gpus", "2xH100", "--world_size", "2"], "world_size=2 and gpus both"),
+        (["--gpus", "2xH100", "--ring_degree", "2"], "ring_degree=2 chooses degrees"),
+        (["--gpus", "2xH100", "--use_cfg_parallel"], "use_cfg_parallel=True chooses degrees"),
+        (["--gpus", "2xH100", "--auto"], "auto=True chooses degrees"),
+        (
+            ["--gpus", "2xH100", "--scale", "1", "2", "--explain", "best"],
+            "explain='best' is not supported with --scale",
+        ),
+        (["--gpus", "2xH100", "--node_link", "100gbit"], "node_link='100gbit' requires several nodes"),
+        (["--gpus", "2xH100", "--explain", "ring 3"], "explain='ring 3' is unknown"),
+        (["--world_size", "2", "--exact"], "exact=True requires --gpus"),
+        (["--calibrate"], "changes nothing about a calibration"),
         ([], "--gpus"),
     ):
         with pytest.raises(ValueError, match=words):

@@ -5,6 +5,7 @@ from typing import Any
 from xfuser.core.extras import extra
 from xfuser.pipeline_io.media import write_whole
 from xfuser.planner.cost import PARTS
+from xfuser.planner.report import name_of
 from xfuser.planner.table import Row
 
 
@@ -26,7 +27,7 @@ def draw_plan(path: str, title: str, rows: list[Row]) -> str:
         if any(seconds):
             panel.barh(range(len(rows)), seconds, left=start, label=part)
             start = [a + b for a, b in zip(start, seconds, strict=True)]
-    panel.set_yticks(range(len(rows)), [row.name if row.exact else f"{row.name} (stale)" for row in rows], fontsize=8)
+    panel.set_yticks(range(len(rows)), [name_of(row) + " (stale)" * (not row.exact) for row in rows], fontsize=8)
     panel.invert_yaxis()
     panel.set_xlabel("seconds of a call")
     panel.set_title(title, fontsize=10)
