@@ -278,6 +278,7 @@ def test_unknown_machines_and_bad_flags_are_refused(tmp_path, monkeypatch):
         (["--gpus", "2xH100", "--world_size", "2"], "world_size=2 and gpus both"),
         (["--gpus", "2xH100", "--ring_degree", "2"], "ring_degree=2 chooses degrees"),
         (["--gpus", "2xH100", "--use_cfg_parallel"], "use_cfg_parallel=True chooses degrees"),
+        (["--gpus", "2xH100", "--use_split_batch"], "use_split_batch=True chooses degrees"),
         (["--gpus", "2xH100", "--auto"], "auto=True chooses degrees"),
         (
             ["--gpus", "2xH100", "--scale", "1", "2", "--explain", "best"],
@@ -317,9 +318,11 @@ def chosen_on(path, flags):
 
 
 def test_auto_chooses_alike_on_all_ranks(pool, folder_of):
-    one, other = pool.run(2, chosen_on, folder_of("sd3"), {})
+    one, other = pool.run(2, chosen_on, folder_of("sd3"), {"fully_shard_degree": 2})
     assert one == other and math.prod(one[0].values()) == 2 and one[0]["pipefusion_parallel_degree"] == 1
     with pytest.raises(ValueError, match="auto chooses the degrees"):
         asked("x", {"auto": True, "ring_degree": 2}).checked()
+    with pytest.raises(ValueError, match="fully_shard_degree=0 must be 1"):
+        source_of(replace(FLUX, fully_shard_degree=0))
     with pytest.raises(ValueError, match="allow_stale requires auto"):
         asked("x", {"allow_stale": True}).checked()

@@ -58,7 +58,10 @@ def check(options: argparse.Namespace, given: list[str]) -> None:
         refuse({*given} - {"calibrate"}, "changes nothing about a calibration: remove it")
     check_known("objective", options.objective, OBJECTIVES)
     degrees = {names.flag for names in DEGREES.values()}
-    refuse(degrees | {"auto", "allow_stale"}, "chooses degrees, and xdit plan lists all of them: remove it")
+    refuse(
+        degrees | {"auto", "allow_stale", "use_split_batch"},
+        "chooses degrees, and xdit plan lists all of them: remove it",
+    )
     if not options.gpus:
         refuse(TIMED, "requires --gpus: add it, such as --gpus 8xL40")
     else:

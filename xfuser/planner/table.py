@@ -168,7 +168,8 @@ def located(args: xFuserArgs) -> xFuserArgs:
 
 def source_of(args: xFuserArgs) -> Source:
     """What rehearsals of this pipeline share."""
-    engine = replace(args, use_torch_compile=False, fully_shard_degree=1).checked()[0]
+    shards = min(1, args.fully_shard_degree)  # more are checked with each row's ranks
+    engine = replace(args, use_torch_compile=False, fully_shard_degree=shards).checked()[0]
     return Source(engine.model_config.model, engine.runtime_config.dtype)
 
 
