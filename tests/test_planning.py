@@ -274,6 +274,7 @@ def test_unknown_machines_and_bad_flags_are_refused(tmp_path, monkeypatch):
         (["--gpus", "0xH100"], "a number and a name"),
         (["--gpus", "2xH100", "--links", "string"], "is not a rate"),
         (["--gpus", "2xH100", "--objective", "beauty"], "objective='beauty' is unknown"),
+        (["--gpus", "2xH100", "--picture", "/proc/self/x/y.png"], "is not a folder that can be written"),
         (["--gpus", "2xH100", "--links", "0gbit"], "is not a rate"),
         (["--gpus", "2xH100", "--world_size", "2"], "world_size=2 and gpus both"),
         (["--gpus", "2xH100", "--ring_degree", "2"], "ring_degree=2 chooses degrees"),

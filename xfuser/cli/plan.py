@@ -1,6 +1,7 @@
 """``xdit plan``: which degrees of parallelism a number of ranks can be put to, what each takes, and how long."""
 
 import argparse
+import os
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -9,6 +10,7 @@ from xfuser.config import FlexibleArgumentParser, xFuserArgs
 from xfuser.config.args import in_bytes
 from xfuser.config.config import DEGREES, check_known, in_words
 from xfuser.core import device as devices
+from xfuser.pipeline_io.media import check_writable
 from xfuser.planner.machines import NODE, Machine, devices_of, in_bytes_a_second, machine_of
 from xfuser.planner.published import named, published
 from xfuser.planner.report import explain, left_out, name_of, ranked, table
@@ -66,6 +68,7 @@ def check(options: argparse.Namespace, given: list[str]) -> None:
         refuse(TIMED, "requires --gpus: add it, such as --gpus 8xL40")
     else:
         refuse(("world_size",), "and gpus both give the number of ranks: remove one")
+        check_writable(os.path.dirname(options.picture))
     if options.scale:
         refuse(("explain", "objective"), "is not supported with --scale: remove one")
     elif options.nodes == 1:

@@ -1,5 +1,6 @@
 """Images of plans (matplotlib, an optional package)."""
 
+import os
 from typing import Any
 
 from xfuser.core.extras import extra
@@ -15,6 +16,7 @@ def _pyplot() -> Any:
 
 
 def _save(figure: Any, path: str) -> str:
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     return write_whole(path, lambda unfinished: figure.savefig(unfinished, dpi=110, bbox_inches="tight", format="png"))
 
 
