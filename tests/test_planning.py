@@ -200,6 +200,15 @@ def test_stages_of_two_transformers_are_counted():
     assert told.live["vae"] < 0.6 * keys_and_values
 
 
+def test_a_model_with_whole_text_and_a_schedule_of_two_steps_is_counted():
+    """Mochi: its blocks take all of the text with every patch, and compute it with the first one alone."""
+    args = replace(FLUX, model="mochi-1-preview", height=160, width=96, num_frames=7)
+    ring, staged = plan(args, 2, None, False, [{"ring": 2}, {"pipefusion": 2}], source_of(args))
+    assert {step for step, _ in ring.told.steps} == {0, 1}
+    first, second = (sum(_flops(staged.told.steps[1, patch], MATMUL)) for patch in (0, 1))
+    assert second < 0.5 * first  # 256 tokens of text, and 60 of the image
+
+
 def test_repeated_blocks_are_what_running_them_gives(folder_of, monkeypatch):
     """Of a transformer with many blocks: operators, FLOPs, bytes and memory are the same with all blocks run."""
     args = asked(folder_of("flux"), {"pipefusion_parallel_degree": 2}, num_inference_steps=3)
@@ -265,6 +274,21 @@ def test_unknown_machines_and_bad_flags_are_refused(tmp_path, monkeypatch):
         (["--gpus", "0xH100"], "a number and a name"),
         (["--gpus", "2xH100", "--links", "string"], "is not a rate"),
         (["--gpus", "2xH100", "--objective", "beauty"], "objective='beauty' is unknown"),
+        (["--gpus", "2xH100", "--picture", "/proc/self/x/y.png"], "is not a folder that can be written"),
+        (["--gpus", "2xH100", "--links", "0gbit"], "is not a rate"),
+        (["--gpus", "2xH100", "--world_size", "2"], "world_size=2 and gpus both"),
+        (["--gpus", "2xH100", "--ring_degree", "2"], "ring_degree=2 chooses degrees"),
+        (["--gpus", "2xH100", "--use_cfg_parallel"], "use_cfg_parallel=True chooses degrees"),
+        (["--gpus", "2xH100", "--use_split_batch"], "use_split_batch=True chooses degrees"),
+        (["--gpus", "2xH100", "--auto"], "auto=True chooses degrees"),
+        (
+            ["--gpus", "2xH100", "--scale", "1", "2", "--explain", "best"],
+            "explain='best' is not supported with --scale",
+        ),
+        (["--gpus", "2xH100", "--node_link", "100gbit"], "node_link='100gbit' requires several nodes"),
+        (["--gpus", "2xH100", "--explain", "ring 3"], "explain='ring 3' is unknown"),
+        (["--world_size", "2", "--exact"], "exact=True requires --gpus"),
+        (["--calibrate"], "changes nothing about a calibration"),
         ([], "--gpus"),
     ):
         with pytest.raises(ValueError, match=words):
@@ -295,9 +319,11 @@ def chosen_on(path, flags):
 
 
 def test_auto_chooses_alike_on_all_ranks(pool, folder_of):
-    one, other = pool.run(2, chosen_on, folder_of("sd3"), {})
+    one, other = pool.run(2, chosen_on, folder_of("sd3"), {"fully_shard_degree": 2})
     assert one == other and math.prod(one[0].values()) == 2 and one[0]["pipefusion_parallel_degree"] == 1
     with pytest.raises(ValueError, match="auto chooses the degrees"):
         asked("x", {"auto": True, "ring_degree": 2}).checked()
+    with pytest.raises(ValueError, match="fully_shard_degree=0 must be 1"):
+        source_of(replace(FLUX, fully_shard_degree=0))
     with pytest.raises(ValueError, match="allow_stale requires auto"):
         asked("x", {"allow_stale": True}).checked()

@@ -1,29 +1,45 @@
 """``xdit plan``: which degrees of parallelism a number of ranks can be put to, what each takes, and how long."""
 
 import argparse
+import os
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
 from xfuser.config import FlexibleArgumentParser, xFuserArgs
 from xfuser.config.args import in_bytes
-from xfuser.config.config import check_known
+from xfuser.config.config import DEGREES, check_known, in_words
 from xfuser.core import device as devices
+from xfuser.pipeline_io.media import check_writable
 from xfuser.planner.machines import NODE, Machine, devices_of, in_bytes_a_second, machine_of
 from xfuser.planner.published import named, published
-from xfuser.planner.report import explain, left_out, ranked, table
+from xfuser.planner.report import explain, left_out, name_of, ranked, table
 from xfuser.planner.scale import best_of, choices_of, with_groups
 from xfuser.planner.table import COLUMNS, OBJECTIVES, Row, plan
+
+TIMED = (
+    "links",
+    "nodes",
+    "node_link",
+    "objective",
+    "compile",
+    "exact",
+    "explain",
+    "scale",
+    "picture",
+)  # flags of times
 
 
 def main(arguments: list[str]) -> int:
     """Print what every legal combination of degrees takes; returns 1 where memory is given and none fits."""
-    options = parser().parse_args(arguments)
+    flags = parser()
+    options = flags.parse_args(arguments)
+    check(options, [name for name, value in vars(options).items() if value != flags.get_default(name)])
     if options.calibrate:
         from xfuser.cli.calibrate import run
 
         return run(arguments)
     args = call_of(options, any("inference" in argument for argument in arguments))
-    check_known("objective", options.objective, OBJECTIVES)
     if options.gpus:
         return _with_times(options, args, *machines_of(options))
     if options.world_size is None:
@@ -31,6 +47,32 @@ def main(arguments: list[str]) -> int:
     if options.world_size < 1:
         raise ValueError(f"world_size={options.world_size} must be 1 or more")
     return _memory_alone(args, options.world_size)
+
+
+def check(options: argparse.Namespace, given: list[str]) -> None:
+    """Refuse those of the given flags that would change nothing, with a ValueError."""
+
+    def refuse(names: Iterable[str], why: str) -> None:
+        if found := [name for name in given if name in names]:
+            raise ValueError(f"{found[0]}={getattr(options, found[0])!r} {why}")
+
+    if options.calibrate:
+        refuse({*given} - {"calibrate"}, "changes nothing about a calibration: remove it")
+    check_known("objective", options.objective, OBJECTIVES)
+    degrees = {names.flag for names in DEGREES.values()}
+    refuse(
+        degrees | {"auto", "allow_stale", "use_split_batch"},
+        "chooses degrees, and xdit plan lists all of them: remove it",
+    )
+    if not options.gpus:
+        refuse(TIMED, "requires --gpus: add it, such as --gpus 8xL40")
+    else:
+        refuse(("world_size",), "and gpus both give the number of ranks: remove one")
+        check_writable(os.path.dirname(options.picture))
+    if options.scale:
+        refuse(("explain", "objective"), "is not supported with --scale: remove one")
+    elif options.nodes == 1:
+        refuse(("node_link",), "requires several nodes: add --nodes, or --scale")
 
 
 def call_of(options: argparse.Namespace, steps_given: bool) -> xFuserArgs:
@@ -75,7 +117,10 @@ def _with_times(options: argparse.Namespace, args: xFuserArgs, ranks: int, machi
     )
     if options.scale:
         return _scale(options, args, machine, memory, compiled, title)
-    rows = plan(args, ranks, machine, compiled, choices_of(ranks), exact=options.exact)
+    choices = choices_of(ranks)
+    if options.explain and options.objective != "throughput":
+        check_known("explain", options.explain, ["best", *map(in_words, choices)])
+    rows = plan(args, ranks, machine, compiled, choices, exact=options.exact)
     if options.objective == "throughput":
         rows += with_groups(args, ranks, machine, compiled, options.exact)
     good, rest = ranked(rows, options.objective, memory)
@@ -103,8 +148,8 @@ def _draw(kind: str, path: str, *what: Any) -> None:
 def _chosen(name: str, rows: list[Row]) -> Row:
     if name == "best" and rows:
         return rows[0]
-    check_known("explain", name, ["best", *(row.name for row in rows)])
-    return next(row for row in rows if row.name == name)
+    check_known("explain", name, ["best", *map(name_of, rows)])
+    return next(row for row in rows if name_of(row) == name)
 
 
 def _scale(

@@ -6,7 +6,7 @@ import math
 import os
 import re
 import typing
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any
 
@@ -176,7 +176,7 @@ class xFuserArgs:
 
     def _chosen(self) -> "xFuserArgs":
         """These arguments with degrees chosen by plan, the same on all ranks."""
-        self.checked()
+        replace(self, fully_shard_degree=min(1, self.fully_shard_degree)).checked()
         if not self.model:
             raise ValueError("auto plans by the configurations of a pipeline: name it by model")
         init_distributed_environment()
@@ -212,7 +212,7 @@ class xFuserArgs:
     def _check_auto(self) -> None:
         if self.allow_stale and not self.auto:
             raise ValueError("allow_stale requires auto: add it, or choose the degrees of a stale method")
-        given = [names.flag for names in DEGREES.values() if self._is_given(names.flag)]
+        given = [name for name in (*(one.flag for one in DEGREES.values()), "use_split_batch") if self._is_given(name)]
         if self.auto and given:
             raise ValueError(
                 f"auto chooses the degrees, and {given[0]}={getattr(self, given[0])!r} is given: remove one"

@@ -11,4 +11,5 @@ MOCHI = ModelPlan(
     returns=("image", "text"),
     text_modules=("ff_context", "attn1.add_q_proj", "attn1.add_k_proj", "attn1.add_v_proj", "attn1.to_add_out"),
     per_head={"image_rotary_emb": {3: 1}},
+    least_steps=2,
 )

@@ -8,4 +8,5 @@ PIXART = ModelPlan(
     embed="pos_embed.proj",
     per_token={"attention_mask": Tokens(("image",), dim=-1)},
     text_modules=("attn2.to_k", "attn2.to_v"),
+    least_steps=2,
 )

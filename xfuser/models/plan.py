@@ -107,6 +107,8 @@ class ModelPlan:
             skips; None where there are none.
         lent: submodules of blocks that the forward uses outside of their block.
         counts_steps: arguments of the forward that pipelines pass by the number of the step.
+        least_steps: steps that a call has at least, as the class's pipeline fails with fewer (PixArt-alpha: with
+            all schedulers but that of a one-step model).
         frames: dimension of video latents that counts frames, ``[B, C, F, H, W]`` or ``[B, F, C, H, W]``.
         height: dimension of video latents that counts rows.
         packed: dimension of packed latents that counts tokens, ``[B, tokens, C]``, or, of sound, ``[B, C, time]``.
@@ -168,6 +170,7 @@ class ModelPlan:
     skip: str | None = None
     lent: tuple[str, ...] = ()
     counts_steps: tuple[str, ...] = ()
+    least_steps: int = 1
     frames: int = 2
     height: int = 3
     packed: int = 1

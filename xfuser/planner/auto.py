@@ -36,7 +36,9 @@ def chosen(args: xFuserArgs) -> xFuserArgs:
     logger.info("auto: %s", told["reason"])
     if world.is_first_rank:
         print(f"auto: {told['reason']}", flush=True)
-    return with_degrees(replace(args, auto=False, allow_stale=False), told["degrees"])
+    args, degrees = replace(args, auto=False, allow_stale=False), told["degrees"]
+    shards = world.world_size // degrees["dp"] if args.fully_shard_degree > 1 else 1
+    return with_degrees(replace(args, fully_shard_degree=shards), degrees)
 
 
 def _planned(args: xFuserArgs, world_size: int) -> dict:

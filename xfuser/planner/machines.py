@@ -218,7 +218,7 @@ def in_bytes_a_second(rate: str) -> float:
         ValueError: it is not a rate.
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kmgt])(bit|b)(?:/s|ps)?", rate.strip().lower())
-    if not found:
+    if not found or not float(found[1]):
         raise ValueError(
             f"{rate!r} is not a rate of a link: give {', '.join(KINDS)}, or a number such as 100gbit or 64GB"
         )

@@ -1,10 +1,12 @@
 """Images of plans (matplotlib, an optional package)."""
 
+import os
 from typing import Any
 
 from xfuser.core.extras import extra
 from xfuser.pipeline_io.media import write_whole
 from xfuser.planner.cost import PARTS
+from xfuser.planner.report import name_of
 from xfuser.planner.table import Row
 
 
@@ -14,6 +16,7 @@ def _pyplot() -> Any:
 
 
 def _save(figure: Any, path: str) -> str:
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     return write_whole(path, lambda unfinished: figure.savefig(unfinished, dpi=110, bbox_inches="tight", format="png"))
 
 
@@ -26,7 +29,7 @@ def draw_plan(path: str, title: str, rows: list[Row]) -> str:
         if any(seconds):
             panel.barh(range(len(rows)), seconds, left=start, label=part)
             start = [a + b for a, b in zip(start, seconds, strict=True)]
-    panel.set_yticks(range(len(rows)), [row.name if row.exact else f"{row.name} (stale)" for row in rows], fontsize=8)
+    panel.set_yticks(range(len(rows)), [name_of(row) + " (stale)" * (not row.exact) for row in rows], fontsize=8)
     panel.invert_yaxis()
     panel.set_xlabel("seconds of a call")
     panel.set_title(title, fontsize=10)

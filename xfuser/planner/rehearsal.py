@@ -124,8 +124,9 @@ class Source:
         """How many steps to rehearse: without stages all are alike, but for the first where ranks have branches of
         guidance, which may be both of them; with some, there are synchronous and stale ones, of one transformer at
         least where two divide the steps."""
-        transformers = sum(plan_of(part) is not None for part in self.parts(fresh=False).values())
-        return transformers * max(1, warmup) + 1 if stages > 1 else branches
+        plans = [plan for part in self.parts(fresh=False).values() if (plan := plan_of(part))]
+        least = max((plan.least_steps for plan in plans), default=1)
+        return len(plans) * max(1, warmup) + 1 if stages > 1 else max(branches, least)
 
     def _built(self) -> dict[str, nn.Module]:
         if self.published:
@@ -170,8 +171,8 @@ class _Rehearsal:
     def __init__(self, source: Source, engine_config: EngineConfig, input_config: InputConfig) -> None:
         self._source, self._engine, self._inputs = source, engine_config, input_config
         self._meter, self._tracer = LiveMemory(), Tracer()
-        self._forwards = self._step = 0
-        self._last: dict[Any, dict[Any, Seen]] = {}  # blocks that ran, by component and step
+        self._forwards, self._place = 0, (0, False)
+        self._last: dict[Any, dict[Any, Seen]] = {}  # blocks that ran, by component and step, apart for patch 0
         self.told = Rehearsed()
 
     def run(self) -> Rehearsed:
@@ -246,12 +247,12 @@ class _Rehearsal:
             return
         state = getattr(part.forward, "call_state", None)
         step, patch = (state.step, state.patch) if state else (-1 - self._forwards, 0)
-        self._forwards, self._step = self._forwards + 1, step
+        self._forwards, self._place = self._forwards + 1, (step, patch > 0)  # patch 0 alone has the text
         self._tracer.trace.events.append(Mark(STEP, step, patch))
 
     def _repeats(self, name: str, part: nn.Module) -> AbstractContextManager[None]:
         plan = plan_of(part) if name in self.told.transformers else None
-        last = self._last.setdefault((name, self._step), {}) if plan else {}
+        last = self._last.setdefault((name, self._place), {}) if plan else {}
         return repeats(part, plan, self._tracer.trace, self._meter, last)
 
     def _sort(self) -> None:

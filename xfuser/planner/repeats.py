@@ -1,9 +1,9 @@
 """Modules that do what the one before them did are not run: of each kind, one is counted and multiplied.
 
 A block of a transformer is skipped where its class, its parameters and its arguments have the shapes of a block that
-ran before it in the same step, with this patch or another one. The first and the last block of a list run always, and
-stand for no other one, as hooks of the engine act there. A VAE that works on one tile or frame after the other is
-treated alike.
+ran before it in the same step, with this patch or another one; patch 0, which alone has the text, stands for no other.
+The first and the last block of a list run always, and stand for no other one, as hooks of the engine act there. A VAE
+that works on one tile or frame after the other is treated alike.
 """
 
 from collections.abc import Iterator

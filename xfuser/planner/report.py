@@ -30,19 +30,19 @@ def why(row: Row, best: Row, objective: str) -> str:
     lost, total = own[part], row.seconds / row.groups
     if excess[part] <= 0.005 * total:
         return "equal, but for rounding"
-    return f"{VERBS.get(part, part)}: {lost:.2g} of {total:.3g} s ({_name(best)}: {least[part]:.2g} s)"
+    return f"{VERBS.get(part, part)}: {lost:.2g} of {total:.3g} s ({name_of(best)}: {least[part]:.2g} s)"
 
 
 def table(rows: list[Row], objective: str) -> list[str]:
     """Lines of the ranking."""
-    width = max(len(_name(row)) for row in rows)
+    width = max(len(name_of(row)) for row in rows)
     heads = [f"{name:>{max(8, len(name))}}" for name in PARTS]
     lines = [f"{'':{width}}   seconds  " + "  ".join(heads) + "      GB  exact  why"]
     for row in rows:
         parts = "  ".join(f"{row.time.spent[name]:{max(8, len(name))}.3g}" for name in PARTS)
         exact = "yes" if row.exact else "no "
         lines.append(
-            f"{_name(row):{width}}  {row.seconds:8.3g}  {parts}  {row.peak / 1e9:6.4g}  {exact}    "
+            f"{name_of(row):{width}}  {row.seconds:8.3g}  {parts}  {row.peak / 1e9:6.4g}  {exact}    "
             + why(row, rows[0], objective)
         )
     return lines
@@ -52,11 +52,12 @@ def left_out(rest: list[tuple[Row, str]]) -> list[str]:
     """A line for each reason, with the configurations that it rules out."""
     names: dict[str, list[str]] = {}
     for row, reason in rest:
-        names.setdefault(reason, []).append(_name(row))
+        names.setdefault(reason, []).append(name_of(row))
     return [f"no: {reason}: {', '.join(ones)}" for reason, ones in names.items()]
 
 
-def _name(row: Row) -> str:
+def name_of(row: Row) -> str:
+    """What the table calls a row."""
     return f"{row.groups} groups of {row.name}" if row.groups > 1 else row.name
 
 

@@ -2,8 +2,14 @@
 
 import multiprocessing
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
+
+import torch
 
 from xfuser.config import xFuserArgs
 from xfuser.config.args import shipped_folder
@@ -111,6 +117,9 @@ def _each(row: Callable[[dict[str, int]], Row], choices: list[dict[str, int]]) -
     """A row of each combination.
 
     Of many, the rest is counted by forks of this process once a row is there: what all have in common is known then.
+
+    Raises:
+        RuntimeError: a fork was killed.
     """
     found: list[Row] = []
     while len(found) < len(choices) and (len(choices) < MANY or not any(one.told for one in found)):
@@ -119,15 +128,31 @@ def _each(row: Callable[[dict[str, int]], Row], choices: list[dict[str, int]]) -
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     if cores == 1 or not rest:
         return found + [row(one) for one in rest]
-    with multiprocessing.get_context("fork").Pool(min(cores, len(rest)), _keep, (row,)) as pool:
-        return found + pool.map(_kept_row, rest, chunksize=1)
+    context = multiprocessing.get_context("fork")
+    try:
+        with ProcessPoolExecutor(min(cores, len(rest)), context, _begin, (row,)) as pool:
+            return found + list(pool.map(_kept_row, rest))
+    except BrokenProcessPool:
+        raise RuntimeError(
+            "a process that counts combinations was killed, maybe for lack of memory: free some, or count on one core"
+            " (taskset -c 0)"
+        ) from None
 
 
 _kept: list[Callable[[dict[str, int]], Row]] = []  # of a fork, which takes it from the process that it began as
 
 
-def _keep(row: Callable[[dict[str, int]], Row]) -> None:
+def _begin(row: Callable[[dict[str, int]], Row]) -> None:
+    """A fork has none of OpenMP's other threads, and would wait for them; it ends as its parent does, and is silent."""
     _kept.append(row)
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _kept_row(degrees: dict[str, int]) -> Row:
@@ -143,7 +168,8 @@ def located(args: xFuserArgs) -> xFuserArgs:
 
 def source_of(args: xFuserArgs) -> Source:
     """What rehearsals of this pipeline share."""
-    engine = replace(args, use_torch_compile=False, fully_shard_degree=1).checked()[0]
+    shards = min(1, args.fully_shard_degree)  # more are checked with each row's ranks
+    engine = replace(args, use_torch_compile=False, fully_shard_degree=shards).checked()[0]
     return Source(engine.model_config.model, engine.runtime_config.dtype)
 
 
