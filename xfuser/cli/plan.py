@@ -17,17 +17,8 @@ from xfuser.planner.report import explain, left_out, name_of, ranked, table
 from xfuser.planner.scale import best_of, choices_of, with_groups
 from xfuser.planner.table import COLUMNS, OBJECTIVES, Row, plan
 
-TIMED = (
-    "links",
-    "nodes",
-    "node_link",
-    "objective",
-    "compile",
-    "exact",
-    "explain",
-    "scale",
-    "picture",
-)  # flags of times
+# Flags of times.
+TIMED = ("links", "nodes", "node_link", "objective", "compile", "exact", "explain", "scale", "picture")
 
 
 def main(arguments: list[str]) -> int:
