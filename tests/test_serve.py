@@ -420,9 +420,13 @@ def test_what_cannot_be_served_is_told_in_one_line(tmp_path, monkeypatch):
 
 
 @pytest.mark.matrix
-def test_a_server_whose_ranks_do_not_start_ends(tmp_path):
-    model = tmp_path / "damaged"
+def test_a_server_whose_ranks_do_not_start_ends(tmp_path, monkeypatch):
+    """And leaves nothing of its launcher."""
+    model, temporary = tmp_path / "damaged", tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
     shutil.copytree(SHIPPED_PIPELINE, model)
     (model / "scheduler" / "scheduler_config.json").write_text("{")
     served = Served(tmp_path, "--model", model)
     assert served.process.wait(PATIENCE) == 1 and "scheduler" in served.log.read_text()
+    assert not [path.name for path in temporary.iterdir() if path.name.startswith(("torchelastic_", "tmp"))]
