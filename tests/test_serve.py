@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import io
+import json
 import os
 import shutil
 import signal
@@ -23,7 +24,8 @@ from PIL import Image
 
 from xfuser.config import InputConfig
 from xfuser.config.args import SHIPPED_PIPELINE
-from xfuser.serve import command
+from xfuser.serve import command, server as server_module
+from xfuser.serve.app import create_app
 from xfuser.serve.engine import Engine
 from xfuser.serve.jobs import Failure, Job, calls_of
 from xfuser.serve.server import ImageRequest, Server
@@ -359,6 +361,68 @@ def test_unknown_words_and_videos_are_refused():
     server.engine.abilities = abilities | {"videos": True}
     with pytest.raises(Failure, match="POST /v1/videos"):
         server.jobs_of(ImageRequest(prompt=PROMPT))
+
+
+async def asked(app, method, path, body=b"", kind="application/json"):
+    """The answer's messages to a client that leaves as soon as it has sent its request."""
+    scope = {"type": "http", "asgi": {"spec_version": "2.3"}, "method": method, "path": path, "query_string": b""}
+    scope |= {"headers": [(b"content-type", kind.encode())], "server": ("localhost", 80), "scheme": "http"}
+    received, sent = [{"type": "http.request", "body": body}], []
+
+    async def receive():
+        return received.pop() if received else {"type": "http.disconnect"}
+
+    async def send(message):
+        sent.append(message)
+
+    await app(scope, receive, send)
+    await asyncio.sleep(0.01)
+    return sent
+
+
+@pytest.fixture
+def accepting(tmp_path):
+    """A server that accepts requests, which nothing draws."""
+    server = server_of("--output_dir", str(tmp_path))
+    server.engine.abilities = {"pipeline": "PixArtSigmaPipeline", "videos": False, "pictures": False, "multiple": 16}
+    server.engine.why = ""
+    return server
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_left_before_the_answer_began_is_drawn_nothing(accepting, stream):
+    body = json.dumps({"prompt": PROMPT, "stream": stream}).encode()
+    asyncio.run(asked(create_app(accepting, alone=False), "POST", "/v1/images/generations", body))
+    assert not accepting.engine.waiting
+
+
+def test_a_request_is_ended_by_its_id_also_behind_its_first_image(accepting):
+    async def ended():
+        jobs = await accepting.submit(ImageRequest(prompt=PROMPT, n=2))
+        jobs[0].finish(b"")
+        await asked(create_app(accepting, alone=False), "DELETE", f"/v1/images/generations/{jobs[0].id}")
+        return jobs
+
+    assert asyncio.run(ended())[1].failure.code == "cancelled"
+
+
+def test_a_form_that_cannot_be_read_is_told_as_all_errors_are(accepting):
+    kind = "multipart/form-data; boundary=x"
+    app = create_app(accepting, alone=False)
+    start, body = asyncio.run(asked(app, "POST", "/v1/images/edits", b"--y", kind))
+    assert start["status"] == 400 and "message" in json.loads(body["body"])["error"]
+
+
+def test_a_file_that_was_removed_by_others_fails_no_request(accepting, tmp_path, monkeypatch):
+    monkeypatch.setattr(server_module, "KEPT_FILES", 1)
+    names = []
+    for name in "abc":
+        made = job(name)
+        made.finish(name.encode())
+        names.append(accepting.entry(made, "url", "http://x/")["url"].rsplit("/", 1)[1])
+        if name == "a":
+            (tmp_path / names[0]).unlink()
+    assert [file.name for file in tmp_path.iterdir()] == names[2:]
 
 
 def test_a_queue_holds_so_many():
