@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
@@ -425,6 +426,14 @@ def test_a_file_that_was_removed_by_others_fails_no_request(accepting, tmp_path,
     assert [file.name for file in tmp_path.iterdir()] == names[2:]
 
 
+def test_nothing_waits_for_an_engine_that_has_ended():
+    engine = Engine(lambda connections: None, [1], InputConfig(), Namespace(max_queue=1, hang_timeout=1))
+    asyncio.run(engine.run())
+    with pytest.raises(Failure, match="a rank ended") as error:
+        engine.submit([job("a")])
+    assert error.value.status == 503
+
+
 def test_a_queue_holds_so_many():
     engine = server_of("--max_queue", "10").engine
     engine.submit([job("a")] * 6)
@@ -454,6 +463,37 @@ def test_a_rank_that_reads_nothing_is_started_anew():
     edited = Job("a", "", 0, {"num_inference_steps": 1}, image=bytes(1 << 22))
     asyncio.run(drawn(edited))
     assert edited.failure.status == 503 and "no step for 0.5 s" in str(edited.failure)
+
+
+def test_a_pipeline_that_returns_another_number_of_images_ends_no_server():
+    """What it takes no batches of is drawn one by one."""
+    stopped, counts = threading.Event(), []
+
+    def launch(connections):
+        with Connection(os.dup(connections[0].fileno())) as rank:
+            if not stopped.is_set():
+                rank.send(("ready", {"multiple": 16}))
+            while not stopped.is_set():
+                if rank.poll(0.05):
+                    _, _, told = rank.recv()
+                    counts.append(len(told))
+                    rank.send(("end", ("done", [b"one"] * (told[0]["prompt"] != "none"))))
+
+    async def drawn(jobs):
+        running = asyncio.create_task(engine.run())
+        while engine.why:
+            await asyncio.sleep(0.05)
+        engine.submit(jobs)
+        for one in jobs:
+            await asyncio.wait_for(one.ended(), 10)
+        stopped.set()
+        await running
+
+    engine = Engine(launch, [1], InputConfig(), Namespace(max_queue=3, hang_timeout=5))
+    jobs = [job("a"), job("b"), job("none", 1)]
+    asyncio.run(drawn(jobs))
+    assert sorted(counts) == [1, 1, 1, 2] and [one.outcome for one in jobs[:2]] == [b"one"] * 2
+    assert jobs[2].failure.status == 500 and "0 results instead of 1" in str(jobs[2].failure)
 
 
 def test_what_takes_too_much_memory_is_refused():
