@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import gc
 import io
 import json
 import os
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import weakref
 from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
@@ -25,7 +27,8 @@ from PIL import Image
 
 from xfuser.config import InputConfig
 from xfuser.config.args import SHIPPED_PIPELINE
-from xfuser.serve import command, server as server_module
+from xfuser.pipeline_io.media import png
+from xfuser.serve import command, page, server as server_module
 from xfuser.serve.app import create_app
 from xfuser.serve.engine import Engine
 from xfuser.serve.jobs import Failure, Job, calls_of
@@ -424,6 +427,23 @@ def test_a_file_that_was_removed_by_others_fails_no_request(accepting, tmp_path,
         if name == "a":
             (tmp_path / names[0]).unlink()
     assert [file.name for file in tmp_path.iterdir()] == names[2:]
+
+
+def test_the_page_keeps_no_job_that_has_ended(accepting):
+    draw = next(one.fn for one in page.page(accepting).fns.values() if one.name == "draw")
+
+    async def drawn():
+        events = draw(PROMPT, "", "auto", 3, "", None, Namespace(session_hash="a"))
+        first = asyncio.ensure_future(anext(events))
+        await asyncio.to_thread(until, lambda: accepting.engine.waiting, "a waiting job")
+        job = weakref.ref(accepting.engine.waiting[0])
+        job().finish(png(Image.new("RGB", (8, 8))))
+        assert (await first)[0].startswith("<progress") and [event[0][:5] async for event in events] == ["done,"]
+        return job
+
+    job = asyncio.run(drawn())
+    gc.collect()
+    assert job() is None
 
 
 def test_nothing_waits_for_an_engine_that_has_ended():
