@@ -410,10 +410,12 @@ def test_a_request_is_ended_by_its_id_also_behind_its_first_image(accepting):
     assert asyncio.run(ended())[1].failure.code == "cancelled"
 
 
-def test_a_form_that_cannot_be_read_is_told_as_all_errors_are(accepting):
-    kind = "multipart/form-data; boundary=x"
+@pytest.mark.parametrize(
+    "kind, sent", [("multipart/form-data; boundary=x", b"--y"), ("application/json", b"[" * 100_000)]
+)
+def test_a_body_that_cannot_be_read_is_told_as_all_errors_are(accepting, kind, sent):
     app = create_app(accepting, alone=False)
-    start, body = asyncio.run(asked(app, "POST", "/v1/images/edits", b"--y", kind))
+    start, body = asyncio.run(asked(app, "POST", "/v1/images/edits", sent, kind))
     assert start["status"] == 400 and "message" in json.loads(body["body"])["error"]
 
 

@@ -146,7 +146,7 @@ async def _fields_of(call: Call) -> dict[str, Any]:
     if "json" in call.headers.get("content-type", ""):
         try:
             return await call.json()
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise Failure(400, f"the body is not JSON: {error}", "invalid_value") from error
     form = await call.form()
     fields = {name: form.getlist(name) if isinstance(value, UploadFile) else value for name, value in form.items()}
