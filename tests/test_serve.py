@@ -2,12 +2,16 @@
 
 import asyncio
 import base64
+import gc
 import io
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
+import weakref
 from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
@@ -23,7 +27,9 @@ from PIL import Image
 
 from xfuser.config import InputConfig
 from xfuser.config.args import SHIPPED_PIPELINE
-from xfuser.serve import command
+from xfuser.pipeline_io.media import png
+from xfuser.serve import command, page, server as server_module
+from xfuser.serve.app import create_app
 from xfuser.serve.engine import Engine
 from xfuser.serve.jobs import Failure, Job, calls_of
 from xfuser.serve.server import ImageRequest, Server
@@ -361,6 +367,95 @@ def test_unknown_words_and_videos_are_refused():
         server.jobs_of(ImageRequest(prompt=PROMPT))
 
 
+async def asked(app, method, path, body=b"", kind="application/json"):
+    """The answer's messages to a client that leaves as soon as it has sent its request."""
+    scope = {"type": "http", "asgi": {"spec_version": "2.3"}, "method": method, "path": path, "query_string": b""}
+    scope |= {"headers": [(b"content-type", kind.encode())], "server": ("localhost", 80), "scheme": "http"}
+    received, sent = [{"type": "http.request", "body": body}], []
+
+    async def receive():
+        return received.pop() if received else {"type": "http.disconnect"}
+
+    async def send(message):
+        sent.append(message)
+
+    await app(scope, receive, send)
+    await asyncio.sleep(0.01)
+    return sent
+
+
+@pytest.fixture
+def accepting(tmp_path):
+    """A server that accepts requests, which nothing draws."""
+    server = server_of("--output_dir", str(tmp_path))
+    server.engine.abilities = {"pipeline": "PixArtSigmaPipeline", "videos": False, "pictures": False, "multiple": 16}
+    server.engine.why = ""
+    return server
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_left_before_the_answer_began_is_drawn_nothing(accepting, stream):
+    body = json.dumps({"prompt": PROMPT, "stream": stream}).encode()
+    asyncio.run(asked(create_app(accepting, alone=False), "POST", "/v1/images/generations", body))
+    assert not accepting.engine.waiting
+
+
+def test_a_request_is_ended_by_its_id_also_behind_its_first_image(accepting):
+    async def ended():
+        jobs = await accepting.submit(ImageRequest(prompt=PROMPT, n=2))
+        jobs[0].finish(b"")
+        await asked(create_app(accepting, alone=False), "DELETE", f"/v1/images/generations/{jobs[0].id}")
+        return jobs
+
+    assert asyncio.run(ended())[1].failure.code == "cancelled"
+
+
+@pytest.mark.parametrize(
+    "kind, sent", [("multipart/form-data; boundary=x", b"--y"), ("application/json", b"[" * 100_000)]
+)
+def test_a_body_that_cannot_be_read_is_told_as_all_errors_are(accepting, kind, sent):
+    app = create_app(accepting, alone=False)
+    start, body = asyncio.run(asked(app, "POST", "/v1/images/edits", sent, kind))
+    assert start["status"] == 400 and "message" in json.loads(body["body"])["error"]
+
+
+def test_a_file_that_was_removed_by_others_fails_no_request(accepting, tmp_path, monkeypatch):
+    monkeypatch.setattr(server_module, "KEPT_FILES", 1)
+    names = []
+    for name in "abc":
+        made = job(name)
+        made.finish(name.encode())
+        names.append(accepting.entry(made, "url", "http://x/")["url"].rsplit("/", 1)[1])
+        if name == "a":
+            (tmp_path / names[0]).unlink()
+    assert [file.name for file in tmp_path.iterdir()] == names[2:]
+
+
+def test_the_page_keeps_no_job_that_has_ended(accepting):
+    draw = next(one.fn for one in page.page(accepting).fns.values() if one.name == "draw")
+
+    async def drawn():
+        events = draw(PROMPT, "", "auto", 3, "", None, Namespace(session_hash="a"))
+        first = asyncio.ensure_future(anext(events))
+        await asyncio.to_thread(until, lambda: accepting.engine.waiting, "a waiting job")
+        job = weakref.ref(accepting.engine.waiting[0])
+        job().finish(png(Image.new("RGB", (8, 8))))
+        assert (await first)[0].startswith("<progress") and [event[0][:5] async for event in events] == ["done,"]
+        return job
+
+    job = asyncio.run(drawn())
+    gc.collect()
+    assert job() is None
+
+
+def test_nothing_waits_for_an_engine_that_has_ended():
+    engine = Engine(lambda connections: None, [1], InputConfig(), Namespace(max_queue=1, hang_timeout=1))
+    asyncio.run(engine.run())
+    with pytest.raises(Failure, match="a rank ended") as error:
+        engine.submit([job("a")])
+    assert error.value.status == 503
+
+
 def test_a_queue_holds_so_many():
     engine = server_of("--max_queue", "10").engine
     engine.submit([job("a")] * 6)
@@ -392,6 +487,37 @@ def test_a_rank_that_reads_nothing_is_started_anew():
     assert edited.failure.status == 503 and "no step for 0.5 s" in str(edited.failure)
 
 
+def test_a_pipeline_that_returns_another_number_of_images_ends_no_server():
+    """What it takes no batches of is drawn one by one."""
+    stopped, counts = threading.Event(), []
+
+    def launch(connections):
+        with Connection(os.dup(connections[0].fileno())) as rank:
+            if not stopped.is_set():
+                rank.send(("ready", {"multiple": 16}))
+            while not stopped.is_set():
+                if rank.poll(0.05):
+                    _, _, told = rank.recv()
+                    counts.append(len(told))
+                    rank.send(("end", ("done", [b"one"] * (told[0]["prompt"] != "none"))))
+
+    async def drawn(jobs):
+        running = asyncio.create_task(engine.run())
+        while engine.why:
+            await asyncio.sleep(0.05)
+        engine.submit(jobs)
+        for one in jobs:
+            await asyncio.wait_for(one.ended(), 10)
+        stopped.set()
+        await running
+
+    engine = Engine(launch, [1], InputConfig(), Namespace(max_queue=3, hang_timeout=5))
+    jobs = [job("a"), job("b"), job("none", 1)]
+    asyncio.run(drawn(jobs))
+    assert sorted(counts) == [1, 1, 1, 2] and [one.outcome for one in jobs[:2]] == [b"one"] * 2
+    assert jobs[2].failure.status == 500 and "0 results instead of 1" in str(jobs[2].failure)
+
+
 def test_what_takes_too_much_memory_is_refused():
     """By the planner's count for that size, before it is accepted; the engine need not run for that."""
     server = server_of("--memory", "100MB", "--ulysses_degree", "2", "--no_use_resolution_binning")
@@ -420,9 +546,13 @@ def test_what_cannot_be_served_is_told_in_one_line(tmp_path, monkeypatch):
 
 
 @pytest.mark.matrix
-def test_a_server_whose_ranks_do_not_start_ends(tmp_path):
-    model = tmp_path / "damaged"
+def test_a_server_whose_ranks_do_not_start_ends(tmp_path, monkeypatch):
+    """And leaves nothing of its launcher."""
+    model, temporary = tmp_path / "damaged", tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
     shutil.copytree(SHIPPED_PIPELINE, model)
     (model / "scheduler" / "scheduler_config.json").write_text("{")
     served = Served(tmp_path, "--model", model)
     assert served.process.wait(PATIENCE) == 1 and "scheduler" in served.log.read_text()
+    assert not [path.name for path in temporary.iterdir() if path.name.startswith(("torchelastic_", "tmp"))]

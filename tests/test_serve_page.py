@@ -8,7 +8,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
-from xfuser.testing.serving import PATIENCE
+from xfuser.testing.serving import PATIENCE, until
 
 pytestmark = pytest.mark.skipif(not shutil.which("chromium"), reason="requires the packages chromium, chromium-driver")
 
@@ -48,8 +48,11 @@ def test_a_person_draws_and_cancels(browser, elastic_served):
         find("#steps input[type=number]").send_keys("100\t")
         find("#draw").click()
         status_tells("of 100")
+        before = elastic_served.metric("xdit_steps_total")
         find("#cancel").click()
         status_tells("cancelled")
+        until(lambda: not elastic_served.metric("xdit_running"), "the end of the cancelled call")
+        assert elastic_served.metric("xdit_steps_total") - before < 50
         find("#prompt textarea, #prompt input").send_keys(Keys.CONTROL + "a", Keys.DELETE)
         find("#draw").click()
         wait.until(lambda _: "at least 1 character" in browser.find_element(By.TAG_NAME, "body").text)

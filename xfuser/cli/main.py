@@ -3,6 +3,7 @@
 import importlib
 import os
 import sys
+import tempfile
 import time
 import traceback
 import uuid
@@ -90,6 +91,7 @@ def start(ranks: int, function: str, *arguments: Any) -> int:
     """Call ``module:function`` in a process for each rank, by torchrun's launcher; returns the exit code."""
     import logging
 
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -97,11 +99,13 @@ def start(ranks: int, function: str, *arguments: Any) -> int:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks print their own errors
     nodes = {"min_nodes": 1, "max_nodes": 1, "nproc_per_node": ranks, "run_id": uuid.uuid4().hex}
     rendezvous = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
-    config = LaunchConfig(**nodes, **rendezvous, max_restarts=0, monitor_interval=0.1, start_method="forkserver")
-    try:
-        elastic_launch(config, call)(function, *arguments)
-    except ChildFailedError:
-        return 1
+    options = {"max_restarts": 0, "monitor_interval": 0.1, "start_method": "forkserver"}
+    with tempfile.TemporaryDirectory() as folder:  # the launcher leaves folders there
+        config = LaunchConfig(**nodes, **rendezvous, **options, logs_specs=DefaultLogsSpecs(log_dir=folder))
+        try:
+            elastic_launch(config, call)(function, *arguments)
+        except ChildFailedError:
+            return 1
     return 0
 
 

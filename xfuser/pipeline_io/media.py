@@ -1,5 +1,6 @@
 """Images, videos and latents to files."""
 
+import io
 import os
 import re
 import tempfile
@@ -27,6 +28,13 @@ def media_of(output: Any) -> list[Any]:
         if found is not None:
             return list(found)
     return list(output[0] if isinstance(output, tuple) else output)
+
+
+def png(image: Image.Image) -> bytes:
+    """An image encoded as PNG, fast rather than small."""
+    file = io.BytesIO()
+    image.save(file, "PNG", compress_level=1)
+    return file.getvalue()
 
 
 def check_writable(directory: str) -> None:

@@ -3,8 +3,8 @@
 import asyncio
 import base64
 import json
-import os
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from typing import Annotated, Any
 
 import prometheus_client
@@ -13,6 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from pydantic import ValidationError
 from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
 
 from xfuser.pipeline_io.media import FRAMES_PER_SECOND
 from xfuser.serve.jobs import Failure, Job
@@ -26,6 +27,7 @@ def create_app(server: Server, alone: bool = True) -> FastAPI:
     """The application; with videos and the page where it is ``alone``, as what they keep is in one process."""
     app = FastAPI(title="xdit serve")
     app.add_exception_handler(Failure, lambda call, failure: refusal(failure))
+    app.add_exception_handler(HTTPException, lambda call, e: refusal(Failure(e.status_code, e.detail, "invalid_value")))
     for kind in (ValidationError, RequestValidationError):
         app.add_exception_handler(kind, lambda call, error: refusal(invalid(error.errors())))
     _add_state(app, server)
@@ -72,9 +74,9 @@ def _add_state(app: FastAPI, server: Server) -> None:
 
     @app.get("/files/{name}")
     async def file(name: FileName) -> FileResponse:
-        if not os.path.isfile(server.path(name)):
+        if not (server.folder / name).is_file():
             raise Failure(404, f"there is no file {name!r}: it is removed, or was never made", "not_found")
-        return FileResponse(server.path(name))
+        return FileResponse(server.folder / name)
 
 
 def _add_images(app: FastAPI, server: Server) -> None:
@@ -88,24 +90,18 @@ def _add_images(app: FastAPI, server: Server) -> None:
 
     @app.delete("/v1/images/generations/{name}")
     async def delete(name: str) -> dict[str, Any]:
-        server.stop([server.job(name)])
+        server.stop(server.jobs(name))
         return {"id": name, "object": "image.deleted", "deleted": True}
 
 
 async def _answer(server: Server, call: Call, request: ImageRequest) -> Response:
     """The images, or events of how they are drawn; when the client leaves, they are not drawn."""
     jobs = await server.submit(request)
-
-    def entry(job: Job) -> dict[str, Any]:
-        return server.entry(job, request.response_format, str(call.base_url))
-
-    def leave(_: Any = None) -> None:
-        server.stop(jobs)
-
+    entry = partial(server.entry, response_format=request.response_format, base=str(call.base_url))
     if request.stream:
-        return StreamingResponse(_events(jobs, entry, leave), media_type="text/event-stream")
+        return StreamingResponse(_events(server, jobs, entry), media_type="text/event-stream")
     leaving = asyncio.ensure_future(_left(call))
-    leaving.add_done_callback(leave)
+    leaving.add_done_callback(lambda _: server.stop(jobs))  # also once it is cancelled
     try:
         data = [entry(await job.ended()) for job in jobs]
         return JSONResponse({"created": int(jobs[0].arrived), "data": data, "id": jobs[0].id})
@@ -119,17 +115,16 @@ async def _left(call: Call) -> None:
         pass
 
 
-async def _events(
-    jobs: list[Job], entry: Callable[[Job], dict[str, Any]], leave: Callable[[], None]
-) -> AsyncIterator[str]:
+async def _events(server: Server, jobs: list[Job], entry: Callable[[Job], dict[str, Any]]) -> AsyncIterator[str]:
     """Server-sent events, job by job: steps, previews as partial images, and the image or the error."""
+    name = jobs[0].id
     try:
         for job in jobs:
             told = {"created_at": int(job.arrived), "size": _size(job), "quality": "auto", "background": "opaque"}
-            told |= {"output_format": "png", "id": job.id}
+            told |= {"output_format": "png", "id": name}
             previews = 0
             async for _ in job.progress():
-                steps = {"id": job.id, "step": job.step, "steps": job.settings["num_inference_steps"]}
+                steps = {"id": name, "step": job.step, "steps": job.settings["num_inference_steps"]}
                 yield _event("image_generation.progress", steps)
                 if job.previews > previews:
                     data = {"b64_json": base64.b64encode(job.preview).decode(), "partial_image_index": previews}
@@ -139,7 +134,7 @@ async def _events(
     except Failure as failure:
         yield _event("error", failure.body())
     finally:
-        leave()
+        server.stop(jobs)
 
 
 def _event(name: str, data: dict[str, Any]) -> str:
@@ -151,7 +146,7 @@ async def _fields_of(call: Call) -> dict[str, Any]:
     if "json" in call.headers.get("content-type", ""):
         try:
             return await call.json()
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise Failure(400, f"the body is not JSON: {error}", "invalid_value") from error
     form = await call.form()
     fields = {name: form.getlist(name) if isinstance(value, UploadFile) else value for name, value in form.items()}
@@ -168,18 +163,19 @@ def _add_videos(app: FastAPI, server: Server) -> None:
 
     @app.get("/v1/videos/{name}")
     async def state(name: str) -> dict[str, Any]:
-        return _described(server.job(name), server.model)
+        return _described(server.jobs(name)[0], server.model)
 
     @app.get("/v1/videos/{name}/content")
     async def content(name: str) -> Response:
-        if server.job(name).outcome is None:
+        job = server.jobs(name)[0]
+        if job.outcome is None:
             raise Failure(409, f"the video {name!r} is not drawn yet: ask for its status", "not_ready")
-        data = server.job(name).result()
+        data = job.result()
         return Response(data, media_type="image/gif" if data.startswith(b"GIF") else "video/mp4")
 
     @app.delete("/v1/videos/{name}")
     async def delete(name: str) -> dict[str, Any]:
-        server.stop([server.job(name)])
+        server.stop(server.jobs(name))
         return {"id": name, "object": "video.deleted", "deleted": True}
 
 

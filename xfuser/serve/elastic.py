@@ -1,6 +1,5 @@
 """``--elastic``: each call on as many ranks as end it soonest, where every rank has all weights."""
 
-import io
 import math
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -11,6 +10,7 @@ from PIL import Image
 
 from xfuser.config import EngineConfig, InputConfig, ParallelConfig
 from xfuser.config.config import DEGREES
+from xfuser.pipeline_io.media import png
 from xfuser.serve.jobs import Job
 
 METHODS = ("cfg", "ulysses", "ring", "dp")  # of a team; the first ones are kept longest as teams get smaller
@@ -25,11 +25,10 @@ Measured = dict[int, list[tuple[int, float]]]  # by number of ranks: pixels and 
 def check(config: EngineConfig) -> None:
     """Raise a ValueError unless any number of ranks that divides the world can draw an image, and the same one."""
     parallel = config.parallel_config
-    degrees = {names.flag: getattr(parallel, names.field) for name, names in DEGREES.items() if name not in METHODS}
-    degrees |= {name: getattr(parallel, name) for name in ("fully_shard_degree", "num_pipeline_patch")}
-    given = [f"{flag}={degree}" for flag, degree in degrees.items() if degree > 1]
-    if config.runtime_config.text_encoder != "replicate":
-        given.append(f"text_encoder={config.runtime_config.text_encoder}")
+    flags = {names.flag: getattr(parallel, names.field) for name, names in DEGREES.items() if name not in METHODS}
+    flags |= {name: getattr(parallel, name) for name in ("fully_shard_degree", "num_pipeline_patch")}
+    flags["text_encoder"] = config.runtime_config.text_encoder
+    given = [f"{flag}={value}" for flag, value in flags.items() if value not in (1, "replicate")]
     allowed = ", ".join(DEGREES[name].flag for name in METHODS)
     if given:
         told = f"elastic requires all weights on every rank, and images that are the same on any number: {given[0]}"
@@ -75,7 +74,7 @@ async def measure(
         for size in sizes:
             for height, width in (halves, sides):
                 settings = common | {"height": height, "width": width}
-                image = _blank(width, height) if takes_picture else None
+                image = png(Image.new("RGB", (width, height))) if takes_picture else None
                 job = partial(Job, "a", "a" * inputs.use_cfg_parallel, 0, settings, image, retry=True)
                 jobs = [job(ranks={size: 0.0}) for _ in range(ROUNDS)]
                 took = [await draw(one) / STEPS for one in jobs]
@@ -84,12 +83,6 @@ async def measure(
         if found := {size: both for size, both in found.items() if len(both) == 2}:
             return found
     raise ValueError(f"elastic measures calls at {sides[1]}x{sides[0]} and half of it: {jobs[0].failure}")
-
-
-def _blank(width: int, height: int) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (width, height)).save(file, "PNG")
-    return file.getvalue()
 
 
 def pixels(settings: dict[str, Any]) -> int:
@@ -127,12 +120,11 @@ def placed(
         free, found = [max(end, now + SOON) if end else now for end in until], []
         for jobs in calls[:LOOKED_AT]:
             allowed = list(jobs[0].ranks or sizes)
-            choices = []
-            for size in [one for one in allowed if one <= most] or allowed[:1]:
-                took = predict(jobs, size)
-                for first in range(0, len(free), size):
-                    choices.append((max(free[first : first + size]) + took, size, first))
-            end, size, first = min(choices)
+            end, size, first = min(
+                (max(free[first : first + size]) + predict(jobs, size), size, first)
+                for size in [one for one in allowed if one <= most] or allowed[:1]
+                for first in range(0, len(free), size)
+            )
             found.append((jobs, range(first, first + size), end, max(free[first : first + size]) <= now))
             free[first : first + size] = [end] * size
         return found

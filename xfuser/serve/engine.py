@@ -54,17 +54,13 @@ class Metrics:
 
 @dataclass(eq=False)
 class Call:
-    """What some ranks draw now, how each of them ended it, and when something was last heard of it.
-
-    ``until`` is when it is predicted to end; ``told`` are the jobs that its first rank knows to be cancelled.
-    """
+    """What some ranks draw now, until when as predicted, how each ended it, and when it was last heard of."""
 
     jobs: list[Job]
     ranks: range
     until: float
     ends: dict[int, tuple[str, Any]] = field(default_factory=dict)
     heard: float = field(default_factory=time.monotonic)
-    told: set[str] = field(default_factory=set)
 
 
 class Engine:
@@ -106,18 +102,23 @@ class Engine:
 
     def submit(self, jobs: list[Job]) -> None:
         """Have all of these jobs drawn, or raise a :class:`Failure`."""
+        if self.failed:
+            raise Failure(503, self.why, "engine_stopped")
         if len(self.waiting) + len(jobs) > self._options.max_queue:
             told = f"{len(self.waiting)} images are waiting, {self._options.max_queue} may: try again later"
             raise Failure(429, told, "rate_limit_exceeded")
         self.waiting += jobs
-        self._post()
+        self._wake()
 
     def cancel(self, jobs: list[Job]) -> None:
         """End these jobs within one step; what has ended stays as it is."""
         self.waiting = [job for job in self.waiting if job not in jobs]
+        names = {job.id for job in jobs if not job.outcome}
+        for call in self._calls:
+            if not names.isdisjoint(job.id for job in call.jobs):
+                self._send(call.ranks[:1], ("cancel", names))
         for job in jobs:
             job.finish(Failure(409, "this request was cancelled", "cancelled"))
-        self._post()
 
     async def run(self) -> None:
         """Until this task is cancelled: start the ranks, and let them draw until one fails."""
@@ -134,9 +135,9 @@ class Engine:
             jobs = self.waiting + [job for call in self._calls for job in call.jobs]
             self._fail(jobs, Failure(503, self.why, "engine_stopped"))
 
-    def _post(self, rank: int | None = None, name: str = "look", value: Any = None) -> None:
-        """Note a message of a rank, or that there is something to look at."""
-        self._inbox.put_nowait((rank, name, value))
+    def _wake(self, _: Any = None) -> None:
+        """There is something to look at."""
+        self._inbox.put_nowait((None, "look", None))
 
     async def _start_and_draw(self) -> None:
         """One life of the ranks."""
@@ -200,7 +201,7 @@ class Engine:
         if not self._measuring:
             measure = elastic.measure(self._draw, self.abilities, self._sizes, self._inputs)
             self._measuring = asyncio.ensure_future(measure)
-            self._measuring.add_done_callback(lambda _: self._post())
+            self._measuring.add_done_callback(self._wake)
         if self.why and self._measuring.done():
             self._measured, self.why = self._measuring.result(), ""
         self._failed_starts, self.why = 0, self.why and "the ranks measure calls"
@@ -234,7 +235,7 @@ class Engine:
             self._senders[rank].submit(self._ours[rank].send, message)
 
     def _watch(self, call: Call) -> None:
-        """End the call if all its ranks have, tell them of cancelled jobs, see whether they hang."""
+        """End the call if all its ranks have, or see whether they hang."""
         failed = [end for end in call.ends.values() if end[0] != "done"]
         alike = len({kind for kind, _ in call.ends.values()}) == 1
         hang = self._options.hang_timeout
@@ -248,26 +249,22 @@ class Engine:
             raise RanksDown("a call ended differently on two ranks")
         elif silence > hang:
             raise RanksDown(f"no step for {hang:g} s")
-        elif cancelled := {job.id for job in call.jobs if job.outcome} - call.told:
-            call.told |= cancelled
-            self._send(call.ranks[:1], ("cancel", cancelled))
 
     def _settle(self, call: Call, kind: str, details: Any) -> None:
         """Hand over the results of a call; or draw it again in smaller ones, or on more ranks; or let it fail."""
         jobs, count = [job for job in call.jobs if not job.outcome], len(call.jobs)
-        most = {"invalid": 1, "memory": count // 2}.get(kind, 0) if count > 1 else 0
-        more = [size for size in self._sizes if size > len(call.ranks)] if kind == "memory" else []
+        if kind == "done" and len(details) != count:  # by a pipeline that takes no batches, or draws nothing
+            kind, details = "invalid" if count > 1 else "error", f"{len(details)} results instead of {count}"
+        most = {"invalid": 1, "memory": count // 2}.get(kind)
+        more = [size for size in self._sizes if size > len(call.ranks)]
         if kind == "done":
             for job, result in zip(call.jobs, details, strict=True):
                 self.metrics.latency.observe(time.time() - job.arrived)
                 job.finish(result)
-        elif most or more:
-            for job in jobs:
-                if most:
-                    job.most = most
-                else:
-                    job.ranks = {size: job.ranks.get(size, 0.0) for size in more}
-            self.waiting[:0] = jobs
+        elif count > 1 and most:
+            self._draw_again(jobs, most=most)
+        elif kind == "memory" and more:
+            self._draw_again(jobs, ranks={size: call.jobs[0].ranks.get(size, 0.0) for size in more})
         elif jobs:
             status, told, code = FAILURES[kind]
             self._fail(jobs, Failure(status, told.format(details), code))
@@ -277,14 +274,18 @@ class Engine:
         self._failed_starts += bool(self.why)
         self.why = f"the ranks start again: {down}"
         jobs = [job for call in self._calls for job in call.jobs if not job.outcome]
-        again = [job for job in jobs if job.retry]
-        for job in again:
-            job.retry, job.step = False, 0
-        self._calls, self.waiting[:0] = [], again
         lost = Failure(503, f"the ranks ended while they drew this: {down}", "engine_restarted")
-        self._fail([job for job in jobs if job not in again], lost)
+        self._fail([job for job in jobs if not job.retry], lost)
+        self._draw_again([job for job in jobs if job.retry], retry=False)
+        self._calls = []
         self.failed = self._failed_starts >= (STARTS if self.abilities else 1)
         self.metrics.restarts.inc()
+
+    def _draw_again(self, jobs: list[Job], **changes: Any) -> None:
+        """Put these jobs ahead of all that wait, with other values."""
+        for job in jobs:
+            vars(job).update(changes, step=0)
+        self.waiting[:0] = jobs
 
     def _fail(self, jobs: list[Job], failure: Failure) -> None:
         for job in jobs:

@@ -17,6 +17,7 @@ EXAMPLES = ("a red circle above a blue square", "a green square", "a yellow circ
 SIZES = ("auto", "128x128", "256x256", "512x512", "1024x1024")
 FONTS = ["system-ui", "sans-serif"]  # none that a browser would fetch
 HISTORY = 20  # images
+KEPT = 86400  # seconds that files of shown images are kept for; an open page sends its history back
 
 
 def mount(app: FastAPI, server: Server) -> None:
@@ -47,12 +48,13 @@ def page(server: Server) -> gradio.Blocks:
             yield f"{failure}", None, gradio.skip()
         finally:
             server.stop([job])
+            running.pop(call.session_hash, None)
 
     async def cancel(call: gradio.Request) -> None:
         if call.session_hash in running:
-            server.stop([running.pop(call.session_hash)])
+            server.stop([running[call.session_hash]])
 
-    with gradio.Blocks(title="xdit serve", analytics_enabled=False) as blocks:
+    with gradio.Blocks(title="xdit serve", analytics_enabled=False, delete_cache=(KEPT, KEPT)) as blocks:
         gradio.Markdown(f"## {server.model}\n{methods(server)}")
         with gradio.Row():
             with gradio.Column():

@@ -6,12 +6,12 @@ import io
 import math
 import os
 import random
-import threading
 from argparse import Namespace
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import lru_cache
-from multiprocessing.connection import Connection
+from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any, Literal
 
 from fastapi import UploadFile
@@ -101,20 +101,17 @@ class Server:
     def __init__(self, args: xFuserArgs, options: Namespace) -> None:
         self.args, self.options = args, options
         self.config, self.inputs = args.checked()
-        ranks = self.config.world_size
         self.model = os.path.basename(self.config.model_config.model.rstrip("/"))
-        self._sizes = elastic.sizes_of(ranks, options.elastic)
-
-        def launch(connections: list[Connection]) -> None:
-            start(ranks, WORKER, args, options.elastic, connections)
-
+        self._sizes = elastic.sizes_of(self.config.world_size, options.elastic)
+        launch = partial(start, self.config.world_size, WORKER, args, options.elastic)
         devices.preload(WORKER.partition(":")[0])
         self.engine = Engine(launch, self._sizes, self.inputs, options)
         self._memory = self.config.runtime_config.memory or devices.total_memory()
         self._machine = calibrated() if options.elastic else None
-        self._counted, self._counting = lru_cache(KEPT_COUNTS)(self._count), threading.Lock()
-        self._files: deque[str] = deque()
-        self._jobs: dict[str, Job] = {}
+        self._counted = lru_cache(KEPT_COUNTS)(self._count)
+        self._counter = ThreadPoolExecutor(1)  # the planner stands in for process groups, which there is one set of
+        self.folder, self._files = Path(options.output_dir), deque()
+        self._requests: dict[str, list[Job]] = {}  # by the id of their first job
 
     async def submit(self, request: Request) -> list[Job]:
         """Have a request drawn: one job for each image.
@@ -126,29 +123,29 @@ class Server:
             if self.engine.why:
                 raise Failure(503, f"not ready: {self.engine.why}", "not_ready")
             jobs = self.jobs_of(request, await picture_of(request))
-            ranks = await asyncio.to_thread(self.ranks_for, jobs[0].settings)
+            loop = asyncio.get_running_loop()
+            ranks = await loop.run_in_executor(self._counter, self.ranks_for, jobs[0].settings)
             for job in jobs:
-                job.ranks = dict(ranks)
+                job.ranks = ranks
             self.engine.submit(jobs)
         except Failure as failure:
             self.engine.metrics.failures.labels(failure.code).inc()
             raise
-        self._jobs |= {job.id: job for job in jobs}
-        for job in [job for job in self._jobs.values() if job.outcome][:-KEPT_VIDEOS]:
-            del self._jobs[job.id]
+        self._requests[jobs[0].id] = jobs
+        for name in [name for name, jobs in self._requests.items() if all(job.outcome for job in jobs)][:-KEPT_VIDEOS]:
+            del self._requests[name]
         return jobs
 
-    def job(self, name: str) -> Job:
-        """By its id: one that was not stopped, and of videos, one of the newest."""
-        if name not in self._jobs:
+    def jobs(self, name: str) -> list[Job]:
+        """Of a request, by the id of its first job: one that was not stopped, and of videos, one of the newest."""
+        if name not in self._requests:
             raise Failure(404, f"there is no video or running request {name!r}", "not_found")
-        return self._jobs[name]
+        return self._requests[name]
 
     def stop(self, jobs: list[Job]) -> None:
-        """End and forget these jobs."""
+        """End and forget the request with these jobs."""
         self.engine.cancel(jobs)
-        for job in jobs:
-            self._jobs.pop(job.id, None)
+        self._requests.pop(jobs[0].id, None)
 
     def jobs_of(self, request: Request, image: bytes | None = None) -> list[Job]:
         """The jobs of a request, with seeds that count up; raises a :class:`Failure` for what this model lacks."""
@@ -194,17 +191,13 @@ class Server:
         """An image as OpenAI's API gives it, with its seed; by URL, it is a file in the output folder."""
         if response_format == "b64_json":
             return {"b64_json": base64.b64encode(job.result()).decode(), "seed": job.seed}
-        os.makedirs(self.options.output_dir, exist_ok=True)
-        self._files.append(f"{job.id}.png")
-        with open(self.path(self._files[-1]), "wb") as file:
-            file.write(job.result())
+        file = self.folder / f"{job.id}.png"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(job.result())
+        self._files.append(file)
         if len(self._files) > KEPT_FILES:
-            os.unlink(self.path(self._files.popleft()))
-        return {"url": f"{base}files/{job.id}.png", "seed": job.seed}
-
-    def path(self, name: str) -> str:
-        """Of a file in the output folder."""
-        return os.path.join(self.options.output_dir, name)
+            self._files.popleft().unlink(missing_ok=True)
+        return {"url": f"{base}files/{file.name}", "seed": job.seed}
 
     def ranks_for(self, settings: dict[str, Any]) -> dict[int, float]:
         """The numbers of ranks that have the memory for an image, by the planner's count, and the seconds that it
@@ -215,8 +208,7 @@ class Server:
         """
         if self._memory is None and self._machine is None:
             return {}
-        with self._counting:  # the planner stands in for process groups, which there is one set of
-            counts = self._counted(settings["height"], settings["width"], settings["num_frames"])
+        counts = self._counted(settings["height"], settings["width"], settings["num_frames"])
         fitting = {size: time for size, (need, *time) in counts.items() if need <= (self._memory or math.inf)}
         if not fitting:
             least = min(need for need, *_ in counts.values())

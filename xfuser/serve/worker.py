@@ -18,7 +18,7 @@ from xfuser.config import EngineConfig, InputConfig, xFuserArgs
 from xfuser.core.distributed import get_world_group
 from xfuser.core.distributed.teams import Groups, form_teams, in_team
 from xfuser.parallel import xDiTParallel
-from xfuser.pipeline_io.media import media_of, write_media
+from xfuser.pipeline_io.media import media_of, png, write_media
 from xfuser.serve import elastic
 from xfuser.weights.loading import load_pipeline
 
@@ -34,10 +34,9 @@ class Cancelled(Exception):
 def serve(args: xFuserArgs, is_elastic: bool, connections: list[Connection]) -> None:
     """Load, and draw until the engine, at the other end of this rank's connection, is gone."""
     tqdm.set_lock(threading.RLock())  # in place of a semaphore, which outlives a rank that is killed
-    engine = connections[int(os.environ["RANK"])]
+    engine = connections.pop(int(os.environ["RANK"]))
     for connection in connections:
-        if connection is not engine:
-            connection.close()
+        connection.close()
     engine_config, inputs = args.create_config()
     pipe = load_pipeline(engine_config, inputs)
     pipe.set_progress_bar_config(disable=True)
@@ -88,12 +87,11 @@ def draw(
             return "done", [encoded(item) for item in results] if get_world_group().is_first_rank else None
     except Cancelled:
         return "cancelled", None
-    except ConnectionError:
-        raise
     except ValueError as error:
         return "invalid", str(error)
     except Exception as error:
-        if type(error).__name__ == "AcceleratorError":  # nothing can run on the device from now on
+        # the engine is gone, or nothing can run on the device from now on
+        if isinstance(error, ConnectionError) or type(error).__name__ == "AcceleratorError":
             raise
         memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
         return "memory" if memory else "error", f"{type(error).__name__}: {error}"
@@ -166,9 +164,7 @@ def preview(pipe: Any, latents: torch.Tensor, settings: dict[str, Any]) -> list[
 def encoded(item: Any) -> bytes:
     """An image as PNG, a video as MP4 (GIF without an encoder), latents as safetensors."""
     if isinstance(item, Image.Image):
-        file = io.BytesIO()
-        item.save(file, "PNG", compress_level=1)
-        return file.getvalue()
+        return png(item)
     with tempfile.TemporaryDirectory() as folder, open(write_media(item, folder, "result"), "rb") as file:
         return file.read()
 
