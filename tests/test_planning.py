@@ -190,6 +190,16 @@ def test_weights_in_shards_travel_once_a_forward():
         assert sum(row.time.spent.values()) == pytest.approx(row.seconds, rel=0.02)
 
 
+def test_divided_text_encoders_are_counted(folder_of):
+    """By the rows that divide weights; the others are refused as they are in a run."""
+    args = xFuserArgs(model=folder_of("sd3"), prompt="a", height=64, width=64, num_inference_steps=1)
+    choices = [{"tensor": 2}, {"ulysses": 2}]
+    whole, _ = plan(args, 2, choices=choices)
+    divided, refused = plan(replace(args, tensor_parallel_text_encoder=True), 2, choices=choices)
+    assert divided.needs["text encoders"] < 0.9 * whole.needs["text encoders"]
+    assert refused.refusal.startswith("tensor_parallel_text_encoder requires")
+
+
 def test_stages_of_two_transformers_are_counted():
     """Of Wan 2.2: half of both's blocks; the keys and values of one at a time, and none while the VAE decodes."""
     args = replace(FLUX, model="wan2.2-t2v-a14b", height=160, width=96, num_frames=33)

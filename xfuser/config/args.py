@@ -176,7 +176,7 @@ class xFuserArgs:
 
     def _chosen(self) -> "xFuserArgs":
         """These arguments with degrees chosen by plan, the same on all ranks."""
-        replace(self, fully_shard_degree=min(1, self.fully_shard_degree)).checked()
+        replace(self, fully_shard_degree=min(1, self.fully_shard_degree), tensor_parallel_text_encoder=False).checked()
         if not self.model:
             raise ValueError("auto plans by the configurations of a pipeline: name it by model")
         init_distributed_environment()

@@ -187,8 +187,9 @@ class ParallelConfig:
             raise ValueError("tensor_parallel_text_encoder requires tensor_parallel_degree above 1")
         degree, replica = self.fully_shard_degree, self.world_size // self.dp_degree
         if degree not in (1, replica):
+            allowed = " or ".join(map(str, sorted({1, replica})))
             raise ValueError(
-                f"fully_shard_degree={degree!r} must be 1, or {replica}: all ranks of a data-parallel replica"
+                f"fully_shard_degree={degree!r} must be {allowed}: one rank, or all of a data-parallel replica"
             )
         for method in ("pipefusion", "tensor"):
             if degree > 1 and getattr(self, DEGREES[method].field) > 1:

@@ -168,8 +168,9 @@ def located(args: xFuserArgs) -> xFuserArgs:
 
 def source_of(args: xFuserArgs) -> Source:
     """What rehearsals of this pipeline share."""
-    shards = min(1, args.fully_shard_degree)  # more are checked with each row's ranks
-    engine = replace(args, use_torch_compile=False, fully_shard_degree=shards).checked()[0]
+    shards = min(1, args.fully_shard_degree)  # more are checked with each row's ranks, as are divided encoders
+    alone = {"fully_shard_degree": shards, "tensor_parallel_text_encoder": False}
+    engine = replace(args, use_torch_compile=False, **alone).checked()[0]
     return Source(engine.model_config.model, engine.runtime_config.dtype)
 
 
