@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import weakref
 from argparse import Namespace
@@ -463,8 +464,10 @@ def test_a_queue_holds_so_many():
         engine.submit([job("a")] * 6)
 
 
-def test_a_rank_that_reads_nothing_is_started_anew():
-    """A message that its connection does not take, as a rank that is stopped does not read, holds nothing up."""
+def test_a_rank_that_reads_nothing_is_started_anew(pool):
+    """A message that its connection does not take, as a rank that is stopped does not read, holds nothing up. Other
+    children of the process are left alone."""
+    before = pool.run(1, os.getpid)
 
     def launch(connections):
         with Connection(os.dup(connections[0].fileno())) as rank:
@@ -485,6 +488,7 @@ def test_a_rank_that_reads_nothing_is_started_anew():
     edited = Job("a", "", 0, {"num_inference_steps": 1}, image=bytes(1 << 22))
     asyncio.run(drawn(edited))
     assert edited.failure.status == 503 and "no step for 0.5 s" in str(edited.failure)
+    assert pool.run(1, os.getpid) == before
 
 
 def test_a_pipeline_that_returns_another_number_of_images_ends_no_server():
@@ -546,13 +550,13 @@ def test_what_cannot_be_served_is_told_in_one_line(tmp_path, monkeypatch):
 
 
 @pytest.mark.matrix
-def test_a_server_whose_ranks_do_not_start_ends(tmp_path, monkeypatch):
+def test_a_server_whose_ranks_do_not_start_ends(tmp_path, monkeypatch, request):
     """And leaves nothing of its launcher."""
-    model, temporary = tmp_path / "damaged", tmp_path / "temporary"
-    temporary.mkdir()
-    monkeypatch.setenv("TMPDIR", str(temporary))
+    model, folder = tmp_path / "damaged", tempfile.TemporaryDirectory()  # a short name: there will be sockets
+    request.addfinalizer(folder.cleanup)
+    monkeypatch.setenv("TMPDIR", folder.name)
     shutil.copytree(SHIPPED_PIPELINE, model)
     (model / "scheduler" / "scheduler_config.json").write_text("{")
     served = Served(tmp_path, "--model", model)
     assert served.process.wait(PATIENCE) == 1 and "scheduler" in served.log.read_text()
-    assert not [path.name for path in temporary.iterdir() if path.name.startswith(("torchelastic_", "tmp"))]
+    assert not [name for name in os.listdir(folder.name) if name.startswith(("torchelastic_", "tmp"))]

@@ -67,8 +67,8 @@ class Engine:
     """Draws the jobs that wait, in the order of their arrival, as long as :meth:`run` does.
 
     Args:
-        launch: starts the ranks as children of this process, which has no others, with a connection for each; it
-            returns when they have ended.
+        launch: starts the ranks as children of this process, which starts no others meanwhile, with a connection for
+            each; it returns when they have ended.
         sizes: the numbers of ranks that a call may have; the last one is how many there are.
         inputs: the defaults of requests, by which calls are measured.
         options: with ``max_queue``, the jobs that may wait, and ``hang_timeout``, seconds without a step after which
@@ -141,7 +141,7 @@ class Engine:
 
     async def _start_and_draw(self) -> None:
         """One life of the ranks."""
-        inbox, loop = asyncio.Queue(), asyncio.get_running_loop()
+        inbox, loop, others = asyncio.Queue(), asyncio.get_running_loop(), multiprocessing.active_children()
         self._inbox, self._ready = inbox, set()
         pipes = [multiprocessing.Pipe() for _ in range(self._sizes[-1])]
         self._ours, self._theirs = map(list, zip(*pipes, strict=True))
@@ -164,7 +164,7 @@ class Engine:
             self._settle_down(down)
         finally:
             while not launcher.done():  # also while it starts them
-                for process in multiprocessing.active_children():
+                for process in set(multiprocessing.active_children()).difference(others):
                     process.kill()
                 await asyncio.wait([launcher], timeout=POLL)
             for connection, sender in zip(self._theirs, self._senders, strict=True):
