@@ -122,9 +122,17 @@ def of_different_sizes(device):
     dist.all_gather(parts, torch.zeros(parts[dist.get_rank()].shape, device=NAME))
 
 
+def meet():
+    """Wait for the other rank: else one could be gone before the other has found it."""
+    store, rank = dist.distributed_c10d._get_default_store(), dist.get_rank()
+    store.set(f"{rank} is here", b"")
+    store.wait([f"{1 - rank} is here"])
+
+
 def read_too_early(device):
     x, other = torch.zeros(4, device=NAME), 1 - dist.get_rank()
     works = [dist.irecv(x, other), dist.isend(torch.ones(4, device=NAME), other)]
+    meet()
     x + 1
     [work.wait() for work in works]
 
@@ -132,6 +140,7 @@ def read_too_early(device):
 def overwritten_too_early(device):
     x, other = torch.zeros(4, device=NAME), 1 - dist.get_rank()
     works = [dist.isend(x, other), dist.irecv(torch.empty(4, device=NAME), other)]
+    meet()
     x.add_(1)
     [work.wait() for work in works]
 
