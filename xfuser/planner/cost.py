@@ -229,8 +229,6 @@ class Clock:
     def _wait(self, until: float) -> None:
         self.spent[LINKS] += max(0.0, until - self.device)
         self.device = max(self.device, until)
-        if self.machine.synchronous:
-            self.host = self.device
 
     def _repeat(self, repeat: Repeat) -> None:
         """A block several times: once, and then as often as that took."""

@@ -80,7 +80,8 @@ class _Shift:
     def __init__(self, held: Tensor, k: Tensor, v: Tensor, incoming_length: int, group: dist.ProcessGroup) -> None:
         ranks, rank = dist.get_process_group_ranks(group), dist.get_rank(group)
         self._shapes = [(*x.shape[:2], incoming_length, x.shape[3]) for x in (k, v)]
-        self._sent, self._received = held, k.new_empty(sum(map(math.prod, self._shapes)))
+        self._counts = [math.prod(shape) for shape in self._shapes]
+        self._sent, self._received = held, k.new_empty(sum(self._counts))
         ops = []
         if self._sent.numel():
             ops.append(dist.P2POp(dist.isend, self._sent, ranks[(rank + 1) % len(ranks)], group))
@@ -95,5 +96,5 @@ class _Shift:
         # sent is this object's until then.
         for work in self._works:
             work.wait()
-        k, v = self._received.split([math.prod(shape) for shape in self._shapes])
+        k, v = self._received.split(self._counts)
         return self._received, k.view(self._shapes[0]), v.view(self._shapes[1])
