@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> int:
         from xfuser.bench import host_overhead
 
         return host_overhead.run(options.rounds)
-    if options.predict and not (options.case or options.model):
+    if options.predict and not (options.case or options.model or is_rank()):
         from xfuser.bench.predict import run_cases
 
         return run_cases(options, arguments)
@@ -50,10 +50,9 @@ def main(arguments: list[str]) -> int:
         from xfuser.bench.predict import machine_here, prediction_table, predictions
 
         machine_here()  # or an error, ahead of all that is measured
-    told = run_ranks("bench", arguments, chosen)
+    told = compare(options, arguments, chosen)
     if told is None:
         return 1
-    report(options, told)
     if options.predict:
         print(prediction_table(predictions(options, chosen, told)))
     return 0
@@ -135,6 +134,16 @@ def chosen_configurations(options: argparse.Namespace) -> list[Configuration]:
     return chosen
 
 
+def compare(
+    options: argparse.Namespace, arguments: list[str], chosen: list[Configuration]
+) -> list[dict[str, Any]] | None:
+    """Measure on ranks of their own, and report; what :func:`run_ranks` returns."""
+    told = run_ranks("bench", arguments, chosen)
+    if told is not None:
+        _report(options, told)
+    return told
+
+
 def run_ranks(command: str, arguments: list[str], chosen: list[Configuration]) -> list[dict[str, Any]] | None:
     """Start ``xdit COMMAND`` on each number of ranks that is asked for; what each run tells, or None if one failed."""
     from xfuser.cli.main import launch
@@ -205,13 +214,12 @@ def _finish(options: argparse.Namespace, told: dict[str, Any]) -> int:
     if get_world_group().is_first_rank and options.part:
         write_json(options.part, told)
     elif get_world_group().is_first_rank:
-        report(options, [told])
+        _report(options, [told])
     destroy_distributed_environment()
     return 0
 
 
-def report(options: argparse.Namespace, told: list[dict[str, Any]]) -> None:
-    """Write what was measured into the folder of the options, and print it."""
+def _report(options: argparse.Namespace, told: list[dict[str, Any]]) -> None:
     from xfuser.bench import compiled
     from xfuser.bench.report import write_report
 

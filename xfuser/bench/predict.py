@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from xfuser.bench.cases import CASES, seeded
-from xfuser.bench.command import base_arguments, check_outputs, chosen_configurations, report, run_ranks, title_of
+from xfuser.bench.command import base_arguments, check_outputs, chosen_configurations, compare, title_of
 from xfuser.bench.configurations import PRESETS, Configuration
 from xfuser.config import EngineConfig, InputConfig, ParallelConfig
 from xfuser.planner.estimate import Estimate, counted, estimate
@@ -153,10 +153,9 @@ def run_cases(options: argparse.Namespace, arguments: list[str]) -> int:
         flags = ["--case", case, "--output_dir", one.output_dir, "--configs", *one.configs]
         if launch(max(one.ranks), ["plan", "--calibrate"]):
             return 1
-        told = run_ranks("bench", [*arguments, *flags], chosen)
+        told = compare(one, [*arguments, *flags], chosen)
         if told is None:
             return 1
-        report(one, told)
         found += predictions(one, chosen, told)
     print(prediction_table(found))
     return 0
