@@ -3,20 +3,22 @@
 import gc
 import math
 from dataclasses import replace
-from functools import cache
+from functools import cache, wraps
 
 import pytest
 import running
 import torch
+from diffusers import SD3Transformer2DModel
 from test_cli import xdit
 
 from xfuser import xDiTParallel, xFuserArgs
 from xfuser.cli.plan import machines_of, main, parser
 from xfuser.config.args import in_bytes
 from xfuser.config.config import legal_degrees
+from xfuser.core.distributed import get_world_group
 from xfuser.core.meters import LiveMemory
 from xfuser.planner import repeats
-from xfuser.planner.machines import keep, machine_of
+from xfuser.planner.machines import keep, machine_of, sheet_of
 from xfuser.planner.rehearsal import alone_of, rehearse, weight_of
 from xfuser.planner.report import left_out
 from xfuser.planner.scale import choices_of, widened
@@ -305,9 +307,43 @@ def test_unknown_machines_and_bad_flags_are_refused(tmp_path, monkeypatch):
             main(["--model", "flux.1-dev", *flags])
     with pytest.raises(ValueError, match=r"(?s)model='sd3' is neither a folder nor .*stable-diffusion-3-medium"):
         main(["--model", "sd3", "--gpus", "2xH100"])
-    assert machine_of("NVIDIA H100 80GB HBM3").name == "H100"
     keep(replace(machine_of("CPU"), name="My Machine"))
     assert machine_of("my machine").synchronous
+
+
+def test_a_row_says_why_it_cannot_be_counted(folder_of, monkeypatch):
+    """A forward that looks at values, and one that fails otherwise, on two ranks alone."""
+    forward, args = SD3Transformer2DModel.forward, asked(folder_of("sd3"), {})
+
+    @wraps(forward)
+    def looking(self, hidden_states, *args, **kwargs):
+        if get_world_group().world_size > 1:
+            raise KeyError("one of its own")
+        return forward(self, hidden_states * hidden_states.sum().item(), *args, **kwargs)
+
+    monkeypatch.setattr(SD3Transformer2DModel, "forward", looking)
+    (alone,) = plan(args, 1, machine_of("H100"), False, [{}])
+    assert "looks at the values" in alone.refusal and "_local_scalar_dense" in alone.refusal
+    (two,) = plan(args, 2, machine_of("H100"), False, [{"ulysses": 2}])
+    assert two.refusal == "KeyError: 'one of its own'"
+
+
+@pytest.mark.parametrize(
+    ("told", "sheet"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100"), ("H100SXM", "H100"), ("NVIDIA H100 PCIe", "H100 PCIe"),
+        ("H200 141GB", "H200"),
+        ("NVIDIA GH200 480GB", "GH200"), ("GB200", "GB200"), ("NVIDIA H20-3e", "H20-3e"), ("h20", "H20"),
+        ("NVIDIA A100-SXM4-80GB", "A100"), ("A100-PCIE-40GB", "A100 40GB"), ("NVIDIA A100 80GB PCIe", "A100 PCIe"),
+        ("NVIDIA A10G", "A10G"), ("A10", "A10"), ("L40-48GB", "L40"), ("NVIDIA L40S", "L40S"), ("L20X", None),
+        ("NVIDIA GeForce RTX 4090", "RTX 4090"), ("NVIDIA GeForce RTX 4090 D", "RTX 4090D"), ("rtx4090d", "RTX 4090D"),
+        ("4090", "RTX 4090"), ("NVIDIA RTX A6000", "RTX A6000"), ("NVIDIA RTX A4000", None), ("Quadro RTX 6000", None),
+        ("NVIDIA RTX 6000 Ada Generation", "RTX 6000 Ada"), ("Tesla V100-SXM2-16GB", "V100 16GB"), ("Tesla T4", "T4"),
+        ("AMD Instinct MI300X", "MI300X"), ("A1000", None),
+    ],
+)  # fmt: skip
+def test_a_machine_is_known_by_the_name_that_its_driver_tells(told, sheet):
+    assert sheet_of(told) == sheet
 
 
 @pytest.mark.matrix

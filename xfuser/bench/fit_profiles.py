@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> int:
     flags.add_argument("--counts", help="File to keep what was counted in, for the next time.")
     flags.add_argument("--write", action="store_true", help="Put the constants of all machines into the package.")
     options = flags.parse_args(arguments)
-    points, left = read(options.folder, shipped()["machines"])
+    points, left = read(options.folder)
     told = rehearsals(points, options.counts)
     model = Model(points, told)
     points = [point for point in points if point.counted in told]

@@ -8,14 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from xfuser.config import xFuserArgs
+from xfuser.planner.machines import sheet_of
 from xfuser.planner.published import named, published
 
 FILES = ("points.csv", "points_from_images.csv")
-MACHINES = {  # as the tables call them, to data sheets; of two names with a slash, the first that has one
-    "H100-80GB": "H100", "H100/H800": "H100", "H800/H100": "H100", "H200 141GB": "H200", "A100-80GB": "A100",
-    "A100-SXM4-80GB": "A100", "A100/A800": "A100", "A800/A100": "A100", "A800-80G": "A800", "A800-SXM4-80GB": "A800",
-    "L40-48GB": "L40",
-}  # fmt: skip
 UNLIKE = {  # words of a row's notes, to why it is left out
     "anomalous": "anomalous", "onediff": "another compiler", "genmo": "another implementation",
     "fitted cost model": "not measured", "extrapolated": "not measured", "FP8": "quantised messages",
@@ -86,14 +82,14 @@ class Point:
         )  # fmt: skip
 
 
-def read(folder: str, sheets: dict[str, Any]) -> tuple[list[Point], Counter]:
+def read(folder: str) -> tuple[list[Point], Counter]:
     """The measurements of times that can be compared, and how many were left out by reason."""
     found, left = [], Counter()
     for name in FILES:
         with open(os.path.join(folder, name), encoding="utf-8") as file:
             rows = [row for row in csv.DictReader(file) if row["what"] in ("latency_s", "per_step_s")]
         for row in rows:
-            reason = _unlike(row, sheets)
+            reason = _unlike(row)
             if reason:
                 left[reason] += 1
             else:
@@ -101,16 +97,16 @@ def read(folder: str, sheets: dict[str, Any]) -> tuple[list[Point], Counter]:
     return found, left
 
 
-def machine_name(row: dict[str, str]) -> str:
-    """The machine of a published row, by its name among the profiles."""
-    return MACHINES.get(row["gpu"], row["gpu"])
+def machine_name(row: dict[str, str]) -> str | None:
+    """The machine of a published row, by its data sheet; of two names with a slash, the first that has one."""
+    return next(filter(None, map(sheet_of, row["gpu"].split("/"))), None)
 
 
-def _unlike(row: dict[str, str], sheets: dict[str, Any]) -> str | None:
+def _unlike(row: dict[str, str]) -> str | None:
     """Why a row cannot be compared; None where it can."""
     if row["cache"] not in ("", "none") or row["quant"] not in ("", "none") or "age" in row["attention_backend"]:
         return "step caches, quantised weights or attention"
-    if machine_name(row) not in sheets:
+    if not machine_name(row):
         return "machine unstated, or not known"
     if not named(row["model"]):
         return "model not known"

@@ -176,13 +176,26 @@ def machine_of(
     return replace(machine, node=node, node_link=node_link or machine.node_link)
 
 
+def sheet_of(name: str) -> str | None:
+    """The data sheet of a device, by its name here or as its driver tells it ("NVIDIA A100-SXM4-40GB"): of those whose
+    words the name has, the longest. A word that goes on ("L40S", "A1000") is another one; None where there is none.
+    """
+    text = re.sub(r"[^a-z0-9]+", " ", name.lower())
+    found = [one for one in shipped()["machines"] if all(re.search(word, text) for word in _words(one))]
+    return max(found, key=len, default=None)
+
+
+def _words(name: str) -> list[str]:
+    """As patterns, without RTX; a space may stand between digits and letters."""
+    words = re.findall(r"[a-z0-9]+", name.lower().removeprefix("rtx "))
+    ends = (r"(?!\d|[a-z]\b)" if word[-1].isdigit() else r"(?![a-z])" for word in words)
+    return [re.sub(r"(?<=\d)(?=[a-z])", " ?", word) + end for word, end in zip(words, ends, strict=True)]
+
+
 def _of_sheet(name: str, links: str | None, constants: dict[str, Constants] | None) -> Machine:
-    sheets = shipped()["machines"]
-    known = {_plain(one): one for one in sheets}
-    found = known.get(_plain(name)) or next(
-        (known[one] for one in sorted(known, key=len, reverse=True) if one in _plain(name)), None
-    )
+    sheets, found = shipped()["machines"], sheet_of(name)
     if found is None:
+        known = {_plain(one): one for one in sheets}
         near = difflib.get_close_matches(_plain(name), known, 3)
         raise ValueError(
             f"gpus={name!r} is unknown: known are {', '.join(sheets)}"
