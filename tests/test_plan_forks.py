@@ -10,10 +10,9 @@ import pytest
 import torch
 from test_planning import asked
 
-from xfuser.planner import table
+from xfuser.planner import forks
 from xfuser.planner.machines import machine_of
-from xfuser.planner.rehearsal import Rehearsed
-from xfuser.planner.table import Row, plan
+from xfuser.planner.table import plan
 
 
 def test_forks_count_what_one_process_counts(folder_of, monkeypatch):
@@ -21,7 +20,7 @@ def test_forks_count_what_one_process_counts(folder_of, monkeypatch):
     args, found = asked(folder_of("pixart_alpha"), {}), []
     for cores in (1, 2):
         monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)), raising=False)
-        monkeypatch.setattr(table, "MANY", 2)
+        monkeypatch.setattr(forks, "MANY", 2)
         degrees = [{"ulysses": 2}, {"cfg": 2}]
         found.append(plan(args, 2, machine_of("H100"), False, degrees))
     alone, forked = found
@@ -30,9 +29,9 @@ def test_forks_count_what_one_process_counts(folder_of, monkeypatch):
 
 
 def forked(action):
-    """What an action returns in each of seven forks, which have two cores; the first row is this process's."""
+    """What an action returns in each of seven forks, which have two cores; the first result is this process's."""
     parent = os.getpid()
-    return table._each(lambda _: Row("", {}, action() if os.getpid() != parent else "", told=Rehearsed()), [{}] * 8)[1:]
+    return forks.each(lambda _: action() if os.getpid() != parent else None, [None] * 8, lambda _: True)[1:]
 
 
 def test_forks_wait_for_no_threads_of_their_parent(monkeypatch):
@@ -42,7 +41,7 @@ def test_forks_wait_for_no_threads_of_their_parent(monkeypatch):
     try:
         torch.ones(1 << 20).sum()
         rows = forked(lambda: (signal.alarm(20), torch.ones(1 << 20).sum().item())[1])  # killed where it waits
-        assert [row.refusal for row in rows] == [1 << 20] * 7
+        assert rows == [1 << 20] * 7
     finally:
         torch.set_num_threads(threads)
 

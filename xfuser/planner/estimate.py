@@ -97,7 +97,7 @@ def estimate(
     else:
         found.step = max(busy, fetched)
         found.denoise = max(first.device, fetched) + (steps - 1) * found.step
-        found.spent[LINKS] += found.denoise - first.device - (steps - 1) * busy
+        found.spent[LINKS] += max(0.0, fetched - first.device) + (steps - 1) * max(0.0, fetched - busy)
         _add(found.spent, first.spent, 1)
         for clock in each:
             _add(found.spent, clock.spent, steps - 1)

@@ -1,19 +1,15 @@
 """The legal combinations of degrees for a number of ranks: the memory that each takes, and the time."""
 
-import multiprocessing
-import os
-import signal
-import threading
-from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
-import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from xfuser.config import xFuserArgs
 from xfuser.config.args import shipped_folder
 from xfuser.config.config import DEGREES, in_words, legal_degrees
+from xfuser.planner import forks
 from xfuser.planner.estimate import Estimate, counted, estimate
 from xfuser.planner.machines import Machine
 from xfuser.planner.published import configs_of, named
@@ -23,7 +19,6 @@ from xfuser.weights.text_encoders import PREFIX
 
 COLUMNS = ("transformer", "text encoders", "other weights", "kept", "encode", "denoise", "VAE", "peak")
 GATHERED = 2  # units at a time: the one that computes, and the one that is fetched meanwhile
-MANY = 6  # combinations that are worth processes of their own
 OBJECTIVES = ("latency", "throughput", "memory")
 
 
@@ -110,53 +105,8 @@ def plan(
     source = source or source_of(base)
     with alone_of(world_size):
         choices = legal_degrees(world_size) if choices is None else choices
-        return _each(lambda degrees: _row(base, degrees, world_size, machine, compiled, source, exact), list(choices))
-
-
-def _each(row: Callable[[dict[str, int]], Row], choices: list[dict[str, int]]) -> list[Row]:
-    """A row of each combination.
-
-    Of many, the rest is counted by forks of this process once a row is there: what all have in common is known then.
-
-    Raises:
-        RuntimeError: a fork was killed.
-    """
-    found: list[Row] = []
-    while len(found) < len(choices) and (len(choices) < MANY or not any(one.told for one in found)):
-        found.append(row(choices[len(found)]))
-    rest = choices[len(found) :]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-    if cores == 1 or not rest:
-        return found + [row(one) for one in rest]
-    context = multiprocessing.get_context("fork")
-    try:
-        with ProcessPoolExecutor(min(cores, len(rest)), context, _begin, (row,)) as pool:
-            return found + list(pool.map(_kept_row, rest))
-    except BrokenProcessPool:
-        raise RuntimeError(
-            "a process that counts combinations was killed, maybe for lack of memory: free some, or count on one core"
-            " (taskset -c 0)"
-        ) from None
-
-
-_kept: list[Callable[[dict[str, int]], Row]] = []  # of a fork, which takes it from the process that it began as
-
-
-def _begin(row: Callable[[dict[str, int]], Row]) -> None:
-    """A fork has none of OpenMP's other threads, and would wait for them; it ends as its parent does, and is silent."""
-    _kept.append(row)
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-def _kept_row(degrees: dict[str, int]) -> Row:
-    return _kept[0](degrees)
+        one = partial(_row, base, world_size=world_size, machine=machine, compiled=compiled, source=source, exact=exact)
+        return forks.each(one, list(choices), lambda row: row.told is not None)
 
 
 def located(args: xFuserArgs) -> xFuserArgs:
@@ -207,14 +157,24 @@ def _row(
             )
         steps = source.steps(stages, warmup, degrees.get("cfg", 1))
         told = rehearse(*replace(wanted, **plain, num_inference_steps=steps).checked(), source)
-    except (ValueError, RuntimeError) as error:
-        return Row(name, {}, str(error).splitlines()[0], degrees)
+    except Exception as error:  # also of a pipeline's own code: other combinations may be counted
+        return Row(name, {}, _reason(error), degrees)
     row = Row(name, needs_of(told, args.text_encoder, world_size, shards), "", degrees, 1, told)
     if machine:
         synchronous = warmup * len(told.transformers)  # each begins with its own
         fetched = machine.link_seconds(_gathered(told, shards)) * told.forwards if shards > 1 else 0.0
         row.time = estimate(counted(told, compiled), machine, args.num_inference_steps, synchronous, compiled, fetched)
     return row
+
+
+def _reason(error: Exception) -> str:
+    """Why a combination cannot be counted, in one line."""
+    told = str(error).partition("\n")[0]
+    if isinstance(error, DataDependentOutputException | DynamicOutputShapeException):
+        return (
+            f"the pipeline looks at the values of tensors ({told}), which a plan does not have: measure with xdit bench"
+        )
+    return told if isinstance(error, ValueError) else f"{type(error).__name__}: {told}"
 
 
 def _gathered(told: Rehearsed, shards: int) -> Message:
