@@ -8,13 +8,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers.hooks import (
-    apply_faster_cache,
-    apply_first_block_cache,
-    apply_mag_cache,
-    apply_pyramid_attention_broadcast,
-    apply_taylorseer_cache,
-)
+from diffusers import hooks
 from diffusers.hooks.hooks import StateManager
 
 from xfuser import xDiTParallel, xFuserArgs
@@ -40,11 +34,11 @@ def family_of(name: str) -> zoo.Family:
 
 
 APPLY = {
-    "FirstBlockCacheConfig": apply_first_block_cache,
-    "MagCacheConfig": apply_mag_cache,
-    "TaylorSeerCacheConfig": apply_taylorseer_cache,
-    "PyramidAttentionBroadcastConfig": apply_pyramid_attention_broadcast,
-    "FasterCacheConfig": apply_faster_cache,
+    "FirstBlockCacheConfig": "apply_first_block_cache",
+    "MagCacheConfig": "apply_mag_cache",
+    "TaylorSeerCacheConfig": "apply_taylorseer_cache",
+    "PyramidAttentionBroadcastConfig": "apply_pyramid_attention_broadcast",
+    "FasterCacheConfig": "apply_faster_cache",
 }
 TIMED = ("PyramidAttentionBroadcastConfig", "FasterCacheConfig")
 
@@ -53,7 +47,7 @@ def enable(pipe: Any, kind: str, options: dict[str, Any]) -> None:
     """As ``enable_cache``, also for classes that lack it."""
     if kind in TIMED:
         options = options | {"current_timestep_callback": lambda: 500}
-    APPLY[kind](pipe.transformer, getattr(diffusers, kind)(**options))
+    getattr(hooks, APPLY[kind])(pipe.transformer, getattr(diffusers, kind)(**options))
 
 
 class Recorder:

@@ -9,8 +9,6 @@ import diffusers
 import tiny
 import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
-from diffusers.pipelines.ace_step import AceStepConditionEncoder
-from diffusers.pipelines.stable_audio_3 import StableAudio3DurationEmbedder
 from parts import (
     EMBEDS,
     FRAMES,
@@ -93,6 +91,8 @@ def small_bucket() -> AbstractContextManager[Any]:
 
 
 def ace_step() -> Parts:
+    from diffusers.pipelines.ace_step import AceStepConditionEncoder  # which older releases lack
+
     condition = AceStepConditionEncoder(
         hidden_size=TEXT, intermediate_size=16, text_hidden_dim=TEXT, timbre_hidden_dim=4, head_dim=8,
         num_lyric_encoder_hidden_layers=1, num_timbre_encoder_hidden_layers=1, num_attention_heads=2,
@@ -102,7 +102,7 @@ def ace_step() -> Parts:
     return t5() | {"condition_encoder": condition, "scheduler": scheduler}
 
 
-def same() -> diffusers.AutoencoderSAME:
+def same() -> Any:
     return diffusers.AutoencoderSAME(
         patch_size=2, encoder_channels=8, encoder_c_mults=[2], encoder_strides=[2], encoder_transformer_depths=[1],
         latent_dim=4, dim_heads=8, sampling_rate=20,
@@ -110,12 +110,14 @@ def same() -> diffusers.AutoencoderSAME:
 
 
 def pingpong() -> Parts:
+    from diffusers.pipelines.stable_audio_3 import StableAudio3DurationEmbedder
+
     scheduler = FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
     duration = StableAudio3DurationEmbedder(output_dim=TEXT, fourier_dim=8)
     return t5() | {"duration_embedder": duration, "scheduler": scheduler}
 
 
-def longcat_vae() -> diffusers.LongCatAudioDiTVae:
+def longcat_vae() -> Any:
     return diffusers.LongCatAudioDiTVae(
         channels=8, c_mults=[1, 1], strides=[2, 2], latent_dim=4, encoder_latent_dim=8, downsampling_ratio=4,
         sample_rate=20,
@@ -151,7 +153,7 @@ def chat_encoder() -> Parts:
     return {"text_encoder": Qwen3VLModel(config), "tokenizer": tokenizer}
 
 
-def upscaling_vae() -> diffusers.Kandinsky6SRVAE:
+def upscaling_vae() -> Any:
     return diffusers.Kandinsky6SRVAE(
         latent_channels=4, encoder_block_out_channels=(8,) * 5, decoder_block_out_channels=(8,) * 5, layers_per_block=1
     )

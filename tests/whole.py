@@ -14,7 +14,6 @@ import running
 import tiny
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
-from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder
 from newer import NEWER
 from parts import (
     EMBEDS,
@@ -160,6 +159,8 @@ def ltx2_vae() -> Any:
 
 
 def ltx2_sound() -> Parts:
+    from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder  # which older releases lack
+
     heads = {f"{kind}_connector_{key}": value for kind in ("video", "audio") for key, value in {
         "num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1, "num_learnable_registers": None
     }.items()}  # fmt: skip
