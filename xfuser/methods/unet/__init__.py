@@ -1,1 +1,1 @@
-"""DistriFusion, and naive patches, of U-Nets: their maps are divided by rows."""
+"""DistriFusion and naive patches of U-Nets: feature maps are divided by rows or columns."""

@@ -1,4 +1,4 @@
-"""DistriFusion (arXiv 2402.19481) of a U-Net: what its functions see of the others' bands of rows, and when."""
+"""DistriFusion (arXiv 2402.19481) of a U-Net: what its functions read of other ranks' bands, and when."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -20,13 +20,13 @@ from xfuser.vae.parallelize import OnBands
 
 
 class MapBands(Bands):
-    """Bands whose rows, moments, keys and values reach the other ranks as the mode says: at once, or for the next step.
+    """Bands whose rows, moments, keys and values reach the other ranks at once or for the next step, as the mode says.
 
-    A U-Net doubles the rows that it has halved: the heights of its maps on the way up are known from the way down.
+    A U-Net doubles the rows that it halved before, so the heights of maps on the way up are known from the way down.
 
     Args:
-        sizes: rows of the first maps that each rank holds.
-        columns: of these maps.
+        sizes: rows of the first map that each rank holds.
+        columns: columns of that map.
     """
 
     owner = "DistriFusion"
@@ -35,33 +35,33 @@ class MapBands(Bands):
     def __init__(self, sizes: list[int], columns: int, staleness: Staleness) -> None:
         super().__init__(-2, sizes, columns, staleness.group)
         self._staleness = staleness
-        self._finer: list[list[int]] = []  # heights from before each halving
+        self._finer: list[list[int]] = []  # heights before each halving
 
     def refuse(self, problem: str) -> NoReturn:
         """Raise a ValueError that names the model, the problem and what to change."""
         raise ValueError(f"{self.owner}: {problem}. {self.advice}")
 
     def now(self, sizes: list[int], x: Tensor) -> None:
-        """Note the heights of all bands at an operation; a new height is half of the last one, rounded up."""
+        """Record the heights of all bands at an operation; a new height is half of the last one, rounded up."""
         before, rows = sum(self._sizes), sum(sizes)
         if rows not in (before, -(-before // 2)):
-            advice = "Use an image whose rows of latents can be halved more often"
+            advice = "Use an image whose latent rows can be halved more often"
             self.refuse(f"{before} rows have become {rows}, which is not half of them, rounded up. {advice}")
         if rows != before:
             self._finer.append(self._sizes)
         super().now(sizes, x)
 
     def doubled(self, x: Tensor) -> None:
-        """Note the heights behind the doubling that ``x`` has come from."""
+        """Record the heights after the doubling that returned ``x``."""
         sizes, rows = self._finer.pop() if self._finer else [], x.shape[self.dim]
         if not sizes or rows != sizes[self.rank]:
-            self.refuse(f"a map was resized to {rows} rows, which are not those from before a halving")
+            self.refuse(f"a map was resized to {rows} rows, which is not its height before a halving")
         super().now(sizes, x)
 
     def borrow(
         self, own_rows: Callable[[range], Tensor], like: Tensor, sizes: list[int], needs: list[range]
     ) -> tuple[Tensor | None, Tensor | None]:
-        """As in :class:`Bands`; every rank gets the rows that any other one needs."""
+        """As in :class:`Bands`, but every rank receives all rows that any rank needs from another."""
         held = [share(sizes, rank) for rank in range(self.ranks)]
         lent = [
             sorted({row for other, need in enumerate(needs) if other != rank for row in common(held[rank], need)})
@@ -75,12 +75,12 @@ class MapBands(Bands):
         above = [place for place, row in enumerate(rows) if row in need and row < mine.start]
         below = [place for place, row in enumerate(rows) if row in need and row >= mine.stop]
         with self._staleness.exchange("rows", own, [len(one) for one in lent]) as full:
-            # Not by an index of numbers, which a GPU would get from the host.
+            # Not by an index tensor, which would be copied from the host to the GPU.
             sides = [[full[place : place + 1] for place in side] for side in (above, below)]
             return tuple(torch.cat(side).movedim(0, self.dim) if side else None for side in sides)
 
     def joined(self, moments: Tensor, eps: float) -> Tensor:
-        """As in :class:`Bands`, by the mode's definition; ``eps`` is a part of the variances."""
+        """As in :class:`Bands`, in the way that the mode defines; the variances include ``eps``."""
         mode, late = self._staleness.mode, not self._staleness.synchronous
         if late and mode in ("separate_gn", "no_sync"):
             return moments
@@ -92,7 +92,7 @@ class MapBands(Bands):
         return _corrected(stale, before[0], moments, eps)
 
     def reach(self, key: Tensor, value: Tensor) -> AbstractContextManager[tuple[Tensor, Tensor]]:
-        """Within the context, keys and values of all bands (``[B, H, S, D]``), from this one's."""
+        """A context that yields the keys and values of all bands (``[B, H, S, D]``), given this band's."""
         (height, width), tokens = self.area, key.shape[2]
         if tokens != height * width:
             self.refuse(f"attention over {tokens} tokens of {height * width} pixels, as with GLIGEN, is not supported")
@@ -101,9 +101,9 @@ class MapBands(Bands):
 
 
 def _corrected(stale: Tensor, before: Tensor, own: Tensor, eps: float) -> Tensor:
-    """Moments of the full map one step ago, moved by as much as this band's have since.
+    """The full map's moments of the last step, corrected by the change of this band's moments since then.
 
-    Where that leaves a variance below zero, it is this band's.
+    Where the corrected variance is negative, this band's variance is used.
     """
     squares = [_mean_and_square(one) for one in (stale, own, before)]
     mean, square = (full + fresh - old for full, fresh, old in zip(*squares, strict=True))
@@ -117,7 +117,7 @@ def _mean_and_square(moments: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class OnMaps(OnBands):
-    """While active, a U-Net's functions that mix rows work on bands; attention is left to hooks on its modules."""
+    """While active, a U-Net's functions that mix rows work on bands; hooks on attention modules handle attention."""
 
     def __init__(self, bands: MapBands) -> None:
         super().__init__(bands, None)
@@ -133,7 +133,7 @@ class OnMaps(OnBands):
         return super().__torch_function__(func, types, args, kwargs)
 
     def attending(self) -> AbstractContextManager[None]:
-        """Within the context, functions are what they are: it computes attention whose keys are all there."""
+        """Within the context, functions run unchanged, to compute attention whose keys are all on this rank."""
         return replaced(self, "_attending", True)
 
     def _refuse(self, function: Any, *args: Any, **kwargs: Any) -> NoReturn:

@@ -1,4 +1,4 @@
-"""Parts of a U-Net's maps on different ranks: each has a band of rows, or of columns, at every level."""
+"""A U-Net's maps, split over ranks: each rank holds a band of rows, or of columns, at every level."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack
@@ -17,21 +17,21 @@ from xfuser.methods.sharded import ShardedModel
 from xfuser.methods.unet.map_bands import OnMaps
 from xfuser.models.plan import ModelPlan
 
-Parts = DistriFusion | NaivePatches | None  # what a part sees of the others; None where there is one rank
+Parts = DistriFusion | NaivePatches | None  # what a rank sees of other parts; None on a single rank
 TEXT = "encoder_hidden_states"
 
 
 class MapParallel(ShardedModel):
-    """One U-Net over one group, whose ranks have a part each; what :class:`SequenceParallel` is for transformers."""
+    """One U-Net over one group, one part per rank: the counterpart of :class:`SequenceParallel` for U-Nets."""
 
     def __init__(
         self, model: nn.Module, plan: ModelPlan, group: SequenceParallelGroupCoordinator, backend: str, parts: Parts
     ) -> None:
         super().__init__(model, plan, group, backend)
         self._parts = parts
-        self._running = ExitStack()  # what lasts from the first maps to the last ones
+        self._running = ExitStack()  # contexts that are open from the first map to the last
         self._mode: OnMaps | None = None
-        self._text: dict[str, int] = {}  # number of text tokens that an attention module has been called with
+        self._text: dict[str, int] = {}  # number of text tokens in each attention module's last call
 
     def _hooks(self) -> Iterator[AbstractContextManager[None]]:
         if self._parts:
@@ -58,15 +58,15 @@ class MapParallel(ShardedModel):
         self._mode = None
 
     def _set_levels(self, rows: int) -> None:
-        """The rows of each rank's parts, by the rows of full maps: any two levels' parts begin at the same place."""
+        """Set the rows of each rank's part by the rows of the full map; parts begin at the same place at all levels."""
         halvings, ranks = getattr(self._model, self._plan.halvings), self._group.world_size
         unit = 2**halvings
         units = -(-rows // unit)
         if units < ranks:
             raise ValueError(
-                f"{ranks} ranks cannot divide latents of {rows} {'columns' if self._dim == -1 else 'rows'}, which come"
-                f" to {units} in the middle of this {type(self._model).__name__}: use a degree of at most {units}, or a"
-                " larger image"
+                f"{ranks} ranks cannot divide latents of {rows} {'columns' if self._dim == -1 else 'rows'}, which"
+                f" shrink to {units} in the middle of this {type(self._model).__name__}: use a degree of at most"
+                f" {units}, or a larger image"
             )
         sizes = [size * unit for size in split_sizes(units, ranks)]
         sizes[-1] -= units * unit - rows
@@ -78,25 +78,25 @@ class MapParallel(ShardedModel):
         rows = x.shape[self._dim]
         if rows not in self._levels:
             known = ", ".join(map(str, self._levels))
-            raise ValueError(f"a map of {rows} rows: those of this {type(self._model).__name__} have {known} rows")
+            raise ValueError(f"a map of {rows} rows: maps of this {type(self._model).__name__} have {known} rows")
         own = share(self._levels[rows], self._group.rank_in_group)
         return x.narrow(self._dim, own.start, len(own))
 
     def _begin(self, embed: nn.Module, args: tuple, maps: Tensor) -> Tensor:
-        """Behind the module that makes maps of latents, which every rank has in full."""
+        """After the module that embeds the latents: cut its output to this rank's part, unless these were cut."""
         if self._parts.alone:
             return maps
         self._mode = self._running.enter_context(self._parts.on_maps(self._sizes, maps.shape[-1]))
         return self._cut(maps)
 
     def _end(self, head: nn.Module, args: tuple, maps: Tensor) -> Tensor:
-        """Behind the last module: the full map."""
+        """After the last module: gather the full map."""
         self._leave()
         return self._group.all_gather(maps, dim=maps.dim() + self._dim, sizes=self._sizes)
 
     def _enter_attention(self, name: str, arguments: Arguments) -> None:
         text = arguments.get(TEXT)
-        text = text[0] if isinstance(text, tuple) else text  # behind it come an IP-adapter's images
+        text = text[0] if isinstance(text, tuple) else text  # an IP-adapter's images follow the text
         self._text[name] = 0 if text is None else text.shape[1]
 
     def _attend(self, name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
@@ -104,8 +104,8 @@ class MapParallel(ShardedModel):
         with ExitStack() as stack:
             if mode:
                 stack.enter_context(mode.attending())
-            if mode and (not text or k.shape[2] == text + q.shape[2]):  # not to text alone
+            if mode and (not text or k.shape[2] == text + q.shape[2]):  # skipped for attention to text only
                 if text or mask is not None:
-                    mode.bands.refuse(f"{name} attends to pixels by a mask, or beside text, which is not supported")
+                    mode.bands.refuse(f"{name} attends to pixels with a mask or with text, which is not supported")
                 k, v = stack.enter_context(mode.bands.reach(k, v))
             return self._local(q, k, v, mask, scale)
