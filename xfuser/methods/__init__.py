@@ -1,1 +1,1 @@
-"""The parallel methods, one each; every one works on any model that has a plan."""
+"""The parallel methods. Each method works on any model that has a plan."""

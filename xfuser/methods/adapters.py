@@ -1,9 +1,9 @@
 """Adapters (LoRA, arXiv 2106.09685) that are loaded into models whose layers are divided over ranks.
 
-While a loader of Diffusers or PEFT runs, divided layers have the sizes of the undivided ones, and so have the adapters
-that it makes. Then the adapters are divided as their layers are: of a layer that keeps some outputs, the second matrix
-keeps those; of one that keeps some inputs, the first does. So the product of both has the size of what the rank keeps,
-and can be fused into it.
+While a loader of Diffusers or PEFT runs, divided layers have their undivided sizes, so the loader creates full-size
+adapters. The adapters are then divided like their layers: if a rank keeps some outputs of a layer, it keeps these
+outputs of the second matrix; if it keeps some inputs, it keeps these inputs of the first matrix. The product of both
+matrices then has the size of the rank's shard of the layer, and can be fused into it.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,19 +16,19 @@ from xfuser.core.distributed import GroupCoordinator
 from xfuser.core.tensor_parallel.division import COUNTS, Division
 from xfuser.core.tensor_parallel.shards import Shards
 
-# Methods of Diffusers' pipelines and models, and of Transformers' models, that put adapters on layers.
+# Methods of Diffusers pipelines and models, and of Transformers models, that add adapters to layers.
 LOADING = ("load_lora_weights", "load_lora_adapter", "load_adapter", "add_adapter")
-MATRICES = ("lora_A", "lora_B")  # of a layer's inputs, and to its outputs
+MATRICES = ("lora_A", "lora_B")  # the first takes a layer's inputs, the second returns its outputs
 
 
 class DividedAdapters:
     """The adapters of one divided model.
 
     Args:
-        division: how the model was divided; its layers keep their identity when adapters are put around them.
+        division: how the model was divided. Adapters wrap its layers; the layer objects stay the same.
 
     Attributes:
-        divided: names of the matrices of which this rank has a part.
+        divided: names of the adapter weights of which this rank holds a shard.
     """
 
     def __init__(self, model: nn.Module, division: Division, group: GroupCoordinator) -> None:
@@ -41,7 +41,7 @@ class DividedAdapters:
 
     @contextmanager
     def loading(self) -> Iterator[None]:
-        """Within the context, layers and adapters have the sizes of the undivided model; all ranks must enter it."""
+        """Within the context, layers and adapters have their undivided sizes. All ranks must enter it."""
         self.restore()
         own = [(layer, layer.weight, self._sizes(layer)) for layer in self._layers.values()]
         for name, layer in self._layers.items():
@@ -55,7 +55,7 @@ class DividedAdapters:
             self._divide()
 
     def restore(self) -> None:
-        """Give every rank whole adapters again; all ranks must call it."""
+        """Restore the full adapters on every rank. All ranks must call it."""
         if self._restore:
             self._restore()
             self._restore, self.divided = None, []
@@ -64,7 +64,7 @@ class DividedAdapters:
         return {name: getattr(layer, name) for name in COUNTS[_kind(layer)]}
 
     def _enlarge(self, layer: nn.Module, dim: int, shards: Shards) -> None:
-        """Show the size of the undivided layer, without the memory."""
+        """Give a layer its undivided size without allocating memory for it."""
         shape = list(layer.weight.shape)
         shape[dim] = shards.total
         with torch.no_grad():
@@ -75,16 +75,16 @@ class DividedAdapters:
         setattr(layer, counts[dim], shards.total)
 
     def _divide(self) -> None:
-        """Divide the adapters that are there.
+        """Divide the adapters that have been loaded.
 
         Raises:
-            ValueError: there is a kind of adapter that cannot be divided, or a layer was exchanged for a larger one.
+            ValueError: an adapter is of a kind that cannot be divided, or a layer was replaced by a larger one.
         """
         modules, division = dict(self._model.named_modules()), Division()
         places = {module: name for name, module in modules.items()}
         for name, layer in self._layers.items():
             if layer not in places:
-                raise _cannot(f"{name} was exchanged for a layer of another size")
+                raise _cannot(f"{name} was replaced by a layer of another size")
             holder, _, last = places[layer].rpartition(".")
             if last == "base_layer":
                 self._divide_one(division, name, holder, modules[holder])
@@ -95,12 +95,12 @@ class DividedAdapters:
     def _divide_one(self, division: Division, name: str, holder: str, adapter: nn.Module) -> None:
         others = [kind for kind in adapter.adapter_layer_names if kind not in MATRICES and len(getattr(adapter, kind))]
         if others or not hasattr(adapter, MATRICES[0]):
-            raise _cannot(f"{name} has got a {type(adapter).__name__} with {' and '.join(others) or 'other weights'}")
+            raise _cannot(f"{name} has a {type(adapter).__name__} with {' and '.join(others) or 'other weights'}")
         dim, shards = self._division.cuts[f"{name}.weight"]
         kind, _ = self._division.completions.get(name, (None, None))
         matrices, divide = MATRICES[1 - dim], division.inputs if dim else division.outputs
         for key, matrix in getattr(adapter, matrices).items():
-            if type(matrix) in COUNTS:  # others were there before the wrap, and are divided by it
+            if type(matrix) in COUNTS:  # adapters loaded before the wrap were divided by it
                 divide(f"{holder}.{matrices}.{key}", matrix, shards, kind)
 
 
@@ -111,5 +111,5 @@ def _cannot(what: str) -> ValueError:
 
 
 def _kind(layer: nn.Module) -> type[nn.Module] | None:
-    """The class that a layer is of, among those whose weights are divided."""
+    """The class in ``COUNTS`` that a layer is an instance of; None if its weights are not divided."""
     return next((cls for cls in type(layer).__mro__ if cls in COUNTS), None)

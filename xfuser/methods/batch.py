@@ -1,4 +1,4 @@
-"""Splitting a call by entries of its batch: what data and batched CFG parallelism have in common."""
+"""Splits a forward by batch entries; used by data parallelism and batched CFG parallelism."""
 
 from collections.abc import Callable
 from typing import Any
@@ -22,12 +22,12 @@ def split_batch(
     call: CallState | None = None,
     branches: int = 1,
 ) -> Any:
-    """Run ``forward`` on this rank's entries of a batch, and return the output of all of it.
+    """Run ``forward`` on this rank's batch entries, and return the output for the whole batch.
 
-    Every tensor among the arguments whose first dimension is ``batch`` long is cut, but where ``plan`` says otherwise;
-    every tensor of the output is gathered along its first dimension, and every list. ``batch`` need not divide by the
-    group; ranks left without an entry compute the first one and give nothing, which ``call`` is told. With
-    ``branches``, the batch is that many one after the other, of each of which a rank takes the same entries.
+    Every tensor argument whose first dimension has length ``batch`` is split, unless ``plan`` says otherwise. Every
+    tensor of the output is gathered along its first dimension, and so is every list. ``batch`` need not be divisible by
+    the group size: a rank without an entry computes the first one, gives nothing, and sets ``call.gives`` to False. The
+    batch holds ``branches`` guidance branches one after the other; a rank takes the same entries of each branch.
     """
     count = batch // branches
     sizes = split_sizes(count, group.world_size)
@@ -45,7 +45,7 @@ def split_batch(
 
 
 def gather_rows(group: GroupCoordinator, output: Any, sizes: list[int], branches: int = 1) -> Any:
-    """The output for all of a batch, of each of whose branches the ranks have, and give, these many rows."""
+    """Gather the output of the whole batch; ``sizes`` counts the rows of each branch that each rank gives."""
     given = sizes[group.rank_in_group]
 
     def gather(x: Any) -> Any:
@@ -60,12 +60,12 @@ def gather_rows(group: GroupCoordinator, output: Any, sizes: list[int], branches
 
 
 def rows_of(arguments: dict[str, Any], batch: int, ranges: list[range], plan: ModelPlan | None) -> dict[str, Any]:
-    """A forward's arguments with these rows of their batch alone."""
+    """The arguments of a forward, cut to these rows of the batch."""
     return {name: _cut(value, name, batch, ranges, plan) for name, value in arguments.items()}
 
 
 def _cut(value: Any, name: str, batch: int, ranges: list[range], plan: ModelPlan | None) -> Any:
-    """These rows of the batch of an argument; all of one that has no batch."""
+    """An argument, cut to these rows of the batch; unchanged if it has no batch dimension."""
     if plan and name in plan.unbatched:
         return value
     if plan and name in plan.row_lists:
@@ -84,7 +84,7 @@ def _cut(value: Any, name: str, batch: int, ranges: list[range], plan: ModelPlan
 
 
 def _with_pictures_of(arguments: dict[str, Any], places: str, pictures: str, entries: range) -> dict[str, Any]:
-    """The arguments with the pictures of these entries alone, which are numbered anew."""
+    """The arguments with only the input images of these entries; the entries are renumbered from 0."""
     owners = [entry for entry, own in (arguments.get(places) or {}).items() for _ in own]
     if not owners:
         return arguments

@@ -1,8 +1,8 @@
-"""Classifier-free guidance (CFG) parallelism: the conditional and the unconditional branch on different ranks.
+"""Classifier-free guidance (CFG) parallelism: the conditional and unconditional branches run on different ranks.
 
-Pipelines run the two branches in one of two ways. *Batched*: one call of the transformer with both in its batch; the
-batch is split. *Sequential*: two calls a step; one rank computes the first, the other the second, at the same time.
-Step 0 is computed without pairing, and shows which way this pipeline goes.
+Pipelines run the two branches in one of two ways. *Batched*: one transformer call with both branches in its batch; the
+batch is split. *Sequential*: two calls per step; one rank computes the first while the other computes the second.
+Step 0 runs without pairing the calls, and shows which of the two ways the pipeline uses.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -30,7 +30,7 @@ class GuidanceParallel:
 
     Args:
         models: the pipeline's transformers with their plans.
-        entries_stay: whether what a rank keeps between steps ties an entry of the batch to it.
+        entries_stay: whether state that ranks keep between steps ties each batch entry to its rank.
         pipe: the pipeline.
     """
 
@@ -38,9 +38,9 @@ class GuidanceParallel:
         self, group: GroupCoordinator, models: Iterable[tuple[nn.Module, ModelPlan]], entries_stay: bool, pipe: Any
     ) -> None:
         self._group, self._models, self._entries_stay, self._pipe = group, models, entries_stay, pipe
-        self._first_step: list[tuple[int, Any, Any]] | None = []  # batch of each call, shapes in, what comes out
-        self._paired: Any = None  # the output's shape, once it is known that calls come in pairs
-        self._shapes: Any = None  # of the latents of these calls
+        self._first_step: list[tuple[int, Any, Any]] | None = []  # of each call: batch size, input shapes, blank output
+        self._paired: Any = None  # blank output of a call, once calls are known to come in pairs
+        self._shapes: Any = None  # of the latents of those calls
         self._pending: _Sent | _Promise | None = None
 
     @contextmanager
@@ -53,7 +53,7 @@ class GuidanceParallel:
         try:
             yield
         finally:
-            self._settle()  # nothing on its way is left to the next call
+            self._settle()  # no transfer may still be in flight in the next call
 
     def _wrapper(self, plan: ModelPlan, perturbed: Perturbed, forward: Forward, arguments: Arguments) -> Any:
         index, latents = self._call.index, arguments[plan.latents]
@@ -72,8 +72,11 @@ class GuidanceParallel:
         return output
 
     def _perturbed(self, plan: ModelPlan, perturbed: Perturbed, forward: Forward, arguments: Arguments) -> Any:
-        """Three branches: rank 0 gives the unconditional one, rank 1 the others. Both compute the perturbed one beside
-        one more, as processors for a branch alone need not attend as the pipeline's do."""
+        """Split three branches: rank 0 gives the unconditional branch, rank 1 the other two.
+
+        Both ranks compute the perturbed branch with one other: a processor for a single branch may compute attention
+        differently from the pipeline's.
+        """
         batch, rank = len(arguments[plan.latents]), self._group.rank_in_group
         is_first, self._first_step = self._first_step is not None, None
         if perturbed.branches == 2:
@@ -88,13 +91,13 @@ class GuidanceParallel:
 
     def _warn_of_nothing(self, why: str) -> None:
         logger.warning(
-            "CFG parallelism has nothing to split: this call %s, and the %d ranks of a CFG group compute the same. Use"
-            " them for another method.",
+            "CFG parallelism has nothing to split: this call %s, so the %d ranks of a CFG group all compute the same."
+            " Use them for another method.",
             why, self._group.world_size,
         )  # fmt: skip
 
     def _end_forwards(self) -> None:
-        self._settle()  # one call alone, such as outside of a guidance interval
+        self._settle()  # a single call, such as outside the guidance interval
         if self._first_step:
             self._learn(self._first_step)
             self._first_step = None
@@ -105,7 +108,7 @@ class GuidanceParallel:
             pending.settle()
 
     def _await(self, pending: "_Sent | _Promise | None") -> "_Sent | _Promise | None":
-        """Note what is on its way from now on; returns what was."""
+        """Set the pending transfer; returns the previous one."""
         before, self._pending = self._pending, pending
         self._call.arriving = pending if isinstance(pending, _Promise) else None
         return before
@@ -115,7 +118,7 @@ class GuidanceParallel:
         if not others and batch == 1:
             self._warn_of_nothing("runs no classifier-free guidance")
         alike = len(others) == 1 and others[0][1] == shapes and _shapes(others[0][2]) == _shapes(output)
-        # Splitting the batch is as good where it is even. Step 0 has split it if there were several entries.
+        # An even batch is split just as well. Entries that stay are already split by step 0 if there are several.
         uneven = batch == 1 if self._entries_stay else batch % 2
         if alike and uneven and self._group.world_size == 2:
             self._paired, self._shapes = output, shapes
@@ -124,7 +127,7 @@ class GuidanceParallel:
         return _blank(self._call.part(self._paired))
 
     def _first_call(self, forward: Forward, arguments: Arguments) -> Any:
-        """Rank 0 computes and sends; rank 1 promises the result, and goes on to the second call at once."""
+        """Rank 0 computes and sends; rank 1 returns a promised output, and continues to the second call at once."""
         if self._group.rank_in_group == 0:
             output = forward(arguments)
             self._await(_Sent(output, self._group))
@@ -136,7 +139,7 @@ class GuidanceParallel:
         return output
 
     def _second_call(self, forward: Forward, arguments: Arguments) -> Any:
-        """Rank 1 computes and sends; rank 0 receives what it would have computed."""
+        """Rank 1 computes and sends; rank 0 receives the output instead of computing it."""
         first = self._await(None)
         if isinstance(first, _Promise):
             first.release(arguments)
@@ -150,23 +153,23 @@ class GuidanceParallel:
 
 
 class _Sent:
-    """A copy of an output on its way to the other rank."""
+    """A copy of an output that is being sent to the other rank."""
 
     def __init__(self, output: Any, group: GroupCoordinator) -> None:
         self._copies = [x.clone(memory_format=torch.contiguous_format) for x in tree_leaves(output)]
         self._works = [group.isend(x) for x in self._copies if x.numel()]
 
     def settle(self) -> None:
-        """Wait until the copies can go: on NCCL by the stream of computation, on which their memory is used again."""
+        """Wait until the copies can be freed. On NCCL the compute stream, which reuses their memory, waits."""
         for work in self._works:
             work.wait()
 
 
 class _Promise:
-    """An output whose tensors are filled by the other rank, while this one computes something else.
+    """An output whose tensors the other rank fills while this rank computes something else.
 
-    A pipeline that takes views of the tensors notices nothing. For one that reads them early, the guard waits for
-    the data at that moment: slower, never wrong.
+    A pipeline can take views of the tensors without waiting. If it reads them early, the guard waits for the data
+    first, which is slower but correct.
     """
 
     def __init__(self, output: Any, group: GroupCoordinator) -> None:
@@ -176,7 +179,7 @@ class _Promise:
         self._guard: _ReadGuard | None = None
 
     def then(self, action: Callable[[], None], results: list[Tensor]) -> None:
-        """Call ``action`` when the tensors are filled; reading what it makes waits for that, too."""
+        """Call ``action`` when the tensors are filled; reading its ``results`` also waits for them."""
         self._actions.append(action)
         self._guard.watch(results)
 
@@ -186,7 +189,7 @@ class _Promise:
         self._guard.__enter__()
 
     def release(self, arguments: Arguments | None = None) -> None:
-        """End the guard; the tensors are waited for if these arguments need them."""
+        """End the guard; first wait for the tensors if these arguments share their memory."""
         if self._guard is not None:
             if self._guard.concerns(arguments):
                 self._wait()
@@ -200,14 +203,14 @@ class _Promise:
     def _wait(self) -> None:
         works, self._works = self._works, []
         for work in works:
-            work.wait()  # on NCCL by the stream of computation: whatever is queued from here on reads what has arrived
+            work.wait()  # on NCCL the compute stream waits: kernels queued from here on read received data
         actions, self._actions = self._actions, []
         for action in actions:
             action()
 
 
 class _ReadGuard(TorchDispatchMode):
-    """Calls ``before_read`` ahead of every operation, views apart, on memory of the given tensors."""
+    """Calls ``before_read`` before every operation, except views, on memory of the given tensors."""
 
     def __init__(self, tensors: list[Tensor], before_read: Callable[[], None]) -> None:
         super().__init__()
@@ -228,7 +231,7 @@ class _ReadGuard(TorchDispatchMode):
 
 
 def _blank(output: Any) -> Any:
-    """Uninitialised contiguous tensors in the shape of an output."""
+    """Uninitialised contiguous tensors in the shapes of an output."""
     return tree_map_only(Tensor, lambda x: torch.empty(x.shape, dtype=x.dtype, device=x.device), output)
 
 

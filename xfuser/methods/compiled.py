@@ -1,7 +1,7 @@
-"""Compiled blocks: each class of blocks is compiled once, and all else of a transformer runs as it is written.
+"""Compiled blocks: each class of blocks is compiled once, and the rest of the transformer runs eagerly.
 
-Hooks that stay in Python lie around the blocks. What they do inside of one, attention over several ranks, is an
-operator (``core/attention/operator.py``), so that a block is one graph, and the blocks of a class share it.
+Hooks around the blocks stay in Python. Inside a block, attention over several ranks is a custom operator
+(``core/attention/operator.py``), so each block is one graph, and the blocks of a class share it.
 """
 
 import types
@@ -26,11 +26,11 @@ Compiler = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 class CompiledBlocks:
-    """The blocks of a transformer, compiled by class during the calls of a wrapped pipeline.
+    """The blocks of a transformer, compiled once per class, during the calls of a wrapped pipeline.
 
     Args:
-        compiler: ``torch.compile``, or what it was called with for this model.
-        pipe: the pipeline, whose progress bar says whether rank 0 shows how many classes have been compiled.
+        compiler: ``torch.compile``, or the compiler, with its options, of an earlier ``torch.compile`` of the model.
+        pipe: the pipeline; if its progress bar is on, rank 0 shows how many classes have been compiled.
     """
 
     def __init__(self, model: nn.Module, plan: ModelPlan, compiler: Compiler, pipe: Any) -> None:
@@ -44,7 +44,7 @@ class CompiledBlocks:
 
     @contextmanager
     def enter(self, call: CallState) -> Iterator[None]:
-        """Within the context, blocks run compiled code. To be entered ahead of all that hooks into blocks."""
+        """Within the context, blocks run compiled code. Enter it before anything that hooks into blocks."""
         blocks = [block.module for block in blocks_of(self._model, self._plan)]
         with ExitStack() as stack:
             for block in filter(_compiles, blocks):
@@ -89,16 +89,16 @@ class CompiledBlocks:
 
 
 def _compiles(block: nn.Module) -> bool:
-    """Whether a block runs its class's code, without caches inside that may leave a part of it out.
+    """Whether a block runs its class's forward, and no cache inside it may skip a part of that.
 
-    A forward of one instance alone, as of a stub, is not code of its class.
+    A forward that is set on one instance, such as a stub, is not its class's.
     """
     own = getattr(getattr(*innermost(block)), "__func__", None) is type(block).forward
     return own and all(one.module is block for one in cached(block))
 
 
 def _region(name: str) -> Callable[..., Any]:
-    """A function of a code object that no other has: compiled code is kept with it, under a small limit."""
+    """A function with its own code object: torch keeps compiled code per code object, up to a small limit."""
 
     def region(forward: Callable[..., Any], block: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return forward(block, *args, **kwargs)
@@ -107,7 +107,7 @@ def _region(name: str) -> Callable[..., Any]:
 
 
 def _dense(x: Any) -> Any:
-    """A tensor of the strides that its shape has by itself, and no view: others would make graphs of their own."""
+    """The tensor, contiguous and not a view: other strides, or views, would require further graphs."""
     if not isinstance(x, Tensor):
         return x
     return x.contiguous().view(-1).view(x.shape).data if x.numel() else x.new_empty(x.shape)
@@ -115,14 +115,14 @@ def _dense(x: Any) -> Any:
 
 @contextmanager
 def uncompiled(pipe: Any, names: Iterable[str]) -> Iterator[Compiler | None]:
-    """Within the context, these components of a pipeline, and all modules in them, are what was compiled.
+    """Within the context, these components of a pipeline, and all modules in them, are the uncompiled originals.
 
-    Compiled code would run past the hooks of the methods: it is of the time when there were none. What
-    ``torch.compile(module)`` returned stands aside, and calls the module if somebody still calls it; what
-    ``module.compile()`` left on a module does, too. Afterwards all is compiled as before, except what has been replaced
-    meanwhile.
+    Compiled code would bypass the hooks of the methods, which did not exist when it was compiled. The original takes
+    the place of the module that ``torch.compile(module)`` returned; the latter calls the original if it is still
+    called. The code of ``module.compile()`` is taken off the module. Afterwards everything is compiled as before,
+    except what has been replaced meanwhile.
 
-    Gives what compiles as the first of them was compiled; None where nothing was.
+    Yields the compiler of the first compiled module; None if nothing was compiled.
     """
     with ExitStack() as stack:
         found = [compiler for name in names for compiler in _taken_out(stack, pipe, name)]
@@ -130,7 +130,7 @@ def uncompiled(pipe: Any, names: Iterable[str]) -> Iterator[Compiler | None]:
 
 
 def _taken_out(stack: ExitStack, pipe: Any, name: str) -> list[Compiler]:
-    """Take all that is compiled out of a component; returns what compiled it."""
+    """Replace all compiled modules of a component by their originals; returns their compilers."""
     given = getattr(pipe, name)
     found = _aside(stack, vars(pipe), name, given)
     for module in list(original_of(given).modules()):
@@ -145,7 +145,7 @@ def _taken_out(stack: ExitStack, pipe: Any, name: str) -> list[Compiler]:
 
 
 def _aside(stack: ExitStack, places: dict[str, Any], key: str, compiled: nn.Module) -> list[Compiler]:
-    """Put the original of a compiled module in its place, until the stack closes; returns what compiled it, if any."""
+    """Replace a compiled module by its original until the stack closes; returns its compiler, if any."""
     original = original_of(compiled)
     if original is compiled:
         return []

@@ -1,7 +1,7 @@
-"""Sequence parallelism of a transformer that has no plan here, by the context-parallel plan of its Diffusers class.
+"""Sequence parallelism of a transformer without a plan here, by the context-parallel plan of its Diffusers class.
 
-Such a plan names arguments and outputs of modules to be split, and outputs to be gathered. It does not say which
-attention sees what: the ranks tell each other how many tokens they bring, once for each situation.
+Such a plan names the arguments and outputs of modules to split, and the outputs to gather. It does not say which tokens
+each attention module sees, so the ranks exchange their token counts, once for each situation.
 """
 
 import inspect
@@ -29,7 +29,7 @@ TEXT = "encoder_hidden_states"
 
 
 class ContextParallel(ShardedModel):
-    """USP of one transformer over one group, by ``plan.context``; what :class:`SequenceParallel` is for plans."""
+    """USP of one transformer over one group, by ``plan.context``: :class:`SequenceParallel` without a plan."""
 
     def __init__(
         self, model: nn.Module, plan: ModelPlan, group: SequenceParallelGroupCoordinator, backend: str = "auto"
@@ -37,7 +37,7 @@ class ContextParallel(ShardedModel):
         super().__init__(model, plan, group, backend)
         self._rank, self._ranks = group.rank_in_group, group.world_size
         self._named: list[tuple[str, dict[Any, Any]]] = []  # modules and what to split there
-        self._gathered: dict[str, int] = {}  # modules whose output is to be gathered, along this dimension
+        self._gathered: dict[str, int] = {}  # modules whose output to gather, and along which dimension
         for pattern, spec in plan.context.items():
             for name in matching(model, pattern):
                 if isinstance(spec, dict):
@@ -45,20 +45,20 @@ class ContextParallel(ShardedModel):
                 else:
                     self._gathered[name] = spec.gather_dim
         self._splits_text = any(TEXT in spec for _, spec in self._named)
-        self._lengths: dict[tuple, list[list[int]]] = {}  # of queries and keys of all ranks, for each situation
+        self._lengths: dict[tuple, list[list[int]]] = {}  # of queries and keys of all ranks, by situation
         self._reset()
         logger.info(
-            "This library has no plan for %s: sequence parallelism uses the context-parallel plan that it has in"
-            " Diffusers. PipeFusion needs a plan.",
+            "This library has no plan for %s: sequence parallelism uses its context-parallel plan from Diffusers."
+            " PipeFusion requires a plan.",
             type(model).__name__,
         )
 
     def _reset(self) -> None:
         """Clear the state of one forward."""
-        self._totals: list[int] = []  # tokens of what has been split
-        self._given: set[int] = set()  # tokens of what the forward was given
+        self._totals: list[int] = []  # token counts of what has been split
+        self._given: set[int] = set()  # token counts of the forward's arguments
         self._calls: dict[str, int] = {}
-        self._unsplit: set[str] = set()  # attention modules that run on text which is not split
+        self._unsplit: set[str] = set()  # attention modules whose text is not split
 
     def _hooks(self) -> Iterator[AbstractContextManager[None]]:
         for name, spec in self._named:
@@ -120,7 +120,7 @@ class ContextParallel(ShardedModel):
         return tree_map_only(Tensor, lambda x: self._group.all_gather(x, dim=dim), output)
 
     def _enter_attention(self, name: str, arguments: Arguments) -> None:
-        """Text that is not split is the same on all ranks: attention to it needs nothing from them."""
+        """Note attention to text that is not split: every rank has all of it, so attention is local."""
         if arguments.get(TEXT) is not None and not self._splits_text:
             self._unsplit.add(name)
 
@@ -133,15 +133,15 @@ class ContextParallel(ShardedModel):
         mask = None if mask is None else additive(mask[(None,) * (4 - mask.dim())], q.dtype)
         if mask is not None and mask.shape[2:] != (1, k.shape[2]):
             raise ValueError(
-                f"{name}: an attention mask of shape {tuple(mask.shape)} is not over the {k.shape[2]} keys of this"
-                f" rank alone: write a plan for {type(self._model).__name__}, which can say how to split it"
+                f"{name}: an attention mask of shape {tuple(mask.shape)} does not cover just the {k.shape[2]}"
+                f" keys of this rank: write a plan for {type(self._model).__name__} that says how to split it"
             )
         return usp_attention(
             q, k, v, keys, self._group, query_lengths=queries, mask=mask, scale=scale, backend=self._backend
         )
 
     def _exchange(self, name: str, queries: int, keys: int) -> tuple[list[int], list[int]]:
-        """Rows of queries and keys of all ranks, asked for once in each situation, which all ranks see alike."""
+        """Rows of queries and keys of all ranks, gathered once for each situation, which is the same on all ranks."""
         call = self._calls[name] = self._calls.get(name, 0) + 1
         situation = (name, call, *self._totals)
         if situation not in self._lengths:
@@ -149,14 +149,14 @@ class ContextParallel(ShardedModel):
         return tuple(list(counts) for counts in zip(*self._lengths[situation], strict=True))
 
     def _is_split(self, name: str, lengths: list[int]) -> bool:
-        """Whether tokens that the ranks have in these numbers are shares of what has been split.
+        """Whether sequences of these lengths on the ranks are shares of what has been split.
 
-        If not, they are whole on every rank: as many as something that the forward was given, or that was split later.
+        If not, every rank has the whole sequence: as many tokens as an argument of the forward, or as what was split.
 
         Raises:
-            ValueError: they are neither.
+            ValueError: neither holds.
         """
-        known = self._totals * 2  # two streams, as text and image, may be of the same length
+        known = self._totals * 2  # two streams, such as text and image, may have the same length
         for count in range(1, len(known) + 1):
             for totals in combinations(known, count):
                 shares = zip(*(split_sizes(total, self._ranks) for total in totals), strict=True)
@@ -166,8 +166,8 @@ class ContextParallel(ShardedModel):
             return False
         raise ValueError(
             f"{name} attends to {lengths} tokens on the ranks, which are neither shares of the {self._totals} tokens"
-            f" that were split nor whole: Diffusers' context-parallel plan of {type(self._model).__name__} does not say"
-            " enough; write a plan for it (docs/adding_models/README.md), or use CFG or data parallelism"
+            f" that were split nor whole: Diffusers' context-parallel plan of {type(self._model).__name__} does not"
+            " explain them; write a plan for it (docs/adding_models/README.md), or use CFG or data parallelism"
         )
 
 

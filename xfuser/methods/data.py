@@ -1,7 +1,7 @@
 """Data parallelism: each replica computes its own images of the batch.
 
-The pipeline itself runs on every rank with all of the batch, so noise, schedulers and callbacks see it and the result
-equals serial for every scheduler. What costs time is split: each forward of the transformer, and the VAE's decode.
+The pipeline runs on every rank with the whole batch, so noise, schedulers and callbacks see all of it, and the result
+equals serial for every scheduler. Only the slow parts are split: each forward of the transformer, and the VAE's decode.
 """
 
 from collections.abc import Iterable, Iterator
@@ -22,7 +22,7 @@ from xfuser.models.plan import ModelPlan
 
 
 class DataParallel:
-    """The batch of each forward is split over the replicas, whose ranks are a group.
+    """Splits the batch of each forward over a group with one rank of each replica.
 
     Args:
         models: the pipeline's transformers with their plans.
@@ -49,8 +49,8 @@ class DataParallel:
 def split_decode(vae: Any, group: GroupCoordinator) -> AbstractContextManager[None]:
     """Within the context, ``vae.decode`` splits its batch over the group and returns all of it.
 
-    It does so where entries are known to be independent: all that the call says of them are tensors with an entry for
-    each, and no random number is drawn. Otherwise every rank decodes them all.
+    It splits the batch only if its entries are known to be independent: all arguments about them are tensors with one
+    item per entry, and no random number is drawn. Otherwise every rank decodes the whole batch.
     """
     original = vae.decode
     bind = Binder(original)
@@ -64,7 +64,7 @@ def split_decode(vae: Any, group: GroupCoordinator) -> AbstractContextManager[No
         try:
             with RandomWatch(_refuse):
                 return split_batch(group, len(latents), lambda own: original(**own), arguments)
-        except _DrawsError:  # on all ranks alike, and before the first number is drawn
+        except _DrawsError:  # on all ranks alike, before the first number is drawn
             return original(*args, **kwargs)
 
     return replaced(vae, "decode", decode)
@@ -79,8 +79,10 @@ def _refuse(operator: str) -> None:
 
 
 def _by_entry(value: Any, batch: int) -> bool:
-    """Whether an argument has one item for each entry, or says nothing of them: a number may say how many belong
-    together."""
+    """Whether an argument has one item per entry, or is not about entries.
+
+    A number may be about them: it may count the entries that belong together.
+    """
     if isinstance(value, torch.Tensor):
         return value.dim() > 0 and len(value) == batch
     return value is None or isinstance(value, bool | torch.Generator)

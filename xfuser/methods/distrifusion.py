@@ -1,4 +1,4 @@
-"""DistriFusion (arXiv 2402.19481) of a transformer: attention to the keys and values that others had one step ago."""
+"""DistriFusion (arXiv 2402.19481) of a transformer: attention to the other ranks' keys and values of the last step."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -13,10 +13,10 @@ from xfuser.methods.unet.map_bands import MapBands, OnMaps
 
 
 class DistriFusion:
-    """What a rank's part of the tokens attends to: own keys and values, and what the others' last were.
+    """Lets a rank's tokens attend to its own fresh keys and values, and to the other ranks' stale ones.
 
     Args:
-        group: the ranks, which exchange keys and values, and nothing else meanwhile.
+        group: the ranks that exchange keys and values; it must carry no other messages meanwhile.
         mode: one of ``MODES``.
     """
 
@@ -27,32 +27,32 @@ class DistriFusion:
 
     @contextmanager
     def enter(self, call: CallState) -> Iterator[None]:
-        """Within the context, each step's forwards keep what the next step needs."""
+        """Within the context, the forwards of each step store what the next step needs."""
         self._staleness = staleness = Staleness(self._group, self._mode, call)
         call.around(self._model, staleness.layer)
         call.at_schedule(staleness.restart)
         try:
             yield
         finally:
-            staleness.restart()  # waits for what is in flight
+            staleness.restart()  # waits for the transfers in flight
 
     def lines(self, rows: int, columns: int) -> int:
-        """Lines of tokens of which each rank takes a part: one, as its tokens are consecutive."""
+        """Number of lines of tokens that are split over the ranks: one, as each rank's tokens are consecutive."""
         return 1
 
     def keys(self, keys: Rows, rank: int) -> list[tuple[int, int]]:
-        """Where the keys that :meth:`reach` gives are in the full sequence."""
+        """Positions in the full sequence of the keys that :meth:`reach` yields."""
         return keys.order
 
     def on_maps(self, sizes: list[int], columns: int) -> OnMaps:
-        """The mode in which a U-Net works on bands of its maps, of these heights at first."""
+        """The mode in which a U-Net works on bands of its maps; ``sizes`` are the bands' initial heights."""
         return OnMaps(MapBands(sizes, columns, self._staleness))
 
     @contextmanager
     def reach(
         self, name: str, keys: Rows, rank: int, key: Tensor, value: Tensor, mask: Tensor | None
     ) -> Iterator[tuple]:
-        """Keys, values and key mask to attend to within the context, of this rank's (``[B, H, S_local, D]``)."""
+        """Yield the keys, values and key mask to attend to, given this rank's (``[B, H, S_local, D]``)."""
         sizes, given = keys.key_lengths, (keys.given(key, 2, rank), keys.given(value, 2, rank))
         with ExitStack() as stack:
             k, v = stack.enter_context(self._staleness.keys_and_values(name, *given, sizes))

@@ -1,4 +1,4 @@
-"""Attention masks over pairs of tokens, where the tokens are on several ranks."""
+"""Attention masks over pairs of tokens that are sharded over ranks."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,8 +13,8 @@ from xfuser.methods.tokens import Rows
 class PairMasks:
     """The masks over pairs of one model in one call: which of them only hide keys.
 
-    An accelerator stands still for each value that is read. So only the first mask of each shape is, and whether the
-    others were like it is read once, when the call ends.
+    Reading a value stalls the accelerator. So only the first mask of each shape is read; whether all others were like
+    it is read once, at the end of the call.
     """
 
     def __init__(self, model: str) -> None:
@@ -23,12 +23,13 @@ class PairMasks:
         self._alike: Tensor | None = None
 
     def over_keys(self, index: int, mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        """The key mask behind one that hides tokens from all others, and all others from them, over own tokens alone.
+        """The key mask that can replace a mask over pairs, or the mask itself if there is none.
 
-        What hidden tokens attend to then does not matter, as nothing attends to them.
+        A key mask can replace one over this rank's tokens that hides some from all others, and all others from these:
+        what hidden tokens attend to does not matter, as no token attends to them.
 
         Args:
-            index: of the forward within its step.
+            index: index of the forward within its step.
             mask: ``[B|1, H|1, 1|Sq, Sk]``.
         """
         if mask.stride(2) == 0:  # the same for all queries
@@ -45,26 +46,26 @@ class PairMasks:
 
     @contextmanager
     def alike(self) -> Iterator[None]:
-        """Around a call: raises a ValueError at its end where a mask that was not read does other than the first."""
+        """Around a call: raise a ValueError at its end if a mask that was not read is unlike the first of its shape."""
         yield
         if self._alike is not None and not self._alike:
             raise ValueError(
-                f"an attention mask of {self._model} hides tokens from some others, where the first of its shape hid"
-                " them from all: use CFG or data parallelism, where masks are not split"
+                f"an attention mask of {self._model} hides tokens from some others, but the first of its shape hid"
+                " them from all: use CFG or data parallelism, which do not split masks"
             )
 
 
 def cut_pairs(
     mask: Tensor, queries: Rows, ranks: range, keys: Rows, columns: list[tuple[int, int]], dtype: torch.dtype
 ) -> Tensor:
-    """Of a mask over the full sequence, the queries of ``ranks``, and these columns.
+    """Cut a mask over the full sequence to the queries of ``ranks`` and to these columns.
 
     Raises:
-        ValueError: the mask is for other sequences.
+        ValueError: the mask does not fit the sequence.
     """
     if mask.shape[2] not in (1, queries.total) or mask.shape[3] != keys.total:
         raise ValueError(
-            f"an attention mask of shape {tuple(mask.shape)} fits neither the keys of this rank alone, [B, 1, 1, keys],"
+            f"an attention mask of shape {tuple(mask.shape)} fits neither the keys of this rank, [B, 1, 1, keys],"
             f" nor the whole sequence, [B, 1, 1 or {queries.total}, {keys.total}]: it cannot be split"
         )
     if mask.shape[2] > 1:

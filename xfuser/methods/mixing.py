@@ -1,4 +1,4 @@
-"""Modules of blocks that mix tokens by other means than attention: they convolve rows, or sum over all tokens."""
+"""Modules of blocks that mix tokens without attention: they convolve rows, or sum over all tokens."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -18,12 +18,12 @@ from xfuser.vae.parallelize import OnBands
 
 
 class MixingModules(ShardedModel):
-    """A model whose modules of that kind see all tokens; under PipeFusion, other patches' as they were last computed.
+    """A model whose mixing modules see all tokens; under PipeFusion, other patches' tokens as last computed.
 
     Attributes:
-        _stage: of PipeFusion, or None.
-        _alone: whether ranks see their own tokens only.
-        _attended: how often each module was asked to attend in this forward.
+        _stage: the stage of PipeFusion, or None.
+        _alone: whether each rank sees only its own tokens.
+        _attended: number of attention calls of each module in this forward.
     """
 
     _stage: Any
@@ -32,7 +32,7 @@ class MixingModules(ShardedModel):
     _gather: Callable[[Tensor, Streams], Tensor]
 
     def _on_rows(self, module: nn.Module) -> Callable[[Tensor], Tensor]:
-        """The forward of a module that convolves the grid, ``[B, C, rows, columns]``, and looks into others' rows."""
+        """The forward of a module that convolves the grid, ``[B, C, rows, columns]``, and reads other ranks' rows."""
         original = module.forward
 
         @wraps(original)
@@ -53,20 +53,20 @@ class MixingModules(ShardedModel):
         return forward
 
     def _gathering(self) -> Iterator[AbstractContextManager[None]]:
-        """The hooks into modules that look at all tokens of the image or patch, and into those between blocks."""
+        """The hooks into modules that read all tokens of the image or patch, and into modules between blocks."""
         on_some = self._on_patch if self._stage else self._on_all
         for pattern, names in self._plan.gathered.items():
             for module in map(self._model.get_submodule, matching(self._model, pattern)):
                 bind = Binder(module.forward)
                 if set(names) <= set(bind.names):
-                    place = pattern.partition("*.")[2]  # within a block, where it is of one
+                    place = pattern.partition("*.")[2]  # its name within a block, if it is in one
                     yield replaced(module, "forward", outside_of_graphs(on_some(module.forward, bind, names), place))
         for pattern, name in self._plan.between.items() if self._stage else ():
             for module in map(self._model.get_submodule, matching(self._model, pattern)):
                 yield replaced(module, "forward", self._where_held(module.forward, name))
 
     def _where_held(self, original: Callable[..., Tensor], name: str) -> Callable[..., Tensor]:
-        """The forward of a module between blocks; zeros on stages that have not the tokens there."""
+        """The forward of a module between blocks; returns zeros on stages that do not hold the tokens there."""
         bind = Binder(original)
 
         @wraps(original)
@@ -77,7 +77,7 @@ class MixingModules(ShardedModel):
         return forward
 
     def _on_all(self, original: Callable[..., Tensor], bind: Binder, names: tuple[str, ...]) -> Callable[..., Tensor]:
-        """The forward of a module that looks at all image tokens, and of whose output a rank takes its own."""
+        """The forward of a module that reads all image tokens; its output is cut to this rank's tokens."""
 
         @wraps(original)
         def forward(*args: Any, **kwargs: Any) -> Tensor:
@@ -88,7 +88,7 @@ class MixingModules(ShardedModel):
         return forward
 
     def _on_patch(self, original: Callable[..., Tensor], bind: Binder, names: tuple[str, ...]) -> Callable[..., Tensor]:
-        """The same of the patch's tokens, and its frames."""
+        """As :meth:`_on_all`, for the tokens and frames of the patch."""
 
         @wraps(original)
         def forward(*args: Any, **kwargs: Any) -> Tensor:
@@ -107,7 +107,7 @@ class MixingModules(ShardedModel):
         return state if self._call.tokens.ranks == 1 or self._alone else self._group.all_reduce(state)
 
     def _state(self, name: str, state: Tensor, part: Callable[[int, int], Tensor]) -> Tensor:
-        """The state of all tokens from that of this rank's; under PipeFusion the sum of those of the patches."""
+        """The state of all tokens, given that of this rank's; under PipeFusion, summed over the patches as well."""
         if not self._stage:
             return self._sum(state)
         number = self._attended[name] = self._attended.get(name, 0) + 1
@@ -122,7 +122,7 @@ class MixingModules(ShardedModel):
 def _on_some_rows(
     module: nn.Module, forward: Callable[[Tensor], Tensor], whole: Tensor, rows: range, first: int
 ) -> Tensor:
-    """Of a convolution's result on a map, these rows, counted from the ``first`` one."""
+    """These rows, counted from ``first``, of the result of a convolution over the whole map."""
     reach = sum(one.kernel_size[0] // 2 for one in module.modules() if isinstance(one, nn.Conv2d))
     start = max(0, first + rows.start - reach)
     stop = min(whole.shape[2], first + rows.stop + reach)

@@ -1,4 +1,4 @@
-"""Naive patches: each rank computes its part of the image as if it were all. The baseline that shows its seams."""
+"""Naive patches: each rank computes its part of the image independently. A baseline with visible seams."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,11 +10,11 @@ from xfuser.methods.tokens import Rows
 
 
 class NaivePatches:
-    """What a rank's part of the tokens attends to: that part, and all of the text.
+    """Lets a rank's tokens attend only to each other and to all of the text.
 
     Args:
-        scheme: ``"row"``: parts are consecutive rows of tokens; ``"col"``: columns; ``"alternate"``: rows and columns
-            in turns, step by step. Rows of a video are its frames, and columns are parts of each frame.
+        scheme: ``"row"``: parts are consecutive rows of tokens; ``"col"``: columns; ``"alternate"``: rows in even
+            steps, columns in odd ones. Rows of a video are its frames, and columns are parts of each frame.
     """
 
     alone = True
@@ -24,7 +24,7 @@ class NaivePatches:
 
     @contextmanager
     def enter(self, call: CallState) -> Iterator[None]:
-        """Within the context, the call's step says whether parts are rows or columns."""
+        """Within the context, the call's step determines whether parts are rows or columns."""
         self._call = call
         yield
 
@@ -34,22 +34,22 @@ class NaivePatches:
         return self._scheme == "col" or (self._scheme == "alternate" and self._call.step % 2 == 1)
 
     def lines(self, rows: int, columns: int) -> int:
-        """Lines of tokens of which each rank takes a part.
+        """Number of lines of tokens that are split over the ranks.
 
         Raises:
-            ValueError: the tokens come without rows and columns.
+            ValueError: parts are columns, but the tokens have none.
         """
         if self.across and columns == 1:
             raise ValueError(f"split_scheme={self._scheme!r} requires latents with columns: use 'row' for packed ones")
         return rows if self.across else 1
 
     def keys(self, keys: Rows, rank: int) -> list[tuple[int, int]]:
-        """The places of this rank's own tokens among the keys: it sees no other."""
+        """Positions of this rank's tokens in the full sequence: they attend to no others."""
         return keys.places(rank)
 
     @contextmanager
     def reach(
         self, name: str, keys: Rows, rank: int, key: Tensor, value: Tensor, mask: Tensor | None
     ) -> Iterator[tuple]:
-        """Keys, values and mask as they are: nothing comes from other ranks."""
+        """Yield keys, values and mask unchanged: nothing comes from other ranks."""
         yield key, value, mask

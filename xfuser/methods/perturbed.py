@@ -1,8 +1,8 @@
-"""Perturbed-attention guidance (PAG, arXiv 2403.17377) of Diffusers' pipelines, whose batch has a further branch.
+"""Perturbed-attention guidance (PAG, arXiv 2403.17377) in Diffusers pipelines, whose batch has one more branch.
 
-In chosen layers, a pipeline sets an attention processor that cuts the batch into its branches, and in the last one lets
-tokens attend to themselves alone. It has two of them: for the unconditional, the conditional and the perturbed branch,
-and for the latter two.
+In chosen layers, a pipeline sets an attention processor that splits the batch into its branches, and lets each token of
+the last branch attend only to itself. It has two such processors: one for the unconditional, conditional and perturbed
+branches, and one for the last two of these.
 """
 
 from collections.abc import Iterator
@@ -28,14 +28,13 @@ class Perturbed:
 
     @property
     def branches(self) -> int:
-        """The branches into which the model's processors now cut a batch; 1 where none does."""
+        """Number of branches into which the model's current processors split a batch; 1 if none does."""
         numbers = zip((3, 2), self._processors, strict=False)
         return next((number for number, one in numbers if any(m.processor is one for m in self._modules)), 1)
 
     @contextmanager
     def in_two(self) -> Iterator[None]:
-        """Within the context, layers that cut the batch into three branches cut it into two, of which one is
-        perturbed."""
+        """Within the context, layers that split the batch into three branches split it into two, the last perturbed."""
         three, two = self._processors
         with ExitStack() as stack:
             for module in [one for one in self._modules if one.processor is three]:

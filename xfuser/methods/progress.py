@@ -11,7 +11,7 @@ from xfuser.methods.pipefusion.loop import loops_of
 
 @contextmanager
 def quiet_progress(pipe: Any) -> Iterator[None]:
-    """Within the context, only rank 0 shows progress bars: the pipeline's, or those of a modular one's loops."""
+    """Within the context, only rank 0 shows progress bars: the pipeline's, or those of a modular pipeline's loops."""
     with ExitStack() as stack:
         for owner in (pipe, *loops_of(pipe)) if not get_world_group().is_first_rank else ():
             before = getattr(owner, "_progress_bar_config", {})

@@ -1,4 +1,4 @@
-"""What no method can compute exactly is refused."""
+"""Checks that raise an error for what no method supports."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ from xfuser.models.registry import UNCUT
 
 
 class Refusals:
-    """What no method computes exactly is refused ahead of each forward.
+    """Checks each forward before it runs, and raises an error for what no method supports.
 
     Args:
         models: a pipeline's transformers.
@@ -28,7 +28,7 @@ class Refusals:
 
     @contextmanager
     def enter(self, call: CallState) -> Iterator[None]:
-        """Within the context, each forward is looked at first."""
+        """Within the context, each forward is checked first."""
         for model in self._models:
             call.around(model, partial(self._wrapper, model))
         yield
@@ -40,16 +40,16 @@ class Refusals:
 
 
 def refuse_offloaded(modules: Iterable[nn.Module], advice: str) -> None:
-    """Raise a ValueError, with this advice, for a module whose layers get their weights when they run."""
+    """Raise a ValueError with this advice for a module whose layers load their weights only when they run."""
     for module in modules:
         if any(hasattr(part, "_hf_hook") and _lacks_weights(part) for part in module.modules()):
             raise ValueError(
-                f"{type(module).__name__} is offloaded layer by layer, and its weights are not here: {advice}"
+                f"{type(module).__name__} is offloaded layer by layer, so its weights are not loaded: {advice}"
             )
 
 
 def refuse_quantised(modules: Iterable[nn.Module]) -> None:
-    """Raise a ValueError for a module whose weights are packed by a quantiser, which nothing else can cut."""
+    """Raise a ValueError for a module whose weights are packed by a quantiser and so cannot be divided."""
     for module in modules:
         packed = (type(weight) for weight in module.parameters() if _is_packed(weight))
         kind = next(packed, None) or (getattr(module, "hf_quantizer", None) and type(module.hf_quantizer))
@@ -58,22 +58,22 @@ def refuse_quantised(modules: Iterable[nn.Module]) -> None:
 
 
 def _is_packed(weight: nn.Parameter) -> bool:
-    """Whether a parameter is of a class that a quantiser made for it: torch's own have plain numbers."""
+    """Whether a parameter is of a quantiser's class; torch's own classes hold plain numbers."""
     return type(weight) is not nn.Parameter and not isinstance(weight, DTensor | FakeTensor)
 
 
 def refuse_changed(changes: list[str], group: GroupCoordinator) -> None:
-    """Raise a ValueError on all ranks of a group if one has a model whose modules are not those that were divided."""
+    """Raise a ValueError on all ranks of a group if the modules of a rank's model have changed since its division."""
     if found := [change for of_rank in group.all_gather_object(changes) for change in of_rank]:
         more = f" and {len(found) - 1} more" if len(found) > 1 else ""
         raise ValueError(
-            f"{found[0]}{more} since the pipeline was wrapped, and its weights cannot be given back: undo that by"
-            " unload_lora_weights(), unfuse_qkv_projections() or what else did it, then call unwrap() again"
+            f"{found[0]}{more} since the pipeline was wrapped, so its weights cannot be restored: undo the change"
+            " (unload_lora_weights(), unfuse_qkv_projections() or the like), then call unwrap() again"
         )
 
 
 def refusal(message: str) -> Callable[..., NoReturn]:
-    """What stands in the place of a method that is refused: raises a ValueError with this message."""
+    """A replacement for a method that is not supported: it raises a ValueError with this message."""
 
     def refuse(*args: Any, **kwargs: Any) -> NoReturn:
         raise ValueError(message)

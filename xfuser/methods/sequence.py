@@ -1,4 +1,4 @@
-"""Sequence parallelism: each rank holds a share of the tokens of every stream; attention sees them all."""
+"""Sequence parallelism: each rank holds a share of the tokens of every stream; attention sees all tokens."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -32,8 +32,8 @@ from xfuser.models.plan import PICTURE, Attention, ModelPlan, Streams, Tokens, a
 class SequenceParallel(MixingModules):
     """Sequence parallelism (USP: Ulysses x ring) of one transformer over one group.
 
-    With ``pipefusion``, a forward computes one patch of the image: the patch's tokens are what is sharded. With
-    ``parts``, attention sees of other ranks' tokens what these say, and there is no Ulysses and no ring.
+    With ``pipefusion``, a forward computes one patch of the image, and the patch's tokens are sharded. With ``parts``,
+    these define what attention sees of other ranks' tokens, and neither Ulysses nor ring is used.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class SequenceParallel(MixingModules):
         parts: DistriFusion | NaivePatches | None = None,
     ) -> None:
         super().__init__(model, plan, group, backend)
-        alone = group.world_size == 1 and not pipefusion  # all calls are then local
+        alone = group.world_size == 1 and not pipefusion  # then all attention is local
         self.many, self.idle = alone or plan.whole or plan.many, plan.idle
         self._pipefusion, self._stage = pipefusion, None
         self._parts, self._alone = parts, isinstance(parts, NaivePatches)
@@ -56,10 +56,10 @@ class SequenceParallel(MixingModules):
 
     def _reset(self) -> None:
         """Clear the state of one forward."""
-        self._early = self._plan.head is None  # whether tokens are gathered behind the last block
-        self._attended: dict[str, int] = {}  # how often each attention module was asked to attend
-        self._starts: Tensor | None = None  # tokens ahead of the image, [B, 1], where rows of the batch have their own
-        self._cuts: dict[tuple[str, str, int], tuple[Any, Any]] = {}  # arguments that blocks share, and what they get
+        self._early = self._plan.head is None  # whether tokens are gathered after the last block
+        self._attended: dict[str, int] = {}  # number of attention calls of each module
+        self._starts: Tensor | None = None  # text tokens before the image, [B, 1], if batch entries differ in it
+        self._cuts: dict[tuple[str, str, int], tuple[Any, Any]] = {}  # arguments that blocks share, and their shards
 
     def _hooks(self) -> Iterator[AbstractContextManager[None]]:
         self._stage = self._pipefusion and self._pipefusion.stage_of(self._model)
@@ -92,7 +92,7 @@ class SequenceParallel(MixingModules):
         if given and (self._stage or self._group.world_size > 1):
             raise ValueError(
                 f"sequence parallelism and PipeFusion do not support {given[0]}={arguments[given[0]]!r} of"
-                f" {type(self._model).__name__}, whose blocks then pick tokens by their number: remove it, or use"
+                f" {type(self._model).__name__}, whose blocks then select tokens by index: remove it, or use"
                 " CFG or data parallelism"
             )
         latents = first_of(arguments[self._plan.latents]) if self._stage else arguments[self._plan.latents]
@@ -105,7 +105,7 @@ class SequenceParallel(MixingModules):
         self._lines = self._parts.lines(rows, columns) if self._parts else 1
         self._unit = columns if self._plan.rows else self._lines
         if self._plan.rows and self._lines > 1:
-            raise ValueError(f"the blocks of {type(self._model).__name__} need whole rows: use split_scheme='row'")
+            raise ValueError(f"the blocks of {type(self._model).__name__} require whole rows: use split_scheme='row'")
         for name in self._plan.residuals:
             if arguments.get(name) is not None:
                 arguments[name] = tree_map_only(Tensor, self._cut_residual, arguments[name])
@@ -143,7 +143,7 @@ class SequenceParallel(MixingModules):
             arguments[self._plan.rows] = shards.sizes["image"][shards.rank] // self._unit
 
     def _mask_segments(self, segments: str, valid: str, mask: str, arguments: Arguments) -> None:
-        """Let blocks attend to the whole sequence at once, with a mask."""
+        """Replace the segments by one mask, so that blocks attend to the whole sequence at once."""
         given, tokens = arguments.get(segments), self._call.tokens.totals["image"]
         if given is None:
             return
@@ -153,7 +153,7 @@ class SequenceParallel(MixingModules):
         arguments |= {segments: None, valid: None, mask: self._cuts[key][1]}
 
     def _rebase(self, argument: str, key: str, arguments: Arguments) -> None:
-        """Let the logarithm of a rank's own tokens be to that of the number there what that of all tokens was."""
+        """Change the base so that log(own tokens) / log(new base) is log(all tokens) / log(given base)."""
         given, shards = arguments.get(argument) or {}, self._call.tokens
         if given.get(key) and not shards.is_whole:
             own, total = (math.log(count) for count in (shards.sizes["image"][shards.rank], shards.totals["image"]))
@@ -173,29 +173,29 @@ class SequenceParallel(MixingModules):
         return cut(value) if isinstance(value, Tensor) else tree_map_only(Tensor, cut, value)
 
     def _share(self, blocks: str, arguments: Arguments) -> TokenShares:
-        """The shares of the forward whose first block is about to run."""
+        """The token shares of the forward whose first block runs next."""
         plan, stage = self._plan, self._stage
         count, text = arguments[plan.image].shape[plan.carrier_dim], 0
         if plan.text and arguments.get(plan.text) is not None:
             text = arguments[plan.text].shape[plan.carrier_dim]
-        elif plan.carriers(blocks)[plan.image] != ("image",):  # text is in there, too
+        elif plan.carriers(blocks)[plan.image] != ("image",):  # it holds the text as well
             whole, count = count, self._image_tokens
             text = whole - count
         return self._share_of(count, text, stage.window(count) if stage else Window(range(count)))
 
     def _share_of(self, count: int, text: int | None, window: Window) -> TokenShares:
         rank, ranks = (self._group.rank_in_group, self._group.world_size) if self._splits(count) else (0, 1)
-        whole = ranks > 1 and bool(text) and (self._alone or text < ranks)  # blocks need not bear having none
+        whole = ranks > 1 and bool(text) and (self._alone or text < ranks)  # blocks may fail without text tokens
         kind = self._unit, whole, self._plan.needs_text, self._lines, self._plan.whole
         return TokenShares(rank, ranks, count, text, window, *kind)
 
     def _splits(self, tokens: int) -> bool:
-        """Fewer image tokens than ranks stay whole on every rank: blocks need not bear having none."""
+        """Whether image tokens are split: fewer than ranks stay whole on every rank, as blocks may fail without any."""
         smallest = self._stage.smallest_window(tokens) if self._stage else tokens
         return smallest // self._unit >= self._group.world_size
 
     def _cut_residual(self, x: Tensor) -> Tensor:
-        """This rank's rows of a ControlNet's residual: of all tokens; under PipeFusion, of the sub-step's tokens."""
+        """This rank's rows of a ControlNet's residual: of all tokens or, under PipeFusion, of the sub-step's tokens."""
         if self._stage:
             shares = self._share_of(self._image_tokens, None, self._stage.window(self._image_tokens))
             return x.split(shares.sizes["image"], dim=1)[shares.rank]
@@ -204,11 +204,11 @@ class SequenceParallel(MixingModules):
         return self._share_of(x.shape[1], None, Window(range(x.shape[1]))).cut(x, Tokens(("image",)))
 
     def _leave_block(self, outputs: list[Streams], block: nn.Module, args: tuple, output: Any) -> Any:
-        """Behind a block that was given none of the text: the forward counts as many tokens of it as before."""
+        """After a block that was given no text: add zeros in its place, as the forward expects the full length."""
         return self._call.tokens.with_text(output, outputs, self._plan.carrier_dim)
 
     def _leave_blocks(self, outputs: list[Streams], block: nn.Module, args: tuple, output: Any) -> Any:
-        """Behind the last block: all tokens of what it returns, if the head is not the place for that."""
+        """After the last block: gather all tokens of its output, unless they are gathered after the head."""
         if self._call.tokens is None or not self._early:
             return output
         if isinstance(output, Tensor):
@@ -217,18 +217,18 @@ class SequenceParallel(MixingModules):
         return tuple(x if x is None else self._gather(x, streams) for x, streams in parts)
 
     def _leave_head(self, head: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        """Behind the head: all tokens of the image."""
+        """After the head: gather all tokens of the image, unless that is done already."""
         return output if self._call.tokens is None or self._early else self._gather(output, ("image",))
 
     def _image_first(self, x: Tensor, way: int = 1) -> Tensor:
-        """``[B, S, ...]``, whose rows begin with a number of text tokens of their own: these go to the end, or back."""
+        """Move the text tokens at the start of each entry of ``[B, S, ...]`` to its end; back if ``way`` is -1."""
         if self._starts is None:
             return x
         places = (torch.arange(x.shape[1], device=x.device) + way * self._starts) % x.shape[1]
         return x[torch.arange(x.shape[0], device=x.device)[:, None], places]
 
     def _gather(self, x: Tensor, streams: Streams) -> Tensor:
-        """``[B, own tokens, D]`` to ``[B, tokens, D]``; zeros where this forward or this stage computes none."""
+        """Gather ``[B, own tokens, D]`` to ``[B, tokens, D]``; zeros for tokens that are not computed here."""
         shares, dim = self._call.tokens, self._plan.carrier_dim
         if shares.is_whole:
             return x
@@ -293,7 +293,7 @@ class SequenceParallel(MixingModules):
     def _attend_beside(
         self, parts: DistriFusion | NaivePatches, name: str, q: Tensor, k: Tensor, v: Tensor, scale: float | None
     ) -> Tensor:
-        """Attention to the image's tokens and, behind these, keys of which every rank has all."""
+        """Attention to the image's tokens and to the keys after them, which every rank holds in full."""
         shards = self._call.tokens
         sizes = [shards.sizes["image"][shards.rank], k.shape[2] - shards.sizes["image"][shards.rank]]
         (k, own_k), (v, own_v) = k.split(sizes, dim=2), v.split(sizes, dim=2)
@@ -303,9 +303,9 @@ class SequenceParallel(MixingModules):
     def _over_pairs(
         self, mask: Tensor, queries: Rows, keys: Rows, order: list[tuple[int, int]], q: Tensor, k: Tensor
     ) -> Tensor:
-        """Of a mask over pairs, the queries of this rank's Ulysses group, and the keys in the order that it sees."""
+        """Cut a mask over pairs to the queries of this rank's Ulysses group, and to the keys in the order it sees."""
         ranks = range(1) if self._call.tokens.ranks == 1 else self._group.ulysses_block
         if self._call.tokens.ranks > 1 and mask.shape[2:] == (queries.total, k.shape[2]):
-            # Of all queries, but cut with the keys.
+            # The mask has all queries, but only this rank's keys.
             mask, order = self._group.all_gather(mask, dim=3, sizes=keys.key_lengths), [(0, keys.total)]
         return cut_pairs(mask, queries, ranks, keys, [(0, keys.total)] if self._stage else order, q.dtype)

@@ -1,4 +1,4 @@
-"""What is common to models whose tokens, or rows of maps, are sharded, whatever describes them."""
+"""The base class for models whose tokens, or rows of maps, are sharded."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
@@ -20,7 +20,7 @@ from xfuser.models.plan import ModelPlan
 class ShardedModel(ABC):
     """One model whose forward is sharded over one group, during one call."""
 
-    many, idle = True, ()  # as :func:`intercepted` takes them
+    many, idle = True, ()  # arguments of :func:`intercepted`
 
     def __init__(
         self, model: nn.Module, plan: ModelPlan, group: SequenceParallelGroupCoordinator, backend: str = "auto"
@@ -29,7 +29,7 @@ class ShardedModel(ABC):
 
     @property
     def _backend(self) -> str:
-        """The kernel of attention: the configured one, or the one that the model asks for."""
+        """The attention backend: the configured one or, with ``"auto"``, the one that the model asks for."""
         return asked.backend if self._configured == "auto" else self._configured
 
     @contextmanager
@@ -48,30 +48,30 @@ class ShardedModel(ABC):
                 stack.enter_context(context)
             places = self._attention_places()
             attentions = {name: self._model.get_submodule(name) for name in places}
-            attend = partial(partial, self._attend)  # by the module's name
+            attend = partial(partial, self._attend)  # from a module's name to its attention
             again = self._attends_again(attentions)
             stack.enter_context(intercepted(attentions, attend, self.many, self.idle, places, again))
             yield
 
     @abstractmethod
     def _wrapper(self, forward: Forward, arguments: Arguments) -> Any:
-        """Around the model's forward: opens and closes the state of one forward."""
+        """Run around the model's forward: set up and clear the state of one forward."""
 
     @abstractmethod
     def _hooks(self) -> Iterable[AbstractContextManager[None]]:
-        """The hooks into the model's modules, the outermost first."""
+        """The hooks into the model's modules, outermost first."""
 
     def _attention_places(self) -> dict[str, str]:
-        """Names of the attention modules, and what they are called within their blocks where these are known."""
+        """Names of the attention modules, to their names within their blocks if the blocks are known."""
         return {name: name for name, module in self._model.named_modules() if hasattr(module, "processor")}
 
     def _attends_again(self, attentions: dict[str, nn.Module]) -> dict[str, Callable[..., Tensor]]:
-        """What computes all further attention of those modules that may attend more than once in a forward."""
+        """Functions for all attention calls but the first, for modules that may attend more than once in a forward."""
         return {}
 
     @abstractmethod
     def _attend(self, name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
-        """In the place of ``scaled_dot_product_attention`` (``[B, H, S_local, D]``) of the module of this name."""
+        """Replaces ``scaled_dot_product_attention`` (``[B, H, S_local, D]``) in the module of this name."""
 
     def _local(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
         """Attention whose keys are all on this rank."""

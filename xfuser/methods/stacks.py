@@ -1,4 +1,4 @@
-"""Further stacks of blocks under PipeFusion, displaced as the transformer's own: ControlNets, refiners ahead of it."""
+"""Further stacks of blocks that PipeFusion computes patch by patch: ControlNets, and refiners before a transformer."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -24,7 +24,7 @@ def stacks_of(
     backend: str,
     pipefusion: PipeFusion | None,
 ) -> list[SequenceParallel]:
-    """What lets a pipeline's further stacks of blocks compute patches; other methods run them whole."""
+    """The methods that let a pipeline's further stacks of blocks compute patches; other methods run them whole."""
     if not pipefusion:
         return []
     shared = group, backend, pipefusion
@@ -37,18 +37,18 @@ def stacks_of(
 
 
 class Stack(SequenceParallel):
-    """Blocks beside a transformer's own, of which each sequence-parallel rank computes the whole patch."""
+    """Blocks besides a transformer's own; each sequence-parallel rank computes the whole patch."""
 
     def _splits(self, tokens: int) -> bool:
         return False
 
 
 class Refiner(Stack):
-    """The blocks ahead of a transformer's own: the first stage runs them on the patch; others, on nothing."""
+    """The blocks before a transformer's own: the first stage runs them on the patch; other stages skip them."""
 
     @contextmanager
     def enter(self, call: CallState) -> Iterator[None]:
-        """Within the context, the blocks compute patches, or return what they are given."""
+        """Within the context, the blocks compute patches on the first stage, and return their input on others."""
         if self._pipefusion.stage_of(self._model).number == 0:
             with super().enter(call):
                 yield
@@ -62,7 +62,7 @@ class Refiner(Stack):
         return lambda *args, **kwargs: bind(args, kwargs)[self._plan.image]
 
     def _leave_blocks(self, outputs: list[Streams], block: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        """Behind the last block: all tokens, with zeros in the place of other patches'."""
+        """After the last block: return all tokens, with zeros for those of other patches."""
         shares, self._call.tokens = self._call.tokens, None
         return shares.rows(outputs[0], output.shape[1]).in_sequence(output)
 
@@ -70,25 +70,25 @@ class Refiner(Stack):
 class ControlNet(Stack):
     """A ControlNet whose forward computes the patch of the sub-step: its residuals are those of the patch's tokens.
 
-    All blocks are on every stage, and so are, for their sake, the latents of the patch; nothing is sent for it but
-    those. Of a rank's patch, the transformer takes a share.
+    Every stage holds all of its blocks and, for them, the latents of the patch; only these latents are sent for it. The
+    transformer cuts the residuals to each rank's share of the patch.
     """
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._outputs: list[Any] = []  # of each call of the synchronous step
+        self._outputs: list[Any] = []  # of each call in the synchronous step
         self._unit = self._lines = 1
         self._begin()
 
     def _begin(self) -> None:
-        """Count the calls of a sub-step anew."""
+        """Restart the count of calls in a sub-step."""
         self._calls, self._attended = 0, {}
 
     def _reset(self) -> None:
         """Clear the state of one forward; attention is counted over all forwards of a sub-step."""
         attended = vars(self).get("_attended", {})
         super()._reset()
-        self._attended, self._early = attended, False  # whoever calls it gets the patch's tokens
+        self._attended, self._early = attended, False  # the caller gets the patch's tokens
 
     @contextmanager
     def enter(self, call: CallState) -> Iterator[None]:

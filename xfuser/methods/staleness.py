@@ -1,7 +1,7 @@
-"""Displaced patches (DistriFusion, arXiv 2402.19481): a rank computes its rows from the others' of one step ago.
+"""Displaced patches (DistriFusion, arXiv 2402.19481): a rank computes its rows with the others' rows of the last step.
 
-Activations of two steps that follow one another are much alike. So what a rank needs of the others' rows, it takes from
-the last step, while this step's rows are sent during the compute.
+Activations of consecutive steps are similar. So a rank uses the other ranks' rows of the last step, while this step's
+rows are sent during compute.
 """
 
 from collections.abc import Iterator
@@ -18,16 +18,16 @@ from xfuser.core.hooks import Arguments
 
 
 class Staleness:
-    """The exchanges of one transformer during a denoising loop: which of them wait, and what each left behind.
+    """The exchanges of one transformer during a denoising loop: which of them wait, and the rows that each keeps.
 
-    An exchange is known by the index of the transformer's call within the step, its name, and how often that name came
-    in this call. In the first call of an index, and whenever its arguments' shapes change, all exchanges wait: a batch
-    that has lost its unconditional half would else meet rows of other images.
+    An exchange is identified by the index of the transformer's call within the step, its name, and the number of
+    earlier exchanges of that name in this call. In the first call of an index, and whenever the shapes of its arguments
+    change, all exchanges wait: otherwise a batch that dropped its unconditional half would use rows of other images.
 
     Args:
-        group: the ranks that exchange rows, and nothing else meanwhile.
+        group: the ranks that exchange rows; it must carry no other messages meanwhile.
         mode: one of ``MODES``.
-        call: the wrapped call; the exchanges of its synchronous steps wait.
+        call: the wrapped call; in its synchronous steps, exchanges wait.
     """
 
     def __init__(self, group: dist.ProcessGroup, mode: str, call: CallState) -> None:
@@ -36,14 +36,14 @@ class Staleness:
         self._shapes: dict[int, list[torch.Size]] = {}  # of the arguments of each forward of the last step
 
     def restart(self) -> None:
-        """Forget all, as the first step of another image comes next."""
+        """Drop all rows, before the first step of another image."""
         for rows in self._kept.values():
             rows.settle()
         self._kept.clear()
         self._shapes.clear()
 
     def layer(self, forward: Forward, arguments: Arguments) -> Any:
-        """The outer layer of the transformer's forward: sees full arguments, also where another rank computes it."""
+        """The outer layer of the transformer's forward: sees full arguments, even if another rank computes it."""
         self._seen: dict[str, int] = {}
         shapes = [x.shape for x in tree_leaves(arguments) if isinstance(x, Tensor)]
         self._changed = self._shapes.get(self._call.index) != shapes
@@ -57,13 +57,13 @@ class Staleness:
 
     @contextmanager
     def exchange(self, name: str, own: Tensor, sizes: list[int], wait: bool = False) -> Iterator[Tensor]:
-        """Within the context, the rows of all ranks, in rank order: its own fresh, others' as the mode says.
+        """Yield the rows of all ranks in rank order: this rank's are fresh; the mode decides whether others' are.
 
         Args:
-            name: of what is exchanged, the same on all ranks.
+            name: name of the exchange, the same on all ranks.
             own: this rank's rows, ``[sizes[rank], ...]``.
-            sizes: rows of every rank.
-            wait: whether others' rows are to be those of this step in any case.
+            sizes: number of rows of each rank.
+            wait: whether others' rows must be fresh in any mode.
         """
         key = self._key(name)
         self._seen[name], rows = key[2], self._kept.get(key)
@@ -79,17 +79,17 @@ class Staleness:
             rows.settle()
         yield rows.full
         if not waits and self.mode != "no_sync":
-            rows.start()  # behind their use: what arrives overwrites them
+            rows.start()  # after their use, as received rows overwrite them
 
     @contextmanager
     def keys_and_values(self, name: str, key: Tensor, value: Tensor, sizes: list[int]) -> Iterator[tuple[Tensor, ...]]:
-        """As :meth:`exchange`, for this rank's keys and values of an attention, ``[B, H, S_local, D]``: one message."""
+        """As :meth:`exchange`, for the keys and values of an attention, ``[B, H, S_local, D]``, in one message."""
         own = torch.cat([key, value], dim=-1).permute(2, 0, 1, 3)
         with self.exchange(name, own, sizes) as full:
             yield full.permute(1, 2, 0, 3).split([key.shape[-1], value.shape[-1]], dim=-1)
 
     def last(self, name: str) -> Tensor | None:
-        """A copy of this rank's rows of one step ago in the next exchange of that name; None if there were none."""
+        """A copy of this rank's rows of the last step in the next exchange of that name; None if it had none."""
         rows = self._kept.get(self._key(name))
         return None if rows is None else rows.own.clone()
 
@@ -98,7 +98,7 @@ class Staleness:
 
 
 class _Rows:
-    """Rows of all ranks in one tensor; those of others are received in place."""
+    """Rows of all ranks in one tensor; other ranks' rows are received in place."""
 
     def __init__(self, own: Tensor, sizes: list[int], group: dist.ProcessGroup) -> None:
         self.full = own.new_empty(sum(sizes), *own.shape[1:])
@@ -108,7 +108,7 @@ class _Rows:
         self.own = self._parts[self._rank]
 
     def start(self) -> None:
-        """Send the own rows to all others, and receive theirs."""
+        """Send this rank's rows to all other ranks, and receive theirs."""
         others = [(rank, part) for rank, part in enumerate(self._parts) if rank != self._rank]
         messages = [(dist.irecv, part, rank) for rank, part in others if part.numel()]
         messages += [(dist.isend, self.own, rank) for rank, _ in others if self.own.numel()]
@@ -116,10 +116,10 @@ class _Rows:
         self._works = dist.batch_isend_irecv(operations) if operations else []
 
     def settle(self) -> None:
-        """Wait for what is in flight.
+        """Wait for the transfers in flight.
 
-        On NCCL the stream of computation waits, not the host: what is queued behind, which reads what arrived or
-        overwrites what was sent, finds both done.
+        On NCCL the compute stream waits, not the host: kernels queued later can read received rows and overwrite sent
+        ones.
         """
         works, self._works = self._works, []
         for work in works:

@@ -19,10 +19,10 @@ from xfuser.models.plan import ModelPlan, matching
 
 
 def division_of(model: nn.Module, plan: ModelPlan | None, ranks: int, scheme: str | None = None) -> Division:
-    """How a model with this plan is divided over ``ranks``; its weights may be on the meta device.
+    """The division of a model with this plan over ``ranks``; its weights may be on the meta device.
 
     Raises:
-        ValueError: it has fewer heads than ranks, or layers whose forward is not that of their class.
+        ValueError: the model has fewer heads than ranks, or a layer whose forward is not its class's.
     """
     if plan is None:
         return describe(model, ranks, scheme)
@@ -34,10 +34,10 @@ def division_of(model: nn.Module, plan: ModelPlan | None, ranks: int, scheme: st
 
 
 def divide(model: nn.Module, plan: ModelPlan | None, group: GroupCoordinator, scheme: str | None = None) -> Division:
-    """Divide a model in place, and return how; a :class:`TensorParallel` of the same scheme then takes it as it is.
+    """Divide a model in place, and return its division; a :class:`TensorParallel` of that scheme accepts the model.
 
-    This is for loaders: a model on the meta device becomes one of the sizes that this rank keeps, and ``Division.kept``
-    says which ranges these are.
+    This is for loaders: a model on the meta device shrinks to this rank's shards, and ``Division.kept`` returns their
+    ranges.
     """
     division = division_of(model, plan, group.world_size, scheme)
     restore = division.apply(model, group)
@@ -46,10 +46,10 @@ def divide(model: nn.Module, plan: ModelPlan | None, group: GroupCoordinator, sc
 
 
 def refuse_divided(model: nn.Module, ranks: int = 1, scheme: str | None = None) -> bool:
-    """Whether :func:`divide` was called on a model, for so many ranks.
+    """Whether :func:`divide` has divided a model for this number of ranks and by this scheme.
 
     Raises:
-        ValueError: it is divided in another way, or for a wrap that is still there.
+        ValueError: the model is divided in another way, or by a wrap that still exists.
     """
     applied = vars(model).get(_APPLIED)
     if applied and (applied.ranks, applied.scheme) == (ranks, scheme):
@@ -63,7 +63,7 @@ def refuse_divided(model: nn.Module, ranks: int = 1, scheme: str | None = None) 
 
 
 class _Applied(NamedTuple):
-    """How a model was divided, the modules that it had then, and what undoes it."""
+    """The division of a model, the modules that it had then, and a function that undoes it."""
 
     division: Division
     ranks: int
@@ -76,11 +76,11 @@ _APPLIED = "_xfuser_division"
 
 
 class TensorParallel:
-    """Models that are divided over a group from now on, until :meth:`restore`.
+    """Divides models over a group until :meth:`restore`.
 
     Args:
-        models: with their plans; None for those that have none, such as text encoders.
-        pipe: the pipeline that they are of, which loads adapters into them; of these, too, each rank keeps a part.
+        models: the models with their plans; None for models without one, such as text encoders.
+        pipe: their pipeline; adapters that it loads into them are divided as well.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class TensorParallel:
                 self._hooks.enter_context(replaced(owner, name, self._loading(getattr(owner, name))))
 
     def _loading(self, load: Callable[..., Any]) -> Callable[..., Any]:
-        """What loads adapters, on all ranks, and leaves each its part of them."""
+        """A loader of adapters that must run on all ranks, and leaves each rank its shard of them."""
 
         @wraps(load)
         def loading(*args: Any, **kwargs: Any) -> Any:
@@ -128,10 +128,10 @@ class TensorParallel:
         return loading
 
     def changes(self) -> list[str]:
-        """What modules with weights were added since, of which other ranks have no part; all ranks must call it."""
+        """Modules with weights that were added since and are not divided; all ranks must call it."""
         divided = self._group.all_gather_object([adapters.divided for adapters in self._adapters.values()])
         if any(others != divided[0] for others in divided):
-            return ["some ranks have adapters that others have not"]
+            return ["some ranks have adapters that others lack"]
         known = set().union(*(applied.modules for applied in self._applied.values()))
         return [
             f"{type(model).__name__} has got {name!r}"
@@ -141,7 +141,7 @@ class TensorParallel:
         ]
 
     def restore(self) -> None:
-        """Give every rank all weights again; all ranks of the group must call it, and have the memory."""
+        """Restore the full weights on every rank; all ranks of the group must call it, and have the memory."""
         self._hooks.close()
         for adapters in self._adapters.values():
             adapters.restore()
@@ -150,7 +150,7 @@ class TensorParallel:
         self._applied, self._adapters = {}, {}
 
     def _cut_tables(self, tables: dict[str, dict[int, int]], heads: Shards, arguments: Arguments) -> None:
-        """Of tables with entries for each head or channel, leave those of this rank's heads."""
+        """Cut tables with an entry for each head or channel to this rank's heads."""
 
         def own(dims: dict[int, int], x: Tensor) -> Tensor:
             dim = dims.get(x.dim())

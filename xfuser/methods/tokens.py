@@ -13,9 +13,9 @@ from xfuser.models.plan import PICTURE, Streams, Tokens
 
 @dataclass(frozen=True)
 class Window:
-    """The part of the streams that one forward computes: consecutive image tokens, with the text or without.
+    """The part of the streams that one forward computes: consecutive image tokens, with or without the text.
 
-    ``behind`` are further image tokens that it computes, at the end of the stream: those of pictures to go by.
+    ``behind`` are further image tokens that it computes, at the end of the stream: those of reference images.
     """
 
     image: range
@@ -29,10 +29,10 @@ class Window:
 
 
 class Part(NamedTuple):
-    """One stream's rows in a sequence: those of the ranks, one after the other in ``ranges``, or all on every rank.
+    """One stream's rows in a sequence: split over the ranks, in rank order in ``ranges``, or whole on every rank.
 
-    ``givers`` are the ranks whose rows are keys. With ``lines`` above 1, the sequence is that many lines of equal
-    length, and the ranks have their part of each line.
+    ``givers`` are the ranks whose rows are used as keys. With ``lines`` above 1, the sequence consists of that many
+    lines of equal length, and each rank holds its part of each line.
     """
 
     ranges: tuple[range, ...]
@@ -56,10 +56,10 @@ class Part(NamedTuple):
 
 
 class Rows:
-    """The rows of a sequence of streams that each rank has.
+    """The rows of a sequence of streams that each rank holds.
 
-    Every rank has queries for all that it holds. Of a stream that all ranks hold, the first one gives the keys; of text
-    that is carried along as ballast, none.
+    Every rank has queries for all rows that it holds. If all ranks hold a stream, the first rank gives its keys;
+    ballast text gives no keys.
     """
 
     def __init__(self, parts: list[Part], ranks: int, total: int) -> None:
@@ -67,29 +67,29 @@ class Rows:
 
     @cached_property
     def lengths(self) -> list[int]:
-        """Rows of queries of each rank."""
+        """Number of query rows of each rank."""
         return [sum(part.sizes[rank] for part in self._parts) for rank in range(self._ranks)]
 
     @cached_property
     def key_lengths(self) -> list[int]:
-        """Rows of keys that each rank gives."""
+        """Number of key rows that each rank gives."""
         return [sum(length for _, length in self.key_places(rank)) for rank in range(self._ranks)]
 
     def places(self, rank: int) -> list[tuple[int, int]]:
-        """Where the rows of a rank lie in the whole sequence: (first row, number of rows)."""
+        """Positions of a rank's rows in the whole sequence: (first row, number of rows)."""
         return [place for part in self._parts for place in part.places(rank)]
 
     def key_places(self, rank: int) -> list[tuple[int, int]]:
-        """Where the rows lie that a rank gives as keys."""
+        """Positions of the rows that a rank gives as keys."""
         return [place for part in self._parts if rank in part.givers for place in part.places(rank)]
 
     @cached_property
     def order(self) -> list[tuple[int, int]]:
-        """Where the keys of all ranks lie, those of one rank after those of another."""
+        """Positions of the keys of all ranks, in rank order."""
         return [place for rank in range(self._ranks) for place in self.key_places(rank)]
 
     def in_sequence(self, x: Tensor) -> Tensor:
-        """``[B, rows in this order, D]`` to ``[B, total, D]``: each row at its place; zeros where there is none."""
+        """``[B, rows, D]``, ordered as in ``order``, to ``[B, total, D]``: each row at its place, zeros elsewhere."""
         places = self.order
         if x.shape[1] == self.total and places == sorted(places):
             return x
@@ -99,7 +99,7 @@ class Rows:
         return whole
 
     def given(self, x: Tensor, dim: int, rank: int) -> Tensor:
-        """Of a rank's rows along ``dim``, those that it gives as keys."""
+        """The rows that a rank gives as keys, from all its rows along ``dim``."""
         if self.key_lengths[rank] == self.lengths[rank]:
             return x
         rows = x.split([part.sizes[rank] for part in self._parts], dim=dim)
@@ -108,18 +108,18 @@ class Rows:
 
 
 class TokenShares:
-    """Rows of each stream that the ranks of a group hold during one forward: consecutive ones, in rank order.
+    """The rows of each stream that each rank of a group holds during one forward: consecutive, in rank order.
 
     Args:
-        rank, ranks: this rank's place in the group and the group's size; 0 and 1 where every rank holds everything.
-        image, text: tokens of the whole streams; text is None where it is known from each sequence alone.
-        window: the tokens that this forward computes, and the ranks share.
-        unit: image tokens that stay together.
+        rank, ranks: this rank's place in the group and the group's size; 0 and 1 if every rank holds everything.
+        image, text: token counts of the whole streams; text is None if only the length of each sequence shows it.
+        window: the tokens that this forward computes, which are split over the ranks.
+        unit: number of image tokens that stay together.
         whole: whether every rank holds all of the text.
-        ballast: whether every rank holds one text token that counts for nothing where the window has none.
-        lines: the image is that many lines of tokens, and each rank holds its part of each of them.
-        varies: every rank holds all of the text, and a sequence has as many tokens of it as it is longer than the
-            image, which may be more or fewer than ``text``.
+        ballast: whether every rank holds one text token, which has no effect, if the window has no text.
+        lines: number of lines of tokens in the image; each rank holds its part of each line.
+        varies: whether every rank holds all of the text, and its length differs by sequence: that of the sequence minus
+            the image's, which may be more or less than ``text``.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class TokenShares:
         idle = ballast and not window.text
         self._active = {"image": window.ranges, "text": (range((text or 0) if window.text else int(idle)),)}
         self._givers = {"image": range(ranks), "text": range(0 if idle else 1 if whole else ranks)}
-        # The streams' longer shares lie at opposite ends of the group, which evens the totals out.
+        # The longer shares of the two streams are at opposite ends of the group, which evens out the totals.
         count, words = (sum(map(len, self._active[stream])) for stream in ("image", "text"))
         self.sizes = {"image": [size * unit for size in split_sizes(count // unit, ranks)]}
         self.sizes["text"] = [words] * ranks if whole or idle else split_sizes(words, ranks)[::-1]
@@ -157,7 +157,7 @@ class TokenShares:
 
     @property
     def own(self) -> dict[str, int]:
-        """How many tokens this rank has of each stream, image first."""
+        """Number of tokens of each stream that this rank holds, image first."""
         return {stream: sizes[self.rank] for stream, sizes in self.sizes.items()}
 
     @property
@@ -166,12 +166,12 @@ class TokenShares:
         return self.ranks == 1 and self.window == Window(range(self.totals["image"]))
 
     def rows(self, streams: Streams, own: int, text: int | None = None) -> Rows:
-        """The rows of an attention's sequence, of which this rank has ``own``.
+        """The rows of an attention's sequence, of which this rank holds ``own``.
 
-        ``text`` counts the tokens of text that varies, where this forward computes none of them.
+        ``text`` is the length of text that varies, if this forward computes none of it.
 
         Raises:
-            ValueError: that is not what it holds of these streams.
+            ValueError: ``own`` is not the number of rows of these streams that this rank holds.
         """
         if (streams, own, text) in self._known:
             return self._known[streams, own, text]
@@ -179,13 +179,13 @@ class TokenShares:
         rows = self._rows(streams, further if text is None else text)
         if rows.lengths[self.rank] != own or further < 0:
             raise ValueError(
-                f"attention over {own} tokens, where this rank holds {rows.lengths[self.rank]} of {'+'.join(streams)}"
+                f"attention over {own} tokens, but this rank holds {rows.lengths[self.rank]} of {'+'.join(streams)}"
             )
         self._known[streams, own, text] = rows
         return rows
 
     def _rows(self, streams: Streams, text: int) -> Rows:
-        """``text`` counts the text tokens where nothing else tells."""
+        """As :meth:`rows`; ``text`` is the length of a stream whose total is unknown."""
         parts, start = [], 0
         for stream in streams:
             unknown = self.totals[stream] is None
@@ -201,7 +201,7 @@ class TokenShares:
         return Rows(parts, self.ranks, start)
 
     def total(self, streams: Streams) -> int | None:
-        """Tokens of a sequence of these streams; None where only the sequence tells."""
+        """Number of tokens in a sequence of these streams; None if only the sequence shows it."""
         totals = [self.totals[stream] for stream in streams]
         return None if None in totals else sum(totals)
 
@@ -219,19 +219,19 @@ class TokenShares:
             counts = [str(self.totals[stream]) for stream in tokens.streams]
             raise ValueError(
                 f"a per-token argument of shape {tuple(x.shape)} has {length} entries along dimension {tokens.dim},"
-                f" where {'+'.join(tokens.streams)} have {'+'.join(counts)} tokens"
+                f" but {'+'.join(tokens.streams)} have {'+'.join(counts)} tokens"
             )
         if self.is_whole:
             return x
         return torch.cat([x.narrow(tokens.dim, *place) for place in rows.places(self.rank)], dim=tokens.dim)
 
     def without_text(self, x: Tensor, streams: Streams, dim: int) -> Tensor:
-        """Of this rank's rows of streams, with all of the text, those of a forward that computes no text."""
+        """This rank's rows of streams, without the text, for a forward that computes no text."""
         own = self.sizes["image"][self.rank] * ("image" in streams)
         return x.narrow(dim, 0 if streams[-1] == "text" else x.shape[dim] - own, own)
 
     def with_text(self, output: Any, outputs: list[Streams], dim: int) -> Any:
-        """A block's output, of these streams, with zeros in the place of the text that it was not given."""
+        """A block's output, of these streams, with zeros in place of the text that it was not given."""
         if not isinstance(output, Tensor):
             return tuple(self.with_text(x, [streams], dim) for x, streams in zip(output, outputs, strict=True))
         (streams,) = outputs
