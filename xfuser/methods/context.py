@@ -29,7 +29,7 @@ TEXT = "encoder_hidden_states"
 
 
 class ContextParallel(ShardedModel):
-    """USP of one transformer over one group, by ``plan.context``: :class:`SequenceParallel` without a plan."""
+    """USP of one transformer over one group, by ``plan.context``; used in place of :class:`SequenceParallel`."""
 
     def __init__(
         self, model: nn.Module, plan: ModelPlan, group: SequenceParallelGroupCoordinator, backend: str = "auto"

@@ -107,7 +107,7 @@ class MixingModules(ShardedModel):
         return state if self._call.tokens.ranks == 1 or self._alone else self._group.all_reduce(state)
 
     def _state(self, name: str, state: Tensor, part: Callable[[int, int], Tensor]) -> Tensor:
-        """The state of all tokens, given that of this rank's; under PipeFusion, summed over the patches as well."""
+        """The state of all tokens, from that of this rank's tokens; under PipeFusion, summed over patches as well."""
         if not self._stage:
             return self._sum(state)
         number = self._attended[name] = self._attended.get(name, 0) + 1

@@ -58,7 +58,7 @@ class SequenceParallel(MixingModules):
         """Clear the state of one forward."""
         self._early = self._plan.head is None  # whether tokens are gathered after the last block
         self._attended: dict[str, int] = {}  # number of attention calls of each module
-        self._starts: Tensor | None = None  # text tokens before the image, [B, 1], if batch entries differ in it
+        self._starts: Tensor | None = None  # text tokens before the image, [B, 1], if they differ by batch entry
         self._cuts: dict[tuple[str, str, int], tuple[Any, Any]] = {}  # arguments that blocks share, and their shards
 
     def _hooks(self) -> Iterator[AbstractContextManager[None]]:
@@ -178,7 +178,7 @@ class SequenceParallel(MixingModules):
         count, text = arguments[plan.image].shape[plan.carrier_dim], 0
         if plan.text and arguments.get(plan.text) is not None:
             text = arguments[plan.text].shape[plan.carrier_dim]
-        elif plan.carriers(blocks)[plan.image] != ("image",):  # it holds the text as well
+        elif plan.carriers(blocks)[plan.image] != ("image",):  # it also carries the text
             whole, count = count, self._image_tokens
             text = whole - count
         return self._share_of(count, text, stage.window(count) if stage else Window(range(count)))
