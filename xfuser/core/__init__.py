@@ -1,1 +1,1 @@
-"""What the methods stand on: devices, process groups, attention."""
+"""Building blocks of the methods: devices, process groups, attention, tensor parallelism."""

@@ -1,11 +1,11 @@
-"""Optional packages, looked for when they are used."""
+"""Optional packages, imported when they are used."""
 
 import importlib
 from typing import Any
 
 
 def extra(module: str, purpose: str) -> Any:
-    """The module, or a ValueError that says what it is for and how to get it."""
+    """Import a module. If it is missing, raise a ValueError that gives its purpose and how to install it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""What ranks compute together carries no gradients: forwards run as they are, and ``backward()`` through one raises."""
+"""Computations across ranks carry no gradients: a forward runs, and ``backward()`` through it raises."""
 
 from typing import Any
 
@@ -7,9 +7,10 @@ from torch import Tensor
 
 
 def forward_only(out: Tensor, *inputs: Tensor | None) -> Tensor:
-    """``out``, which was computed from ``inputs`` within ``torch.no_grad()``, by collectives that no gradient passes.
+    """Return ``out``, computed from ``inputs`` within ``torch.no_grad()``, so that ``backward()`` through it raises.
 
-    A caller who forgot ``torch.no_grad()`` gets the result; gradients that silently lack a part are never computed.
+    Collectives pass no gradients. A caller without ``torch.no_grad()`` still gets the result, but never gradients that
+    silently lack a part.
     """
     inputs = [x for x in inputs if x is not None and x.requires_grad]
     return _ForwardOnly.apply(out, *inputs) if inputs and torch.is_grad_enabled() else out
@@ -22,4 +23,4 @@ class _ForwardOnly(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> None:
-        raise ValueError("what ranks compute together is for inference: no gradient passes their collectives")
+        raise ValueError("computation across ranks is for inference only: no gradient passes their collectives")

@@ -1,4 +1,4 @@
-"""Hooks into modules that stay unmodified: attributes in the place of others for a while, arguments by name."""
+"""Hooks into unmodified modules: attributes that are replaced temporarily, and arguments bound by name."""
 
 import functools
 import inspect
@@ -13,7 +13,7 @@ Arguments = dict[str, Any]
 
 @contextmanager
 def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Within the context, ``owner`` has its own attribute ``name``; afterwards all is as before."""
+    """Within the context, ``owner``'s own attribute ``name`` is ``value``; its previous state is restored after it."""
     absent = object()
     before = owner.__dict__.get(name, absent)
     setattr(owner, name, value)
@@ -28,7 +28,7 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 @contextmanager
 def edited_output(module: nn.Module, edit: Callable[[nn.Module, tuple, Any], Any]) -> Iterator[None]:
-    """Within the context, ``edit(module, args, output)`` gives the output of each call of ``module``."""
+    """Within the context, ``edit(module, args, output)`` replaces the output of each call of ``module``."""
     handle = module.register_forward_hook(edit)
     try:
         yield
@@ -37,9 +37,9 @@ def edited_output(module: nn.Module, edit: Callable[[nn.Module, tuple, Any], Any
 
 
 def innermost(module: nn.Module) -> tuple[Any, str]:
-    """Where a module's own forward is: ``(owner, name of the attribute)``.
+    """Where a module's own forward is stored: ``(owner, name of the attribute)``.
 
-    The hooks of Diffusers' registry (caches, offload by groups) run around it, and may leave it out. Without such hooks
+    The hooks of Diffusers' registry (caches, group offload) run around this forward and may skip it. Without such hooks
     it is the module's ``forward``.
     """
     registry = vars(module).get("_diffusers_hook")
@@ -50,7 +50,7 @@ def innermost(module: nn.Module) -> tuple[Any, str]:
 
 
 class Binder:
-    """From the arguments of a function's call to arguments by name. The signature is read once."""
+    """Maps the arguments of a function's calls to their names. The signature is read once."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._signature = inspect.signature(function)
@@ -60,16 +60,16 @@ class Binder:
         self.names = [name for name, kind in kinds.items() if kind in named]
 
     def __call__(self, args: tuple, kwargs: dict[str, Any]) -> Arguments:
-        """The arguments by name, whether they were given by position or by keyword.
+        """The arguments by name, whether passed by position or by keyword.
 
         Raises:
-            TypeError: more are given by position than there are, or one twice.
+            TypeError: there are too many positional arguments, or an argument is passed twice.
         """
         arguments = dict(zip(self.names, args, strict=False))
         if len(args) > len(self.names) and self.rest:
             arguments[self.rest] = args[len(self.names) :]
         elif len(args) > len(self.names) or any(name in arguments for name in kwargs):
-            self._signature.bind(*args, **kwargs)  # says what is wrong
+            self._signature.bind(*args, **kwargs)  # raises a TypeError that names the problem
         return arguments | kwargs
 
 
@@ -77,7 +77,7 @@ def edited_arguments(module: nn.Module, edit: Callable[[Arguments], None]) -> Ab
     """Within the context, ``edit`` changes the arguments of each call of ``module`` in place before it runs."""
     original = module.forward
     bind = Binder(getattr(*innermost(module)))
-    ahead = bind.names if bind.rest else []  # only by position can more follow
+    ahead = bind.names if bind.rest else []  # more arguments can follow only positional ones
 
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The library's one logger, and quiet ranks: below ERROR, only rank 0 speaks."""
+"""The library's logger. Below ERROR, only rank 0 logs."""
 
 import logging
 import os
@@ -24,7 +24,7 @@ logger.addFilter(_RankZeroFilter())
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Within the context, Diffusers and Transformers tell nothing but errors on ranks other than 0."""
+    """Within the context, Diffusers and Transformers log only errors on ranks other than 0, without progress bars."""
     if is_rank_zero():
         yield
         return

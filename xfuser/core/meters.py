@@ -1,6 +1,6 @@
 """Meters: bytes sent to other ranks, time spent waiting for them, and bytes of live tensors.
 
-All but waiting are counted, so they do not drift with the machine.
+All except waiting are counts, so they do not vary with the machine.
 """
 
 import time
@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-OPERATIONS = {  # of torch.distributed, by what it is called where torch dispatches it
+OPERATIONS = {  # name where torch dispatches it, to the operation of torch.distributed
     "alltoall_base_": "all_to_all_single",
     "alltoall_": "all_to_all_single",
     "all_to_all_single": "all_to_all_single",
@@ -42,10 +42,10 @@ OPERATIONS = {  # of torch.distributed, by what it is called where torch dispatc
 
 
 class Traffic(TorchDispatchMode):
-    """Bytes that this rank sends to other ranks within the context, by operation (``sent``, ``total``).
+    """Bytes that this rank sends to other ranks within the context: by operation (``sent``), and their ``total``.
 
-    Counted where torch dispatches collectives, whoever calls them. What a collective sends is that of its usual
-    algorithm: a ring for reductions, one copy for each receiver of a broadcast, from its source.
+    Collectives are counted where torch dispatches them, whoever calls them. The count assumes the usual algorithm of
+    each collective: a ring for reductions; for a broadcast, one copy per receiver, sent by the source.
     """
 
     def __init__(self) -> None:
@@ -92,24 +92,24 @@ def _group_of(given: dict[str, Any]) -> dist.ProcessGroup:
 
 
 def traffic() -> Traffic:
-    """Count what is sent within the context: ``with traffic() as sent``."""
+    """Count the bytes sent within the context: ``with traffic() as sent``."""
     return Traffic()
 
 
 class Waiting:
-    """When the calling thread waited for other ranks: pairs of moments of ``time.perf_counter``."""
+    """Intervals in which the calling thread waited for other ranks, as pairs of ``time.perf_counter`` values."""
 
     def __init__(self) -> None:
         self.waits: list[tuple[float, float]] = []
 
     def between(self, start: float, end: float) -> float:
-        """Seconds of waiting between two moments."""
+        """Seconds of waiting between two ``time.perf_counter`` values."""
         return sum(max(0.0, min(b, end) - max(a, start)) for a, b in self.waits)
 
 
 @contextmanager
 def waiting() -> Iterator[Waiting]:
-    """Time the waiting within the context. On an accelerator the device waits, not the caller: nothing is seen then."""
+    """Measure waiting within the context. On an accelerator the device waits, not the caller: nothing is recorded."""
     meter = Waiting()
 
     def timed(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -130,7 +130,7 @@ def waiting() -> Iterator[Waiting]:
 
 
 def peak_allocation(action: Callable[[], Any]) -> int:
-    """High-water mark of the bytes that torch allocates on the CPU during ``action``, with workspaces of kernels."""
+    """Peak bytes that torch allocates on the CPU during ``action``, including workspaces of kernels."""
     with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         action()
     sizes = [event.nbytes() for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -138,9 +138,9 @@ def peak_allocation(action: Callable[[], Any]) -> int:
 
 
 class LiveMemory(TorchDispatchMode):
-    """High-water mark of the bytes of tensors made within the context and still alive (``peak``).
+    """Peak bytes of the live tensors that were created within the context (``peak``).
 
-    ``epoch`` is set by the user: tensors bear the one that they were made in, or None.
+    The user sets ``epoch``; each tensor is tagged with the epoch in which it was created, or None.
     """
 
     def __init__(self) -> None:
@@ -150,7 +150,7 @@ class LiveMemory(TorchDispatchMode):
         self._known: dict[int, tuple[int, int | None]] = {}
 
     def by_epoch(self) -> dict[int, int]:
-        """Bytes alive of the tensors of each epoch."""
+        """Bytes of live tensors, by epoch."""
         sizes: dict[int, int] = {}
         for size, epoch in self._known.values():
             if epoch is not None:
@@ -158,11 +158,11 @@ class LiveMemory(TorchDispatchMode):
         return sizes
 
     def alive(self) -> dict[int, int]:
-        """Bytes that are counted with each storage, by its key."""
+        """Bytes counted for each live storage, by its key."""
         return {key: size for key, (size, _) in self._known.items()}
 
     def grow(self, key: int, size: int) -> None:
-        """Count ``size`` bytes more for as long as the storage with this key is alive; nothing where it is gone."""
+        """Count ``size`` more bytes until the storage with this key is freed; does nothing if it already is."""
         if key not in self._known:
             return
         known, epoch = self._known[key]
@@ -171,14 +171,14 @@ class LiveMemory(TorchDispatchMode):
         self.peak = max(self.peak, self.live)
 
     def free_of_epoch(self, tensors: Any) -> None:
-        """Let the tensors in a structure of them bear no epoch."""
+        """Remove the epoch from all tensors in a nested structure."""
         for x in tree_leaves(tensors):
             if isinstance(x, Tensor) and (key := x.untyped_storage()._cdata) in self._known:
                 self._known[key] = self._known[key][0], None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func.namespace == "prim":  # asks a tensor what it is
+        if func.namespace == "prim":  # only queries a tensor's properties
             return result
         inputs = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         for x in tree_leaves(result):

@@ -1,4 +1,4 @@
-"""Random numbers where ranks compute parts of what one rank computes whole: each would draw other ones."""
+"""Detects random numbers in work that is split over ranks, as each rank would draw different ones."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class RandomWatch(TorchDispatchMode):
-    """Within the context, ``before_draw(name)`` is called ahead of each operator that draws random numbers."""
+    """Within the context, ``before_draw(name)`` is called before each operator that draws random numbers."""
 
     def __init__(self, before_draw: Callable[[str], None]) -> None:
         super().__init__()
@@ -21,7 +21,7 @@ class RandomWatch(TorchDispatchMode):
 
 
 def _draws(func: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
-    """Attention draws for its dropout alone."""
+    """Whether the operator draws random numbers; attention does so only for dropout."""
     names = [argument.name for argument in func._schema.arguments]
     if "dropout_p" not in names:
         return True

@@ -1,1 +1,1 @@
-"""Exact attention over a sequence that is spread over ranks."""
+"""Exact attention over a sequence that is sharded over ranks."""

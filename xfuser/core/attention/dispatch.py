@@ -1,7 +1,7 @@
 """Attention backends of Diffusers (flex, sage, xformers, ...), by the names that ``set_attention_backend()`` takes.
 
-Diffusers keeps one function a name, over query, key and value ``[B, S, H, D]``. Within a wrapped call, attention
-modules reach others in their place, which have several ranks compute. What is local to a rank then runs the function.
+Diffusers keeps one function per name, over query, key and value ``[B, S, H, D]``. Within a wrapped call, attention
+modules call replacements that compute over several ranks, and use the backend's function for each rank's local part.
 """
 
 import functools
@@ -21,19 +21,19 @@ from xfuser.core.hooks import replaced
 from xfuser.core.logger import logger
 
 MODULE = "diffusers.models.attention_dispatch"
-NATIVE = "native"  # scaled_dot_product_attention, which is intercepted itself
+NATIVE = "native"  # scaled_dot_product_attention, which intercept.py replaces itself
 QKV = ("query", "key", "value")
 OF_SDPA = ("attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
-# Kernels of this library that give an LSE, for backends of the same arithmetic that give none.
+# Kernels of this library that return an LSE, for backends with the same arithmetic that return none.
 WITH_LSE = {
     "_native_math": "math", "_native_flash": "flash", "_native_efficient": "efficient", "_native_cudnn": "cudnn",
 }  # fmt: skip
-WITHOUT_LSE = ("flex", "flash_varlen", "_flash_varlen_3", "sage_varlen")  # although they take return_lse
+WITHOUT_LSE = ("flex", "flash_varlen", "_flash_varlen_3", "sage_varlen")  # although they accept return_lse
 KEYS = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
 
 
 class _Asked(threading.local):
-    """How the attention that this thread computes was asked for: by which backend, and in a compiled block or not."""
+    """How this thread's current attention was requested: the backend, and whether from a compiled block."""
 
     backend, compiled = "auto", False
 
@@ -42,7 +42,7 @@ asked = _Asked()
 
 
 def missing(name: str) -> str | None:
-    """Why Diffusers' backend of this name cannot be had here; None where it can. Fetches its kernel from the hub."""
+    """Why Diffusers' backend of this name is not available here; None if it is. May fetch its kernel from the hub."""
     if importlib.util.find_spec("diffusers") is None:
         return "unknown"
     module = importlib.import_module(MODULE)
@@ -54,10 +54,10 @@ def missing(name: str) -> str | None:
 
 
 def taken(attend: Callable[[str, Callable[[], dict[str, Any]]], Tensor | None]) -> AbstractContextManager[None]:
-    """Within the context, Diffusers' backends but ``native`` return ``attend(name, arguments)``, ``[B, H, S, D]``.
+    """Within the context, Diffusers' backends except ``native`` return ``attend(name, arguments)``, ``[B, H, S, D]``.
 
-    ``arguments()`` are those of ``scaled_dot_product_attention``. Where the result is None, the backend's own function
-    runs.
+    ``arguments()`` returns the arguments of ``scaled_dot_product_attention``. If ``attend`` returns None, the backend's
+    own function runs.
     """
     registry = _registry()
     if registry is None:
@@ -66,7 +66,7 @@ def taken(attend: Callable[[str, Callable[[], dict[str, Any]]], Tensor | None]) 
 
 
 def _taking(key: Any, function: Callable[..., Any], attend: Callable[..., Tensor | None]) -> Callable[..., Any]:
-    name = str(getattr(key, "value", key))  # a member of Diffusers' enumeration, or what somebody registered
+    name = str(getattr(key, "value", key))  # a member of Diffusers' enumeration, or a key registered by other code
     if name == NATIVE:
         return function
     defaults = {one.name: one.default for one in inspect.signature(function).parameters.values()}
@@ -83,10 +83,10 @@ def _taking(key: Any, function: Callable[..., Any], attend: Callable[..., Tensor
 
 
 def _as_for_sdpa(name: str, given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """A backend's arguments as ``scaled_dot_product_attention`` takes them, ``[B, H, S, D]``.
+    """Convert a backend's arguments to those of ``scaled_dot_product_attention``, ``[B, H, S, D]``.
 
     Raises:
-        ValueError: one has no counterpart there.
+        ValueError: an argument has no counterpart there.
     """
     mask = given.get("attn_mask")
     if isinstance(mask, Tensor) and mask.shape == (given["key"].shape[0], given["key"].shape[1]):
@@ -105,7 +105,7 @@ def run(name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: 
     """Attention by Diffusers' backend of this name, ``[B, H, S, D]``.
 
     Raises:
-        ValueError: it takes no mask, and there is one.
+        ValueError: there is a mask, and the backend does not support masks.
     """
     return _call(name, q, k, v, mask, scale).transpose(1, 2)
 
@@ -113,7 +113,9 @@ def run(name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: 
 def run_with_lse(
     name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None
 ) -> tuple[Tensor, Tensor] | None:
-    """The same with its LSE, ``[B, H, S]``; None where the backend gives none, which is said once."""
+    """As :func:`run`, with the LSE, ``[B, H, S]``; None if the backend returns no LSE.
+
+    A backend for which ``WITH_LSE`` has no kernel is then reported in a warning, once."""
     if name in WITH_LSE:
         return None
     why = "Diffusers returns none"
@@ -131,12 +133,12 @@ def run_with_lse(
 
 
 def _registry() -> Any:
-    """Where Diffusers keeps its backends; None in releases that have none, or while nobody has imported it."""
+    """Diffusers' registry of backends; None in releases without one, or if its module has not been imported."""
     return getattr(sys.modules.get(MODULE), "_AttentionBackendRegistry", None)
 
 
 def _function(name: str) -> Callable[..., Any]:
-    """Diffusers' own function, which outlives the call: what is cached for it is, too."""
+    """Diffusers' own function, not a replacement: it outlives the call, so caches keyed by it stay valid."""
     function = _registry()._backends[name]
     while hasattr(function, "in_place_of"):
         function = function.in_place_of
@@ -152,10 +154,10 @@ def _call(name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale
     function = _function(name)
     names = _parameters(function)
     if mask is not None and "attn_mask" not in names:
-        raise ValueError(f"the attention backend {name!r} takes no mask, and this model has one: use 'native'")
+        raise ValueError(f"the attention backend {name!r} does not support masks, and this model has one: use 'native'")
     if mask is not None and "varlen" in name:
         k, v, mask = _kept_first(k, v, mask)
-    if name == "flex" and asked.compiled:  # which holds all scores at once where it is not
+    if name == "flex" and asked.compiled:  # without a compiler, flex holds all scores at once
         function = _compiled(function)
     given = {"attn_mask": mask, "scale": scale, **more}
     given = {key: value for key, value in given.items() if key in names}
@@ -164,7 +166,7 @@ def _call(name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale
 
 @functools.cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, compiled, to be called within an operator: tracing it needs the dispatch keys as outside of one."""
+    """The compiled function, for calls within an operator: tracing requires the dispatch keys from outside of it."""
     code = torch.compile(function)
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -175,9 +177,9 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _kept_first(k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys and values in another order: those that a key mask hides are last, as kernels that take lengths have them.
+    """Reorder keys and values so that those hidden by a key mask come last, as kernels that take lengths require.
 
-    The mask, ``[B|1, 1, 1, S]``, comes back as one of booleans.
+    The mask, ``[B|1, 1, 1, S]``, is returned in the same order, as booleans.
     """
     shown = (mask if mask.dtype == torch.bool else mask != -torch.inf).expand(k.shape[0], 1, 1, k.shape[2])
     order = (~shown).to(torch.uint8).argsort(dim=-1, stable=True)
@@ -189,7 +191,7 @@ def _kept_first(k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Ten
 @functools.cache
 def _warn_no_lse(name: str, why: str) -> None:
     logger.warning(
-        "the attention backend %s gives no log-sum-exp, which the ring needs (%s): a kernel of this library computes"
-        " the ring's blocks instead; with Ulysses alone, %s computes all",
+        "the attention backend %s returns no log-sum-exp, which the ring requires (%s): a kernel of this library"
+        " computes the ring's blocks instead; with Ulysses only, %s computes all attention",
         name, why, name,
     )  # fmt: skip

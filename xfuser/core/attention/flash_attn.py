@@ -1,7 +1,7 @@
-"""The packages flash-attn 2 and 3, by the function that both publish: ``flash_attn_func``.
+"""The packages flash-attn 2 and 3, called through the function that both publish: ``flash_attn_func``.
 
-Releases differ in what it takes and returns, so it is called by its signature. A release that cannot be called for an
-output with its LSE counts as missing, and the next kernel runs.
+Its arguments and results differ between releases, so its signature decides how it is called. A release that cannot be
+imported or lacks a required argument counts as missing, and the next kernel runs.
 """
 
 import importlib
@@ -16,19 +16,19 @@ from torch import Tensor
 from xfuser.core.logger import logger
 
 NEEDED = {"q", "k", "v", "softmax_scale", "causal"}
-RETURNS_LSE = "return_attn_probs"  # of releases whose function returns the output alone if not asked for more
+RETURNS_LSE = "return_attn_probs"  # in releases whose function returns only the output by default
 
 
 @cache
 def absent(package: str) -> str | None:
-    """That the package, ``flash_attn`` (2) or ``flash_attn_interface`` (3), is not installed; None where it is."""
+    """A message if the package, ``flash_attn`` (2) or ``flash_attn_interface`` (3), is not installed; None if it is."""
     there = package in sys.modules or importlib.util.find_spec(package)
     return None if there else f"the package {package} is not installed"
 
 
 @cache
 def unusable(package: str) -> str | None:
-    """Why the release that is installed cannot be used; None where it can."""
+    """Why the installed release cannot be used; None if it can."""
     try:
         lacks = ", ".join(sorted(NEEDED.difference(_parameters(package))))
         why = lacks and f"takes no {lacks}"
@@ -43,7 +43,7 @@ def unusable(package: str) -> str | None:
 def run(
     package: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, causal: bool
 ) -> tuple[Tensor, Tensor]:
-    """Output and LSE, as the kernels of ``kernels.py``; the package's layout is ``[B, S, H, D]``."""
+    """Output and LSE, as the kernels of ``kernels.py`` return them; the package's layout is ``[B, S, H, D]``."""
     q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
     more = {RETURNS_LSE: True} if RETURNS_LSE in _parameters(package) else {}
     scale = q.shape[-1] ** -0.5 if scale is None else scale

@@ -1,4 +1,4 @@
-"""Replaces ``torch.nn.functional.scaled_dot_product_attention`` inside chosen attention modules, and only there."""
+"""Replaces ``torch.nn.functional.scaled_dot_product_attention`` inside chosen attention modules only."""
 
 import functools
 import threading
@@ -18,20 +18,20 @@ Attend = Callable[..., Tensor]
 
 
 class _Running(threading.local):
-    """The attention module whose forward this thread is in."""
+    """The attention module whose forward this thread is running."""
 
     module: "_Attention | None" = None
 
 
 class _Attention:
-    """One attention module: what computes its attention, and how often it was asked to in this forward."""
+    """One attention module: the functions that compute its attention, and the number of calls in this forward."""
 
     def __init__(self, attend: Attend, again: Attend | None) -> None:
         self.attend, self.again, self.count = attend, again, 0
 
 
 class _Traced:
-    """The same while a compiler traces a block: the place of the module in the block, as all else differs by block."""
+    """The same while a compiler traces a block: only the module's place in the block, as all else differs by block."""
 
     def __init__(self) -> None:
         self.place, self.count, self.again = "", 0, False
@@ -48,20 +48,19 @@ def intercepted(
 ) -> Iterator[None]:
     """Within the context, each of ``modules`` computes its attention by ``attend(name)``.
 
-    ``torch.nn.functional`` has another function in the place of ``scaled_dot_product_attention`` as long as the context
-    lasts, and Diffusers in the place of its attention backends. Outside of these modules, and in other threads, they
-    call the real ones.
+    ``torch.nn.functional.scaled_dot_product_attention`` and Diffusers' attention backends are replaced for the duration
+    of the context. Outside of these modules, and in other threads, the replacements call the real functions.
 
-    The replacement takes query, key, value, mask and scale of ``scaled_dot_product_attention``. A module whose
-    processor does not call that function exactly once per forward, or at least once with ``many``, raises a ValueError:
-    its attention would not be the one intended. One of the arguments ``idle`` that is true says that it attends to
-    nothing. ``places`` are the modules' names within their blocks, where these are compiled. Modules of ``again`` may
-    call the function more than once in a forward, and compute all calls but the first by ``again[name]``.
+    ``attend(name)`` gets query, key, value, mask and scale of the call. A module whose processor does not call it
+    exactly once per forward (at least once with ``many``) raises a ValueError, as its attention would not be the one
+    intended. A module that is passed a true value for an argument in ``idle`` may make no call. For compiled blocks,
+    ``places`` are the modules' names within their blocks. Modules in ``again`` may call attention several times in a
+    forward; ``again[name]`` computes all calls except the first.
     """
     running, traced, original = _Running(), _Traced(), F.scaled_dot_product_attention
 
     def computed(backend: str, operands: Callable[[], tuple[Any, ...]]) -> Tensor | None:
-        """The attention of the module that runs, asked for by this backend; None where none of ``modules`` runs."""
+        """The running module's attention, requested from this backend; None if none of ``modules`` is running."""
         if torch.compiler.is_compiling():
             if not traced.place:
                 return None
@@ -72,7 +71,7 @@ def intercepted(
         if module is None:
             return None
         module.count += 1
-        running.module = None  # what computes the attention may come here
+        running.module = None  # the function that computes the attention may call the replacement
         dispatch.asked.backend = backend
         try:
             return (module.again if module.again and module.count > 1 else module.attend)(*operands())
@@ -88,7 +87,7 @@ def intercepted(
         return computed(backend, lambda: what_matters(**arguments()))
 
     def counted(name: str, module: nn.Module, attend: Attend, place: str) -> Callable[..., Any]:
-        """The forward of an attention module, which says that it runs, and checks how it computed attention."""
+        """A forward that marks its attention module as running, and checks how often it called attention."""
         forward_of_module, more = getattr(*innermost(module)), (again or {}).get(name)
 
         def check(count: int, kwargs: dict[str, Any]) -> None:
@@ -122,7 +121,7 @@ def intercepted(
     with ExitStack() as stack:
         for name, module in modules.items():
             place = (places or {}).get(name, name)
-            # Within the hooks of caches, which leave attention out in some steps.
+            # Inside the hooks of caches, which skip attention in some steps.
             stack.enter_context(replaced(*innermost(module), counted(name, module, attend(name), place)))
         stack.enter_context(replaced(F, "scaled_dot_product_attention", attention))
         stack.enter_context(dispatch.taken(by_backend))
@@ -141,14 +140,14 @@ def what_matters(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, float | None]:
     """Query, key, value, mask and scale of a call of ``scaled_dot_product_attention`` (``[B, H, S, D]``).
 
-    They are in the dtype that ``torch.autocast`` runs it in, so that ranks exchange tensors of one dtype.
+    Tensors are cast to the dtype that ``torch.autocast`` selects for it, so that ranks exchange tensors of one dtype.
 
     Raises:
-        ValueError: the call asks for what attention over shares does not do.
+        ValueError: the call requests something that is not supported over shards.
     """
     if is_causal or dropout_p:
         raise ValueError(
-            f"attention over several ranks is neither causal (is_causal={is_causal}) nor has it dropout"
+            f"attention over several ranks supports neither causal attention (is_causal={is_causal}) nor dropout"
             f" (dropout_p={dropout_p}): put the model in eval mode"
         )
     return *autocast(query, key, value, attn_mask), scale

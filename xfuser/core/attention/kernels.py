@@ -1,8 +1,8 @@
-"""Attention kernels that return the log-sum-exp (LSE), which the ring needs to merge partial results.
+"""Attention kernels that return the log-sum-exp (LSE), which the ring requires to merge partial results.
 
 Tensors are ``[B, H, S, D]``; the LSE is ``[B, H, Sq]`` in float32, or in float64 for tensors of that dtype. A mask is
-additive and ``[B|1, H|1, 1|Sq, Sk]``. Keys and values may have fewer heads than queries (grouped queries). Where
-attention is ``causal``, there are as many queries as keys, and query i attends to the keys up to i.
+additive and ``[B|1, H|1, 1|Sq, Sk]``. Keys and values may have fewer heads than queries (grouped queries).
+``causal`` requires as many queries as keys; query i attends to keys up to and including i.
 """
 
 from collections.abc import Callable
@@ -19,21 +19,21 @@ from xfuser.core.logger import logger
 aten = torch.ops.aten
 Tensor = torch.Tensor
 HALF = (torch.float16, torch.bfloat16)
-# CUDA architectures; Volta and Turing, before Ampere, have no flash kernels, nor bfloat16.
+# CUDA architectures. Volta and Turing, which precede Ampere, support neither flash kernels nor bfloat16.
 AMPERE, HOPPER, BLACKWELL = (8, 0), (9, 0), (10, 0)
-CUDNN_HEAD = 128  # the largest head that cudnn takes on every architecture, and in every release
-MATH_SCORES = 1 << 24  # elements of the score matrix that the plain kernel holds at once
+CUDNN_HEAD = 128  # the largest head size that cuDNN supports on every architecture and in every release
+MATH_SCORES = 1 << 24  # elements of the score matrix that the math kernel holds at once
 
 Result = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """A way to compute attention with its LSE.
+    """A kernel that computes attention with its LSE.
 
     Attributes:
-        missing: why it cannot be had on this machine, or None where it can.
-        takes: whether it can run these q, k, v, mask.
+        missing: why the kernel is not available on this machine; returns None if it is.
+        takes: whether it supports these q, k, v, mask.
         run: ``(q, k, v, mask, scale, causal) -> (out, lse)``; a mask excludes ``causal``.
     """
 
@@ -43,18 +43,18 @@ class Kernel:
 
 
 def wide(x: Tensor) -> torch.dtype:
-    """The dtype in which sums over tensors of ``x``'s dtype are kept: float32, or float64 for float64."""
+    """The dtype for sums over tensors of ``x``'s dtype: float64 for float64, float32 otherwise."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def attention_math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, causal: bool) -> Result:
-    """Any device, dtype, head size and mask, in :func:`wide`; by chunks of queries to bound the score matrix."""
+    """For any device, dtype, head size and mask, in :func:`wide`; chunks of queries bound the score matrix."""
     scale, dtype = q.shape[-1] ** -0.5 if scale is None else scale, wide(q)
     keys, values = k.to(dtype), v.to(dtype)
     rows = max(1, MATH_SCORES // max(1, q.shape[0] * q.shape[1] * k.shape[2]))
     positions = torch.arange(k.shape[2], device=q.device)
     outs, lses = [], []
-    for start in range(0, max(1, q.shape[2]), rows):  # without queries, too
+    for start in range(0, max(1, q.shape[2]), rows):  # one pass even without queries
         scores = (q[:, :, start : start + rows].to(dtype) * scale) @ keys.mT
         if causal:
             later = positions > positions[start : start + rows, None]
@@ -62,26 +62,26 @@ def attention_math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: 
         if mask is not None:
             scores = scores + (mask if mask.shape[2] == 1 else mask[:, :, start : start + rows]).to(dtype)
         lse = scores.logsumexp(dim=-1)
-        weights = scores.softmax(dim=-1)  # not by the LSE, which takes scores near the lowest number for their sum
+        weights = scores.softmax(dim=-1)  # not exp(scores - lse), which is wrong for scores near the dtype's minimum
         outs.append(weights.masked_fill((lse == -torch.inf).unsqueeze(-1), 0.0) @ values)
         lses.append(lse)
     return torch.cat(outs, dim=2).to(q.dtype), torch.cat(lses, dim=2)
 
 
 def _flash_on_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, causal: bool) -> Result:
-    q, k, v = _dense(q, k, v)  # anything else gives NaN
+    q, k, v = _dense(q, k, v)  # other strides give NaN
     mask = None if mask is None else mask.to(q.dtype)
     out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
-    return _with_dead_rows(out, lse, mask)  # which come back with an LSE of 0
+    return _with_dead_rows(out, lse, mask)  # for these rows, the operator returns an LSE of 0
 
 
 def _dense(*tensors: Tensor) -> list[Tensor]:
-    """The tensors, whose heads lie in one piece each: kernels take no stride between the elements of a head."""
+    """Make the elements of each head contiguous, as kernels require."""
     return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
 
 def _with_dead_rows(out: Tensor, lse: Tensor, mask: Tensor | None) -> Result:
-    """Zeros, and an LSE of minus infinity, in rows from which the mask hides every key."""
+    """Write zeros, and an LSE of minus infinity, to rows for which the mask hides every key."""
     if mask is None:
         return out, lse
     dead = (mask == -torch.inf).all(dim=-1)
@@ -89,7 +89,7 @@ def _with_dead_rows(out: Tensor, lse: Tensor, mask: Tensor | None) -> Result:
 
 
 def _flash_on_cpu_takes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
-    # Lengths of zero end the process with SIGFPE in this operator.
+    # With a length of zero, this operator ends the process with SIGFPE.
     return q.device.type == "cpu" and 0 not in (*q.shape, *k.shape) and q.shape[-1] == v.shape[-1]
 
 
@@ -102,11 +102,11 @@ def _aten_efficient(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale:
     bias = None if mask is None else _aligned(mask).expand(*q.shape[:3], k.shape[2])
     run = aten._scaled_dot_product_efficient_attention
     out, lse = run(*_dense(q, k, v), bias, True, 0.0, causal, scale=scale)[:2]
-    return _with_dead_rows(out, lse.narrow(2, 0, q.shape[2]), mask)  # its LSE has a multiple of 32 rows
+    return _with_dead_rows(out, lse.narrow(2, 0, q.shape[2]), mask)  # the kernel pads the LSE to a multiple of 32 rows
 
 
 def _aligned(mask: Tensor) -> Tensor:
-    """The mask, whose rows begin at multiples of 8 elements: the efficient kernel reads so many at a time."""
+    """Align the mask's rows to multiples of 8 elements: the efficient kernel reads 8 at a time."""
     if mask.stride(-1) == 1 and not any(step % 8 for step in (*mask.stride()[:-1], mask.storage_offset())):
         return mask
     keys = mask.shape[-1]
@@ -116,7 +116,7 @@ def _aligned(mask: Tensor) -> Tensor:
 def _aten_cudnn(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, causal: bool) -> Result:
     run = aten._scaled_dot_product_cudnn_attention
     out, lse = run(*_dense(q, k, v), None, True, 0.0, causal, scale=scale)[:2]
-    return out, lse.reshape(q.shape[:3])  # in some releases, its LSE has a dimension more
+    return out, lse.reshape(q.shape[:3])  # in some releases, the LSE has an additional dimension
 
 
 def _on_accelerator(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -150,7 +150,7 @@ def _needs_accelerator() -> str | None:
 
 
 def _flash_attn(package: str, architecture: tuple[int, int], before: tuple[int, int] | None = None) -> Kernel:
-    """A package's kernel, for devices of this CUDA architecture or a later one, but ``before`` another."""
+    """A package's kernel, for CUDA architectures from ``architecture`` on and, if given, earlier than ``before``."""
     return Kernel(
         lambda: flash_attn.absent(package) or _needs_accelerator() or flash_attn.unusable(package),
         partial(_half_on_accelerator, architecture=architecture, before=before),
@@ -170,7 +170,7 @@ def _never_missing() -> None:
     return None
 
 
-# In the order of preference for "auto".
+# In order of preference.
 KERNELS: dict[str, Kernel] = {
     "flash_attn_3": _flash_attn("flash_attn_interface", HOPPER, BLACKWELL),
     "flash_attn": _flash_attn("flash_attn", AMPERE),
@@ -184,12 +184,12 @@ TORCHS_CHOICE = ("auto", "sdpa", dispatch.NATIVE)
 
 
 def available_backends() -> list[str]:
-    """Names that ``--attention_backend`` takes on this machine, beside those of Diffusers."""
+    """Names that ``--attention_backend`` accepts on this machine, in addition to those of Diffusers."""
     return ["auto", "sdpa", *(name for name, kernel in KERNELS.items() if kernel.missing() is None)]
 
 
 def check_backend(name: str) -> None:
-    """Raise a ValueError where the backend is unknown or cannot be had here."""
+    """Raise a ValueError if the backend is unknown or not available here."""
     if name in (dispatch.NATIVE, *available_backends()):
         return
     why = KERNELS[name].missing() if name in KERNELS else dispatch.missing(name)
@@ -199,14 +199,14 @@ def check_backend(name: str) -> None:
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask that SDPA takes, as one that is added to the scores."""
+    """Convert any mask that SDPA accepts to one that is added to the scores."""
     if mask.dtype != torch.bool:
         return mask
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, -torch.inf)
 
 
 def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
-    """The tensors in the dtype that ``torch.autocast`` would run attention in, where it is on."""
+    """Cast the tensors to the dtype that ``torch.autocast`` selects for attention, if it is enabled."""
     kind = next(x.device.type for x in tensors if x is not None)
     if not torch.is_autocast_enabled(kind):
         return list(tensors)
@@ -223,7 +223,7 @@ def attention(
     backend: str = "auto",
     causal: bool = False,
 ) -> Tensor:
-    """Attention alone: torch's own choice of kernel, or the one of ``backend``; shapes as in this module."""
+    """Attention without the LSE, by torch's choice of kernel or by ``backend``; shapes as in the module docstring."""
     k, v = _for_query_heads(q, k, v)
     if 0 in (*q.shape, k.shape[2]):
         return q.new_zeros(*q.shape[:3], v.shape[-1])
@@ -243,9 +243,9 @@ def attention_with_lse(
     backend: str = "auto",
     causal: bool = False,
 ) -> Result:
-    """Attention and its LSE from ``backend``, or where it does not take the tensors, from the next kernel that does.
+    """Attention and its LSE from ``backend`` or, if it does not support the tensors, from the next kernel that does.
 
-    The mask may be any that SDPA takes: of booleans too, and with fewer dimensions.
+    The mask may be any that SDPA accepts, including booleans and fewer dimensions.
     """
     k, v = _for_query_heads(q, k, v)
     if mask is not None:
@@ -258,7 +258,7 @@ def attention_with_lse(
     if not torch.is_autocast_enabled(q.device.type):
         return run(q, k, v, mask, scale, causal)
     q, k, v, mask = autocast(q, k, v, mask)
-    with torch.autocast(q.device.type, enabled=False):  # which would take the kernels' sums apart
+    with torch.autocast(q.device.type, enabled=False):  # autocast would lower the precision of the kernels' sums
         return run(q, k, v, mask, scale, causal)
 
 
@@ -271,7 +271,7 @@ def _kernel_for(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, backend: s
 
 
 def _for_query_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values with as many heads as there are query heads (grouped queries have fewer)."""
+    """Repeat the heads of keys and values to as many as there are query heads (for grouped queries)."""
     if q.shape[1] == k.shape[1]:
         return k, v
     repeats = q.shape[1] // k.shape[1]
@@ -281,6 +281,6 @@ def _for_query_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 @cache
 def _warn_fallback(backend: str, shape: tuple[int, ...], dtype: str, masked: bool, name: str) -> None:
     logger.warning(
-        "attention backend %s does not take %s %s%s: the kernel %s runs instead",
+        "attention backend %s does not support %s %s%s: the kernel %s runs instead",
         backend, dtype, shape, " with a mask" if masked else "", name,
     )  # fmt: skip

@@ -1,7 +1,7 @@
-"""Linear attention over tokens that lie on several ranks: the state that it sums over the tokens is summed over ranks.
+"""Linear attention over tokens sharded over ranks: its state, a sum over the tokens, is summed over the ranks.
 
-Attention without softmax, ``(V K^T) Q``, is linear in a state as large as a head (arXiv 2006.16236; in Sana, arXiv
-2410.10629).
+Attention without softmax, ``(V K^T) Q``, needs only a state ``V K^T`` per head, whose size does not depend on the
+number of tokens (arXiv 2006.16236; in Sana, arXiv 2410.10629).
 """
 
 from collections.abc import Callable
@@ -16,14 +16,15 @@ PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
 SUMS = (torch.sum, Tensor.sum)
 
 
-# Takes a state, and what computes that of some tokens alone: of so many from one of these.
+# Takes this rank's state and ``part(start, count)``, which computes the state of some tokens; returns the whole state.
 Complete = Callable[[Tensor, Callable[[int, int], Tensor]], Tensor]
 
 
 class _FirstProduct(TorchFunctionMode):
-    """Hands the result of the first ``matmul``, over the tokens, to ``complete``.
+    """Passes the result of the first ``matmul``, a sum over the tokens, to ``complete``.
 
-    So it does with a ``sum`` ahead of it, of the keys, whose product with the queries is then the first, and no state.
+    A ``sum`` of the keys before it is passed, too. The next ``matmul`` then multiplies that sum by the queries: its result
+    is not a state, and is left unchanged.
     """
 
     def __init__(self, complete: Complete) -> None:
@@ -50,9 +51,9 @@ class _FirstProduct(TorchFunctionMode):
 
 
 def summed_state(module: nn.Module, complete: Complete) -> Callable[..., Any]:
-    """The forward of a linear attention with ``complete`` making the whole state of that of this rank's tokens.
+    """A linear attention's forward in which ``complete`` turns the state of this rank's tokens into the whole state.
 
-    In a forward, it raises a ValueError where the module's processor multiplies no matrices by ``torch.matmul``.
+    The forward raises a ValueError if the module's processor never calls ``torch.matmul``.
     """
     original = module.forward
 
@@ -62,7 +63,7 @@ def summed_state(module: nn.Module, complete: Complete) -> Callable[..., Any]:
             output = original(*args, **kwargs)
         if not mode.done:
             processor = type(getattr(module, "processor", module)).__name__
-            raise ValueError(f"{processor} is not the linear attention that the transformer's plan is made for")
+            raise ValueError(f"{processor} is not the linear attention that the transformer's plan describes")
         return output
 
     return forward

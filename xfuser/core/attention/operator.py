@@ -1,9 +1,9 @@
-"""Operators that a compiler leaves alone: what is inside of them runs as it does without a compiler.
+"""Custom operators that a compiler does not trace: the code inside them runs as it does without a compiler.
 
-A compiled block calls ``xfuser::attend`` in the place of ``scaled_dot_product_attention``. The graph knows the
-attention module by its name within the block, which all blocks of a class have in common; which block is running is
-known outside of the graph. So blocks share their graphs, and exchanges between ranks need no graph of their own.
-``xfuser::run`` is the same for a module that is hooked as a whole.
+A compiled block calls ``xfuser::attend`` instead of ``scaled_dot_product_attention``. The graph identifies the
+attention module by its name within the block, which is the same for all blocks of a class; which block is running is
+recorded outside of the graph. So blocks share their graphs, and exchanges between ranks are not part of any graph.
+``xfuser::run`` does the same for a module that is hooked as a whole.
 """
 
 import inspect
@@ -21,7 +21,7 @@ from xfuser.core.attention.dispatch import asked
 
 
 class _Running(threading.local):
-    """The compiled block whose forward this thread is in."""
+    """The compiled block whose forward this thread is running."""
 
     block: nn.Module | None = None
 
@@ -31,7 +31,7 @@ _running = _Running()
 
 @contextmanager
 def running(block: nn.Module) -> Iterator[None]:
-    """Within the context, ``attend`` is of the attention modules of this block."""
+    """Within the context, the operators act on modules of this block."""
     before, _running.block = _running.block, block
     try:
         yield
@@ -42,13 +42,13 @@ def running(block: nn.Module) -> Iterator[None]:
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, place: str, backend: str
 ) -> Tensor:
-    """What ``intercepted()`` has put at ``place``, an attribute of the forward of a module in the running block."""
+    """Call what ``intercepted()`` stored at ``place``: an attribute of the forward of a module in the running block."""
     asked.backend, asked.compiled = backend, True
     try:
         out = attrgetter(place)(_running.block)(q, k, v, mask, scale)
     finally:
         asked.backend, asked.compiled = "auto", False
-    return out.transpose(1, 2).contiguous().transpose(1, 2)  # the strides that the compiler was told
+    return out.transpose(1, 2).contiguous().transpose(1, 2)  # the strides that _fake reports to the compiler
 
 
 def _fake(
@@ -58,7 +58,7 @@ def _fake(
 
 
 def _run(x: Tensor, others: list[Tensor], names: list[str], place: str) -> Tensor:
-    """The forward given to :func:`outside_of_graphs` for the running block's module at ``place``."""
+    """Call the forward given to :func:`outside_of_graphs` for the running block's module at ``place``."""
     given: dict[str, Any] = {}
     for name, other in zip(names, others, strict=True):
         given[name] = (*given[name], other) if name in given else (other,)
@@ -83,10 +83,10 @@ attend, run = torch.ops.xfuser.attend.default, torch.ops.xfuser.run.default
 
 
 def outside_of_graphs(forward: Callable[..., Tensor], place: str) -> Callable[..., Tensor]:
-    """``forward``, of a module within a block, for the module's place: no part of the block's graph.
+    """Wrap ``forward``, of the module at ``place`` in a block, so that it is not part of the block's graph.
 
-    It returns a tensor of the shape that it takes first. Where others of its arguments are neither None, nor tensors,
-    nor tuples of several tensors, the graph of a compiled block breaks.
+    It must return a tensor of the same shape as its first argument. If another argument is not None, a tensor, or a
+    tuple of several tensors, the graph of a compiled block breaks.
     """
     breaking, names = torch.compiler.disable(forward), tuple(inspect.signature(forward).parameters)
 

@@ -1,6 +1,6 @@
-"""Ring attention: key/value blocks travel around the ring while each rank attends to the one that it holds.
+"""Ring attention: key/value blocks travel around the ring while each rank attends to the block that it holds.
 
-Ring Attention, arXiv 2310.01889; partial results are merged by their log-sum-exp.
+Ring Attention, arXiv 2310.01889; partial results are merged by their log-sum-exp (LSE).
 """
 
 import math
@@ -28,16 +28,16 @@ def ring_attention(
     """Attention of this rank's queries to the keys of the whole ring.
 
     Args:
-        q, k, v: this rank's rows, ``[B, H, S_local, D]``.
-        lengths: key rows of each ring rank.
+        q, k, v: this rank's tokens, ``[B, H, S_local, D]``.
+        lengths: number of keys of each ring rank.
         masks: the additive mask of each ring rank's block of keys, ``[B|1, H|1, 1|S_local, length]``.
-        causal: the blocks are one sequence in rank order; a row attends to itself and to those before it. Neither
-            with ``masks`` nor with ``joint``.
-        joint: keys and values ``[B, H, T, D]`` that every rank holds, to attend to beside the ring's. Not with
+        causal: the blocks form one sequence in rank order; a token attends to itself and to earlier ones. Not supported
+            with ``masks`` or ``joint``.
+        joint: keys and values ``[B, H, T, D]`` that every rank holds, in addition to the ring's. Not supported with
             ``masks``.
 
     Returns:
-        ``[B, H, S_local, Dv]`` in q's dtype, of sums kept in :func:`wide`, and the LSE ``[B, H, S_local]``.
+        ``[B, H, S_local, Dv]`` in q's dtype, accumulated in the dtype of :func:`wide`, and the LSE ``[B, H, S_local]``.
     """
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     out, lse = None, None
@@ -45,7 +45,7 @@ def ring_attention(
     for step in range(size):
         owner = (rank - step) % size
         coming = _Shift(held, k, v, lengths[(owner - 1) % size], group) if step + 1 < size else None
-        keys, values = with_joint(k, v, joint if step == 0 else None)  # a copy is on every rank: none travels
+        keys, values = with_joint(k, v, joint if step == 0 else None)  # every rank holds a copy, so they do not travel
         if keys.shape[2] and q.numel() and not (causal and owner > rank):
             mask = masks[owner] if masks else None
             block = attention_with_lse(q, keys, values, mask, scale, backend, causal and owner == rank)
@@ -58,23 +58,23 @@ def ring_attention(
 
 
 def with_joint(k: Tensor, v: Tensor, joint: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-    """Keys and values ``[B, H, S, D]``, with the joint ones behind them where there are any."""
+    """Keys and values ``[B, H, S, D]``, followed by the joint ones if there are any."""
     return (torch.cat([k, joint[0]], dim=2), torch.cat([v, joint[1]], dim=2)) if joint else (k, v)
 
 
 def merge(out: Tensor | None, lse: Tensor | None, block_out: Tensor, block_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Join two partial attentions over disjoint keys: ``out`` ``[B, H, S, D]``, ``lse`` ``[B, H, S]``."""
+    """Merge two partial attentions over disjoint keys: ``out`` ``[B, H, S, D]``, ``lse`` ``[B, H, S]``."""
     if out is None:
         return block_out.to(wide(block_out)), block_lse
     total = torch.logaddexp(lse, block_lse)
-    weight = (block_lse - total).exp().nan_to_num(0.0)  # rows without a key in either block
+    weight = (block_lse - total).exp().nan_to_num(0.0)  # NaN for queries without a key in either block
     return torch.lerp(out, block_out.to(out.dtype), weight.unsqueeze(-1).to(out.dtype)), total
 
 
 class _Shift:
-    """K and V on their way to the next rank, and those of the previous rank on their way here, as one message.
+    """A transfer of K and V to the next rank, and of the previous rank's K and V to this one, each as one message.
 
-    ``held`` is what travels: this rank's ``k`` and ``v``, one behind the other.
+    ``held`` is the message to send: this rank's ``k`` and ``v``, flattened and concatenated.
     """
 
     def __init__(self, held: Tensor, k: Tensor, v: Tensor, incoming_length: int, group: dist.ProcessGroup) -> None:
@@ -90,10 +90,10 @@ class _Shift:
         self._works = dist.batch_isend_irecv(ops) if ops else []
 
     def wait(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What came: as it is to travel on, and its K and V."""
-        # On NCCL this holds up the stream of computation, not the host: what is queued from here on, the attention to
-        # these keys, starts when they are there, and the attention queued before ran meanwhile. The buffer that was
-        # sent is this object's until then.
+        """The received message, to be sent on as it is, and its K and V."""
+        # On NCCL this blocks the compute stream, not the host: attention to these keys, queued after this, starts once
+        # they have arrived; attention queued before runs during the transfer. This object keeps the sent buffer alive
+        # until then.
         for work in self._works:
             work.wait()
         k, v = self._received.split(self._counts)

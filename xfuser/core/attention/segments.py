@@ -1,13 +1,13 @@
-"""A mask over pairs of tokens in the place of parts of a sequence that attend to themselves and what lies ahead."""
+"""A pair mask for sequences with segments that attend only to themselves and to earlier tokens."""
 
 import torch
 from torch import Tensor
 
-Segments = list[tuple[int, int, bool]]  # first token, token behind the last, whether tokens see only those ahead
+Segments = list[tuple[int, int, bool]]  # first token, end (exclusive), whether causal: tokens see no later ones
 
 
 def segment_mask(segments: Segments, tokens: int, valid: Tensor | None, device: torch.device) -> Tensor:
-    """Which keys each token sees, bool ``[B or 1, 1, tokens, tokens]``; tokens behind the segments see all.
+    """Which keys each token sees, bool ``[B or 1, 1, tokens, tokens]``; tokens after the segments see all.
 
     Args:
         valid: keys that may be seen, ``[B, tokens]``.

@@ -1,4 +1,4 @@
-"""Ulysses: an all-to-all turns a share of the tokens with all heads into all tokens with a share of the heads.
+"""Ulysses: an all-to-all turns a shard of the tokens with all heads into all tokens with a share of the heads.
 
 DeepSpeed Ulysses, arXiv 2309.14509; here tokens and heads may both be split unevenly.
 """
@@ -14,7 +14,7 @@ from xfuser.core.distributed.utils import split_sizes
 
 @cache
 def share_heads(heads: int, kv_heads: int, parts: int) -> tuple[list[int], list[int]]:
-    """Query and key/value heads of each rank; query heads stay with the key/value head that they use."""
+    """Number of query heads and of key/value heads per rank; query heads stay with their key/value head."""
     kv = split_sizes(kv_heads, parts)
     return [size * (heads // kv_heads) for size in kv], kv
 
@@ -22,15 +22,15 @@ def share_heads(heads: int, kv_heads: int, parts: int) -> tuple[list[int], list[
 def scatter_heads(
     tensors: list[Tensor], lengths: list[int], heads: list[list[int]], group: dist.ProcessGroup
 ) -> list[Tensor]:
-    """Each ``[B, H, S_local, D]`` to ``[B, H_local, S, D]``, all in one message.
+    """Turn each ``[B, H, S_local, D]`` into ``[B, H_local, S, D]``, all in one message.
 
-    ``lengths`` are the token counts of the group's ranks; ``heads`` gives for each tensor the head counts that they
-    get. The tensors share B, S_local and D.
+    ``lengths`` are the token counts of the group's ranks; ``heads`` holds, for each tensor, the head counts of the
+    ranks. The tensors share B, S_local and D.
     """
     batch, _, tokens, dim = tensors[0].shape
     rank, ranks = group.rank(), len(lengths)
-    totals = [sum(counts) for counts in zip(*heads, strict=True)]  # heads for each rank, of all tensors
-    # On the wire tokens come first, so that what arrives from the ranks is already in sequence.
+    totals = [sum(counts) for counts in zip(*heads, strict=True)]  # heads per rank, over all tensors
+    # Tokens are the first dimension of the message, so that the received parts are already in sequence order.
     if all(len(set(counts)) == 1 for counts in heads):
         shaped = [
             x.view(batch, ranks, counts[0], tokens, dim).permute(1, 3, 0, 2, 4)
@@ -53,7 +53,7 @@ def scatter_heads(
 
 
 def gather_heads(x: Tensor, lengths: list[int], heads: list[int], group: dist.ProcessGroup) -> Tensor:
-    """``[B, H_local, S, D]`` back to ``[B, H, S_local, D]``; the memory behind it is ``[B, S_local, H, D]``."""
+    """Turn ``[B, H_local, S, D]`` back into ``[B, H, S_local, D]``, a view of memory ``[B, S_local, H, D]``."""
     batch, mine, _, dim = x.shape
     tokens = lengths[group.rank()]
     send = x.permute(2, 0, 1, 3).contiguous()

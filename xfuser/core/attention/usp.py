@@ -16,12 +16,12 @@ from xfuser.core.distributed.group_coordinator import gather_together
 
 @dataclass(frozen=True)
 class Joint:
-    """Rows that every rank of the sequence group holds, and that take part in attention once (text, mostly).
+    """Tokens that every rank of the sequence group holds, and that take part in attention once (usually text).
 
     Attributes:
         q: ``[B, H, Tq, D]``.
-        k, v: ``[B, H, T, D]``, with the heads of the sequence's keys and values.
-        front: whether their place is before the sequence, or behind it.
+        k, v: ``[B, H, T, D]``, with as many heads as the sequence's keys and values.
+        front: whether they come before the sequence or after it.
     """
 
     q: Tensor
@@ -49,20 +49,20 @@ def usp_attention(
     """Attention of this rank's queries to the keys of all ranks of the sequence group.
 
     Args:
-        q, k, v: this rank's rows, ``[B, H, S_local, D]``; k and v may have fewer heads (grouped queries).
-        lengths: rows of k and v of every rank of the sequence group; any counts, zero too.
-        query_lengths: rows of q of every rank, where they are others.
+        q, k, v: this rank's tokens, ``[B, H, S_local, D]``; k and v may have fewer heads (grouped queries).
+        lengths: number of keys of every rank of the sequence group; any counts, including zero.
+        query_lengths: number of queries of every rank, if it differs from that of keys.
         mask: additive mask of this rank's own keys, ``[B|1, H|1, 1, S_local]``.
-        pair_mask: in its stead, one over the queries of this rank's Ulysses group and the keys of all ranks, in rank
-            order, ``[B|1, H|1, 1|Sq, Sk]``; with ``renew``, over the keys that it returns.
-        renew: takes keys, values and mask of the group's rows in rank order (k and v of this rank's Ulysses heads),
-            and returns those to attend to. Keys and values are then gathered around the ring beforehand.
-        causal: the shares are one sequence in rank order; a row attends to itself and to those before it. It goes with
-            none of ``mask``, ``renew`` and ``joint``.
-        joint: rows that take part beside the sequence's. It goes with neither ``mask`` nor ``renew``.
+        pair_mask: instead of ``mask``, one over the queries of this rank's Ulysses group and the keys of all ranks, in
+            rank order, ``[B|1, H|1, 1|Sq, Sk]``; with ``renew``, over the keys that it returns.
+        renew: takes keys, values and mask of the group's tokens in rank order (k and v of this rank's Ulysses heads),
+            and returns those to attend to. Keys and values are gathered over the ring first.
+        causal: the shards form one sequence in rank order; a token attends to itself and to earlier ones. Not supported
+            with ``mask``, ``renew`` or ``joint``.
+        joint: tokens that take part in addition to the sequence's. Not supported with ``mask`` or ``renew``.
 
     Returns:
-        ``[B, H, S_local, Dv]``; with ``joint``, its ``Tq`` rows before or behind them, on every rank.
+        ``[B, H, S_local, Dv]``; with ``joint``, its ``Tq`` tokens before or after them, on every rank.
     """
     ulysses, ring = group.ulysses_world_size, group.ring_world_size
     mask = group.all_gather(mask, dim=-1, sizes=lengths) if mask is not None else pair_mask
@@ -99,7 +99,7 @@ def usp_attention(
 def _scatter(
     tensors: list[Tensor], lengths: list[list[int]], heads: list[list[int]], group: dist.ProcessGroup
 ) -> list[Tensor]:
-    """As ``scatter_heads``, for tensors of different lengths and head sizes: one message for those that are alike."""
+    """As ``scatter_heads``, for tensors of different lengths and head sizes: one message for each set of equal ones."""
     if all(one == lengths[0] for one in lengths) and all(x.shape[-1] == tensors[0].shape[-1] for x in tensors):
         return scatter_heads(tensors, lengths[0], heads, group)
     alike: dict[tuple, list[int]] = {}
@@ -114,7 +114,7 @@ def _scatter(
 
 
 def _beside_each_share(out: Tensor, lengths: list[int], joint: Joint) -> tuple[Tensor, list[int]]:
-    """The joint rows, last in ``out``, repeated beside every rank's share, so that one message takes them to all."""
+    """Repeat the joint tokens, last in ``out``, next to every rank's shard, so that one message sends them to all."""
     count = joint.q.shape[2]
     *shares, rows = out.split([*lengths, count], dim=2)
     pairs = [(rows, share) if joint.front else (share, rows) for share in shares]

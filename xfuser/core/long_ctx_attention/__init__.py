@@ -1,4 +1,4 @@
-"""Attention for models that run their own parallel forward: one layer, and the groups of ``core.distributed``."""
+"""The attention layer for models with their own parallel forward; it uses the groups of ``core.distributed``."""
 
 from yunchang.kernels import AttnType
 

@@ -1,4 +1,4 @@
-"""Ulysses and ring together."""
+"""Ulysses and ring combined."""
 
 from xfuser.compat.attention import xFuserLongContextAttention
 

@@ -1,4 +1,4 @@
-"""A path by which research code imports the layer."""
+"""Import path of the attention layer, as research code uses it."""
 
 from xfuser.compat.attention import xFuserLongContextAttention
 

@@ -1,4 +1,4 @@
-"""The ring alone."""
+"""Ring attention only."""
 
 from xfuser.compat.attention import xdit_ring_flash_attn_func
 

@@ -1,4 +1,4 @@
-"""A path by which research code imports the ring."""
+"""Import path of the ring function, as research code uses it."""
 
 from xfuser.compat.attention import xdit_ring_flash_attn_func
 
