@@ -1,4 +1,4 @@
-"""Process groups: one rank grid makes every group; getters raise where nothing is initialised."""
+"""Process groups: one rank grid defines every group; getters raise a RuntimeError before initialisation."""
 
 from xfuser.core.distributed.group_coordinator import (
     GroupCoordinator as GroupCoordinator,

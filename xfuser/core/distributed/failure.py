@@ -1,4 +1,4 @@
-"""A rank that fails says why and dies at once, so that its launcher ends the others and nothing hangs."""
+"""A failing rank reports its error and exits at once, so that the launcher ends the others and nothing hangs."""
 
 import os
 import sys
@@ -10,10 +10,10 @@ RANK_ZERO_SPEAKS_FIRST = 3.0  # seconds
 
 
 def fail_together() -> None:
-    """Let an uncaught exception end this process at once, when it is one rank of several (``RANK`` is set).
+    """Let an uncaught exception end this process at once if it is one rank of several (``WORLD_SIZE`` is over 1).
 
-    A ``ValueError`` is mostly the same on all ranks: ranks other than 0 wait a moment with theirs, in which rank
-    0's exit makes the launcher end them unheard; one that is alone in its error is still heard.
+    A ``ValueError`` is usually the same on all ranks. Ranks other than 0 wait before they report theirs: if rank 0
+    fails, too, its exit makes the launcher end them before they report. An error of a single rank is still reported.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         sys.excepthook = _report_and_exit

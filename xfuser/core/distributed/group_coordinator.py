@@ -1,4 +1,4 @@
-"""A process group as one rank sees it: who is in it, and the collectives over it."""
+"""A process group from the view of one rank: its members, and the collectives over it."""
 
 from typing import Any
 
@@ -9,24 +9,24 @@ from torch import Tensor
 from xfuser.core import device as devices
 from xfuser.core.distributed.ending import end_group, new_group
 
-DESTROYED = "a process group that has been destroyed"  # not None, which stands for all ranks
+DESTROYED = "a process group that has been destroyed"  # not None, which means all ranks
 
 
 class GroupCoordinator:
     """One of the groups that partition the world, from the view of the calling rank.
 
     Every rank of the world must construct it with the same ``group_ranks`` (a list of lists of global ranks), in
-    the same order relative to other coordinators. Ranks given to and returned from its methods (``src``, ``dst``)
-    count within the group unless they are called global.
+    the same order relative to other coordinators. Ranks that its methods take or return (``src``,
+    ``dst``) are ranks within the group unless they are called global.
 
     Attributes:
         rank, local_rank: global rank, and the rank within the node.
-        ranks, world_size, rank_in_group: members (global ranks), their number, this rank's place among them.
+        ranks, world_size, rank_in_group: members (global ranks), their number, this rank's position among them.
         group_ranks: the members of all the groups.
         device_group: the ``torch.distributed`` process group.
-        cpu_group: a group of the same members that carries what is not on the accelerator: ``device_group`` itself
-            where that does, otherwise one of gloo.
-        device: where this rank's tensors live.
+        cpu_group: a group of the same members for data on the CPU: ``device_group`` itself if its backend supports
+            that, otherwise a gloo group.
+        device: the device of this rank's tensors.
     """
 
     def __init__(self, group_ranks: list[list[int]], local_rank: int, torch_distributed_backend: str) -> None:
@@ -73,7 +73,7 @@ class GroupCoordinator:
         return self.ranks[(self.rank_in_group - 1) % self.world_size]
 
     def all_reduce(self, input_: Tensor, op: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
-        """Reduce ``input_`` over the group, in place where it is contiguous; returns the result."""
+        """Reduce ``input_`` over the group, in place if it is contiguous; returns the result."""
         if self.world_size == 1:
             return input_
         input_ = input_.contiguous()
@@ -85,8 +85,8 @@ class GroupCoordinator:
     ) -> Tensor | list[Tensor]:
         """Gather ``input_`` from all members, in group order.
 
-        Members may differ in their size along ``dim`` alone. ``sizes`` gives these sizes where the caller knows
-        them, and saves an exchange. Returns one tensor concatenated along ``dim``, or the list of parts.
+        Sizes may differ between members along ``dim`` only. A caller that knows these sizes can pass them as ``sizes``,
+        which saves an exchange. Returns one tensor concatenated along ``dim``, or the list of parts.
         """
         x = input_.reshape(1) if input_.dim() == 0 else input_
         dim = dim % x.dim()
@@ -99,7 +99,7 @@ class GroupCoordinator:
         return [size for (size,) in gather_numbers([x.shape[dim]], self.cpu_group)]
 
     def gather(self, input_: Tensor, dst: int = 0, dim: int = -1) -> Tensor | None:
-        """Member ``dst`` gets all members' ``input_``, joined along ``dim``, where sizes may differ; others None."""
+        """All members' ``input_``, concatenated along ``dim`` (sizes may differ), on member ``dst``; None on others."""
         if self.world_size == 1:
             return input_
         dim = dim % input_.dim()
@@ -112,8 +112,8 @@ class GroupCoordinator:
         return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]).movedim(0, dim)
 
     def broadcast(self, input_: Tensor, src: int = 0) -> Tensor:
-        """Member ``src``'s tensor, on every member; the others give one of the same shape, which is overwritten where
-        it is contiguous."""
+        """Member ``src``'s tensor, on every member; the others pass one of the same shape, which is overwritten if
+        contiguous."""
         if self.world_size == 1:
             return input_
         input_ = input_.contiguous()
@@ -125,7 +125,7 @@ class GroupCoordinator:
         return self.broadcast_object_list([obj], src)[0]
 
     def broadcast_object_list(self, obj_list: list[Any], src: int = 0) -> list[Any]:
-        """Member ``src``'s list of picklable objects, written into every member's list of that length."""
+        """Copy member ``src``'s list of picklable objects into every member's list, which must have the same length."""
         if self.world_size > 1:
             dist.broadcast_object_list(obj_list, src=self.ranks[src], group=self.cpu_group)
         return obj_list
@@ -184,7 +184,7 @@ class GroupCoordinator:
         return x
 
     def isend(self, x: Tensor, dst: int | None = None) -> dist.Work:
-        """Start sending contiguous ``x``. Keep ``x`` and the handle until ``wait()``: gloo drops an unheld send."""
+        """Start sending contiguous ``x``. Keep ``x`` and the handle until ``wait()``, or gloo drops the send."""
         if not x.is_contiguous():
             raise ValueError("isend needs a contiguous tensor: its buffer must outlive the call")
         return dist.isend(x, self._global(dst, self.next_rank), group=self.device_group)
@@ -194,9 +194,9 @@ class GroupCoordinator:
         return dist.irecv(x, self._global(src, self.prev_rank), group=self.device_group)
 
     def all_to_all(self, inputs: list[Tensor]) -> list[Tensor]:
-        """Send ``inputs[i]`` to member i, return what each member sent here; any shapes, one dtype and rank count.
+        """Send ``inputs[i]`` to member i; return what each member sent here.
 
-        All tensors must have the same number of dimensions.
+        Shapes may differ; all tensors must have the same dtype and number of dimensions.
         """
         if self.world_size == 1:
             return list(inputs)
@@ -216,8 +216,8 @@ class GroupCoordinator:
         return [part.view(shape) for part, shape in zip(buffer.split(counts), received, strict=True)]
 
     def barrier(self) -> None:
-        """Wait until every member has come here."""
-        dist.barrier(group=self.cpu_group)  # NCCL's takes a device, and may take another rank's
+        """Wait until every member has made this call."""
+        dist.barrier(group=self.cpu_group)  # NCCL's uses a device, and may choose another rank's
 
     def destroy(self) -> None:
         """Release the process groups."""
@@ -233,9 +233,9 @@ class GroupCoordinator:
 
 
 class SequenceParallelGroupCoordinator(GroupCoordinator):
-    """The sequence-parallel group, with the Ulysses and the ring group that it is the product of.
+    """The sequence-parallel group, the product of a Ulysses group and a ring group.
 
-    Its rank r is Ulysses rank ``r % ulysses_world_size`` of ring position ``r // ulysses_world_size``.
+    Its rank r has Ulysses rank ``r % ulysses_world_size`` and ring rank ``r // ulysses_world_size``.
     """
 
     def __init__(
@@ -257,20 +257,20 @@ class SequenceParallelGroupCoordinator(GroupCoordinator):
 
     @property
     def ulysses_block(self) -> range:
-        """Ranks of this group that are in the same Ulysses group as this one."""
+        """Ranks of this group that are in the same Ulysses group as this rank."""
         start = self.ring_rank * self.ulysses_world_size
         return range(start, start + self.ulysses_world_size)
 
     def destroy(self) -> None:
-        """End the group and those of Ulysses and ring within it."""
+        """Release the group, and its Ulysses and ring groups."""
         for name in ("ulysses_group", "ring_group"):
             self._end(name)
         super().destroy()
 
 
 def all_gather_parts(x: Tensor, dim: int, sizes: list[int], group: dist.ProcessGroup) -> list[Tensor]:
-    """Every member's ``x``, in group order; ``sizes`` are their lengths along ``dim``, where they may differ."""
-    # Ragged parts travel padded to the longest: gloo's all_gather takes equal shapes only.
+    """Every member's ``x``, in group order; ``sizes`` are their lengths along ``dim``, which may differ."""
+    # Parts are padded to the longest: gloo's all_gather supports equal shapes only.
     x = _pad_rows(x.movedim(dim, 0), max(sizes)).contiguous()
     parts = [torch.empty_like(x) for _ in sizes]
     if x.numel():
@@ -279,7 +279,7 @@ def all_gather_parts(x: Tensor, dim: int, sizes: list[int], group: dist.ProcessG
 
 
 def gather_numbers(numbers: list[int], group: dist.ProcessGroup, device: torch.device | str = "cpu") -> list[list[int]]:
-    """Every member's whole numbers, in group order, as many from each. ``device`` is one that the group talks from."""
+    """Every member's integers, equally many, in group order. The group's backend must support ``device``."""
     if group.size() == 1:
         return [numbers]
     mine = torch.tensor(numbers, device=device)
@@ -289,13 +289,13 @@ def gather_numbers(numbers: list[int], group: dist.ProcessGroup, device: torch.d
 def gather_together(
     k: Tensor, v: Tensor, dim: int, sizes: list[int], group: dist.ProcessGroup
 ) -> tuple[Tensor, Tensor]:
-    """Every member's ``k`` and ``v``, which differ in their last dimension alone, joined along ``dim``: one message."""
+    """Gather every member's ``k`` and ``v``, which may differ in their last dimension, along ``dim`` in one message."""
     both = torch.cat(all_gather_parts(torch.cat([k, v], dim=-1), dim, sizes, group), dim=dim)
     return both.split([k.shape[-1], v.shape[-1]], dim=-1)
 
 
 def own_group(group_ranks: list[list[int]], backend: str) -> tuple[list[int], dist.ProcessGroup]:
-    """Make a process group for each list of ranks; return the one that the calling rank is in."""
+    """Make a process group for each list of ranks; return the ranks and the group of the calling rank."""
     own = None
     for ranks in group_ranks:
         group = new_group(ranks, backend)
@@ -307,14 +307,14 @@ def own_group(group_ranks: list[list[int]], backend: str) -> tuple[list[int], di
 
 
 def connect(group: dist.ProcessGroup, device: torch.device) -> None:
-    """Let the members of a group on an accelerator meet, all at once: its first messages may be of some of them alone,
-    and NCCL makes the communicator with the first operation, where nothing has bound the group to a device."""
+    """Run one collective over a new accelerator group. NCCL creates the communicator in the group's first operation if
+    the group is not bound to a device, and that operation might otherwise involve only some of the members."""
     if group.size() > 1:
         dist.all_reduce(torch.zeros(1, device=device), group=group)
 
 
 class _TensorShape:
-    """Stands for a tensor while a dict's description travels."""
+    """Stands for a tensor in the description of a dict that is sent."""
 
     def __init__(self, x: Tensor) -> None:
         self.shape, self.dtype = x.shape, x.dtype

@@ -1,7 +1,7 @@
-"""The process groups of this process: set once, asked for anywhere, raising where they are not set.
+"""The process groups of this process: set once, available everywhere; getters raise if they are not set.
 
 Ranks are laid out with tensor parallelism innermost, then Ulysses, ring, PipeFusion, CFG, and data parallelism
-outermost, so that the methods which talk most are nearest neighbours:
+outermost, so that the methods that communicate most do so between neighbouring ranks:
 
     rank = ((((dp * CFG + cfg) * PP + pp) * RING + ring) * ULYSSES + ulysses) * TP + tp
 """
@@ -43,22 +43,22 @@ def init_distributed_environment(
 ) -> None:
     """Join or start the default process group, and make the world group.
 
-    A process group that exists already is joined: ``world_size`` and ``rank`` must then be its own, or not given.
-    Otherwise one is started from the arguments, from torchrun's environment, or, where there is neither, for this
-    process alone. ``backend`` is the device's by default.
+    A process group that exists already is joined: ``world_size`` and ``rank`` must then match it, or be left out.
+    Otherwise one is started from the arguments, from torchrun's environment or, without either, for this process only.
+    ``backend`` defaults to the device's.
     """
     there = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else None
     if there and (world_size not in (-1, there[0]) or rank not in (-1, there[1])):
         raise ValueError(
             f"world_size={world_size}, rank={rank}: the process group that is there has {there[0]} ranks, and this is"
-            f" rank {there[1]}; give these, or neither"
+            f" rank {there[1]}; pass these values, or neither"
         )
     if "world" in _groups:
         return
     fail_together()
     end_at_exit(destroy_distributed_environment)
     local_rank = _local_rank(local_rank, rank)
-    devices.use(local_rank)  # ahead of all that may touch a device
+    devices.use(local_rank)  # before anything may touch a device
     if not there:
         kind = backend or devices.backend()
         place = {"init_method": distributed_init_method, "world_size": world_size, "rank": rank}
@@ -71,7 +71,7 @@ def init_distributed_environment(
 
 
 def _local_rank(local_rank: int, rank: int) -> int:
-    """The place of this rank on its node: as it is given, by the launcher, or as on a single node."""
+    """This process's rank on its node: as passed, as set by the launcher, or its global rank."""
     if local_rank != -1:
         return local_rank
     if "LOCAL_RANK" in os.environ:
@@ -82,7 +82,7 @@ def _local_rank(local_rank: int, rank: int) -> int:
 
 
 def launched_world_size() -> int:
-    """Ranks of the world or team, or of the one that :func:`init_distributed_environment` would start."""
+    """Number of ranks in the world or team, or in the world that :func:`init_distributed_environment` would start."""
     if "world" in _groups:
         return _groups["world"].world_size
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
@@ -98,17 +98,17 @@ def initialize_model_parallel(
     pipeline_parallel_degree: int = 1,
     backend: str | None = None,
 ) -> None:
-    """Make the groups of every kind of parallelism; the degrees' product must be the world size, of a team its own.
+    """Make the groups of every kind of parallelism; the product of the degrees must be the size of the world or team.
 
-    ``sequence_parallel_degree`` is ``ulysses_degree * ring_degree`` and need not be given. Given another value,
-    Ulysses and ring are what makes up the world size: as given (callers pass ``ulysses_degree`` again), or with the one
-    that is 1 making up the value (Ulysses where both are).
+    ``sequence_parallel_degree`` is ``ulysses_degree * ring_degree`` and may be left out. If it has another value, the
+    first of these that matches the world size is used: the degrees as given (some callers pass ``ulysses_degree`` as
+    this value), or one that is 1 (Ulysses first) raised so that their product is this value.
 
-    yunchang's own registry is set to the Ulysses and ring groups, where it is installed.
+    If yunchang is installed, its own registry is set to the Ulysses and ring groups.
 
     Raises:
-        RuntimeError: there is no world group yet, or the groups are there already.
-        ValueError: no reading of the degrees makes up the world size.
+        RuntimeError: the world group does not exist yet, or the groups exist already.
+        ValueError: no interpretation of the degrees matches the world size.
     """
     world = get_world_group()
     if model_parallel_is_initialized():
@@ -148,11 +148,11 @@ def initialize_model_parallel(
         ring_ranks=[ranks for _, ring in split for ranks in ring],
     )
     _tell_yunchang(_groups["sp"].ulysses_group, _groups["sp"].ring_group)
-    dist.barrier(group=world.cpu_group)  # a rank that left a group at once would be gone before others have found it
+    dist.barrier(group=world.cpu_group)  # without it, a rank could exit before others have connected to its groups
 
 
 def _understood(sequence: int, ulysses: int, ring: int, wanted: float) -> tuple[int, int]:
-    """Ulysses and ring degree meant by a ``sequence_parallel_degree`` that is not their product, but should be."""
+    """The Ulysses and ring degree intended by a ``sequence_parallel_degree`` that is not their product."""
     readings = [(ulysses, ring)]
     if ulysses == 1:
         readings.append((sequence // ring, ring))
@@ -162,8 +162,8 @@ def _understood(sequence: int, ulysses: int, ring: int, wanted: float) -> tuple[
         if math.prod(reading) == wanted:
             if wanted != sequence:
                 logger.warning(
-                    "sequence_parallel_degree=%d is not used: ulysses_degree=%d * ring_degree=%d make up the number"
-                    " of ranks", sequence, *reading,
+                    "sequence_parallel_degree=%d is not used: ulysses_degree=%d * ring_degree=%d match the number of"
+                    " ranks", sequence, *reading,
                 )  # fmt: skip
             return reading
     raise ValueError(
@@ -179,19 +179,19 @@ def _tell_yunchang(ulysses: dist.ProcessGroup | None, ring: dist.ProcessGroup | 
         return
     try:
         from yunchang.globals import PROCESS_GROUP
-    except (ImportError, RuntimeError) as error:  # it asks the accelerator about kernels while it is imported
+    except (ImportError, RuntimeError) as error:  # its import queries the accelerator for kernels
         logger.warning("yunchang cannot be imported, and its own layers will find no groups: %s", error)
         return
     PROCESS_GROUP.ULYSSES_PG, PROCESS_GROUP.RING_PG = ulysses, ring
 
 
 def model_parallel_is_initialized() -> bool:
-    """Whether the groups of :func:`initialize_model_parallel` are there."""
+    """Whether the groups of :func:`initialize_model_parallel` exist."""
     return "sp" in _groups
 
 
 def model_parallel_degrees() -> dict[str, int]:
-    """The degrees of the groups that are there, by the names of :func:`initialize_model_parallel`."""
+    """The degrees of the existing groups, by the argument names of :func:`initialize_model_parallel`."""
     return {
         "data_parallel_degree": get_dp_group().world_size,
         "classifier_free_guidance_degree": get_cfg_group().world_size,
@@ -203,7 +203,7 @@ def model_parallel_degrees() -> dict[str, int]:
 
 
 def destroy_model_parallel() -> None:
-    """Release all groups but the world's; :func:`initialize_model_parallel` may then make others."""
+    """Release all groups except the world's; :func:`initialize_model_parallel` may then make new ones."""
     if model_parallel_is_initialized():
         _tell_yunchang(None, None)
     for name in [name for name in _groups if name != "world"]:
@@ -225,7 +225,7 @@ def get_world_group() -> GroupCoordinator:
 
 
 def get_dp_group() -> GroupCoordinator:
-    """The ranks that hold the same place in each data-parallel replica."""
+    """The ranks at the same position in each data-parallel replica."""
     return _group("dp")
 
 
@@ -240,12 +240,12 @@ def get_cfg_group() -> GroupCoordinator:
 
 
 def get_forward_group() -> GroupCoordinator:
-    """The ranks that compute the same blocks of a forward: all of a pipeline's stage, or all where there is none."""
+    """The ranks that compute the same blocks of a forward: those of one pipeline stage, or all without a pipeline."""
     return _groups.get("forward") or get_world_group()
 
 
 def get_branch_group() -> GroupCoordinator:
-    """Those of the ranks of :func:`get_forward_group` that compute the same branch of guidance."""
+    """The ranks of :func:`get_forward_group` that compute the same branch of guidance."""
     return _groups.get("branch") or get_forward_group()
 
 
@@ -267,7 +267,7 @@ def get_tp_group() -> GroupCoordinator:
 def _size_and_rank(
     group: Callable[[], GroupCoordinator], what: str, size: str = "world_size", rank: str = "rank_in_group"
 ) -> tuple[Callable[[], int], Callable[[], int]]:
-    """Two functions: the number of ranks in a group, and the place of this rank among them."""
+    """Two functions, which return the number of ranks in a group and this rank's position in it."""
 
     def get_world_size() -> int:
         return getattr(group(), size)
@@ -275,7 +275,7 @@ def _size_and_rank(
     def get_rank() -> int:
         return getattr(group(), rank)
 
-    get_world_size.__doc__, get_rank.__doc__ = f"Ranks of {what}.", f"The place of this rank in {what}."
+    get_world_size.__doc__, get_rank.__doc__ = f"Number of ranks of {what}.", f"This rank's position in {what}."
     return get_world_size, get_rank
 
 
@@ -292,7 +292,7 @@ get_pipeline_parallel_world_size, get_pipeline_parallel_rank = _size_and_rank(ge
 get_tensor_model_parallel_world_size, get_tensor_model_parallel_rank = _size_and_rank(
     get_tp_group, "tensor parallelism"
 )
-# The shorter names go with those of the other methods, the longer ones are in wide use.
+# The shorter names match those of the other methods; the longer ones are widely used.
 get_tensor_parallel_world_size = get_tensor_model_parallel_world_size
 get_tensor_parallel_rank = get_tensor_model_parallel_rank
 
@@ -308,8 +308,8 @@ def is_pipeline_last_stage() -> bool:
 
 
 def is_dp_last_group() -> bool:
-    """Whether this rank is the last of its data-parallel replica: the one that holds the replica's images.
+    """Whether this rank is the last of its data-parallel replica, which holds the replica's images.
 
-    That is the last rank in each of the sequence, CFG and pipeline groups.
+    This is the last rank in each of its sequence, CFG and pipeline groups.
     """
     return all(group().is_last_rank for group in (get_sp_group, get_cfg_group, get_pp_group))

@@ -1,4 +1,4 @@
-"""What scripts written around process groups keep between their own functions: the size of the input, mostly."""
+"""State that scripts with a parallel forward of their own share between functions, mainly the input's size."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,7 +13,7 @@ from xfuser.core.distributed.parallel_state import (
 
 @dataclass(frozen=True)
 class InputParameters:
-    """The input of the next forwards as the script described it; sizes in pixels, None where it said nothing."""
+    """The input of the next forwards as the script described it; sizes in pixels, None if not given."""
 
     height: int | None = None
     width: int | None = None
@@ -24,11 +24,11 @@ class InputParameters:
 
 
 class RuntimeState:
-    """Notes of a script for its own forwards. Nothing in the engine reads them.
+    """Values that a script stores for its own forwards. The engine does not read them.
 
     Attributes:
         parallel_config, runtime_config: those of the engine configuration.
-        input_config: what :meth:`set_input_parameters` was told.
+        input_config: the values passed to :meth:`set_input_parameters` or :meth:`set_video_input_parameters`.
         split_text_embed_in_sp: whether the script splits text tokens over the sequence group, or keeps them whole on
             every rank, as joint tensors of the attention layer.
     """
@@ -48,7 +48,7 @@ class RuntimeState:
         max_condition_sequence_length: int | None = None,
         split_text_embed_in_sp: bool = True,
     ) -> None:
-        """Note the size of the images to come; a value of None leaves what was noted before."""
+        """Store the size of the next images; a value of None leaves the previous one unchanged."""
         self._note(
             split_text_embed_in_sp,
             height=height,
@@ -67,7 +67,7 @@ class RuntimeState:
         num_inference_steps: int | None = None,
         split_text_embed_in_sp: bool = True,
     ) -> None:
-        """Note the size of the videos to come; a value of None leaves what was noted before."""
+        """Store the size of the next videos; a value of None leaves the previous one unchanged."""
         self._note(
             split_text_embed_in_sp,
             height=height,
@@ -78,7 +78,7 @@ class RuntimeState:
         )
 
     def destroy_distributed_env(self) -> None:
-        """Release all groups, as ``destroy_distributed_environment()``, and forget this state."""
+        """Release all groups, as ``destroy_distributed_environment()`` does, and drop this state."""
         global _state
         destroy_distributed_environment()
         _state = None
@@ -98,10 +98,10 @@ _state: RuntimeState | None = None
 
 
 def initialize_runtime_state(pipeline: Any, engine_config: Any) -> None:
-    """Make the state that :func:`get_runtime_state` returns, and the groups of ``engine_config`` if there are none.
+    """Make the state that :func:`get_runtime_state` returns, and the groups of ``engine_config`` if none exist.
 
     Args:
-        pipeline: anything; scripts pass their pipeline.
+        pipeline: not used; scripts pass their pipeline.
         engine_config: from ``xFuserArgs.create_config()``.
     """
     global _state
@@ -115,7 +115,7 @@ def get_runtime_state() -> RuntimeState:
     """The state of this process.
 
     Raises:
-        RuntimeError: there is none yet.
+        RuntimeError: it does not exist yet.
     """
     if _state is None:
         raise RuntimeError("there is no runtime state: call initialize_runtime_state(pipe, engine_config) first")

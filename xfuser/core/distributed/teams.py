@@ -1,6 +1,6 @@
-"""Teams: the world in parts of so many consecutive ranks each, with process groups of their own.
+"""Teams: the world divided into parts of equally many consecutive ranks, each with its own process groups.
 
-All groups are made ahead of their use. A rank is in one team of each size, and enters the one that it computes with.
+All groups are made before they are used. A rank is in one team of each size, and enters the one that it computes with.
 """
 
 from collections.abc import Iterator
@@ -15,9 +15,9 @@ Groups = dict[str, GroupCoordinator]
 
 
 def form_teams(size: int, **degrees: int) -> Groups:
-    """The groups of this rank's team of ``size`` ranks, which must divide the world; all ranks must call it.
+    """Make the groups of this rank's team of ``size`` ranks, which must divide the world size; all ranks must call it.
 
-    ``degrees`` are those of :func:`initialize_model_parallel`. A team of all ranks has the groups that are there.
+    ``degrees`` are those of :func:`initialize_model_parallel`. A team of all ranks uses the existing groups.
     """
     world = get_world_group()
     if size == world.world_size:
@@ -30,7 +30,7 @@ def form_teams(size: int, **degrees: int) -> Groups:
 
 @contextmanager
 def in_team(groups: Groups) -> Iterator[None]:
-    """Within the context, the process groups of this rank are these, and its world is the team."""
+    """Within the context, ``groups`` are the process groups of this rank, and the team is its world."""
     own = dict(_groups)
     _groups.clear()
     _groups.update(groups)

@@ -8,7 +8,7 @@ DEFAULT_ORDER = "tp-sp-pp-cfg-dp"
 
 
 def split_sizes(total: int, parts: int) -> list[int]:
-    """Sizes of ``parts`` consecutive shares of ``total`` items that differ by one at most, larger ones first."""
+    """Sizes of ``parts`` consecutive shares of ``total`` items; they differ by at most one, larger ones first."""
     base, extra = divmod(total, parts)
     return [base + (i < extra) for i in range(parts)]
 
@@ -20,17 +20,17 @@ def share(sizes: list[int], index: int) -> range:
 
 
 class RankGenerator:
-    """All groups of a world from one grid of ranks.
+    """Computes all groups of a world from one grid of ranks.
 
-    ``order`` names the dimensions from the innermost (neighbouring ranks) to the outermost; a dimension of size 1 need
-    not be named. A group of a token such as ``"sp"`` holds the ranks that differ in that dimension alone; tokens
-    joined by ``-`` (``"tp-sp"``) vary together.
+    ``order`` names the dimensions from the innermost (neighbouring ranks) to the outermost; dimensions of size 1 may be
+    left out. A group of a token such as ``"sp"`` holds the ranks that differ only in that dimension; tokens joined by
+    ``-`` (``"tp-sp"``) vary together.
 
-    ``fs``, the number of ranks that share out a model's weights, is a dimension where ``order`` names it. Elsewhere its
-    groups lie across the other dimensions: each holds so many consecutive ranks.
+    ``fs``, the number of ranks that shard a model's weights, is a dimension if ``order`` names it. Otherwise its
+    groups span the other dimensions: each holds ``fs`` consecutive ranks.
 
-    Both positional forms in use are taken: ``(tp, sp, pp, cfg, dp, order)`` and ``(tp, sp, pp, cfg, dp, fs, order)``,
-    and ``rank_offset``, the first rank, behind either.
+    Both positional forms in use are supported, ``(tp, sp, pp, cfg, dp, order)`` and
+    ``(tp, sp, pp, cfg, dp, fs, order)``, each optionally followed by ``rank_offset``, the first rank.
     """
 
     def __init__(
