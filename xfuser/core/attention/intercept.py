@@ -51,11 +51,11 @@ def intercepted(
     ``torch.nn.functional.scaled_dot_product_attention`` and Diffusers' attention backends are replaced for the duration
     of the context. Outside of these modules, and in other threads, the replacements call the real functions.
 
-    ``attend(name)`` gets query, key, value, mask and scale of the call. A module whose processor does not call it
-    exactly once per forward (at least once with ``many``) raises a ValueError, as its attention would not be the one
-    intended. A module that is passed a true value for an argument in ``idle`` may make no call. For compiled blocks,
-    ``places`` are the modules' names within their blocks. Modules in ``again`` may call attention several times in a
-    forward; ``again[name]`` computes all calls except the first.
+    ``attend(name)`` gets query, key, value, mask and scale of the call. A module raises a ValueError unless its
+    processor calls attention exactly once per forward (at least once with ``many``), as its attention would not be the
+    one intended. A module that is passed a true value for an argument in ``idle`` may make no call. For compiled
+    blocks, ``places`` are the modules' names within their blocks. Modules in ``again`` may call attention several times
+    in a forward; ``again[name]`` computes all calls except the first.
     """
     running, traced, original = _Running(), _Traced(), F.scaled_dot_product_attention
 

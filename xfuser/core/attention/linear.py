@@ -23,8 +23,8 @@ Complete = Callable[[Tensor, Callable[[int, int], Tensor]], Tensor]
 class _FirstProduct(TorchFunctionMode):
     """Passes the result of the first ``matmul``, a sum over the tokens, to ``complete``.
 
-    A ``sum`` of the keys before it is passed, too. The next ``matmul`` then multiplies that sum by the queries: its result
-    is not a state, and is left unchanged.
+    A ``sum`` of the keys before it is passed, too. The next ``matmul`` then multiplies that sum by the queries: its
+    result is not a state, and is left unchanged.
     """
 
     def __init__(self, complete: Complete) -> None:

@@ -1,6 +1,6 @@
-"""Attention modules that can be divided by heads, found by the names and sizes of their layers.
+"""Finds attention modules that can be divided by heads, by the names and sizes of their layers.
 
-Layers are those of torch itself: weights of other classes, as of quantised ones, are not cut.
+Only torch's own layer classes are supported: weights of other classes, such as quantised ones, are not cut.
 """
 
 from itertools import accumulate
@@ -14,31 +14,31 @@ from xfuser.core.tensor_parallel.shards import Shards, evenly, joined
 QUERIES = ("to_q", "add_q_proj", "to_query", "to_q_t", "q_img", "q_proj", "q")
 KEYS = ("to_k", "add_k_proj", "to_key", "to_k_t", "k_img", "k_proj", "k")
 VALUES = ("to_v", "add_v_proj", "to_value", "to_v_t", "v_img", "v_proj", "v")
-GATES = ("to_gate", "to_gate_logits")  # of what attention returns, by channel or by head
-FUSED = "to_qkv_mlp_proj"  # queries, keys, values, and an MLP's hidden channels, which go into the output linear
+GATES = ("to_gate", "to_gate_logits")  # of the attention output, per channel or per head
+FUSED = "to_qkv_mlp_proj"  # outputs queries, keys, values, and an MLP's hidden channels, for the output linear
 OUTPUTS = ("to_out.0", "to_out", "to_add_out", "to_out_t", "out_layer", "out_proj", "o_proj", "o")
 QUERY_NORMS = ("norm_q", "norm_added_q", "query_norm", "q_img_norm", "q_rms_norm", "q_rms_norm_t")
 KEY_NORMS = ("norm_k", "norm_added_k", "key_norm", "k_img_norm", "k_rms_norm", "k_rms_norm_t")
-INPUT_NORMS = ("group_norm", "spatial_norm", "norm_cross")  # in front of the projections
+INPUT_NORMS = ("group_norm", "spatial_norm", "norm_cross")  # before the projections
 BIAS_OF_HEADS = "relative_attention_bias"  # [buckets, heads]
 
 HEADS = ("heads", "num_heads", "n_heads")
 KEY_HEADS = ("num_kv_heads", "num_key_value_heads", "kv_heads")
-WIDTHS = ("inner_dim", "out_dim")  # some processors reshape by the latter, where it is as large
+WIDTHS = ("inner_dim", "out_dim")  # some processors reshape by out_dim, if it is as large
 KEY_WIDTHS = ("inner_kv_dim", "kv_inner_dim")
 
 
 def attention_division(name: str, module: nn.Module, ranks: int) -> Division | None:
-    """How to divide an attention module by heads; None for other modules, or with layers that are not known.
+    """How to divide an attention module by heads; None for other modules, or if a layer is unknown.
 
     Raises:
-        ValueError: it has fewer heads than there are ranks.
+        ValueError: the module has fewer heads than there are ranks.
     """
     return _by_heads(name, module, ranks, has_output=True)
 
 
 def fused_block_division(name: str, block: nn.Module, ranks: int) -> Division | None:
-    """A block whose output linear takes what attention returns and, after it, an MLP's hidden channels."""
+    """How to divide a block whose output linear takes the attention output followed by an MLP's hidden channels."""
     attention, first, last = children(block, "attn", "proj_mlp", "proj_out")
     if attention is None or not type(first) is type(last) is nn.Linear or first.out_features < ranks:
         return None
@@ -56,9 +56,9 @@ def fused_block_division(name: str, block: nn.Module, ranks: int) -> Division | 
 
 
 def _by_heads(name: str, module: nn.Module, ranks: int, has_output: bool) -> Division | None:
-    """An attention module with or without an output linear, divided by heads."""
+    """How to divide an attention module, with or without an output linear, by heads."""
     layers = layers_of(module)
-    # Some modules reshape by their full width, which is then an attribute.
+    # Modules that reshape by their full width have it as an attribute.
     if hasattr(module, "embed_dim") or "" in layers or has_output != any(one in OUTPUTS for one in layers):
         return None
     sizes = _head_sizes(module, layers)
@@ -75,7 +75,7 @@ def _by_heads(name: str, module: nn.Module, ranks: int, has_output: bool) -> Div
 
 
 def _head_sizes(module: nn.Module, layers: dict[str, nn.Module]) -> tuple[int, int, int] | None:
-    """Heads of queries, heads of keys and values, and channels of one; None where they are not known."""
+    """Number of query heads, number of key/value heads, and channels per head; None if they are unknown."""
     heads = next((one for key in HEADS if isinstance(one := getattr(module, key, None), int)), 0)
     if not heads:
         return None
@@ -95,8 +95,8 @@ def _head_sizes(module: nn.Module, layers: dict[str, nn.Module]) -> tuple[int, i
 
 
 def _shards(heads: int, key_heads: int, ranks: int) -> tuple[Shards, Shards]:
-    """Heads of queries, and of keys and values, of each rank; ranks have a head of keys in common where there are
-    fewer of them."""
+    """The query heads and the key/value heads of each rank; ranks share a key/value head if there are fewer of them
+    than ranks."""
     each = heads // key_heads
     if key_heads >= ranks:
         keys = evenly(key_heads, ranks)
@@ -110,14 +110,14 @@ def _shards(heads: int, key_heads: int, ranks: int) -> tuple[Shards, Shards]:
 
 
 class _Heads:
-    """The heads of an attention module on each rank, by which its layers are divided."""
+    """Divides the layers of an attention module by the heads that each rank keeps."""
 
     def __init__(self, module: nn.Module, queries: Shards, keys: Shards, head_dim: int) -> None:
         self._module, self._queries, self._keys, self._head_dim = module, queries, keys, head_dim
         self._width, self._key_width = queries.times(head_dim), keys.times(head_dim)
 
     def division(self, layers: dict[str, nn.Module]) -> Division | None:
-        """None where there is a layer that is not known, or does not fit the heads."""
+        """The division; None if a layer is unknown or does not fit the heads."""
         division = Division(heads={"": self._queries})
         hidden = []
         if FUSED in layers:
@@ -133,7 +133,7 @@ class _Heads:
         return division
 
     def _divide(self, name: str, layer: nn.Module, hidden: list[Shards], division: Division) -> bool:
-        """Divide a layer, where it is known; ``hidden`` are the channels of an MLP in a fused linear."""
+        """Divide a layer; False if it is unknown or does not fit. ``hidden`` are the MLP channels of a fused linear."""
         if name in INPUT_NORMS:
             return True
         if name in (*QUERY_NORMS, *KEY_NORMS):
@@ -162,19 +162,19 @@ class _Heads:
 
 
 def children(module: nn.Module, *names: str) -> list[nn.Module | None]:
-    """Modules that are registered in one by these names; None for those that are not there."""
+    """Direct submodules with these names; None for names that do not exist."""
     return [module._modules.get(name) for name in names]
 
 
 def channels_of(norm: nn.Module) -> int | None:
-    """On how many channels a norm works; None if it does not say."""
+    """The number of channels of a norm; None if it is unknown."""
     shape = getattr(norm, "normalized_shape", None) or getattr(getattr(norm, "weight", None), "shape", None)
     shape = shape or getattr(norm, "dim", None)
     return shape[0] if isinstance(shape, tuple) and len(shape) == 1 else None
 
 
 def layers_of(module: nn.Module) -> dict[str, nn.Module]:
-    """All modules within one, and itself as ``""``, that have parameters of their own, and norms without, by name."""
+    """By name, a module (``""``) and its submodules that have parameters of their own, and norms without parameters."""
     return {
         name: one
         for name, one in module.named_modules()

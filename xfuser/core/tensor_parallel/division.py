@@ -1,4 +1,4 @@
-"""How a model, or one module of it, is divided over ranks: the one description, and its application."""
+"""How a model, or one of its modules, is divided over ranks: the description, and its application."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,21 +12,21 @@ from xfuser.core.distributed import GroupCoordinator
 from xfuser.core.tensor_parallel.layers import Divided, SpanningNorm, SpanningRMSNorm, Summed, complete
 from xfuser.core.tensor_parallel.shards import Shards
 
-# The layers whose weights are divided, and the attributes that count their inputs and outputs.
+# The layers whose weights are divided, and the attributes with their numbers of inputs and outputs.
 COUNTS = {nn.Linear: ("in_features", "out_features"), nn.Embedding: ("num_embeddings", "embedding_dim")}
 COUNTS |= dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), ("in_channels", "out_channels"))
 
 
 @dataclass
 class Division:
-    """What each rank keeps of the modules of a model.
+    """The parts of a model's modules that each rank keeps.
 
     Attributes:
-        cuts: parameters by name, to the dimension that is divided and its shards. Others are complete on every rank.
-        completions: modules by name, to how their forward is completed (``layers.py``) and the shards that this is
-            about. Modules whose divided forward needs nothing are not named.
-        numbers: names of attributes that count what is divided (``attn.heads``), to their value on each rank.
-        heads: attention modules that are divided by heads, to the heads of each rank.
+        cuts: names of parameters, to the divided dimension and its shards. Other parameters are complete on every rank.
+        completions: names of modules, to the class that completes their forward (``layers.py``) and its shards. Modules
+            whose divided forward requires no completion are not included.
+        numbers: names of attributes that count divided entries (``attn.heads``), to their value on each rank.
+        heads: names of attention modules that are divided by heads, to the heads of each rank.
     """
 
     cuts: dict[str, tuple[int, Shards]] = field(default_factory=dict)
@@ -35,7 +35,7 @@ class Division:
     heads: dict[str, Shards] = field(default_factory=dict)
 
     def outputs(self, name: str, layer: nn.Module, shards: Shards, kind: type[Divided] | None = None) -> None:
-        """Divide the outputs of a layer, or the channels of a norm; ``kind`` completes it, or a later layer does."""
+        """Divide the outputs of a layer, or the channels of a norm; ``kind`` or a later layer completes the forward."""
         for key, _ in layer.named_parameters(recurse=False):
             self.cuts[f"{name}.{key}"] = int(isinstance(layer, nn.Embedding)), shards
         if kind:
@@ -51,7 +51,7 @@ class Division:
             self.numbers[f"{name}.{COUNTS[type(layer)][0]}"] = shards.sizes
 
     def spanning(self, name: str, norm: nn.Module, shards: Shards) -> None:
-        """Let a norm work on the channels of all heads, of which each rank has some."""
+        """Divide a norm over the channels of all heads, of which each rank has some."""
         is_rms = type(norm).__name__.endswith("RMSNorm") and getattr(norm, "bias", None) is None
         if not is_rms or not hasattr(norm, "eps") or sum(shards.sizes) > shards.total:
             self.completions[name] = SpanningNorm, shards
@@ -61,25 +61,25 @@ class Division:
             self.numbers[f"{name}.normalized_shape"] = [(size,) for size in shards.sizes]
 
     def add(self, name: str, module: "Division") -> None:
-        """Divide the module of this name as ``module`` says."""
+        """Add ``module``, the division of the module of this name."""
         for mine, others in zip(vars(self).values(), vars(module).values(), strict=True):
             mine |= {f"{name}.{key}".strip("."): value for key, value in others.items()}
 
     def kept(self, rank: int) -> dict[str, tuple[int, tuple[range, ...]]]:
-        """Name of each divided parameter, to the dimension that is divided and the ranges of it that ``rank`` keeps.
+        """Map the name of each divided parameter to the divided dimension and the ranges of it that ``rank`` keeps.
 
-        A loader needs no more: it reads these ranges, joined along the dimension, and all of what is not named. The
-        names are those of the undivided model.
+        A loader needs no other information: it reads these ranges, concatenated along the dimension, and all other
+        parameters whole. The names are those of the undivided model.
         """
         return {name: (dim, shards.kept[rank]) for name, (dim, shards) in self.cuts.items()}
 
     def apply(self, model: nn.Module, group: GroupCoordinator) -> Callable[[], None]:
-        """Cut the model's parameters in place to what this rank keeps, and let its modules work on that.
+        """Cut the model's parameters in place to the parts that this rank keeps, and make its modules work on them.
 
-        Parameters on the meta device become smaller ones there, to be filled with what :meth:`kept` says.
+        Parameters on the meta device are cut there, to be loaded by the ranges of :meth:`kept`.
 
         Returns:
-            A function that undoes it, for all ranks to call: they gather the parameters, and need the memory.
+            A function that undoes the division. All ranks must call it, and need memory for the gathered parameters.
         """
         rank = group.rank_in_group
         modules = dict(model.named_modules(remove_duplicate=False))
@@ -103,7 +103,7 @@ class Division:
 
     @torch.no_grad()
     def _replace(self, modules: dict[str, nn.Module], change: Callable[[Tensor, int, Shards], Tensor]) -> None:
-        """Replace the parameters that are cut; one that several modules share stays shared."""
+        """Replace the divided parameters; a parameter that several modules share stays shared."""
         replaced: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
         for name, cut in self.cuts.items():
             owner, _, key = name.rpartition(".")

@@ -1,7 +1,7 @@
-"""How the forward of a module that keeps a part of its weights is completed by the other ranks.
+"""Completes the forward of a module that keeps a part of its weights, with the other ranks.
 
-A divided module is the module that it was, of a class made for the purpose: its place in the model, its hooks and its
-base class stay.
+A divided module stays the same object and only changes its class, to a subclass of the original: its place in the model
+and its hooks stay.
 """
 
 import functools
@@ -18,19 +18,19 @@ from xfuser.core.tensor_parallel.shards import Shards
 
 
 class Divided:
-    """Mixed into the class of a divided module; ``_shards`` are of outputs, inputs or channels, as subclasses say."""
+    """Mixin for the class of a divided module; ``_shards`` are of outputs, inputs or channels, by subclass."""
 
     _shards: Shards
     _group: GroupCoordinator
 
     def undivided(self) -> None:
-        """Make the module one of its own class again."""
+        """Restore the module's original class."""
         self.__class__ = type(self).__bases__[1]
         del self.__dict__["_shards"], self.__dict__["_group"]
 
 
 def _for_inference(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A forward that computes no gradients; ``backward()`` through its output raises a ValueError."""
+    """Run a forward without gradients; ``backward()`` through its output raises a ValueError."""
 
     @functools.wraps(forward)
     def wrapper(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
@@ -43,18 +43,18 @@ def _for_inference(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 class Gathered(Divided):
-    """Keeps some outputs, and gathers those of all ranks. No sum is divided."""
+    """Computes some outputs, and gathers those of all ranks. No sum is divided."""
 
     @_for_inference
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """All outputs, of which this rank computes its own."""
+        """All outputs; this rank computes its own and gathers the others."""
         own = super().forward(input, *args, **kwargs)
         dim = -1 if isinstance(self, nn.Linear | nn.Embedding) else 1
         return self._group.all_gather(own, dim=dim, sizes=self._shards.sizes)
 
 
 class Summed(Divided):
-    """Keeps the weights of some inputs, gets these alone, and sums the outputs over the ranks."""
+    """Keeps the weights of some inputs, gets only these inputs, and sums the outputs over the ranks."""
 
     @_for_inference
     def forward(self, input: Tensor) -> Tensor:
@@ -68,16 +68,16 @@ class Summed(Divided):
 
 
 class SummedOfAll(Summed):
-    """As :class:`Summed`, but gets all inputs, and takes its own."""
+    """As :class:`Summed`, but gets all inputs, and selects its own."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Take this rank's inputs of all, then as :class:`Summed`."""
+        """Select this rank's inputs, then run as :class:`Summed`."""
         dim = input.dim() - 1 if isinstance(self, nn.Linear) else 1
         return super().forward(self._shards.part(input, dim, self._group.rank_in_group))
 
 
 class SpanningRMSNorm(Divided):
-    """An RMS norm over the channels of all heads, of which it gets some: the mean square is of all ranks."""
+    """An RMS norm over the channels of all heads, of which it gets some: the mean square is taken over all ranks."""
 
     @_for_inference
     def forward(self, x: Tensor) -> Tensor:
@@ -91,17 +91,17 @@ class SpanningRMSNorm(Divided):
 
 
 class SpanningNorm(Divided):
-    """Another norm over the channels of all heads: they are gathered, and all normalised on each rank."""
+    """Any other norm over the channels of all heads: each rank gathers and normalises all of them."""
 
     @_for_inference
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise the channels of all ranks; returns this rank's."""
+        """Normalise the channels of all ranks; return this rank's."""
         parts = self._group.all_gather(x, dim=-1, separate_tensors=True, sizes=self._shards.sizes)
         return self._shards.part(super().forward(self._shards.full(parts, -1)), -1, self._group.rank_in_group)
 
 
 def complete(module: nn.Module, kind: type[Divided], shards: Shards, group: GroupCoordinator) -> None:
-    """Let a module complete its forward in this way, in place."""
+    """Change a module's class in place, so that ``kind`` completes its forward."""
     module.__class__ = _class_of(kind, type(module))
     module.__dict__.update(_shards=shards, _group=group)
 

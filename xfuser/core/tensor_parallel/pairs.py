@@ -1,4 +1,4 @@
-"""Feed-forward and convolutional modules that can be divided in pairs, told by the names and sizes of their layers."""
+"""Finds feed-forward and convolutional modules that can be divided in pairs, by their layers' names and sizes."""
 
 from torch import nn
 
@@ -6,8 +6,8 @@ from xfuser.core.tensor_parallel.attention import children, layers_of
 from xfuser.core.tensor_parallel.division import Division
 from xfuser.core.tensor_parallel.shards import evenly, joined
 
-# Linears of a feed-forward module: one or two before its activation, and the last one. Where there is one before it
-# that has twice the outputs, one half is the gate of the other.
+# Linears of a feed-forward module: one or two before its activation, and the last one. If only one comes
+# before it and has twice the outputs, one half of them is the gate of the other.
 FEED_FORWARDS = [
     ("net.0.proj", "net.2"), ("w1", "w3", "w2"), ("w1", "w2"), ("linear_1", "linear_2", "out_projection"),
     ("linear_1", "linear_3", "linear_2"), ("gate", "up", "down"), ("gate_proj", "up_proj", "down_proj"),
@@ -39,9 +39,9 @@ def feed_forward_division(name: str, module: nn.Module, ranks: int) -> Division 
 
 
 def residual_division(name: str, module: nn.Module, ranks: int) -> Division | None:
-    """A residual block, ``conv2(act(norm2(conv1(...) + time_emb_proj(...))))``, by the groups of the norm in it.
+    """Divide a residual block, ``conv2(act(norm2(conv1(...) + time_emb_proj(...))))``, by the groups of ``norm2``.
 
-    The projection of the time may have twice the channels, for scales and shifts.
+    ``time_emb_proj`` may have twice the channels, for scales and shifts.
     """
     first, norm, last, time = children(module, "conv1", "norm2", "conv2", "time_emb_proj")
     if not (type(first) is type(last) is nn.Conv2d and type(norm) is nn.GroupNorm and "norm1" in module._modules):
@@ -65,7 +65,7 @@ def residual_division(name: str, module: nn.Module, ranks: int) -> Division | No
 
 
 def inverted_division(name: str, module: nn.Module, ranks: int) -> Division | None:
-    """A pointwise, a depthwise and a pointwise convolution, with a gate: half of the channels in between."""
+    """How to divide pointwise, depthwise and pointwise convolutions; half of the channels in between are a gate."""
     first, depth, last = children(module, "conv_inverted", "conv_depth", "conv_point")
     if not (type(first) is type(depth) is type(last) is nn.Conv2d):
         return None

@@ -1,9 +1,9 @@
-"""How to divide a model: in pairs where its modules are known, elsewhere each layer by its outputs.
+"""Determines how to divide a model: known modules in pairs, all other layers by their outputs.
 
 A pair is a first layer divided by its outputs and a second one divided by its inputs, with one sum over the ranks
-after it (arXiv 1909.08053). What is in between must work on each head or channel alone. A module is taken for one that
-does so only if it has the layers of a table (``attention.py``, ``pairs.py``) and no other parameters. What is in no
-table is divided by its outputs, which are gathered: that sends more, and is exact for any module.
+after it (arXiv 1909.08053). All code between them must work on each head or channel separately. A module is assumed to
+do so only if it has the layers of a table (``attention.py``, ``pairs.py``) and no other parameters. Layers that are in
+no table are divided by their outputs, which are gathered: this sends more data, and is exact for any module.
 """
 
 from collections.abc import Collection
@@ -16,7 +16,7 @@ from xfuser.core.tensor_parallel.layers import Gathered, SummedOfAll
 from xfuser.core.tensor_parallel.pairs import feed_forward_division, inverted_division, residual_division
 from xfuser.core.tensor_parallel.shards import evenly
 
-SMALLEST = 2**16  # weights of a layer that is worth a message of its own
+SMALLEST = 2**16  # minimum number of weights of a layer that is divided outside of a pair
 FINDERS = (fused_block_division, attention_division, feed_forward_division, residual_division, inverted_division)
 
 
@@ -27,13 +27,13 @@ def describe(
     undivided: tuple[str, ...] = (),
     unpaired: Collection[str] = (),
 ) -> Division:
-    """How to divide ``model`` over ``ranks``; nothing is changed, and weights may be on the meta device.
+    """How to divide ``model`` over ``ranks``. The model is not changed; weights may be on the meta device.
 
     Args:
-        scheme: None for pairs where they are known, and outputs elsewhere; ``"col"`` for each layer's outputs, which
-            are gathered; ``"row"`` for each layer's inputs, with partial sums added up.
+        scheme: None divides known modules in pairs, and other layers by outputs; ``"col"`` divides each layer's
+            outputs, which are gathered; ``"row"`` divides each layer's inputs, and sums the partial outputs.
         undivided: names of modules in which nothing is divided, as their weights are used without calling them.
-        unpaired: names of modules that are not pairs, whatever layers they have.
+        unpaired: names of modules that are not divided in pairs, whatever layers they have.
 
     Raises:
         ValueError: an attention module has fewer heads than there are ranks, or another library has replaced the
@@ -50,14 +50,13 @@ def describe(
         if "forward" in vars(modules[name]):
             raise ValueError(
                 f"{name} of {type(model).__name__} has a forward that is not its class's, which tensor parallelism"
-                " cannot complete: remove what replaced it, as offload to the CPU layer by layer and weights in 8"
-                " bits do"
+                " does not support: remove what replaced it, such as layer-wise CPU offload or 8-bit weights"
             )
     return division
 
 
 def _in_pairs(modules: dict[str, nn.Module], ranks: int, unpaired: Collection[str]) -> Division:
-    """Divide the modules that are known, the outermost first."""
+    """Divide the known modules in pairs, outermost modules first."""
     division, done = Division(), set(unpaired)
     for name, module in modules.items():
         found = next((one for find in FINDERS if name not in done and (one := find(name, module, ranks))), None)
@@ -68,7 +67,7 @@ def _in_pairs(modules: dict[str, nn.Module], ranks: int, unpaired: Collection[st
 
 
 def _divide_alone(division: Division, name: str, layer: nn.Module, ranks: int, scheme: str | None) -> None:
-    """Divide a layer by its outputs, or, by ``row``, its inputs, where it is large enough."""
+    """Divide a layer by its outputs, or with ``"row"`` by its inputs, if it is large enough."""
     if layer.weight.numel() < SMALLEST or getattr(layer, "groups", 1) > 1:
         return
     is_table = isinstance(layer, nn.Embedding)
@@ -83,7 +82,7 @@ def _divide_alone(division: Division, name: str, layer: nn.Module, ranks: int, s
 
 
 def _shared_by_unlike(modules: dict[str, nn.Module]) -> set[int]:
-    """Weights that layers of several kinds share, as a head does with an embedding."""
+    """Ids of weights that layers of several classes share, such as an output head and an embedding."""
     kinds: dict[int, set[type]] = {}
     for module in modules.values():
         if type(module) in COUNTS:
