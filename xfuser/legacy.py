@@ -1,4 +1,4 @@
-"""The path by which scripts import the interface of the engine's first generation."""
+"""Import path of the interface of the engine's first generation, as scripts use it."""
 
 from xfuser.compat.legacy import DistriConfig, PatchConv2d, __getattr__
 

@@ -1,4 +1,4 @@
-"""The path by which scripts import the logger."""
+"""Import path of the logger, as scripts use it."""
 
 from xfuser.core.logger import logger
 

@@ -1,1 +1,1 @@
-"""What code written for the older engine imports, beside the public names of this package."""
+"""Names that code for the older engine imports, in addition to the public names of this package."""

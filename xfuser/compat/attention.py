@@ -1,4 +1,4 @@
-"""Sharded attention as research code calls it: one layer, two functions, and the all-to-alls of Ulysses."""
+"""Sharded attention with the interface of research code: one layer, two functions, and the Ulysses all-to-alls."""
 
 from typing import Any
 
@@ -21,22 +21,22 @@ REORDERED = ("zigzag", "strip")  # the caller's shards are not consecutive token
 
 
 class xFuserLongContextAttention(nn.Module):
-    """Attention over tokens of which each rank of the sequence group holds a shard (USP, arXiv 2405.07719).
+    """Attention over tokens that are sharded over the ranks of the sequence group (USP, arXiv 2405.07719).
 
-    It needs the groups of ``initialize_model_parallel``, whose Ulysses and ring degrees it follows. It has no weights
-    and no state, and may be made at any time.
+    It requires the groups of ``initialize_model_parallel``, and uses their Ulysses and ring degrees. It has no weights
+    and no state, and may be created at any time after them.
 
     Args:
         scatter_idx, gather_idx: the dimensions of heads and tokens, 2 and 1.
-        ring_impl_type: the order of tokens over the ranks, which matters to ``causal`` alone.
-        use_pack_qkv, use_sync: without effect.
-        use_kv_cache: ignored without PipeFusion, a ValueError with it.
-        attn_type: yunchang's name of a kernel. One that is absent is replaced by the best one here, with a warning.
-        attn_processor: without effect but for a warning.
+        ring_impl_type: the order of tokens over the ranks, which matters only for ``causal``.
+        use_pack_qkv, use_sync: no effect.
+        use_kv_cache: ignored without PipeFusion; raises a ValueError with it.
+        attn_type: yunchang's name of a kernel. If it is not available, the best available one runs, with a warning.
+        attn_processor: no effect except a warning.
 
     Raises:
         RuntimeError: the groups are not initialised.
-        ValueError: for arguments that are not supported.
+        ValueError: an argument is not supported.
     """
 
     def __init__(
@@ -82,37 +82,37 @@ class xFuserLongContextAttention(nn.Module):
     ) -> Tensor:
         """Attention of this rank's tokens, and of the joint ones, to all tokens of the group and the joint ones.
 
-        Ranks may hold different numbers of tokens, and any number of heads.
+        Ranks may hold different numbers of tokens; any number of heads is supported.
 
         Args:
             attn: not used; callers pass their module, or None.
             query, key, value: this rank's tokens, ``[B, S_local, H, D]``; key and value may have fewer heads.
             joint_tensor_query, joint_tensor_key, joint_tensor_value: tokens that every rank holds, ``[B, T, H, D]``.
-            joint_strategy: "front" or "rear" of the sequence, where there are joint tokens.
+            joint_strategy: "front" or "rear": whether joint tokens come before or after the sequence.
             softmax_scale: ``D ** -0.5`` by default.
-            causal: a token attends to itself and to those before it; shards must be consecutive tokens, in rank order.
-            deterministic: without effect; it is about gradients.
+            causal: a token attends to itself and to earlier ones; shards must be consecutive tokens, in rank order.
+            deterministic: no effect, as it concerns gradients.
             dropout_p, window_size, alibi_slopes, return_attn_probs: must have their defaults.
 
         Returns:
             ``[B, S_local, H, D]``, or ``[B, T + S_local, H, D]`` in the order of ``joint_strategy``.
 
         Raises:
-            ValueError: tensors do not fit each other or those of the other ranks, or an option is not supported.
-                ``backward()`` through the result raises it, too.
+            ValueError: tensors do not match each other or those of the other ranks, or an option is not supported.
+                ``backward()`` through the result also raises it.
         """
         check_options(dropout_p, window_size, alibi_slopes)
         if return_attn_probs:
-            raise ValueError("return_attn_probs=True: no rank ever holds the probabilities; remove it")
+            raise ValueError("return_attn_probs=True is not supported: no rank holds the probabilities; remove it")
         if causal and self.ring_impl_type in REORDERED:
             raise ValueError(
-                f"causal=True with ring_impl_type={self.ring_impl_type!r}: use 'basic', and give rank after rank"
-                " consecutive tokens"
+                f"causal=True with ring_impl_type={self.ring_impl_type!r}: use 'basic', with consecutive tokens in"
+                " rank order"
             )
         joint = (joint_tensor_query, joint_tensor_key, joint_tensor_value)
         options = {"scale": softmax_scale, "backend": self._backend}
         out = sharded_attention((query, key, value), joint, joint_strategy, 2, causal, **options)
-        return out.contiguous()  # callers view heads and their dimension as one
+        return out.contiguous()  # callers merge the last two dimensions by view()
 
 
 def USP(
@@ -132,7 +132,7 @@ def USP(
     Args:
         query, key, value: this rank's tokens, ``[B, H, S_local, D]``.
         joint_query, joint_key, joint_value: tokens that every rank holds, ``[B, H, T, D]``.
-        attn_layer: names a cache of keys; ignored without PipeFusion, a ValueError with it.
+        attn_layer: the layer of a KV cache; ignored without PipeFusion; raises a ValueError with it.
 
     Returns:
         ``[B, H, S_local, D]``, or ``[B, H, T + S_local, D]`` in the order of ``joint_strategy``.
@@ -169,19 +169,19 @@ def xdit_ring_flash_attn_func(
 ) -> Tensor | tuple[Tensor, Tensor, None]:
     """Attention of this rank's queries to the keys of all ranks of a ring, and to the joint ones (arXiv 2310.01889).
 
-    Ranks may hold different numbers of tokens; queries need not be as many as keys. The caller puts joint queries
-    among ``q``. Other arguments and errors are those of :class:`xFuserLongContextAttention`; ``attn_layer`` has no
+    Ranks may hold different numbers of tokens, and queries and keys may differ in number. Joint queries must be part of
+    ``q``. Other arguments and errors are those of :class:`xFuserLongContextAttention`; ``attn_layer`` has no
     effect.
 
     Args:
         q: ``[B, Sq, H, D]``.
         k, v: ``[B, S, H, D]``; they may have fewer heads.
         group: the ring; by default the one of the sequence group.
-        causal: a token attends to itself and to those before it; not with joint keys.
+        causal: a token attends to itself and to earlier ones. Not supported with joint keys.
         joint_tensor_key, joint_tensor_value: keys and values that every rank holds, ``[B, T, H, D]``.
 
     Returns:
-        ``[B, Sq, H, D]``; with ``return_attn_probs``, that, its log-sum-exp ``[B, H, Sq]``, and None.
+        ``[B, Sq, H, D]``; with ``return_attn_probs``, a tuple of it, its LSE ``[B, H, Sq]``, and None.
     """
     check_options(dropout_p, window_size, alibi_slopes)
     q, k, v, joint_tensor_key, joint_tensor_value = autocast(q, k, v, joint_tensor_key, joint_tensor_value)
@@ -190,7 +190,7 @@ def xdit_ring_flash_attn_func(
     beside = tuple(x.transpose(1, 2) for x in joint.values()) if has_joint else None
     if causal and (beside or q.shape[1] != k.shape[1]):
         raise ValueError(
-            f"causal=True with q {tuple(q.shape)}, k {tuple(k.shape)}: needs one query per key, and no joint keys"
+            f"causal=True with q {tuple(q.shape)}, k {tuple(k.shape)}: requires one query per key, and no joint keys"
         )
     group = get_sp_group().ring_group if group is None else group
     options = {"scale": softmax_scale, "backend": backend_for(attn_type, attn_processor), "causal": causal}
@@ -206,7 +206,7 @@ def _ft_c_input_all_to_all(x: Tensor) -> Tensor:
     """``[B, H, S/U, D]`` to ``[B, H/U, S, D]``, over the U ranks of the Ulysses group.
 
     Raises:
-        ValueError: the heads do not divide by U, or ranks hold different numbers of tokens.
+        ValueError: the number of heads is not divisible by U, or ranks hold different numbers of tokens.
     """
     sp = get_sp_group()
     ranks = sp.ulysses_world_size
@@ -216,7 +216,7 @@ def _ft_c_input_all_to_all(x: Tensor) -> Tensor:
     lengths = [length for (length,) in gather_numbers([x.shape[2]], sp.cpu_group)][sp.ring_rank * ranks :][:ranks]
     if len(set(lengths)) > 1:
         raise ValueError(
-            f"{tuple(x.shape)}: ranks hold {lengths} tokens (dimension 2), and must hold as many each; use USP"
+            f"{tuple(x.shape)}: ranks hold {lengths} tokens (dimension 2), and must hold equally many; use USP"
         )
     with torch.no_grad():
         (scattered,) = scatter_heads([x], lengths, [[x.shape[1] // ranks] * ranks], sp.ulysses_group)
@@ -227,7 +227,7 @@ def _ft_c_output_all_to_all(x: Tensor) -> Tensor:
     """``[B, H/U, S, D]`` back to ``[B, H, S/U, D]``, over the U ranks of the Ulysses group.
 
     Raises:
-        ValueError: the tokens do not divide by U.
+        ValueError: the number of tokens is not divisible by U.
     """
     sp = get_sp_group()
     ranks = sp.ulysses_world_size
@@ -243,5 +243,5 @@ def _check_divides(x: Tensor, dim: int, what: str, ranks: int) -> None:
     if x.dim() != 4 or x.shape[dim] % ranks:
         raise ValueError(
             f"{tuple(x.shape)} must be [B, H, S, D] with {what} (dimension {dim}) that divide by the {ranks} ranks of"
-            " the Ulysses group; USP takes any number"
+            " the Ulysses group; USP supports any number"
         )

@@ -1,4 +1,4 @@
-"""The interface of the engine's first generation: one configuration names one method.
+"""The interface of the engine's first generation: one configuration selects one method.
 
     config = DistriConfig(height=1024, width=1024, parallelism="pipefusion", pp_num_patch=4, warmup_steps=4)
     pipe = DistriPixArtAlphaPipeline.from_pretrained(distri_config=config, pretrained_model_name_or_path=FOLDER_OR_NAME)
@@ -44,28 +44,28 @@ SCHEDULERS = {
 
 @dataclass(eq=False)
 class DistriConfig:
-    """What the ranks of a run do; every rank makes one, and joins the others by it.
+    """The configuration of a run. Every rank creates one, which also makes the process groups.
 
-    Half of the ranks compute each branch of classifier-free guidance, if it is split, and divide its work.
+    If classifier-free guidance is split, half of the ranks compute each branch and divide its work among them.
 
     Args:
-        height, width: of the image, in pixels, where a call does not say.
-        do_classifier_free_guidance: whether calls are guided; if not, ``guidance_scale`` is 1 where calls do not say.
-        split_batch: whether the two branches of guidance go to different ranks. One rank, or an odd number, has both.
-        warmup_steps: synchronous first steps of ``"patch"`` and ``"pipefusion"``.
-        mode: of ``"patch"``: one of ``xfuser.config.config.MODES``.
+        height, width: default size of the image, in pixels.
+        do_classifier_free_guidance: whether calls use guidance; if not, ``guidance_scale`` defaults to 1.
+        split_batch: whether the two branches of guidance run on different ranks. With an odd number of ranks, each runs both.
+        warmup_steps: number of synchronous first steps of ``"patch"`` and ``"pipefusion"``.
+        mode: the mode of ``"patch"``, one of ``xfuser.config.config.MODES``.
         parallelism: ``"patch"`` (DistriFusion), ``"naive_patch"``, ``"pipefusion"``, ``"tensor"`` or ``"sequence"``.
         split_scheme: how ``"naive_patch"`` cuts the image: ``"row"``, ``"col"`` or ``"alternate"``.
-        pp_num_patch: patches of ``"pipefusion"``.
-        attn_num: blocks of each stage of ``"pipefusion"``.
-        ulysses_degree: of ``"sequence"``; its other ranks form rings. All of them if not given.
-        use_resolution_binning: whether sizes are those that the model was trained with.
-        scheduler: ``"ddim"``, ``"dpm-solver"`` or ``"euler"``; that of the pipeline if not given.
+        pp_num_patch: number of patches of ``"pipefusion"``.
+        attn_num: number of blocks of each stage of ``"pipefusion"``.
+        ulysses_degree: the Ulysses degree of ``"sequence"``; the ring degree follows from it. All ranks by default.
+        use_resolution_binning: whether sizes are mapped to those that the model was trained with.
+        scheduler: ``"ddim"``, ``"dpm-solver"`` or ``"euler"``; the pipeline's own by default.
         verbose: whether the first rank logs the degrees.
-        comm_checkpoint, use_cuda_graph: without effect, for scripts that give them.
+        comm_checkpoint, use_cuda_graph: no effect; accepted for scripts that pass them.
 
     Raises:
-        ValueError: something is unknown, or does not fit the number of ranks.
+        ValueError: a value is unknown, or does not fit the number of ranks.
     """
 
     height: int = 1024
@@ -103,7 +103,7 @@ class DistriConfig:
         }[self.parallelism]
         args = xFuserArgs(use_cfg_parallel=self.split_batch, warmup_steps=self.warmup_steps, **degrees)
         args.height, args.width = self.height, self.width
-        args.num_inference_steps = max(args.num_inference_steps, self.warmup_steps)  # calls say how many there are
+        args.num_inference_steps = max(args.num_inference_steps, self.warmup_steps)  # calls pass the actual number
         self.engine_config, _ = args.create_config()
         self.rank, self.device = get_world_group().rank, get_world_group().device
         if self.verbose and self.rank == 0:
@@ -111,13 +111,13 @@ class DistriConfig:
 
 
 class SingleMethodPipeline(LoadedPipeline):
-    """A pipeline that goes by a :class:`DistriConfig`."""
+    """A pipeline that is configured by a :class:`DistriConfig`."""
 
     @classmethod
     def from_pretrained(
         cls, distri_config: DistriConfig, pretrained_model_name_or_path: str, **components: Any
     ) -> "SingleMethodPipeline":
-        """Load a pipeline to this rank's device, and wrap it; as :meth:`xfuser.pipelines.LoadedPipeline`."""
+        """Load a pipeline to this rank's device and wrap it, as :class:`xfuser.pipelines.LoadedPipeline` does."""
         pipe = super().from_pretrained(pretrained_model_name_or_path, distri_config.engine_config, **components)
         if distri_config.scheduler:
             kind = getattr(diffusers, SCHEDULERS[distri_config.scheduler])
@@ -126,7 +126,7 @@ class SingleMethodPipeline(LoadedPipeline):
         return pipe
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the pipeline on all ranks, with what the configuration says and the call does not."""
+        """Call the pipeline on all ranks; the configuration provides defaults for arguments that are not passed."""
         config = self.distri_config
         said = {name: getattr(config, name) for name in ("height", "width", "use_resolution_binning")}
         said |= {} if config.do_classifier_free_guidance else {"guidance_scale": 1.0}
@@ -150,7 +150,7 @@ class PatchConv2d(nn.Conv2d):
     """A convolution that computes ``block_size`` rows of its output at a time, which bounds its workspace.
 
     Args:
-        block_size: rows; 0 for all at once. The other arguments are those of ``torch.nn.Conv2d``.
+        block_size: number of rows; 0 for all at once. The other arguments are those of ``torch.nn.Conv2d``.
     """
 
     def __init__(self, *args: Any, block_size: int = 0, **kwargs: Any) -> None:

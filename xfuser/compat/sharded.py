@@ -1,6 +1,6 @@
-"""Attention of a sequence of which each rank holds a shard of any length; what cannot be exact is refused.
+"""Attention over a sequence sharded over ranks, in shards of any length; raises if the result cannot be exact.
 
-The tensors' layout is the caller's: ``heads`` tells which dimension that is, 1 or 2, and the other one is the tokens.
+The tensors have the caller's layout: ``heads`` is the dimension of heads, 1 or 2; the other one is that of tokens.
 """
 
 from functools import cache
@@ -18,7 +18,7 @@ from xfuser.core.distributed.group_coordinator import gather_numbers
 from xfuser.core.gradients import forward_only
 from xfuser.core.logger import logger
 
-# By yunchang's name.
+# Kernels by yunchang's name.
 KERNEL_OF = {"fa": "flash_attn", "fa3": "flash_attn_3", "torch_cudnn": "cudnn", "torch_efficient": "efficient"}
 KERNEL_OF |= {"torch_flash": "flash", "torch_math": "math"}
 JOINT = ("joint_tensor_query", "joint_tensor_key", "joint_tensor_value")
@@ -34,18 +34,18 @@ def sharded_attention(
     causal: bool = False,
     **options: Any,
 ) -> Tensor:
-    """Attention over the sequence group, of this rank's tokens to all tokens.
+    """Attention of this rank's tokens to all tokens of the sequence group.
 
     Args:
-        qkv: query, key and value; four dimensions, of which ``heads`` (1 or 2) are the heads, and the other one (2 or
-            1) the tokens. Key and value may have fewer heads.
+        qkv: query, key and value, of four dimensions: ``heads`` (1 or 2) is that of heads, the other one (2 or 1) that
+            of tokens. Key and value may have fewer heads.
         joint: query, key and value of tokens that every rank holds, or three times None.
-        strategy: "front" or "rear", where those tokens are in the result.
-        causal: a token attends to itself and to those before it, the shards following one another in rank order.
+        strategy: "front" or "rear": the position of those tokens in the result.
+        causal: a token attends to itself and to earlier ones; shards must be consecutive tokens, in rank order.
         options: ``scale`` and ``backend`` of :func:`usp_attention`.
 
     Returns:
-        In the same layout, this rank's tokens, with the joint ones before or after them.
+        This rank's tokens, with the joint ones before or after them, in the same layout.
     """
     query, key, value, *joint = autocast(*qkv, *joint)
     given = {"query": query, "key": key, "value": value}
@@ -55,7 +55,7 @@ def sharded_attention(
     if query.shape[3 - heads] != key.shape[3 - heads]:
         raise ValueError(
             f"{_shapes({'query': query, 'key': key})}: a rank must hold as many queries as keys (dimension"
-            f" {3 - heads}); tokens that every rank holds go into the joint tensors"
+            f" {3 - heads}); pass tokens that every rank holds as the joint tensors"
         )
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
         group = get_sp_group()
@@ -66,9 +66,9 @@ def sharded_attention(
 
 
 def _lengths(group: GroupCoordinator, query: Tensor, key: Tensor, joint: Joint | None) -> list[int]:
-    """Tokens of every rank of the group.
+    """Number of tokens of every rank of the group.
 
-    The ranks send them at every call: a rank whose length is as before does not know whether the others' are.
+    Ranks exchange them in every call: a rank whose length is unchanged cannot know whether the others' are.
     """
     if group.world_size == 1:
         return [query.shape[2]]
@@ -77,14 +77,14 @@ def _lengths(group: GroupCoordinator, query: Tensor, key: Tensor, joint: Joint |
     found = gather_numbers([query.shape[2], *same], group.cpu_group)
     if any(others != same for _, *others in found):
         raise ValueError(
-            "ranks of the sequence group may differ in the number of their tokens alone, but (batch, heads, key heads,"
+            "ranks of the sequence group may differ only in their number of tokens, but (batch, heads, key heads,"
             f" head dimension, joint queries, joint keys; -1 is none) are {[tuple(other) for _, *other in found]}"
         )
     return [length for length, *_ in found]
 
 
 def backend_for(attn_type: AttnType | str | None, attn_processor: Any = None) -> str:
-    """The kernel for yunchang's ``attn_type``; where that one is absent, the best one here, and a warning once."""
+    """The kernel for yunchang's ``attn_type``; if it is not available, ``"auto"``, with one warning."""
     if attn_processor is not None:
         _warn_once(f"attn_processor={type(attn_processor).__name__} is not used: exact attention runs instead")
     if attn_type is None:
@@ -93,10 +93,10 @@ def backend_for(attn_type: AttnType | str | None, attn_processor: Any = None) ->
     if kind not in [known.value for known in AttnType]:
         check_known("attn_type", attn_type, AttnType)
     name = KERNEL_OF.get(kind)
-    why = KERNELS[name].missing() if name else "not among the kernels of this engine"
+    why = KERNELS[name].missing() if name else "not a kernel of this engine"
     if why is None:
         return name
-    _warn_once(f"attn_type={kind!r}: {why}; the best kernel that is here runs instead")
+    _warn_once(f"attn_type={kind!r}: {why}; the best available kernel runs instead")
     return "auto"
 
 
@@ -104,21 +104,21 @@ _warn_once = cache(logger.warning)
 
 
 def check_options(dropout_p: float, window_size: Any = None, alibi_slopes: Any = None) -> None:
-    """Raise a ValueError for what no kernel here computes on shards."""
+    """Raise a ValueError for options that no kernel here supports on shards."""
     if dropout_p:
         raise ValueError(f"dropout_p={dropout_p} must be 0: sharded attention is for inference")
     if window_size is not None and tuple(window_size) != (-1, -1):
-        raise ValueError(f"window_size={window_size} must be (-1, -1): attention within a window is not available")
+        raise ValueError(f"window_size={window_size} must be (-1, -1): attention within a window is not supported")
     if alibi_slopes is not None:
-        raise ValueError("alibi_slopes must be None: biases by position are not available")
+        raise ValueError("alibi_slopes must be None: biases by position are not supported")
 
 
 def check_tensors(qkv: Tensors, joint: Tensors, strategy: str | None, heads: int) -> bool:
-    """Raise a ValueError for tensors that do not belong together; returns whether there are joint ones.
+    """Raise a ValueError for tensors that do not match; return whether there are joint ones.
 
     Args:
         qkv: query, key and value by the caller's names.
-        joint: query, key and value of the joint tokens, or key and value alone, or as many times None.
+        joint: query, key and value of the joint tokens, or only key and value, or as many times None.
     """
     check_known("joint_strategy", strategy or "none", ("none", "front", "rear"))
     given = {name: x for name, x in joint.items() if x is not None}
@@ -138,7 +138,7 @@ def check_tensors(qkv: Tensors, joint: Tensors, strategy: str | None, heads: int
     for (name, x), (other, y) in zip(given.items(), list(qkv.items())[-len(joint) :], strict=False):
         if any(x.shape[dim] != y.shape[dim] for dim in (0, heads, 3)):
             raise ValueError(
-                f"{_shapes({name: x, other: y})}: they may differ in the number of tokens (dimension {tokens}) alone"
+                f"{_shapes({name: x, other: y})}: they may differ only in the number of tokens (dimension {tokens})"
             )
     if given and len({x.shape[tokens] for x in list(given.values())[-2:]}) > 1:
         raise ValueError(f"{_shapes(given)}: key and value must have the same number of tokens (dimension {tokens})")

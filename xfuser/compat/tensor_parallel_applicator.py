@@ -1,7 +1,7 @@
-"""Tensor parallelism for any model with common names: each rank keeps some heads and some hidden units.
+"""Tensor parallelism for any model with common layer names: each rank keeps some heads and some hidden units.
 
-Megatron-LM, arXiv 1909.08053: of two linears one after the other, the first is divided by its outputs and the second by
-its inputs, and one sum over the ranks completes each pair.
+Megatron-LM, arXiv 1909.08053: of two consecutive linears, the first is divided by its outputs and the second by its
+inputs; one sum over the ranks completes each pair.
 """
 
 from functools import partial
@@ -17,7 +17,7 @@ from xfuser.core.tensor_parallel.layers import Divided
 from xfuser.core.tensor_parallel.pairs import feed_forward_division
 from xfuser.core.tensor_parallel.shards import evenly, joined
 
-# What a linear of this name in an attention module computes: so many of queries, keys and values.
+# Linears of an attention module, to how many of queries, keys and values each computes.
 PROJECTIONS = {"wqkv": 3, "to_qkv": 3, "qkv": 3, "wq": 1, "to_q": 1, "q": 1, "wkv": 2, "to_kv": 2, "kv": 2}
 PROJECTIONS |= dict.fromkeys(("wk", "wv", "to_k", "to_v", "k", "v"), 1)
 OUTPUTS = ("wo", "to_out.0", "to_out", "out_proj", "proj", "o")
@@ -28,28 +28,28 @@ ORDERS = {"wqkv": BY_HEAD, "wkv": BY_HEAD}  # Step-Video's; all others are by pr
 
 
 class TensorParallelApplicator:
-    """Leaves each rank its part of a model's attention and feed-forward modules.
+    """Divides a model's attention and feed-forward modules over the ranks.
 
-    An attention module is one with linears for queries, keys and values, stacked (``wqkv``, ``wq`` and ``wkv``) or not,
-    an output linear (``wo``) and its number of heads (``n_heads``). A feed-forward module has ``net.0.proj`` and
+    An attention module has linears for queries, keys and values, stacked (``wqkv``, ``wq`` and ``wkv``) or not, an
+    output linear (``wo``) and its number of heads (``n_heads``). A feed-forward module has ``net.0.proj`` and
     ``net.2``, ``fc1`` and ``fc2``, or ``w1``, (``w3``) and ``w2``, or is a linear, an activation and a linear in a row.
 
     Args:
-        tp_size, tp_rank: of the tensor-parallel group.
+        tp_size, tp_rank: size of the tensor-parallel group, and this rank's position in it.
         stacked: the order of a stacked linear's outputs, ``"by_head"`` (``[H, 3, D]``) or ``"by_projection"``
-            (``[3, H, D]``), of all of them or by the linear's name. If not given, ``wqkv`` and ``wkv`` are by head, and
+            (``[3, H, D]``), for all of them or by the linear's name. By default, ``wqkv`` and ``wkv`` are by head, and
             others by projection. The first forward of a module raises a ValueError if it reads them in another order.
 
     Raises:
-        ValueError: this is not the place of this rank in the tensor-parallel group, or an order is unknown.
+        ValueError: ``tp_size`` and ``tp_rank`` do not match the tensor-parallel group, or an order is unknown.
     """
 
     def __init__(self, tp_size: int, tp_rank: int, stacked: str | dict[str, str] | None = None) -> None:
         group = get_tp_group()
         if (tp_size, tp_rank) != (group.world_size, group.rank_in_group):
             raise ValueError(
-                f"tp_size={tp_size}, tp_rank={tp_rank}: this is rank {group.rank_in_group} of the {group.world_size} of"
-                " the tensor-parallel group; give these, or other degrees to initialize_model_parallel()"
+                f"tp_size={tp_size}, tp_rank={tp_rank}: this is rank {group.rank_in_group} of {group.world_size} in the"
+                " tensor-parallel group; pass these values, or other degrees to initialize_model_parallel()"
             )
         self._group, self._stacked = group, stacked or {}
         if isinstance(self._stacked, str):
@@ -84,7 +84,7 @@ class TensorParallelApplicator:
 
 
 class _Attention:
-    """An attention module, and what its linears are."""
+    """An attention module and its linears."""
 
     def __init__(self, name: str, module: nn.Module, projections: dict[str, int], output: str, heads_name: str) -> None:
         self.name, self.module, self.projections, self.output = name, module, projections, output
@@ -93,7 +93,7 @@ class _Attention:
         self.orders: dict[str, str] = {}  # of the linears whose order the first forward must confirm
 
     def division(self, ranks: int, stacked: dict[str, str]) -> Division:
-        """How to divide the module by heads, with stacked linears in the order that is given, or known by name."""
+        """How to divide the module by heads; linears not in ``stacked`` have the default order of their name."""
         heads, get = evenly(self.heads, ranks), self.module.get_submodule
         division, channels = Division(numbers={self.heads_name: heads.sizes}), heads.times(self.head_dim)
         for name, parts in self.projections.items():
@@ -106,14 +106,14 @@ class _Attention:
                 self.orders[name] = order
             elif name not in stacked:
                 raise ValueError(
-                    f"{self.name}: a rank has one head of {type(self.module).__name__}, so that its forward cannot"
+                    f"{self.name}: a rank has one head of {type(self.module).__name__}, so its forward cannot"
                     f" confirm the order of {name}: give stacked={BY_HEAD!r} or {BY_PROJECTION!r}"
                 )
         division.inputs(self.output, get(self.output), channels)
         return division
 
     def verify_at_first_forward(self) -> None:
-        """Let the module's next forward raise unless it reads its stacked linears in the order they were divided by."""
+        """Make the module's next forward raise unless it reads its stacked linears in the order used to divide them."""
 
         def verify(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             handle.remove()
@@ -129,9 +129,9 @@ class _Attention:
 
     @torch.no_grad()
     def _reads_first_head(self, args: tuple, kwargs: dict[str, Any]) -> bool:
-        """Whether zero values of the first head, by the orders, make the first head of what ``output`` gets zero.
+        """Whether zeroing the first head's values, by the assumed orders, zeroes the first head of ``output``'s input.
 
-        The wrong order gives a wrong result without an error, as both have the same shape.
+        A wrong order would give a wrong result without an error, as both orders have the same shape.
         """
         seen: list[Tensor] = []
 
@@ -157,10 +157,10 @@ class _Attention:
 
 
 def _attention(name: str, module: nn.Module, ranks: int) -> _Attention | None:
-    """What the linears of an attention module are; None for other modules.
+    """Find the linears of an attention module; None for other modules.
 
     Raises:
-        ValueError: its heads cannot be counted or divided, or its linears are not those of so many heads.
+        ValueError: its number of heads is unknown or less than that of ranks, or its linears do not match it.
     """
     linears = {one for one, inner in module.named_modules(remove_duplicate=False) if isinstance(inner, nn.Linear)}
     projections = {one: parts for one, parts in PROJECTIONS.items() if one in linears}
@@ -174,8 +174,8 @@ def _attention(name: str, module: nn.Module, ranks: int) -> _Attention | None:
     widths = {one: module.get_submodule(one).out_features for one in projections}
     if width % heads or any(widths[one] != parts * width for one, parts in projections.items()):
         raise ValueError(
-            f"{name}: outputs of {widths} and {width} inputs of {output} are not those of {heads} heads, which queries,"
-            " keys and values must have alike"
+            f"{name}: outputs of {widths} and {width} inputs of {output} do not match {heads} heads; queries, keys"
+            " and values must have the same number of heads"
         )
     if heads < ranks:
         raise ValueError(

@@ -1,1 +1,1 @@
-"""Parts for models that run their own parallel forward, under the paths by which they are imported."""
+"""Import paths of parts for models that run their own parallel forward."""

@@ -1,1 +1,1 @@
-"""Layers as functions, and layers of which each rank holds a part."""
+"""Import paths of sharded attention as functions, and of tensor parallelism."""

@@ -1,4 +1,4 @@
-"""The path by which research code imports it."""
+"""Import path of TensorParallelApplicator, as research code uses it."""
 
 from xfuser.compat.tensor_parallel_applicator import TensorParallelApplicator
 

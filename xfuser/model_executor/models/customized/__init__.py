@@ -1,1 +1,1 @@
-"""Paths under which scripts import parts for single models."""
+"""Import paths of parts for single models."""

@@ -1,1 +1,1 @@
-"""Step-Video's scripts import their tensor parallelism from here."""
+"""Import path of tensor parallelism in Step-Video's scripts."""

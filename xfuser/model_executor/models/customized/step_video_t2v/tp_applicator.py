@@ -1,4 +1,4 @@
-"""The path by which video models import it; nothing in it is for one model."""
+"""Import path of TensorParallelApplicator in video models' scripts; it is not specific to one model."""
 
 from xfuser.compat.tensor_parallel_applicator import TensorParallelApplicator
 
