@@ -170,8 +170,7 @@ def xdit_ring_flash_attn_func(
     """Attention of this rank's queries to the keys of all ranks of a ring, and to the joint ones (arXiv 2310.01889).
 
     Ranks may hold different numbers of tokens, and queries and keys may differ in number. Joint queries must be part of
-    ``q``. Other arguments and errors are those of :class:`xFuserLongContextAttention`; ``attn_layer`` has no
-    effect.
+    ``q``. Other arguments and errors are those of :class:`xFuserLongContextAttention`; ``attn_layer`` has no effect.
 
     Args:
         q: ``[B, Sq, H, D]``.

@@ -51,7 +51,7 @@ class DistriConfig:
     Args:
         height, width: default size of the image, in pixels.
         do_classifier_free_guidance: whether calls use guidance; if not, ``guidance_scale`` defaults to 1.
-        split_batch: whether the two branches of guidance run on different ranks. With an odd number of ranks, each runs both.
+        split_batch: whether the guidance branches run on different ranks. With an odd number of ranks, each runs both.
         warmup_steps: number of synchronous first steps of ``"patch"`` and ``"pipefusion"``.
         mode: the mode of ``"patch"``, one of ``xfuser.config.config.MODES``.
         parallelism: ``"patch"`` (DistriFusion), ``"naive_patch"``, ``"pipefusion"``, ``"tensor"`` or ``"sequence"``.

@@ -115,7 +115,8 @@ def run_with_lse(
 ) -> tuple[Tensor, Tensor] | None:
     """As :func:`run`, with the LSE, ``[B, H, S]``; None if the backend returns no LSE.
 
-    A backend for which ``WITH_LSE`` has no kernel is then reported in a warning, once."""
+    A backend for which ``WITH_LSE`` has no kernel is then reported in a warning, once.
+    """
     if name in WITH_LSE:
         return None
     why = "Diffusers returns none"

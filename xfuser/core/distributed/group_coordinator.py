@@ -16,8 +16,8 @@ class GroupCoordinator:
     """One of the groups that partition the world, from the view of the calling rank.
 
     Every rank of the world must construct it with the same ``group_ranks`` (a list of lists of global ranks), in
-    the same order relative to other coordinators. Ranks that its methods take or return (``src``,
-    ``dst``) are ranks within the group unless they are called global.
+    the same order relative to other coordinators. Ranks that its methods take or return (``src``, ``dst``)
+    are ranks within the group unless they are called global.
 
     Attributes:
         rank, local_rank: global rank, and the rank within the node.
