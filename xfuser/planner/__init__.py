@@ -1,1 +1,1 @@
-"""What a configuration of degrees takes, counted without weights and without other ranks."""
+"""Predicts the memory and time of a combination of degrees, without weights and without other ranks."""

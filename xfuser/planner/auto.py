@@ -1,7 +1,7 @@
-"""Degrees chosen by plan for the ranks that run: ``xFuserArgs(auto=True)``.
+"""Choose the parallel degrees of the running ranks by a plan: ``xFuserArgs(auto=True)``.
 
-The first rank plans, in a process of its own, as a plan needs process groups that do not exist here; all ranks get what
-it chose.
+The first rank plans and broadcasts the result to all ranks. It plans in a subprocess, because a plan initializes a fake
+process group, and this process already has a real one.
 """
 
 import json
@@ -24,10 +24,10 @@ LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MA
 
 
 def chosen(args: xFuserArgs) -> xFuserArgs:
-    """The arguments with the degrees of the fastest configuration; every rank must call it.
+    """Return the arguments with the degrees of the fastest configuration; every rank must call this.
 
     Raises:
-        ValueError: nothing fits, or the machine is unknown.
+        ValueError: no configuration fits, or the machine is unknown.
     """
     world = get_world_group()
     told = world.broadcast_object(_planned(args, world.world_size) if world.is_first_rank else None)
@@ -42,7 +42,7 @@ def chosen(args: xFuserArgs) -> xFuserArgs:
 
 
 def _planned(args: xFuserArgs, world_size: int) -> dict:
-    """What :func:`main` says in a process of its own."""
+    """Run :func:`main` in a subprocess and return its result."""
     alone = {name: value for name, value in os.environ.items() if name not in LAUNCHED}
     command = [sys.executable, "-m", "xfuser.planner.auto"]
     asked = json.dumps({"args": asdict(args), "ranks": world_size})
@@ -53,7 +53,7 @@ def _planned(args: xFuserArgs, world_size: int) -> dict:
 
 
 def main() -> None:
-    """Plan what is asked on the standard input, and write the degrees and their reason, or why there are none."""
+    """Read a request from stdin, plan, and print the degrees and their reason, or the error, as JSON."""
     asked = json.load(sys.stdin)
     try:
         told = choice(xFuserArgs(**asked["args"]), asked["ranks"])
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def choice(args: xFuserArgs, ranks: int) -> dict:
-    """The degrees of the fastest configuration for so many ranks of this machine, and the reason."""
+    """Return the degrees of the fastest configuration for this number of ranks on this machine, and the reason."""
     name = devices.device_name()
     machine = calibrated(name) or machine_of("CPU" if devices.device_type() == "cpu" else name)
     stale, compiled = args.allow_stale, args.use_torch_compile

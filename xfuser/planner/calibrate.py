@@ -1,4 +1,4 @@
-"""The constants of the machine that this runs on, measured by all of its ranks at once: a minute at most."""
+"""Measure the constants of this machine, on all of its ranks at once; takes at most a minute."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,15 +12,15 @@ from xfuser.core.distributed import get_world_group
 from xfuser.planner.machines import CACHED, EXPS, NODE, Constants, Machine
 from xfuser.planner.trace import Operator, Tracer
 
-SECONDS = 0.5  # for each figure
-QUEUED = 20  # actions that an accelerator gets at a time
-NO_LIMIT = 1e12  # of what was measured together with the peak
-EXCHANGES = 100  # that all ranks do
-BLOCKS = 12  # of the transformer whose operators are timed
+SECONDS = 0.5  # minimum total time of a measurement
+QUEUED = 20  # actions queued at a time on an accelerator
+NO_LIMIT = 1e12  # FLOPs per joule: no power limit, as the measured peak already includes it
+EXCHANGES = 100  # repetitions when measuring links, the same on all ranks
+BLOCKS = 12  # in the transformer that is timed for the host cost per operator
 
 
 def measure() -> Machine:
-    """What this rank's device, host and links reach, while the other ranks measure as well."""
+    """Measure this rank's device, host, and links while the other ranks do the same; return rank 0's result."""
     group = get_world_group()
     device, dtype = devices.device(group.local_rank), devices.default_dtype()
     peak = _products(device, dtype)
@@ -40,14 +40,14 @@ def measure() -> Machine:
 
 
 def _of_slowest(machine: Machine) -> Machine:
-    """The machine as the first rank measured it, on every rank."""
+    """Broadcast the machine as the first rank measured it to every rank."""
     return get_world_group().broadcast_object(machine)
 
 
 def _each(action: Callable[[], Any]) -> float:
-    """Seconds of an action: the median of as many as take :data:`SECONDS`, while all ranks do the same.
+    """Median seconds of an action, repeated for at least :data:`SECONDS` while all ranks do the same.
 
-    An accelerator gets several at a time, as it does within a model.
+    On an accelerator, :data:`QUEUED` actions are queued at a time, as within a model.
     """
     times = 1 if devices.device_type() == "cpu" else QUEUED
 
@@ -62,7 +62,7 @@ def _each(action: Callable[[], Any]) -> float:
 
 
 def _products(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a matrix product of the size of a feed-forward's."""
+    """FLOP/s of a matrix product the size of one in a feed-forward layer."""
     rows, width = (1024, 1024) if device.type == "cpu" else (8192, 8192)
     x, weight = (
         torch.randn(rows, width, device=device, dtype=dtype),
@@ -72,7 +72,7 @@ def _products(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def _convolutions(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a convolution of the size of a VAE's."""
+    """FLOP/s of a convolution the size of one in a VAE."""
     channels, side = (32, 128) if device.type == "cpu" else (256, 512)
     x = torch.randn(1, channels, side, side, device=device, dtype=dtype)
     weight = torch.randn(channels, channels, 3, 3, device=device, dtype=dtype)
@@ -80,26 +80,26 @@ def _convolutions(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def _attention(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of an attention."""
+    """FLOP/s of attention."""
     heads, tokens, size = (8, 1024, 64) if device.type == "cpu" else (24, 16384, 128)
     q = torch.randn(1, heads, tokens, size, device=device, dtype=dtype)
     return 4 * heads * tokens * tokens * size / _each(lambda: F.scaled_dot_product_attention(q, q, q))
 
 
 def _copies(device: torch.device, elements: int) -> float:
-    """Bytes a second of an operator that reads and writes so many numbers."""
+    """Bytes per second of an operator that reads and writes this many elements."""
     x = torch.randn(elements, device=device)
     return 2 * x.nbytes / _each(lambda: x * 1.01)
 
 
 def _activations(device: torch.device, dtype: torch.dtype) -> float:
-    """Numbers a second that go through a feed-forward's activation."""
+    """Elements per second of a feed-forward layer's activation."""
     x = torch.randn(1 << (18 if device.type == "cpu" else 24), device=device, dtype=dtype)
     return x.numel() / _each(lambda: F.gelu(x, approximate="tanh"))
 
 
 def _host(device: torch.device, dtype: torch.dtype) -> float:
-    """Seconds of the host for an operator within a model."""
+    """Host seconds per operator within a model."""
     from diffusers import FluxTransformer2DModel
 
     model = FluxTransformer2DModel(
@@ -120,16 +120,17 @@ def _host(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def _links(device: torch.device) -> tuple[float, float]:
-    """Seconds until a message begins, and bytes a second behind that, of exchanges over all ranks.
+    """Seconds until a message starts, and bytes per second after that, for exchanges over all ranks.
 
-    Ranks do not end at one moment what they compute ahead of a message, and wake up for it: part of the first figure.
+    Ranks do not finish the computation before a message at the same moment, and take time to wake up for it. The first
+    figure includes both.
     """
     ranks = dist.get_world_size()
 
     rows, weight = torch.randn(512, 512, device=device), torch.randn(512, 512, device=device)
 
     def exchange(count: int) -> float:
-        """The mean of two collectives that send ``ranks - 1`` times so many numbers, each behind a product."""
+        """Mean seconds of two collectives, each after a product; both send ``ranks - 1`` times this many elements."""
         x, y = torch.zeros(ranks * count, device=device), torch.empty(ranks * count, device=device)
         half = torch.zeros(ranks * count // 2, device=device)
         both = (lambda: dist.all_to_all_single(y, x), lambda: dist.all_reduce(half))

@@ -1,9 +1,9 @@
-"""From events to seconds: the longest chain over a device's queue, its host, and its links.
+"""Convert events to seconds: the longest chain over a device's queue, its host, and its links.
 
-The host issues operators one after the other; the device computes them in that order, none before it was issued; a
-message begins once it was issued, what came before it on the device is done, and its link is free; a wait holds the
-device until a message is over. Nothing here knows a model or a method: what hides behind what follows from the order
-in which the engine issues it.
+The host issues operators one after the other. The device computes them in that order, each after its issue. A message
+starts once it is issued, the device has finished the work before it, and its link is free. A wait blocks the device
+until a message is complete. Nothing here depends on a model or a method: which work overlaps follows from the order in
+which the engine issues it.
 """
 
 from collections import Counter
@@ -17,16 +17,16 @@ from xfuser.planner.machines import Machine
 from xfuser.planner.trace import CACHES, KINDS, MATMUL, MEMORY, Event, Message, Operator, Wait
 
 LINKS, BUBBLES, HOST, VAE, TEXT = "links", "bubbles", "host", "VAE", "text encoders"
-CALLS = 2  # operators' worth of the host for a message: to issue it, and to wait
-NEAR = 8  # operators that prepare a message, or take it apart
+CALLS = 2  # host cost of a message, in operators: one to issue it, one to wait
+NEAR = 8  # maximum number of operators that prepare or unpack a message
 SIZES = np.array(CACHES) * 1e6
 PARTS = (*KINDS, LINKS, BUBBLES, HOST, VAE, TEXT)  # where the seconds of a call go
 
 
 class Operators(NamedTuple):
-    """Operators, as arrays.
+    """Operators as arrays.
 
-    ``eager``: those that no compiler sees; ``missed`` has a column for each size in ``CACHES``.
+    ``eager``: whether the operator runs uncompiled; ``missed`` has a column for each cache size in ``CACHES``.
     """
 
     kinds: np.ndarray
@@ -41,14 +41,14 @@ class Operators(NamedTuple):
 
 
 class Repeat(NamedTuple):
-    """A program that runs ``count`` times more, after it ran before."""
+    """A program that runs ``count`` times."""
 
     program: "Program"
     count: int
 
 
 class Run(NamedTuple):
-    """Operators without a message between them: places in a program's arrays."""
+    """Operators without a message between them: a range of indices into a program's arrays."""
 
     start: int
     stop: int
@@ -56,14 +56,14 @@ class Run(NamedTuple):
 
 @dataclass
 class Program:
-    """What a rank's queue gets: steps, and the operators of all runs among them."""
+    """The work queued on a rank: steps, and the operators of all its runs."""
 
     steps: list[Run | Message | Wait | Repeat]
     operators: Operators | None
 
 
 def program_of(events: Iterable[Event], fused: bool = False) -> Program:
-    """Events, as :class:`Clock` runs them; ``fused`` as a compiler leaves them."""
+    """Convert events to a program for :class:`Clock`; ``fused``: fuse operators as a compiler does."""
     steps: list[Any] = []
     known: dict[int, Program] = {}
     kept: list[tuple[Operator, bool, np.ndarray]] = []
@@ -94,13 +94,13 @@ def _arrays(kept: list[tuple[Operator, bool, np.ndarray]]) -> Operators:
 
 
 def _missed(events: list[Event]) -> list[np.ndarray]:
-    """Of each event, the bytes that reach the memory behind a cache of each size in ``CACHES``.
+    """For each event, the bytes that go to memory, with a cache of each size in ``CACHES``.
 
-    A tensor is found in a cache if less than its size was touched since the tensor was touched last. What is written
-    reaches the memory unless it is read again before.
+    A tensor is in the cache if the bytes touched since its last use, including its own, fit in the cache. Written bytes
+    go to memory unless the tensor is used again while it is in the cache.
     """
     missed = [np.zeros(len(CACHES)) for _ in events]
-    touched: dict[int, tuple[int, int, bool]] = {}  # of each tensor: when, by which event, and whether it was written
+    touched: dict[int, tuple[int, int, bool]] = {}  # by tensor: last time, its event, whether it was a write
     now = 0
     for i, event in enumerate(events):
         for is_write, tensors in ((False, event.reads), (True, event.writes)) if isinstance(event, Operator) else ():
@@ -117,10 +117,10 @@ def _missed(events: list[Event]) -> list[np.ndarray]:
 
 
 def fuse(events: list[Event]) -> tuple[list[Event], list[bool]]:
-    """What a compiler makes of the operators, and which of them it does not see.
+    """Fuse operators as a compiler does; return the events, and whether each of them runs uncompiled.
 
-    Those that only move bytes are one kernel from one other to the next: it reads what was made outside of it, and
-    writes what is read behind it. What prepares a message and takes it apart runs as it does without a compiler.
+    Consecutive operators that only move bytes become one kernel. It reads the tensors made outside of it, and writes
+    those read after it. Operators that prepare or unpack a message run uncompiled.
     """
     last = {number: i for i, event in enumerate(events) if isinstance(event, Operator) for number, _ in event.reads}
     unseen = _around_messages(events)
@@ -142,7 +142,7 @@ def _moves(event: Event) -> bool:
 
 
 def _around_messages(events: list[Event]) -> list[bool]:
-    """Of each event, whether there is no matrix product between it and a message, and few operators."""
+    """For each event, whether it is within :data:`NEAR` events of a message, with no matrix product in between."""
     unseen = [False] * len(events)
     for i, event in enumerate(events):
         if isinstance(event, Message | Wait):
@@ -169,7 +169,7 @@ def _kernel(group: list[Operator], end: int, last: dict[int, int]) -> Operator:
 
 @dataclass
 class Clock:
-    """The times of one rank: when its host, its device and its links are through with what they were given."""
+    """The times at which a rank's host, device, and links finish the work issued so far."""
 
     machine: Machine
     compiled: bool = False
@@ -177,12 +177,12 @@ class Clock:
     device: float = 0.0
     out: float = 0.0
     into: float = 0.0
-    spent: Counter = field(default_factory=Counter)  # seconds of the device by part
-    link: float = 0.0  # seconds of messages, hidden or not
+    spent: Counter = field(default_factory=Counter)  # device seconds by part
+    link: float = 0.0  # seconds of messages, overlapped or not
     due: dict[int, float] = field(default_factory=dict)
 
     def run(self, program: Program) -> "Clock":
-        """Let all of a program pass."""
+        """Advance the times over a program."""
         pace = _Pace(self.machine, self.compiled, program) if program.operators else None
         for name, seconds in pace.spent.items() if pace else ():
             self.spent[name] += seconds
@@ -211,7 +211,7 @@ class Clock:
     def _send(self, message: Message) -> None:
         self.host += CALLS * self.machine.host_seconds(False)
         seconds = self.machine.link_seconds(message)
-        if self.machine.synchronous:  # its own processors move the bytes
+        if self.machine.synchronous:  # the CPU itself moves the bytes
             seconds *= message.operation != "recv"
             self.spent[LINKS] += seconds
             self.link += seconds
@@ -231,7 +231,7 @@ class Clock:
         self.device = max(self.device, until)
 
     def _repeat(self, repeat: Repeat) -> None:
-        """A block several times: once, and then as often as that took."""
+        """Run a block once, and add the same time for each further repetition."""
         before, spent, link = (self.host, self.device, self.out, self.into), self.spent.copy(), self.link
         self.run(repeat.program)
         more = repeat.count - 1
@@ -245,10 +245,10 @@ class Clock:
 
 
 class _Pace:
-    """How long a program's operators take: sums up to each of them, of the device and of the host.
+    """How long a program's operators take: cumulative sums, for the device and for the host.
 
     Attributes:
-        latest: by the start of a run, the most by which the issue of one of its operators is behind the device.
+        latest: by the start of a run, the largest lag of the host's issue of an operator behind the device.
         spent: seconds by kind.
     """
 

@@ -1,4 +1,4 @@
-"""The seconds of a whole call: text encoders, all steps, and the VAE."""
+"""Estimate the seconds of a whole call: text encoders, all steps, and the VAE."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -11,14 +11,14 @@ from xfuser.weights.text_encoders import PREFIX
 
 
 class Parts:
-    """What is computed once a call, beside the steps: the programs of components by their names."""
+    """Components that run once per call, outside the steps: programs by component name."""
 
     def __init__(self, programs: dict[str, Program]) -> None:
         self._programs = programs
         self._known: dict[Machine, Counter] = {}
 
     def seconds(self, machine: Machine) -> Counter:
-        """Of the text encoders, and of all else."""
+        """Seconds of the text encoders (``TEXT``), and of all other components (``VAE``)."""
         if machine not in self._known:
             self._known = {machine: Counter()}
             for name, program in self._programs.items():
@@ -29,12 +29,12 @@ class Parts:
 
 @dataclass
 class Counted:
-    """A rehearsal as programs: what an estimate needs of it, for any machine.
+    """A rehearsal converted to programs, to estimate its time on any machine.
 
     Attributes:
-        first, steps: of the first step, and of each sub-step of the last one that is asynchronous.
-        stages: what PipeFusion's stages compute, by what the first one does, which is the one that is counted.
-        sent: bytes between two stages for each of the steps, and the message itself.
+        first, steps: the first step, and each sub-step of the last step (with PipeFusion, the last asynchronous one).
+        stages: computation of each PipeFusion stage relative to the first, which is the rehearsed one.
+        between: the messages from one stage to the next in a synchronous step.
     """
 
     first: Program
@@ -45,7 +45,7 @@ class Counted:
 
 
 def counted(told: Rehearsed, compiled: bool) -> Counted:
-    """The programs of what was rehearsed: those of the first step, and of the sub-steps of the last one."""
+    """Convert a rehearsal to programs: the first step, and the sub-steps of the last one."""
     patches = max(patch for _, patch in told.steps)
     last = max(step for step, patch in told.steps if patch == patches)
     first = [event for (step, _), events in told.steps.items() if step == 0 for event in events]
@@ -55,13 +55,13 @@ def counted(told: Rehearsed, compiled: bool) -> Counted:
 
 
 def _between(events: list[Event], stages: list[float]) -> list[Message]:
-    """What a stage sends to the next in a step of the whole image."""
+    """The messages of a stage to the next in a step of the whole image; empty for one stage."""
     return [one for one in events if isinstance(one, Message) and one.operation == "send"] if len(stages) > 1 else []
 
 
 @dataclass
 class Estimate:
-    """Seconds of a call, and where they go; ``step`` of one step among many."""
+    """Seconds of a call and their breakdown; ``step``: seconds of a step in the steady state."""
 
     seconds: float = 0.0
     step: float = 0.0
@@ -73,9 +73,9 @@ class Estimate:
 def estimate(
     told: Counted, machine: Machine, steps: int, warmup: int, compiled: bool, fetched: float = 0.0
 ) -> Estimate:
-    """Of a call with so many steps, the first ``warmup`` of which are synchronous where there are stages.
+    """Estimate a call of this many steps; with several stages, the first ``warmup`` of them are synchronous.
 
-    ``fetched`` are the seconds in which sharded weights travel in a step, behind the computation.
+    ``fetched``: seconds per step to gather sharded weights, which overlaps with the computation.
     """
     found = Estimate()
     first = Clock(machine, compiled).run(told.first)

@@ -1,4 +1,4 @@
-"""One result after the other, by forks of this process where there are many."""
+"""Apply a function to each of several choices, in forks of this process if there are many."""
 
 import multiprocessing
 import os
@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-MANY = 6  # choices that are worth processes of their own
+MANY = 6  # number of choices from which on forks pay off
 
 
 def each(function: Callable[[Any], Any], choices: list[Any], ready: Callable[[Any], bool]) -> list[Any]:
-    """What a function gives for each of these choices.
+    """Return the function's result for each choice.
 
-    Of many, forks of this process take the rest once a result is ``ready``: what all have in common is known then.
+    With many choices, forks take the rest once a result is ``ready``: they inherit the state that all choices share.
 
     Raises:
         RuntimeError: a fork was killed.
@@ -35,16 +35,15 @@ def each(function: Callable[[Any], Any], choices: list[Any], ready: Callable[[An
             return found + list(pool.map(_result, rest))
     except BrokenProcessPool:
         raise RuntimeError(
-            "a process that counts combinations was killed, maybe for lack of memory: free some, or count on one core"
-            " (taskset -c 0)"
+            "a planning process was killed, maybe for lack of memory: free memory, or use only one core (taskset -c 0)"
         ) from None
 
 
-_kept: list[Callable[[Any], Any]] = []  # of a fork, which takes it from the process that it began as
+_kept: list[Callable[[Any], Any]] = []  # in a fork: the function, set by _begin
 
 
 def _begin(function: Callable[[Any], Any]) -> None:
-    """A fork has none of OpenMP's other threads, and would wait for them; it ends as its parent does, and is silent."""
+    """Use one thread, as a fork lacks OpenMP's others and would wait for them; end silently, and with the parent."""
     _kept.append(function)
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -1,4 +1,4 @@
-"""Machines: what their data sheets say, and the few constants that say how much of it is reached."""
+"""Machines: the figures of their data sheets, and a few constants for how much of these is reached."""
 
 import difflib
 import json
@@ -18,29 +18,30 @@ if TYPE_CHECKING:
     from xfuser.planner.cost import Operators
 
 FILE = Path(__file__).with_name("machines.json")
-NODE = 8  # devices in a node
-CACHED = 32  # bytes that a processor gets from the cache in a cycle
-KINDS = {"pcie": 32e9, "nvlink": 300e9}  # of links, and their usual bytes a second, one way
-HEADS = 32  # of sizes that are multiples of it, attention kernels are made; others are padded
-EXPS = 16  # exponentials that a processor computes in a cycle
-COMPILED = 1 / 6  # of the host's time for an operator, to issue it from compiled code
-BETWEEN_NODES = 2  # times as long as within a node until a message begins
+NODE = 8  # devices per node
+CACHED = 32  # bytes per cycle that a processor gets from the cache
+KINDS = {"pcie": 32e9, "nvlink": 300e9}  # kinds of links, and their usual one-way bytes per second
+HEADS = 32  # attention kernels exist for head sizes that are multiples of this; other sizes are padded
+EXPS = 16  # exponentials per cycle that a processor computes
+COMPILED = 1 / 6  # host time per operator in compiled code, relative to eager mode
+BETWEEN_NODES = 2  # time until a message starts between nodes, relative to within a node
 
 
 @dataclass(frozen=True)
 class Constants:
-    """What a kind of machine reaches: eight figures.
+    """Eight figures for the performance that a kind of machine reaches.
 
     Attributes:
-        matmul: FLOPs a joule of products at the full clock; where the peak takes more than the card's power, the clock
-            follows the cube root of it, as power grows with the cube of the clock (its voltage follows it).
-        attention: exponentials that the work on one score of an attention, beside its products, is worth.
-        convolution: the share of the speed of matrix products that convolutions reach.
-        memory, link: fractions of the memory's bandwidth, and of a link's one way.
-        host: seconds of the host for an operator, run one by one.
+        matmul: FLOPs per joule of matrix products at the full clock. Where the peak requires more than the card's
+            power, the clock falls with the cube root of the ratio, as power grows with the cube of the clock (the
+            voltage follows the clock).
+        attention: the work on one attention score, besides the products, in exponentials.
+        convolution: the speed of convolutions relative to matrix products.
+        memory, link: reached fractions of the memory bandwidth, and of a link's one-way bandwidth.
+        host: host seconds per operator in eager mode.
         start: seconds from the issue of a message to its first byte.
-        call: seconds of the host for a call beside its operators: tokenizers, conversion of images, kernels that are
-            loaded when they are first used.
+        call: host seconds per call besides its operators: tokenizers, conversion of images, loading of kernels on
+            first use.
     """
 
     matmul: float
@@ -55,19 +56,20 @@ class Constants:
 
 @dataclass(frozen=True)
 class Machine:
-    """A kind of device in nodes.
+    """A kind of device, in nodes.
 
     Attributes:
-        peak: FLOP/s of dense matrix products in 16 bits; in 32 bits it is ``wide`` of that.
-        units, clock: processors that compute one tile of a matrix product at a time each, and their cycles a second.
-        cache: bytes of the cache that they share.
-        bandwidth: bytes a second of its memory; ``memory`` bytes that it has, None if all ranks share it.
-        link, node_link: bytes a second one way, of a device within its node, and of a node to others.
-        kernels: the share of the peak that the instructions of the attention kernels have; ``overlaps``: whether they
-            compute products and exponentials at the same time.
-        power: watts that the card may take.
-        exps: how many times :data:`EXPS` exponentials its attention kernels, or its activations, compute in a cycle.
-        synchronous: whether the host itself computes: a CPU.
+        peak: FLOP/s of dense matrix products in 16 bits; ``wide``: the fraction of it in 32 bits.
+        units, clock: number of processors, each of which computes one tile of a matrix product at a time, and their
+            cycles per second.
+        cache: bytes of the cache that the processors share.
+        bandwidth: bytes per second of the memory; ``memory``: its size in bytes, None if all ranks share it.
+        link, node_link: one-way bytes per second of a device within its node, and of a node to other nodes.
+        kernels: the fraction of the peak that the attention kernels' instructions can reach; ``overlaps``: whether
+            these kernels compute products and exponentials at the same time.
+        power: the card's power limit in watts.
+        exps: exponentials per cycle of attention kernels and activations, as a multiple of :data:`EXPS`.
+        synchronous: whether the host itself computes (a CPU).
     """
 
     name: str
@@ -90,25 +92,25 @@ class Machine:
 
     @property
     def cycles(self) -> float:
-        """Of all processors in a second."""
+        """Cycles per second of all processors."""
         return self.units * self.clock
 
     @property
     def reached(self) -> float:
-        """The share of the full clock that matrix products run at within the card's power."""
+        """The fraction of the full clock at which matrix products run within the card's power."""
         return min(1.0, (self.constants.matmul * self.power / self.peak) ** (1 / 3))
 
     @property
     def cache_column(self) -> int:
-        """The column of :data:`CACHES` with the largest size that the machine's cache has."""
+        """The column of :data:`CACHES` with the largest size that is not above the machine's cache."""
         return max(i for i, size in enumerate(CACHES) if size <= self.cache / 1e6)
 
     def host_seconds(self, compiled: bool) -> float:
-        """Of one operator."""
+        """Host seconds of one operator."""
         return self.constants.host * (COMPILED if compiled else 1.0)
 
     def seconds(self, run: "Operators") -> np.ndarray:
-        """Of the device, for each operator: what takes longer, its arithmetic or its bytes."""
+        """Device seconds of each operator: the longer of its arithmetic and its memory traffic."""
         known, peak = self.constants, self.peak * np.where(run.wide > 0, self.wide, 1.0)
         moved = np.maximum(
             run.missed[:, self.cache_column] / (known.memory * self.bandwidth), run.bytes / (CACHED * self.cycles)
@@ -116,7 +118,7 @@ class Machine:
         waves = np.ceil(run.tiles / self.units) * self.units
         idle = np.where(run.tiles > 0, waves / np.maximum(run.tiles, 1), 1.0)
         products = run.flops * idle / (peak * self.reached * np.where(run.convolutions > 0, known.convolution, 1.0))
-        sizes = np.maximum(run.flops / np.maximum(4 * run.scores, 1), 1)  # of a head
+        sizes = np.maximum(run.flops / np.maximum(4 * run.scores, 1), 1)  # head sizes
         padded = run.flops * np.ceil(sizes / HEADS) * HEADS / sizes
         products_of, exponentials = padded / (peak * self.kernels), run.scores / (EXPS * self.exps * self.cycles)
         others = exponentials * known.attention
@@ -125,22 +127,22 @@ class Machine:
         return np.maximum(arithmetic, moved)
 
     def link_seconds(self, message: Message) -> float:
-        """Of a message, from its issue to its end."""
+        """Seconds of a message, from its issue to its end."""
         here = [rank // self.node for rank in message.ranks]
         local = max(here.count(node) for node in set(here))
         if local == len(here):
             return self.constants.start + message.sent / (self.constants.link * self.link)
         total = len(here)
-        if message.operation == "all_to_all":  # all ranks of a node send to all others
+        if message.operation == "all_to_all":  # each rank of a node sends to all ranks of other nodes
             crossing = message.sent * (total - local) / (total - 1) * min(self.node, local * (self.node // local))
-        else:  # around the ring, one of them does, for each group
+        else:  # in a ring, one rank of each group sends to another node
             crossing = message.sent * (self.node // local)
         return self.constants.start * BETWEEN_NODES + crossing / (self.constants.link * self.node_link)
 
 
 @cache
 def shipped() -> dict[str, Any]:
-    """``machines.json``: data sheets by name, and constants by kind of links."""
+    """Load ``machines.json``: data sheets by name, and constants by kind of links."""
     with open(FILE, encoding="utf-8") as file:
         return json.load(file)
 
@@ -154,16 +156,16 @@ def machine_of(
     kernels: float | None = None,
     newest: bool = False,
 ) -> Machine:
-    """The machine of this name: one that was calibrated here, or one of the data sheets.
+    """Return the machine of this name, as calibrated here or from its data sheet.
 
     Args:
-        links: pcie, nvlink, or a rate such as 200gbit; those of the data sheet if not given.
-        node: devices in a node; ``node_link``: bytes a second between nodes, one way.
-        constants: by kind of links, and kernels, where the data sheet has some: in the place of those that are shipped.
-        newest: whether attention runs on kernels of the device's own generation, where others are usual.
+        links: pcie, nvlink, or a rate such as 200gbit; defaults to the links of the data sheet.
+        node: devices per node; ``node_link``: one-way bytes per second between nodes.
+        constants: by kind of links, instead of the shipped ones; ``kernels``: instead of the data sheet's, if any.
+        newest: whether attention uses kernels of the device's own generation, where older kernels are usual.
 
     Raises:
-        ValueError: nothing is known of it.
+        ValueError: the machine is unknown.
     """
     own = None if constants else calibrated(name)
     machine = own or _of_sheet(name, links, constants)
@@ -177,8 +179,10 @@ def machine_of(
 
 
 def sheet_of(name: str) -> str | None:
-    """The data sheet of a device, by its name here or as its driver tells it ("NVIDIA A100-SXM4-40GB"): of those whose
-    words the name has, the longest. A word that goes on ("L40S", "A1000") is another one; None where there is none.
+    """Find the data sheet of a device by its name here or its driver's name ("NVIDIA A100-SXM4-40GB"); None if unknown.
+
+    Of the data sheets whose words all occur in the name, the longest is returned. "L40S" does not contain the word
+    "L40", nor "A1000" the word "A100".
     """
     text = re.sub(r"[^a-z0-9]+", " ", name.lower())
     found = [one for one in shipped()["machines"] if all(re.search(word, text) for word in _words(one))]
@@ -186,7 +190,7 @@ def sheet_of(name: str) -> str | None:
 
 
 def _words(name: str) -> list[str]:
-    """As patterns, without RTX; a space may stand between digits and letters."""
+    """The words of a name as patterns, without RTX; a space may stand between digits and letters."""
     words = re.findall(r"[a-z0-9]+", name.lower().removeprefix("rtx "))
     ends = (r"(?!\d|[a-z]\b)" if word[-1].isdigit() else r"(?![a-z])" for word in words)
     return [re.sub(r"(?<=\d)(?=[a-z])", " ?", word) + end for word, end in zip(words, ends, strict=True)]
@@ -199,8 +203,8 @@ def _of_sheet(name: str, links: str | None, constants: dict[str, Constants] | No
         near = difflib.get_close_matches(_plain(name), known, 3)
         raise ValueError(
             f"gpus={name!r} is unknown: known are {', '.join(sheets)}"
-            + (f" (near it: {', '.join(known[one] for one in near)})" if near else "")
-            + ". On the machine itself, measure it once: xdit plan --calibrate"
+            + (f" (similar: {', '.join(known[one] for one in near)})" if near else "")
+            + ". To measure this machine instead, run once: xdit plan --calibrate"
         )
     sheet = sheets[found]
     kind = links if links in KINDS else sheet["links"]
@@ -216,7 +220,7 @@ def _of_sheet(name: str, links: str | None, constants: dict[str, Constants] | No
 
 
 def constants_of() -> dict[str, Constants]:
-    """The constants that are shipped, by kind of links."""
+    """The shipped constants by kind of links."""
     return {kind: Constants(**values) for kind, values in shipped()["constants"].items()}
 
 
@@ -225,25 +229,25 @@ def _plain(name: str) -> str:
 
 
 def in_bytes_a_second(rate: str) -> float:
-    """``"100gbit"`` or ``"64GB"`` as bytes a second.
+    """Convert ``"100gbit"`` or ``"64GB"`` to bytes per second.
 
     Raises:
-        ValueError: it is not a rate.
+        ValueError: the text is not a rate.
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kmgt])(bit|b)(?:/s|ps)?", rate.strip().lower())
     if not found or not float(found[1]):
         raise ValueError(
-            f"{rate!r} is not a rate of a link: give {', '.join(KINDS)}, or a number such as 100gbit or 64GB"
+            f"{rate!r} is not a rate of a link: give {', '.join(KINDS)}, or a rate such as 100gbit or 64GB"
         )
     number, unit, what = found.groups()
     return float(number) * 1000 ** (" kmgt".index(unit)) / (8 if what == "bit" else 1)
 
 
 def devices_of(spec: str) -> tuple[int, str]:
-    """``"8xL40"`` as a number and a name; a name alone is one.
+    """Split ``"8xL40"`` into a number and a name; without a number, it is 1.
 
     Raises:
-        ValueError: the number is none.
+        ValueError: the number is 0, or there is no name.
     """
     found = re.fullmatch(r"(?:(\d+) ?[xX] ?)?(.+)", spec.strip())
     count = int(found[1] or 1) if found else 0
@@ -253,13 +257,13 @@ def devices_of(spec: str) -> tuple[int, str]:
 
 
 def cache_folder() -> Path:
-    """Where calibrated machines are kept: ``XFUSER_CACHE``, or ``xfuser`` in the user's cache folder."""
+    """Folder of calibrated machines, in ``XFUSER_CACHE`` or in ``xfuser`` in the user's cache folder."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return Path(os.environ.get("XFUSER_CACHE") or os.path.join(base, "xfuser")) / "machines"
 
 
 def calibrated(name: str | None = None) -> Machine | None:
-    """The machine of this name that was calibrated here, by this version's constants; None where none was."""
+    """The machine of this name as calibrated here with this version's constants; None if it was not."""
     path = cache_folder() / f"{_plain(name or devices.device_name())}.json"
     if not path.is_file():
         return None
@@ -271,7 +275,7 @@ def calibrated(name: str | None = None) -> Machine | None:
 
 
 def keep(machine: Machine) -> Path:
-    """Write a calibrated machine into the cache folder; returns its file."""
+    """Write a calibrated machine to the cache folder, and return its file."""
     path = cache_folder() / f"{_plain(machine.name)}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(asdict(machine), indent=1) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Images of plans (matplotlib, an optional package)."""
+"""Plots of plans (requires matplotlib, an optional package)."""
 
 import os
 from typing import Any
@@ -21,7 +21,7 @@ def _save(figure: Any, path: str) -> str:
 
 
 def draw_plan(path: str, title: str, rows: list[Row]) -> str:
-    """A stacked bar for each configuration: where its seconds go."""
+    """Plot a stacked bar for each configuration, with its seconds by part; returns the path."""
     figure, panel = _pyplot().subplots(figsize=(11, 1.5 + 0.4 * len(rows)))
     start = [0.0] * len(rows)
     for part in PARTS:
@@ -40,7 +40,7 @@ def draw_plan(path: str, title: str, rows: list[Row]) -> str:
 
 
 def draw_scale(path: str, title: str, best: dict[int, Row]) -> str:
-    """How time, efficiency and cost of the best configuration go as ranks grow."""
+    """Plot time, efficiency, and cost of the best configuration over the number of ranks; returns the path."""
     figure, panels = _pyplot().subplots(1, 3, figsize=(15, 4.5))
     ranks = sorted(best)
     seconds = [best[count].seconds for count in ranks]

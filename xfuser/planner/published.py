@@ -1,7 +1,7 @@
-"""Pipelines of published sizes, by name: what is needed to rehearse them, without a download.
+"""Published pipelines by name, with all that is needed to rehearse them without a download.
 
-``published.json`` has, for each, the classes and configurations of its parts, where they differ from the classes'
-defaults (as in the models' own repositories), the shapes of a prompt's embeddings, and the usual call.
+For each pipeline, ``published.json`` has the classes of its components, their configurations where these differ from
+the classes' defaults (as in the models' own repositories), the shapes of the prompt embeddings, and the usual call.
 """
 
 import inspect
@@ -21,28 +21,28 @@ from xfuser.config import InputConfig
 from xfuser.weights.skeleton import skeleton
 from xfuser.weights.text_encoders import PREFIX
 
-SETTINGS = {"requires_safety_checker": False, "is_distilled": True}  # of pipelines that take them
+SETTINGS = {"requires_safety_checker": False, "is_distilled": True}  # passed to pipelines that accept them
 FILE = Path(__file__).with_name("published.json")
 NOT_MODULES = ("pipeline", "scheduler", "embeds", "call", "guided", "config", "wide", "tiled", "lists", "as")
 
 
 @cache
 def published() -> dict[str, dict[str, Any]]:
-    """All of them; what is counted ``as`` another one has that one's parts."""
+    """All published pipelines; an entry with ``as`` inherits the components of the entry named there."""
     with open(FILE, encoding="utf-8") as file:
         found = json.load(file)
     return {name: found.get(entry.get("as"), {}) | entry for name, entry in found.items()}
 
 
 def named(model: str | None) -> str | None:
-    """The name in the table that a model's name stands for, with or without its owner on the hub; None for others."""
+    """The published name for a model name, with or without its owner on the hub; None if it is not published."""
     name = (model or "").rpartition("/")[2].lower()
     candidates = (name, name.removesuffix("-diffusers"), name.removesuffix("-hf"))
     return next((one for one in candidates if one in published()), None)
 
 
 def parts_of(name: str, dtype: torch.dtype) -> dict[str, nn.Module]:
-    """The modules of a published pipeline without weights."""
+    """The modules of a published pipeline, without weights."""
     entry, parts = published()[name], {}
     for part in (part for part in entry if part not in NOT_MODULES):
         parts[part] = module_of(name, part, torch.float32 if part in entry.get("wide", ()) else dtype)
@@ -50,7 +50,7 @@ def parts_of(name: str, dtype: torch.dtype) -> dict[str, nn.Module]:
 
 
 def module_of(name: str, part: str, dtype: torch.dtype) -> nn.Module:
-    """One module of a published pipeline, anew."""
+    """A new instance of one module of a published pipeline, without weights."""
     kind, config = published()[name][part][:2]
     return _module(part, kind, config, dtype)
 
@@ -65,7 +65,7 @@ def _module(part: str, kind: str, config: dict[str, Any], dtype: torch.dtype) ->
 
 
 def pipeline_of(name: str, parts: dict[str, nn.Module]) -> Any:
-    """The pipeline of these parts; text encoders are not in it, as the call gives embeddings."""
+    """Build the pipeline from these parts, without the text encoders, as the call passes embeddings."""
     entry = published()[name]
     cls, (kind, config) = getattr(diffusers, entry["pipeline"]), entry["scheduler"]
     given = {part: module for part, module in parts.items() if not part.startswith(PREFIX)}
@@ -81,7 +81,7 @@ def pipeline_of(name: str, parts: dict[str, nn.Module]) -> Any:
 
 
 def texts_of(name: str, inputs: InputConfig) -> list[tuple[str, torch.Tensor]]:
-    """What text encoders of a published pipeline take, ``[batch, tokens]``: prompts, and negative ones if it guides."""
+    """Inputs of a published pipeline's text encoders, ``[batch, tokens]``: prompts, and with guidance negative ones."""
     entry, batch = published()[name], inputs.batch_size
     tokens = {
         part: torch.zeros(batch, value[2], dtype=torch.long) for part, value in entry.items() if part.startswith(PREFIX)
@@ -90,12 +90,12 @@ def texts_of(name: str, inputs: InputConfig) -> list[tuple[str, torch.Tensor]]:
 
 
 def guided(name: str, inputs: InputConfig) -> bool:
-    """Whether classifier-free guidance runs: where it usually does, or there is a negative prompt."""
+    """Whether classifier-free guidance runs: by default for this model, or because of a negative prompt."""
     return inputs.do_classifier_free_guidance and (published()[name]["guided"] or any(inputs.negative_prompt))
 
 
 def check_guidance(name: str, inputs: InputConfig) -> None:
-    """Refuse CFG parallelism where there is no guidance, with a ValueError."""
+    """Raise a ValueError for CFG parallelism without guidance."""
     if inputs.use_cfg_parallel and not guided(name, inputs):
         raise ValueError(
             f"use_cfg_parallel: {name} runs without classifier-free guidance; give a negative prompt"
@@ -104,14 +104,14 @@ def check_guidance(name: str, inputs: InputConfig) -> None:
 
 
 def sized(name: str, inputs: InputConfig) -> dict[str, int]:
-    """Height, width, frames and steps: those asked for, else those of the usual call."""
+    """Height, width, and frames: as requested, else as in the usual call."""
     usual = published()[name]["call"]
     asked = {key: getattr(inputs, key) for key in ("height", "width", "num_frames")}
     return {key: asked[key] or usual[key] for key in usual if key != "steps"}
 
 
 def call_of(name: str, pipe: Any, inputs: InputConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """The arguments of a call of ``pipe`` with embeddings in the place of prompts."""
+    """The arguments of a call of ``pipe``, with embeddings instead of prompts."""
     entry, guides = published()[name], guided(name, inputs)
     batch, call = inputs.batch_size, sized(name, inputs) | {"num_inference_steps": inputs.num_inference_steps}
     for key, shape in entry["embeds"].items():
@@ -127,10 +127,10 @@ def call_of(name: str, pipe: Any, inputs: InputConfig, dtype: torch.dtype) -> di
 
 
 def configs_of(model: str, cache: str | None = None) -> str:
-    """The folder of a pipeline; of one on the hub, all but the weights is downloaded.
+    """Return the folder of a pipeline; for one on the hub, download everything except the weights.
 
     Raises:
-        ValueError: the hub has no such pipeline, or cannot be reached.
+        ValueError: the hub does not have the pipeline, or cannot be reached.
     """
     if os.path.isdir(model):
         return model
@@ -138,6 +138,6 @@ def configs_of(model: str, cache: str | None = None) -> str:
         return snapshot_download(model, cache_dir=cache, allow_patterns=["*.json", "*.txt", "*.model", "*.jinja"])
     except OSError as error:
         raise ValueError(
-            f"model={model!r} is neither a folder nor a pipeline that the hub gives"
-            f" ({str(error).splitlines()[0]}): give one, or a published size by name: {', '.join(published())}"
+            f"model={model!r} is neither a folder nor a pipeline on the hub"
+            f" ({str(error).splitlines()[0]}): give one, or a published pipeline by name: {', '.join(published())}"
         ) from None

@@ -1,7 +1,7 @@
-"""A pipeline's call without its weights and without other ranks, to see what memory it takes.
+"""Rehearse a pipeline's call without weights and without other ranks, to count its memory and its work.
 
-The pipeline, its scheduler, its tokenizers and the engine are real. Weights and activations have shapes and no values
-(``FakeTensorMode``); the other ranks are the ``fake`` backend of torch.distributed, which sends nothing.
+The pipeline, its scheduler, its tokenizers, and the engine are real. Weights and activations have shapes but no values
+(``FakeTensorMode``). The ``fake`` backend of torch.distributed, which sends nothing, stands in for the other ranks.
 """
 
 import os
@@ -40,24 +40,24 @@ from xfuser.weights.placement import pipeline_split
 from xfuser.weights.skeleton import component, components_of
 
 STEP = "step"
-CODER = ("encode", "decode")  # the methods by which pipelines call their VAE
+CODER = ("encode", "decode")  # VAE methods that pipelines call
 
 
 @dataclass
 class Rehearsed:
-    """What a call takes on the rank that has most weights: bytes, and the events of :mod:`xfuser.planner.trace`.
+    """What a call requires on the rank with the most weights: bytes, and the events of :mod:`xfuser.planner.trace`.
 
     Attributes:
-        weights: of each component of the pipeline.
+        weights: bytes by component.
         transformers: names of the components that parallelism divides.
-        units: of each component, of the modules whose shards are gathered at a time.
-        live: of tensors other than weights, at the peak while a component computes; with what any component keeps for
-            later, such as the keys and values of PipeFusion.
-        kept: of those between the transformers' forwards, and behind them.
+        units: by component, bytes of each module whose shards are gathered together.
+        live: by component, peak bytes of tensors other than weights while it computes, including those that any
+            component keeps for later, such as PipeFusion's keys and values.
+        kept: bytes of such tensors between the transformers' forwards, and after them.
         steps: events of each sub-step, by step and patch.
-        parts: events of each other component's calls, by its name.
-        stages: what PipeFusion's stages compute, by what the first one does, of the transformer that is divided worst.
-        forwards: of a transformer, in a step.
+        parts: events of the other components' calls, by component.
+        stages: computation of each PipeFusion stage relative to the first, for the most unevenly divided transformer.
+        forwards: transformer forwards per step.
     """
 
     weights: dict[str, int] = field(default_factory=dict)
@@ -73,8 +73,8 @@ class Rehearsed:
 
 @contextmanager
 def alone_of(world_size: int) -> Iterator[None]:
-    """Within the context, this process is rank 0 of ``world_size``, on the CPU, and the others do not exist."""
-    hook = sys.excepthook  # torch puts the rank's name in front of errors, once more for each group
+    """Context in which this process is rank 0 of ``world_size``, on the CPU, without the other ranks."""
+    hook = sys.excepthook  # torch prefixes errors with the rank, once more for each group
     dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
     sys.excepthook = hook
     try:
@@ -86,13 +86,13 @@ def alone_of(world_size: int) -> Iterator[None]:
 
 
 def rehearse(engine_config: EngineConfig, input_config: InputConfig, source: "Source | None" = None) -> Rehearsed:
-    """What a call takes on a rank; within :func:`alone_of` the configuration's number of ranks.
+    """Count what a call requires on a rank; must run within :func:`alone_of` the configuration's world size.
 
-    ``source`` is kept between rehearsals of one pipeline, which then share what they have in common.
+    Pass the same ``source`` to all rehearsals of a pipeline, so that they share common results.
 
     Raises:
         ValueError: the configuration does not fit the pipeline.
-        RuntimeError: a forward reads the values of its tensors, which have none.
+        RuntimeError: a forward reads the values of tensors, which do not exist.
     """
     runtime = engine_config.runtime_config
     source = source or Source(engine_config.model_config.model, runtime.dtype)
@@ -103,17 +103,17 @@ def rehearse(engine_config: EngineConfig, input_config: InputConfig, source: "So
 
 
 class Source:
-    """A pipeline's folder, or its published sizes, and what rehearsals of it share."""
+    """A pipeline's folder or published sizes, and the state that its rehearsals share."""
 
     def __init__(self, model: str, dtype: torch.dtype) -> None:
         self.model, self.dtype = model, dtype
         self.published = None if os.path.isdir(model) else named(model)
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
-        self.known: dict[Any, Any] = {}  # what components do and return that no configuration changes
+        self.known: dict[Any, Any] = {}  # calls of components that no configuration changes
         self._parts: dict[str, nn.Module] = {}
 
     def parts(self, fresh: bool) -> dict[str, nn.Module]:
-        """The modules; the transformers made anew, for this time alone, where a rehearsal changes them."""
+        """The modules; ``fresh``: with new transformers, for a rehearsal that changes them."""
         if not self._parts:
             self._parts = self._built()
         if not fresh:
@@ -121,9 +121,11 @@ class Source:
         return {n: self._faked(self.module(n)) if plan_of(part) else part for n, part in self._parts.items()}
 
     def steps(self, stages: int, warmup: int, branches: int = 1) -> int:
-        """How many steps to rehearse: without stages all are alike, but for the first where ranks have branches of
-        guidance, which may be both of them; with some, there are synchronous and stale ones, of one transformer at
-        least where two divide the steps."""
+        """How many steps to rehearse.
+
+        Without stages, all steps are alike, except that with CFG parallelism the first one may run both branches on
+        each rank. With stages, there are synchronous and stale steps; two transformers each have their own warm-up.
+        """
         plans = [plan for part in self.parts(fresh=False).values() if (plan := plan_of(part))]
         least = max((plan.least_steps for plan in plans), default=1)
         return len(plans) * max(1, warmup) + 1 if stages > 1 else max(branches, least)
@@ -137,7 +139,7 @@ class Source:
         return {name: self._faked(part) for name, part in parts.items()}
 
     def module(self, name: str) -> nn.Module:
-        """One component, made anew, on the meta device."""
+        """A new instance of one component, on the meta device."""
         if self.published:
             return module_of(self.published, name, self.dtype)
         return component(self.model, name, self.dtype)
@@ -151,11 +153,11 @@ class Source:
         return call_of(self.published, pipe, inputs, self.dtype) if self.published else wrapped.call_arguments()
 
     def texts(self, inputs: InputConfig) -> list[tuple[str, Tensor]]:
-        """What text encoders take that the pipeline does not call."""
+        """Inputs of the text encoders that the pipeline does not call itself."""
         return texts_of(self.published, inputs) if self.published else []
 
     def pipeline(self, parts: dict[str, nn.Module]) -> Any:
-        """The pipeline of these modules."""
+        """Build the pipeline from these modules."""
         pipe = pipeline_of(self.published, parts) if self.published else self._loaded(parts)
         pipe.set_progress_bar_config(disable=True)
         return pipe
@@ -172,7 +174,7 @@ class _Rehearsal:
         self._source, self._engine, self._inputs = source, engine_config, input_config
         self._meter, self._tracer = LiveMemory(), Tracer()
         self._forwards, self._place = 0, (0, False)
-        self._last: dict[Any, dict[Any, Seen]] = {}  # blocks that ran, by component and step, apart for patch 0
+        self._last: dict[Any, dict[Any, Seen]] = {}  # blocks that ran, by component and step, separately for patch 0
         self.told = Rehearsed()
 
     def run(self) -> Rehearsed:
@@ -199,7 +201,7 @@ class _Rehearsal:
         return told
 
     def _simulated(self, name: str, part: nn.Module, method: str) -> Callable[..., Any]:
-        """A method that computes shapes alone, takes and returns real tensors, and notes what it takes."""
+        """Wrap a method: compute only shapes, accept and return real tensors, and record memory and events."""
         original, fake, told = getattr(part, method), self._source.fake, self.told
         given = _few_pixels if method == CODER[1] else _zeros
 
@@ -233,7 +235,7 @@ class _Rehearsal:
         return call
 
     def _key(self, name: str, method: str, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """By what the work of a component that is not divided is known; None for others."""
+        """The key under which an undivided component's call is shared; None for divided components."""
         runtime = self._engine.runtime_config
         divided = (runtime.use_parallel_vae and method in CODER) or runtime.text_encoder != "replicate"
         if name in self.told.transformers or divided or self._engine.parallel_config.tensor_parallel_text_encoder:
@@ -247,7 +249,7 @@ class _Rehearsal:
             return
         state = getattr(part.forward, "call_state", None)
         step, patch = (state.step, state.patch) if state else (-1 - self._forwards, 0)
-        self._forwards, self._place = self._forwards + 1, (step, patch > 0)  # patch 0 alone has the text
+        self._forwards, self._place = self._forwards + 1, (step, patch > 0)  # only patch 0 has the text
         self._tracer.trace.events.append(Mark(STEP, step, patch))
 
     def _repeats(self, name: str, part: nn.Module) -> AbstractContextManager[None]:
@@ -256,7 +258,7 @@ class _Rehearsal:
         return repeats(part, plan, self._tracer.trace, self._meter, last)
 
     def _sort(self) -> None:
-        """Events by sub-step and by component. Without a call's state, forwards are told apart by their number."""
+        """Sort events by sub-step and component. Without a call state, a forward's number determines its step."""
         each = self.told.forwards = max(1, self._forwards // self._inputs.num_inference_steps)
         for mark, events in self._tracer.trace.parts().items():
             if mark.part == STEP:
@@ -271,24 +273,24 @@ def _zeros(x: Tensor) -> Tensor:
 
 
 def _few_pixels(x: Tensor) -> Tensor:
-    """In place of decoded images: all that is left to do is to convert them, which takes long for a video."""
+    """Crop decoded images: only their conversion is left to do, which is slow for a video."""
     return _zeros(x[..., :8, :8] if x.dim() > 3 else x)
 
 
 def weight_of(module: nn.Module) -> int:
-    """Bytes of a module's parameters and buffers, but for those on the meta device, which other ranks have."""
+    """Bytes of a module's parameters and buffers, except those on the meta device, which other ranks hold."""
     return sum(x.nbytes for x in (*module.parameters(), *module.buffers()) if x.device.type != "meta")
 
 
 def units_of(module: nn.Module) -> list[int]:
-    """Bytes of the blocks of a module."""
+    """Bytes of each block of a module."""
     plan = plan_of(module)
     blocks = [block.module for block in blocks_of(module, plan)] if plan else []
     return [sum(x.nbytes for x in one.parameters()) for one in blocks or outermost_lists(module)]
 
 
 def _fake_parameters(module: nn.Module, fake: FakeTensorMode) -> None:
-    """Put fake parameters of a device in the place of a skeleton's."""
+    """Replace a skeleton's parameters by fake ones on a device."""
     new: dict[nn.Parameter | None, nn.Parameter | None] = {None: None}
     for owner in module.modules():
         for key, old in owner._parameters.items():
@@ -299,8 +301,11 @@ def _fake_parameters(module: nn.Module, fake: FakeTensorMode) -> None:
 
 
 def _stages(pipe: Any, engine_config: EngineConfig) -> tuple[dict[str, float], list[float]]:
-    """By what the first PipeFusion stage has, which is rehearsed: how much more the heaviest one weighs, of each
-    transformer; and what each stage computes, of the one whose stages differ most."""
+    """Weights and computation of PipeFusion's stages, relative to the first stage, which is the rehearsed one.
+
+    Returns the weight of the heaviest stage of each transformer, and the computation of each stage of the most unevenly
+    divided transformer.
+    """
     models, factors, paces = planned_models(pipe), {}, [[1.0]]
     for name, layers in pipeline_split(models, type(pipe).__name__, engine_config.parallel_config).items():
         model, plan = models[name]

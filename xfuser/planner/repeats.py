@@ -1,9 +1,9 @@
-"""Modules that do what the one before them did are not run: of each kind, one is counted and multiplied.
+"""Count repeated modules without running them: one of each kind runs, and its counts are reused for the others.
 
-A block of a transformer is skipped where its class, its parameters and its arguments have the shapes of a block that
-ran before it in the same step, with this patch or another one; patch 0, which alone has the text, stands for no other.
-The first and the last block of a list run always, and stand for no other one, as hooks of the engine act there. A VAE
-that works on one tile or frame after the other is treated alike.
+A transformer block is skipped if its class, its parameters' shapes, and its arguments' shapes equal those of a block
+that ran before in the same step, with this patch or another one. Patch 0 is counted separately, as only it has the
+text. The first and last block of a list always run, and are not reused for others, because the engine's hooks act
+there. A VAE that works tile by tile or frame by frame is treated in the same way.
 """
 
 from collections.abc import Iterator
@@ -21,21 +21,21 @@ from xfuser.core.meters import LiveMemory
 from xfuser.models.plan import ModelPlan, blocks_of
 from xfuser.planner.trace import Event, Trace
 
-BLENDS = ("blend_v", "blend_h", "blend_t")  # of a VAE's tiles: thousands of operators, of a row each
-ENDS = 1  # blocks at each end of a list that run always
+BLENDS = ("blend_v", "blend_h", "blend_t")  # blend a VAE's tiles: thousands of operators on single rows
+ENDS = 1  # blocks at each end of a list that always run
 
 
 @dataclass(frozen=True)
 class _Shape:
-    """Stands for a tensor."""
+    """Placeholder for a tensor."""
 
     sizes: torch.Size
     dtype: torch.dtype
 
 
 class Seen(NamedTuple):
-    """What the last module of a kind did: its events, its output's shapes, bytes that it left alive, and the largest
-    storage of these, as long as which those of the modules that are skipped are counted."""
+    """Result of the last module of a kind: its events, the shapes of its output, the bytes that it left alive, and the
+    largest storage among these; the bytes of skipped modules are counted while this storage is alive."""
 
     events: list[Event]
     output: Any
@@ -47,10 +47,10 @@ class Seen(NamedTuple):
 def repeats(
     model: nn.Module, plan: ModelPlan | None, trace: Trace, meter: LiveMemory, last: dict[Any, Seen]
 ) -> Iterator[None]:
-    """Within the context, which is one call of a component, repeated modules are counted without running.
+    """Context for one call of a component, in which repeated modules are counted without running.
 
-    Hooks must be in place already; ``trace`` gets the tuple ``(events, 1)`` for a module that is skipped. ``last`` is
-    what ran before, in this call and in others of its step.
+    Hooks must already be in place. For a skipped module, ``trace`` gets the tuple ``(events, 1)``. ``last`` holds the
+    modules that ran before, in this call and in others of its step.
     """
     with ExitStack() as stack:
         if plan is None:
@@ -70,7 +70,7 @@ def repeats(
 
 @contextmanager
 def _counted(module: nn.Module, name: str, last: dict[Any, Seen], trace: Trace, meter: LiveMemory) -> Iterator[None]:
-    """Within the context, a module notes what it does for those behind it, or does what the last one did."""
+    """Context in which a module records its result for later modules, or reuses the result of an earlier one."""
     original = module.forward
 
     @wraps(original)

@@ -1,4 +1,4 @@
-"""What ``xdit plan`` prints of rows with times: the ranking with its reasons, and each number of one row."""
+"""Output of ``xdit plan`` for rows with times: the ranking with its reasons, and each number of one row."""
 
 from collections import Counter
 
@@ -11,7 +11,7 @@ VERBS = {LINKS: "waits for links", BUBBLES: "idles while stages fill and drain",
 
 
 def ranked(rows: list[Row], objective: str, memory: int | None) -> tuple[list[Row], list[tuple[Row, str]]]:
-    """The rows that can be, the best first, and the others with the reason."""
+    """Return the rows that can run, best first, and the others with the reason."""
     out = [(row, row.refusal) for row in rows if row.refusal]
     out += [(row, row.excess(memory)) for row in rows if not row.refusal and not row.fits(memory)]
     fitting = [row for row in rows if not row.refusal and row.fits(memory)]
@@ -19,12 +19,12 @@ def ranked(rows: list[Row], objective: str, memory: int | None) -> tuple[list[Ro
 
 
 def why(row: Row, best: Row, objective: str) -> str:
-    """What the row loses most by, against the best one."""
+    """The part in which the row loses most against the best one."""
     if row is best:
         return "best"
     if objective == "memory":
         return f"{(row.peak - best.peak) / 1e9:.3g} GB more"
-    own, least = ({part: one.time.spent[part] / one.groups for part in PARTS} for one in (row, best))  # an image
+    own, least = ({part: one.time.spent[part] / one.groups for part in PARTS} for one in (row, best))  # per image
     excess = {part: own[part] - least[part] for part in PARTS}
     part = max(excess, key=lambda name: excess[name])
     lost, total = own[part], row.seconds / row.groups
@@ -34,7 +34,7 @@ def why(row: Row, best: Row, objective: str) -> str:
 
 
 def table(rows: list[Row], objective: str) -> list[str]:
-    """Lines of the ranking."""
+    """The lines of the ranking."""
     width = max(len(name_of(row)) for row in rows)
     heads = [f"{name:>{max(8, len(name))}}" for name in PARTS]
     lines = [f"{'':{width}}   seconds  " + "  ".join(heads) + "      GB  exact  why"]
@@ -49,7 +49,7 @@ def table(rows: list[Row], objective: str) -> list[str]:
 
 
 def left_out(rest: list[tuple[Row, str]]) -> list[str]:
-    """A line for each reason, with the configurations that it rules out."""
+    """A line for each reason, with the configurations that it excludes."""
     names: dict[str, list[str]] = {}
     for row, reason in rest:
         names.setdefault(reason, []).append(name_of(row))
@@ -57,12 +57,12 @@ def left_out(rest: list[tuple[Row, str]]) -> list[str]:
 
 
 def name_of(row: Row) -> str:
-    """What the table calls a row."""
+    """The name of a row in the table."""
     return f"{row.groups} groups of {row.name}" if row.groups > 1 else row.name
 
 
 def explain(row: Row, machine: Machine, steps: int, compiled: bool) -> list[str]:
-    """Each number of a row: what was counted in a step, by which figure of the machine it is divided, the memory."""
+    """Explain each number of a row: the counts of a step, the machine figures that divide them, and the memory."""
     known, time, told = machine.constants, row.time, row.told
     last = max(step for step, _ in told.steps)
     events = [event for (step, _), found in told.steps.items() if step == last for event in found]
@@ -117,7 +117,7 @@ def _totals(events: list[Event]) -> tuple[Counter, Counter, float, int]:
 
 
 def _messages(events: list[Event]) -> dict[tuple[str, tuple[int, ...]], tuple[int, int]]:
-    """Number and bytes by operation and group."""
+    """Number and bytes of messages by operation and group."""
     found: dict[tuple[str, tuple[int, ...]], tuple[int, int]] = {}
     for event in events:
         if isinstance(event, Message) and event.operation != "recv":

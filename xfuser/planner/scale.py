@@ -1,4 +1,4 @@
-"""More ranks than one machine has: which combinations are looked at, and the best one for each number of ranks."""
+"""Plans for more ranks than one machine has: the combinations to count, and the best for each number of ranks."""
 
 import math
 from dataclasses import replace
@@ -9,12 +9,12 @@ from xfuser.planner.machines import Machine
 from xfuser.planner.report import ranked
 from xfuser.planner.table import Row, located, plan, source_of
 
-FEW = 16  # ranks up to which all combinations are looked at
-MOST = {"cfg": 2, "ulysses": 32, "ring": 32, "pipefusion": 1, "tensor": 1, "dp": 1}  # for more ranks
+FEW = 16  # maximum number of ranks for which all combinations are counted
+MOST = {"cfg": 2, "ulysses": 32, "ring": 32, "pipefusion": 1, "tensor": 1, "dp": 1}  # maximum degrees for more ranks
 
 
 def choices_of(ranks: int) -> list[dict[str, int]]:
-    """The combinations to look at: all of them for few ranks; for many Ulysses and rings, with guidance or not."""
+    """The combinations to count: all for few ranks; only Ulysses and ring, with or without CFG, for many."""
     legal = legal_degrees(ranks)
     if ranks <= FEW:
         return legal
@@ -24,13 +24,14 @@ def choices_of(ranks: int) -> list[dict[str, int]]:
 def best_of(
     counts: list[int], args: xFuserArgs, machine: Machine, compiled: bool, memory: int | None, exact: bool
 ) -> dict[int, Row]:
-    """The fastest row of each number of ranks.
+    """Return the fastest row for each number of ranks.
 
-    Where it is a multiple of the number before, the best of that one is looked at with one of its degrees multiplied:
-    as ranks grow, the methods that are in use seldom change all at once. Of many ranks, what is looked at is exact.
+    If a number is a multiple of the one before, only the best row of that one is counted, with one of its degrees
+    multiplied: as ranks grow, the methods in use seldom change all at once. For many ranks, only exact configurations
+    are counted.
 
     Raises:
-        ValueError: no configuration fits one of them, or a number is below 1.
+        ValueError: no configuration fits one of the numbers, or a number is below 1.
     """
     if min(counts) < 1:
         raise ValueError(f"scale={min(counts)} must be 1 or more")
@@ -49,7 +50,7 @@ def best_of(
 
 
 def widened(rows: list[Row], ranks: int) -> list[dict[str, int]]:
-    """What so many ranks are with one degree of the first row multiplied, for many of one within :data:`MOST`."""
+    """The first row's degrees with one multiplied to this many ranks; for many ranks, only within :data:`MOST`."""
     most = MOST if ranks > FEW else dict.fromkeys(MOST, ranks) | {"cfg": 2}
     inside = (row.degrees for row in rows if all(n <= most[method] for method, n in row.degrees.items()))
     degrees = next(inside, {})
@@ -58,7 +59,7 @@ def widened(rows: list[Row], ranks: int) -> list[dict[str, int]]:
 
 
 def with_groups(args: xFuserArgs, ranks: int, machine: Machine, compiled: bool, exact: bool) -> list[Row]:
-    """Groups of ranks that draw images of their own side by side: the rows of fewer ranks, several times."""
+    """Rows for groups of ranks that generate separate images at the same time: the rows of fewer ranks, repeated."""
     args = located(args)
     source, rows = source_of(args), []
     for size in (size for size in range(1, ranks) if ranks % size == 0):

@@ -1,4 +1,4 @@
-"""The legal combinations of degrees for a number of ranks: the memory that each takes, and the time."""
+"""The legal combinations of degrees for a number of ranks, with the memory and time of each."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -18,17 +18,17 @@ from xfuser.planner.trace import Message
 from xfuser.weights.text_encoders import PREFIX
 
 COLUMNS = ("transformer", "text encoders", "other weights", "kept", "encode", "denoise", "VAE", "peak")
-GATHERED = 2  # units at a time: the one that computes, and the one that is fetched meanwhile
+GATHERED = 2  # units held at a time: the one in use, and the next one, which is being gathered
 OBJECTIVES = ("latency", "throughput", "memory")
 
 
 @dataclass
 class Row:
-    """A combination of degrees, and the bytes that a rank needs by the names of ``COLUMNS``; or why it cannot be.
+    """A combination of degrees, and the bytes that a rank needs by the names of ``COLUMNS``; or why it cannot run.
 
     Attributes:
-        degrees: by the names of the methods; ``groups`` of so many ranks draw images of their own.
-        told: what was counted; ``time``: what that takes on a machine, where one is given.
+        degrees: by method; ``groups``: number of groups of this many ranks, each of which generates separate images.
+        told: the counts; ``time``: the estimate for a machine, if one is given.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Row:
 
     @property
     def exact(self) -> bool:
-        """Whether the image is that of one rank."""
+        """Whether the image equals that of one rank."""
         return self.degrees.get("pipefusion", 1) == 1
 
     @property
@@ -55,28 +55,28 @@ class Row:
         return self.time.seconds if self.time else float("inf")
 
     def fits(self, memory: int | None) -> bool:
-        """Whether a device with so many bytes can run it; any can where None is given."""
+        """Whether the row fits on a device with this many bytes; always true for None."""
         return memory is None or self.peak <= memory
 
     def value(self, objective: str) -> float:
-        """What is to be small."""
+        """The value to minimize."""
         return {"latency": self.seconds, "throughput": self.seconds / self.groups, "memory": self.peak}[objective]
 
     def text(self, memory: int | None) -> str:
-        """The row in words and numbers of GB."""
+        """The row as text, in GB."""
         if self.refusal:
             return f"no: {self.refusal}"
         numbers = "  ".join(f"{self.needs[name] / 1e9:{len(name)}.4g}" for name in COLUMNS)
         return numbers if self.fits(memory) else f"{numbers}  no: {self.excess(memory)}"
 
     def excess(self, memory: int) -> str:
-        """Why this is too much."""
+        """Why the row does not fit."""
         weights = sum(self.needs[name] for name in COLUMNS[:3])
         alone = "the weights alone" if weights > memory else "weights and activations"
         return f"{alone} are above {memory / 1e9:.4g} GB"
 
 
-# Decisions need contents, which a rehearsal lacks; what a cache keeps is one activation of each stream and call.
+# A cache decides by values, which a rehearsal lacks. It keeps only one activation per stream and call.
 UNCACHED = {"use_fbcache": False, "use_teacache": False, "cache_threshold": None, "rel_l1_thresh": None}
 
 
@@ -89,17 +89,17 @@ def plan(
     source: Source | None = None,
     exact: bool = False,
 ) -> list[Row]:
-    """What legal combinations of degrees for so many ranks need; ``args`` has all but the degrees.
+    """Count the memory, and with ``machine`` the time, of combinations of degrees; ``args`` has all but the degrees.
 
     Args:
-        machine: to tell the time on; none to tell the memory alone.
+        machine: the machine to estimate time for; if None, only memory is counted.
         compiled: whether blocks are compiled.
-        choices: the combinations; all of them if not given.
-        source: what other calls of this function have in common with this one.
-        exact: refuse what draws another image than one rank.
+        choices: the combinations; defaults to all legal ones.
+        source: state to share with other calls of this function.
+        exact: refuse configurations whose image differs from that of one rank.
 
     Raises:
-        ValueError: the pipeline is not found.
+        ValueError: the pipeline was not found.
     """
     base = located(replace(args, **UNCACHED))
     source = source or source_of(base)
@@ -110,22 +110,22 @@ def plan(
 
 
 def located(args: xFuserArgs) -> xFuserArgs:
-    """The arguments with a model whose configurations are on this machine, or whose sizes are published."""
+    """The arguments with a local or published model; for others, configurations are downloaded from the hub."""
     if shipped_folder(args.model) or named(args.model):
         return args
     return replace(args, model=configs_of(args.model, args.download_dir))
 
 
 def source_of(args: xFuserArgs) -> Source:
-    """What rehearsals of this pipeline share."""
-    shards = min(1, args.fully_shard_degree)  # more are checked with each row's ranks, as are divided encoders
+    """The state that rehearsals of this pipeline share."""
+    shards = min(1, args.fully_shard_degree)  # higher degrees, and divided encoders, are checked with each row's ranks
     alone = {"fully_shard_degree": shards, "tensor_parallel_text_encoder": False}
     engine = replace(args, use_torch_compile=False, **alone).checked()[0]
     return Source(engine.model_config.model, engine.runtime_config.dtype)
 
 
 def with_degrees(args: xFuserArgs, degrees: dict[str, int]) -> xFuserArgs:
-    """The arguments with these degrees, by the names of the methods."""
+    """The arguments with these degrees, which are given by method."""
     flags = {DEGREES[method].flag: n for method, n in degrees.items()}
     return replace(args, **flags | {"use_cfg_parallel": degrees.get("cfg", 1) == 2})
 
@@ -140,7 +140,7 @@ def _row(
     exact: bool,
 ) -> Row:
     name = in_words(degrees)
-    # Where weights are is computed from sizes; what the call does with them does not depend on it.
+    # needs_of derives the placement of weights from sizes; the call itself does not depend on it.
     plain = {"text_encoder": "replicate", "fully_shard_degree": 1, "use_torch_compile": False}
     stages = degrees.get("pipefusion", 1)
     if exact and stages > 1:
@@ -157,11 +157,11 @@ def _row(
             )
         steps = source.steps(stages, warmup, degrees.get("cfg", 1))
         told = rehearse(*replace(wanted, **plain, num_inference_steps=steps).checked(), source)
-    except Exception as error:  # also of a pipeline's own code: other combinations may be counted
+    except Exception as error:  # also from the pipeline's own code; other combinations may still work
         return Row(name, {}, _reason(error), degrees)
     row = Row(name, needs_of(told, args.text_encoder, world_size, shards), "", degrees, 1, told)
     if machine:
-        synchronous = warmup * len(told.transformers)  # each begins with its own
+        synchronous = warmup * len(told.transformers)  # each has its own warm-up
         fetched = machine.link_seconds(_gathered(told, shards)) * told.forwards if shards > 1 else 0.0
         row.time = estimate(counted(told, compiled), machine, args.num_inference_steps, synchronous, compiled, fetched)
     return row
@@ -178,13 +178,13 @@ def _reason(error: Exception) -> str:
 
 
 def _gathered(told: Rehearsed, shards: int) -> Message:
-    """The weights of the largest transformer, as one message: they travel once a forward."""
+    """The weights of the largest transformer as one message: they are gathered once per forward."""
     weight = max(sum(told.units[name]) for name in told.transformers)
     return Message(0, "all_gather", tuple(range(shards)), weight * (shards - 1) // shards)
 
 
 def needs_of(told: Rehearsed, mode: str, world_size: int, shards: int) -> dict[str, int]:
-    """Bytes by the names of ``COLUMNS``, with text encoders in this mode and transformers in so many shards."""
+    """Bytes by the names of ``COLUMNS``, for this mode of text encoders and this many shards of transformers."""
     groups: dict[str, list[str]] = {"transformer": [], "text encoders": [], "other weights": []}
     resident, active = dict(told.weights), dict(told.live)  # active: while a component computes
     for name, weight in told.weights.items():

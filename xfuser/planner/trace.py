@@ -1,8 +1,8 @@
-"""What one rank does in a call, as a list of events: operators by what they cost, messages, and waits for these.
+"""Trace one rank's call as a list of events: operators with their cost, messages, and waits for messages.
 
-An event is what a device's queue would get. Operators are seen where torch dispatches them, messages where
-``torch.distributed`` hands them to a process group, and waits at ``Work.wait``. Nothing needs to be computed for it:
-the tensors may be fake.
+The events are those that a device's queue would get. Operators are recorded where torch dispatches them, messages where
+``torch.distributed`` passes them to a process group, and waits at ``Work.wait``. Nothing needs to be computed: the
+tensors may be fake.
 """
 
 import math
@@ -27,7 +27,7 @@ CACHES = (0, 6, 40, 50, 60, 72, 96, 126)  # MB
 MATMUL, ATTENTION, MEMORY = KINDS = "matrix products", "attention", "memory"
 ALLOCATIONS = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "detach")
 ALLOCATIONS += ("lift_fresh", "set_", "_unsafe_view", "alias")
-MESSAGES = {  # methods of a process group in the releases of torch, by what they do
+MESSAGES = {  # process group methods of different torch releases, by operation
     "all_to_all": ("alltoall_base", "all_to_all_single", "alltoall"),
     "all_gather": ("allgather", "_allgather_base", "all_gather", "all_gather_single"),
     "all_reduce": ("allreduce", "all_reduce"),
@@ -41,31 +41,31 @@ MESSAGES = {  # methods of a process group in the releases of torch, by what the
 
 
 def _all_places(x: Tensor) -> Tensor:
-    """``nonzero`` of a mask of which nothing is known: all of it is taken to be shown."""
+    """``nonzero`` of a mask with unknown values: assumes that all of them are nonzero."""
     return torch.empty(x.numel(), x.dim(), dtype=torch.long, device=x.device)
 
 
-EXPONENTIALS = ("gelu",)  # operators of a transformer's blocks that take one of each number
+EXPONENTIALS = ("gelu",)  # operators of transformer blocks that compute one per element
 NONZERO = torch.ops.aten.nonzero.default
 
 
 class Operator(NamedTuple):
     """One kernel: ``flops`` of a matrix product or an attention, and bytes moved.
 
-    ``scores`` are those of an attention, or the numbers that an activation takes an exponential of.
+    ``scores``: attention scores, or the elements of which an activation computes the exponential.
 
-    ``reads`` and ``writes`` are tensors, by number, with their bytes: a compiler that fuses operators saves those that
-    live between two of them alone.
+    ``reads`` and ``writes``: tensors, by number, with their bytes. A compiler that fuses operators saves the bytes of
+    tensors that are used only between them.
     """
 
     kind: str
     flops: float
     scores: float
-    wide: bool  # float32, or wider
+    wide: bool  # float32 or wider
     reads: tuple[tuple[int, int], ...]
     writes: tuple[tuple[int, int], ...]
-    tiles: float = 0.0  # of 128 x 128 outputs, of a matrix product
-    convolution: bool = False  # whether the product is one
+    tiles: float = 0.0  # 128 x 128 output tiles of a matrix product
+    convolution: bool = False  # whether the product is a convolution
 
     @property
     def bytes(self) -> int:
@@ -74,7 +74,7 @@ class Operator(NamedTuple):
 
 
 class Message(NamedTuple):
-    """``sent`` bytes of this rank over a group of these ranks; ``number`` is what a :class:`Wait` names."""
+    """``sent`` bytes of this rank over a group of ``ranks``; a :class:`Wait` refers to it by ``number``."""
 
     number: int
     operation: str
@@ -89,7 +89,7 @@ class Wait(NamedTuple):
 
 
 class Mark(NamedTuple):
-    """What follows is of this part of the call: the step and the patch of a transformer, or a component's name."""
+    """Start of a part of the call: a step and patch of a transformer, or a component by name."""
 
     part: str
     step: int = 0
@@ -101,12 +101,12 @@ Event = Operator | Message | Wait | Mark | tuple
 
 @dataclass
 class Trace:
-    """Events in the order of a rank's program; ``(events, count)`` stands for a block that runs as often."""
+    """Events in the order of a rank's program; ``(events, count)`` is a block that runs ``count`` times."""
 
     events: list[Event] = field(default_factory=list)
 
     def parts(self) -> dict[Mark, list[Event]]:
-        """The events of each part, joined where a part comes several times."""
+        """The events of each part, concatenated if a part occurs several times."""
         found: dict[Mark, list[Event]] = {}
         now = found.setdefault(Mark("pipeline"), [])
         for event in self.events:
@@ -118,7 +118,7 @@ class Trace:
 
 
 class Tracer(TorchDispatchMode):
-    """Writes a :class:`Trace` of what runs within the context; may be entered again within itself."""
+    """Records a :class:`Trace` of what runs within the context; reentrant."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -156,11 +156,11 @@ class Tracer(TorchDispatchMode):
         wide = bool(inputs) and inputs[0].dtype in (torch.float32, torch.float64)
         convolution = "conv" in func._schema.name
         self.trace.events.append(Operator(kind, flops, scores, wide, reads, writes, tiles, convolution))
-        if convolution and not wide:  # whose maps are put into the order that its units need, and back
+        if convolution and not wide:  # its maps are converted to its memory layout, and back
             self.trace.events.append(Operator(MEMORY, 0.0, 0.0, wide, reads, writes))
 
     def _number(self, x: Tensor) -> int:
-        """The same for all tensors in one storage, for as long as it lives."""
+        """A number for the tensor's storage, constant while the storage is alive."""
         storage = x.untyped_storage()
         key = storage._cdata
         known = self._numbers.get(key)
@@ -171,7 +171,7 @@ class Tracer(TorchDispatchMode):
 
     @contextmanager
     def messages(self) -> Iterator[None]:
-        """Within the context, messages and waits are noted."""
+        """Context in which messages and waits are recorded."""
         with ExitStack() as stack:
             stack.enter_context(self.traffic)
             for operation, names in MESSAGES.items():
@@ -194,7 +194,7 @@ class Tracer(TorchDispatchMode):
                     sent = sum(x.nbytes for x in tensors)
                 self.trace.events.append(Message(self._messages, name, ranks, sent))
                 self._works[id(work)] = work, self._messages
-                if type(work) not in self._waited:  # backends have classes of their own
+                if type(work) not in self._waited:  # each backend has its own class
                     self._waited.add(type(work))
                     waiting = self._waiting(type(work).wait)
                     self._stack.enter_context(mock.patch.object(type(work), "wait", waiting))
@@ -214,14 +214,14 @@ class Tracer(TorchDispatchMode):
 
 
 def _held(x: Tensor) -> int:
-    """Bytes that are read or written for a tensor, which may be a view that repeats what it shows."""
+    """Bytes read or written for a tensor; an expanded view counts its storage only once."""
     return min(x.numel() * x.element_size(), x.untyped_storage().nbytes())
 
 
 def _cost(
     func: Any, args: tuple, kwargs: dict[str, Any], result: Any, inputs: list[Tensor]
 ) -> tuple[str, float, float, float]:
-    """Kind, FLOPs, scores or exponentials, and tiles of a matrix product."""
+    """Kind, FLOPs, scores or exponentials, and (for matrix products) tiles of an operator."""
     name = func._schema.name
     if "scaled_dot_product" in name and "math" not in name:
         q, k, v = inputs[:3]
