@@ -1,4 +1,4 @@
-"""The HTTP API, as OpenAI's clients know it."""
+"""The HTTP API, compatible with OpenAI's clients."""
 
 import asyncio
 import base64
@@ -20,11 +20,11 @@ from xfuser.serve.jobs import Failure, Job
 from xfuser.serve.server import EditRequest, ImageRequest, Server, VideoRequest
 
 RETRY_AFTER = "2"  # seconds
-FileName = Annotated[str, Path(pattern=r"^[0-9a-f]{32}\.png$")]  # that a server gives
+FileName = Annotated[str, Path(pattern=r"^[0-9a-f]{32}\.png$")]  # as the server names them
 
 
 def create_app(server: Server, alone: bool = True) -> FastAPI:
-    """The application; with videos and the page where it is ``alone``, as what they keep is in one process."""
+    """Create the application; ``alone``: with videos and the page, which keep their state in one process."""
     app = FastAPI(title="xdit serve")
     app.add_exception_handler(Failure, lambda call, failure: refusal(failure))
     app.add_exception_handler(HTTPException, lambda call, e: refusal(Failure(e.status_code, e.detail, "invalid_value")))
@@ -47,7 +47,7 @@ def refusal(failure: Failure) -> JSONResponse:
 
 
 def invalid(errors: Any) -> Failure:
-    """What pydantic found, in one line; the first field is the error's ``param``."""
+    """Pydantic's errors in one line; the first field becomes the error's ``param``."""
     named = [(".".join(map(str, one["loc"])).removeprefix("body."), one["msg"]) for one in errors]
     allowed = f"; allowed are {', '.join(ImageRequest.model_fields)}" if errors[0]["type"] == "extra_forbidden" else ""
     told = "; ".join(f"{name}: {message}" for name, message in named) + allowed
@@ -75,7 +75,7 @@ def _add_state(app: FastAPI, server: Server) -> None:
     @app.get("/files/{name}")
     async def file(name: FileName) -> FileResponse:
         if not (server.folder / name).is_file():
-            raise Failure(404, f"there is no file {name!r}: it is removed, or was never made", "not_found")
+            raise Failure(404, f"there is no file {name!r}: it was removed, or never existed", "not_found")
         return FileResponse(server.folder / name)
 
 
@@ -95,13 +95,13 @@ def _add_images(app: FastAPI, server: Server) -> None:
 
 
 async def _answer(server: Server, call: Call, request: ImageRequest) -> Response:
-    """The images, or events of how they are drawn; when the client leaves, they are not drawn."""
+    """Respond with the images, or with events of their progress; cancel the jobs when the client disconnects."""
     jobs = await server.submit(request)
     entry = partial(server.entry, response_format=request.response_format, base=str(call.base_url))
     if request.stream:
         return StreamingResponse(_events(server, jobs, entry), media_type="text/event-stream")
     leaving = asyncio.ensure_future(_left(call))
-    leaving.add_done_callback(lambda _: server.stop(jobs))  # also once it is cancelled
+    leaving.add_done_callback(lambda _: server.stop(jobs))  # also if it is cancelled
     try:
         data = [entry(await job.ended()) for job in jobs]
         return JSONResponse({"created": int(jobs[0].arrived), "data": data, "id": jobs[0].id})
@@ -110,13 +110,13 @@ async def _answer(server: Server, call: Call, request: ImageRequest) -> Response
 
 
 async def _left(call: Call) -> None:
-    """Wait until the client has left."""
+    """Wait until the client has disconnected."""
     while (await call.receive())["type"] != "http.disconnect":
         pass
 
 
 async def _events(server: Server, jobs: list[Job], entry: Callable[[Job], dict[str, Any]]) -> AsyncIterator[str]:
-    """Server-sent events, job by job: steps, previews as partial images, and the image or the error."""
+    """Server-sent events for each job: steps, previews as partial images, and the image or the error."""
     name = jobs[0].id
     try:
         for job in jobs:
@@ -142,7 +142,7 @@ def _event(name: str, data: dict[str, Any]) -> str:
 
 
 async def _fields_of(call: Call) -> dict[str, Any]:
-    """The fields of a JSON or form body; those with files are lists of them."""
+    """The fields of a JSON or form body; a field with files is a list of them."""
     if "json" in call.headers.get("content-type", ""):
         try:
             return await call.json()
@@ -154,7 +154,7 @@ async def _fields_of(call: Call) -> dict[str, Any]:
 
 
 def _add_videos(app: FastAPI, server: Server) -> None:
-    """A video is a job that is asked for, looked after, fetched and removed."""
+    """A video is a job with requests to create it, poll its status, fetch the result, and remove it."""
 
     @app.post("/v1/videos")
     async def create(call: Call) -> dict[str, Any]:
@@ -169,7 +169,7 @@ def _add_videos(app: FastAPI, server: Server) -> None:
     async def content(name: str) -> Response:
         job = server.jobs(name)[0]
         if job.outcome is None:
-            raise Failure(409, f"the video {name!r} is not drawn yet: ask for its status", "not_ready")
+            raise Failure(409, f"the video {name!r} is not ready yet: poll its status", "not_ready")
         data = job.result()
         return Response(data, media_type="image/gif" if data.startswith(b"GIF") else "video/mp4")
 
@@ -180,7 +180,7 @@ def _add_videos(app: FastAPI, server: Server) -> None:
 
 
 def _described(job: Job, model: str) -> dict[str, Any]:
-    """A video as OpenAI's API describes it."""
+    """Describe a video as OpenAI's API does."""
     failure, frames = job.failure, job.settings["num_frames"] or 0
     status = "failed" if failure else "completed" if job.outcome else "in_progress" if job.step else "queued"
     progress = 100 if status == "completed" else 100 * job.step // job.settings["num_inference_steps"]

@@ -1,4 +1,4 @@
-"""``--elastic``: each call on as many ranks as end it soonest, where every rank has all weights."""
+"""``--elastic``: run each call on the number of ranks that finishes it soonest; every rank has all weights."""
 
 import math
 from collections.abc import Awaitable, Callable
@@ -13,17 +13,17 @@ from xfuser.config.config import DEGREES
 from xfuser.pipeline_io.media import png
 from xfuser.serve.jobs import Job
 
-METHODS = ("cfg", "ulysses", "ring", "dp")  # of a team; the first ones are kept longest as teams get smaller
-SIDE = 512  # pixels, where neither a request nor a flag says it
-SOON = 0.001  # seconds to the end of a call that takes longer than predicted
-LOOKED_AT = 32  # calls that are placed at a time
-ROUNDS, STEPS = 3, 2  # calls of each size that are measured at the start, of which the first does not count
+METHODS = ("cfg", "ulysses", "ring", "dp")  # of a team; smaller teams keep the first ones longest
+SIDE = 512  # pixels, if neither the request nor a flag sets them
+SOON = 0.001  # seconds left to assume for a call that takes longer than predicted
+LOOKED_AT = 32  # maximum number of calls to place at a time
+ROUNDS, STEPS = 3, 2  # of startup measurements: calls per size, the first not counted; steps per call
 
 Measured = dict[int, list[tuple[int, float]]]  # by number of ranks: pixels and seconds of a step, of two sizes
 
 
 def check(config: EngineConfig) -> None:
-    """Raise a ValueError unless any number of ranks that divides the world can draw an image, and the same one."""
+    """Raise a ValueError unless every number of ranks that divides the world size can generate the same image."""
     parallel = config.parallel_config
     flags = {names.flag: getattr(parallel, names.field) for name, names in DEGREES.items() if name not in METHODS}
     flags |= {name: getattr(parallel, name) for name in ("fully_shard_degree", "num_pipeline_patch")}
@@ -31,19 +31,19 @@ def check(config: EngineConfig) -> None:
     given = [f"{flag}={value}" for flag, value in flags.items() if value not in (1, "replicate")]
     allowed = ", ".join(DEGREES[name].flag for name in METHODS)
     if given:
-        told = f"elastic requires all weights on every rank, and images that are the same on any number: {given[0]}"
-        raise ValueError(f"{told} does not go with it; remove one of them. Those that do are {allowed}")
+        told = f"elastic requires all weights on every rank, and the same image on any number of ranks: {given[0]}"
+        raise ValueError(f"{told} is not supported with it; remove one of them. Supported are {allowed}")
     if config.world_size == 1:
         raise ValueError(f"elastic requires more than one rank: give {allowed}, or remove it")
 
 
 def sizes_of(world_size: int, elastic: bool) -> list[int]:
-    """Numbers of ranks that a call may have."""
+    """The numbers of ranks on which a call may run."""
     return [size for size in range(1, world_size + 1) if world_size % size == 0 and (elastic or size == world_size)]
 
 
 def degrees_of(parallel: ParallelConfig, size: int) -> ParallelConfig:
-    """The degrees of a team of so many ranks: divisors of those of all ranks."""
+    """The degrees of a team of this many ranks: divisors of the degrees of all ranks."""
     if size == parallel.world_size:
         return parallel
     degrees = {}
@@ -57,11 +57,11 @@ def degrees_of(parallel: ParallelConfig, size: int) -> ParallelConfig:
 async def measure(
     draw: Callable[[Job], Awaitable[float]], abilities: dict[str, Any], sizes: list[int], inputs: InputConfig
 ) -> Measured:
-    """Seconds of a step on each number of ranks that has the memory, at half of the default sides and at these; empty
-    where there is one number. Raises a ValueError where the pipeline fails on any number.
+    """Measure the seconds of a step on each number of ranks with enough memory, at half the default sides and at the
+    default sides; empty for a single number. Raises a ValueError if the pipeline fails on every number.
 
     Args:
-        draw: has a job drawn, and tells the seconds that it took.
+        draw: runs a job, and returns the seconds that it took.
     """
     if len(sizes) == 1:
         return {}
@@ -78,20 +78,20 @@ async def measure(
                 job = partial(Job, "a", "a" * inputs.use_cfg_parallel, 0, settings, image, retry=True)
                 jobs = [job(ranks={size: 0.0}) for _ in range(ROUNDS)]
                 took = [await draw(one) / STEPS for one in jobs]
-                if all(not one.failure and size in one.ranks for one in jobs):  # all on so many ranks
+                if all(not one.failure and size in one.ranks for one in jobs):  # all ran on this many ranks
                     found.setdefault(size, []).append((pixels(settings), min(took[1:])))
         if found := {size: both for size, both in found.items() if len(both) == 2}:
             return found
-    raise ValueError(f"elastic measures calls at {sides[1]}x{sides[0]} and half of it: {jobs[0].failure}")
+    raise ValueError(f"elastic cannot measure calls at {sides[1]}x{sides[0]} and half of it: {jobs[0].failure}")
 
 
 def pixels(settings: dict[str, Any]) -> int:
-    """Of all frames."""
+    """Pixels of all frames."""
     return (settings["height"] or SIDE) * (settings["width"] or SIDE) * (settings["num_frames"] or 1)
 
 
 def seconds(jobs: list[Job], size: int, measured: Measured) -> float:
-    """What a call is predicted to take on so many ranks: by the planner, else by what was measured at start."""
+    """Predicted seconds of a call on this many ranks: by the planner, else from the measurements at startup."""
     settings, planned = jobs[0].settings, jobs[0].ranks.get(size)
     if planned or not measured:
         return len(jobs) * (planned or 1.0)
@@ -105,18 +105,18 @@ def seconds(jobs: list[Job], size: int, measured: Measured) -> float:
 def placed(
     calls: list[list[Job]], until: list[float], predict: Callable[[list[Job], int], float], sizes: list[int], now: float
 ) -> list[tuple[list[Job], range, float]]:
-    """The calls that begin now, with their ranks, and when they are predicted to end.
+    """Return the calls to start now, with their ranks and predicted end times.
 
-    Each call, the oldest first, gets the ranks on which it ends soonest, of at most the number for which the sum of all
-    ends is least. Ranks that are not free yet are kept for it: no younger call delays it.
+    Calls are placed oldest first, each on the ranks on which it ends soonest. The number of ranks per call is limited
+    to the value that minimizes the sum of all end times. Busy ranks are reserved, so that no newer call delays this.
 
     Args:
-        until: for each rank, when what it draws is predicted to end; 0 where it draws nothing.
-        sizes: the numbers of ranks for calls whose jobs do not say theirs.
+        until: for each rank, the predicted end of its running call; 0 if it is idle.
+        sizes: the numbers of ranks for calls whose jobs do not specify theirs.
     """
 
     def under(most: int) -> list[tuple[list[Job], range, float, bool]]:
-        """Each call with its ranks, its end, and whether these are free now."""
+        """Each call with its ranks, its end, and whether its ranks are free now."""
         free, found = [max(end, now + SOON) if end else now for end in until], []
         for jobs in calls[:LOOKED_AT]:
             allowed = list(jobs[0].ranks or sizes)

@@ -1,4 +1,4 @@
-"""The ranks as the HTTP process sees them: started, given one call after the other, ended and started anew."""
+"""Runs the ranks for the HTTP process: starts them, sends them calls, and restarts them after a failure."""
 
 import asyncio
 import multiprocessing
@@ -19,12 +19,12 @@ from xfuser.config import InputConfig
 from xfuser.serve import elastic
 from xfuser.serve.jobs import Failure, Job, calls_of
 
-POLL = 0.2  # seconds between looks at what sends no message
-GRACE = 5.0  # seconds for the other ranks to end a call that one has ended with a failure
-STARTS = 3  # in a row that fail before the engine gives up; of the first one, a single one
+POLL = 0.2  # seconds between checks
+GRACE = 5.0  # seconds for the other ranks to end a call that failed on one rank
+STARTS = 3  # consecutive failed starts until the engine gives up; 1 if the ranks were never ready
 SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
-TOLD = ("id", "prompt", "negative_prompt", "seed", "settings", "image", "preview_every")  # of a job, to the ranks
-FAILURES = {  # what clients are told of calls that did not end well on their ranks
+TOLD = ("id", "prompt", "negative_prompt", "seed", "settings", "image", "preview_every")  # job fields sent to ranks
+FAILURES = {  # responses to clients for calls that failed on their ranks
     "invalid": (400, "{}", "invalid_value"),
     "memory": (400, "too large for the memory of a rank ({}): ask for a smaller size", "out_of_memory"),
     "error": (500, "the pipeline failed: {}", "pipeline_failed"),
@@ -32,29 +32,29 @@ FAILURES = {  # what clients are told of calls that did not end well on their ra
 
 
 class RanksDown(Exception):
-    """Some rank ended, hangs, or differs from the others: all are started anew."""
+    """A rank ended, hangs, or differs from the others: all ranks must be restarted."""
 
 
 class Metrics:
-    """What ``/metrics`` tells Prometheus."""
+    """The Prometheus metrics of ``/metrics``."""
 
     def __init__(self) -> None:
         own = {"registry": CollectorRegistry()}
         self.registry = own["registry"]
-        self.queue = Gauge("xdit_queue_length", "Images that wait", **own)
-        self.ready = Gauge("xdit_ready", "1 if the ranks can draw", **own)
-        self.latency = Histogram("xdit_latency_seconds", "From acceptance to result", buckets=SECONDS, **own)
+        self.queue = Gauge("xdit_queue_length", "Waiting images", **own)
+        self.ready = Gauge("xdit_ready", "1 if the ranks are ready", **own)
+        self.latency = Histogram("xdit_latency_seconds", "Seconds from acceptance to result", buckets=SECONDS, **own)
         self.steps = Counter("xdit_steps", "Denoising steps of calls", **own)
         self.batches = Histogram("xdit_batch_size", "Images in a call", buckets=(1, 2, 4, 8, 16), **own)
-        self.running = Gauge("xdit_running", "Calls that are drawn now", **own)
-        self.calls = Counter("xdit_calls", "Calls, by the number of their ranks", ["ranks"], **own)
+        self.running = Gauge("xdit_running", "Running calls", **own)
+        self.calls = Counter("xdit_calls", "Calls by number of ranks", ["ranks"], **own)
         self.failures = Counter("xdit_failures", "Requests without a result, by code", ["code"], **own)
-        self.restarts = Counter("xdit_restarts", "Starts of the ranks after the first", **own)
+        self.restarts = Counter("xdit_restarts", "Restarts of the ranks", **own)
 
 
 @dataclass(eq=False)
 class Call:
-    """What some ranks draw now, until when as predicted, how each ended it, and when it was last heard of."""
+    """A running call: its ranks, its predicted end, how each rank ended it, and the time of its last message."""
 
     jobs: list[Job]
     ranks: range
@@ -64,54 +64,54 @@ class Call:
 
 
 class Engine:
-    """Draws the jobs that wait, in the order of their arrival, as long as :meth:`run` does.
+    """Runs the waiting jobs in the order of their arrival, while :meth:`run` runs.
 
     Args:
-        launch: starts the ranks as children of this process, which starts no others meanwhile, with a connection for
-            each; it returns when they have ended.
-        sizes: the numbers of ranks that a call may have; the last one is how many there are.
-        inputs: the defaults of requests, by which calls are measured.
-        options: with ``max_queue``, the jobs that may wait, and ``hang_timeout``, seconds without a step after which
-            the ranks of a call hang.
+        launch: starts the ranks as children of this process, with a connection for each, and returns when they have
+            ended. This process must not start other children meanwhile.
+        sizes: the numbers of ranks on which a call may run; the last one is the world size.
+        inputs: the defaults of requests, with which calls are measured.
+        options: ``max_queue``, the maximum number of waiting jobs, and ``hang_timeout``, the seconds without a step
+            after which the ranks of a call count as hung.
 
     Attributes:
-        waiting: jobs that are accepted and in no call.
-        abilities: what the first rank tells of its pipeline; empty until it is loaded.
-        why: why the engine is not ready, empty if it is.
-        failed: whether it gave up, as the ranks do not start, or by an error of its own.
+        waiting: accepted jobs that are in no call yet.
+        abilities: the first rank's report on its pipeline; empty until it is loaded.
+        why: why the engine is not ready; empty if it is ready.
+        failed: whether the engine gave up, because the ranks do not start or because of an internal error.
     """
 
     def __init__(self, launch: Callable[..., Any], sizes: list[int], inputs: InputConfig, options: Namespace) -> None:
         self._launch, self._sizes, self._inputs, self._options = launch, sizes, inputs, options
         self._failed_starts = 0
-        self._ours: list[Connection] = []  # by rank; the other ends, theirs, are closed here once they are ready
+        self._ours: list[Connection] = []  # by rank; the ranks' ends (_theirs) are closed here once ready
         self._theirs: list[Connection] = []
-        self._senders: list[ThreadPoolExecutor] = []  # a thread each, as a rank that is stopped reads nothing
+        self._senders: list[ThreadPoolExecutor] = []  # one thread each, as a stopped rank does not read
         self._ready: set[int] = set()
         self._calls: list[Call] = []
-        self._inbox: asyncio.Queue = asyncio.Queue()  # messages of ranks
+        self._inbox: asyncio.Queue = asyncio.Queue()  # messages from ranks
         self._measuring: asyncio.Task[elastic.Measured] | None = None
         self._measured: elastic.Measured = {}
         self.waiting: list[Job] = []
         self.abilities: dict[str, Any] = {}
-        self.why, self.failed = "the ranks load the pipeline", False
+        self.why, self.failed = "the ranks are loading the pipeline", False
         self.metrics = Metrics()
         self.metrics.queue.set_function(lambda: len(self.waiting))
         self.metrics.ready.set_function(lambda: not self.why)
         self.metrics.running.set_function(lambda: len(self._calls))
 
     def submit(self, jobs: list[Job]) -> None:
-        """Have all of these jobs drawn, or raise a :class:`Failure`."""
+        """Queue all of these jobs, or raise a :class:`Failure`."""
         if self.failed:
             raise Failure(503, self.why, "engine_stopped")
         if len(self.waiting) + len(jobs) > self._options.max_queue:
-            told = f"{len(self.waiting)} images are waiting, {self._options.max_queue} may: try again later"
+            told = f"{len(self.waiting)} images wait, at most {self._options.max_queue} may wait: try again later"
             raise Failure(429, told, "rate_limit_exceeded")
         self.waiting += jobs
         self._wake()
 
     def cancel(self, jobs: list[Job]) -> None:
-        """End these jobs within one step; what has ended stays as it is."""
+        """Cancel these jobs within one step; jobs that have ended are not changed."""
         self.waiting = [job for job in self.waiting if job not in jobs]
         names = {job.id for job in jobs if not job.outcome}
         for call in self._calls:
@@ -121,12 +121,12 @@ class Engine:
             job.finish(Failure(409, "this request was cancelled", "cancelled"))
 
     async def run(self) -> None:
-        """Until this task is cancelled: start the ranks, and let them draw until one fails."""
+        """Start the ranks, and restart them after failures, until this task is cancelled or the starts fail."""
         try:
             while not self.failed:
                 await self._start_and_draw()
         except Exception as error:
-            self.why, self.failed = f"an error of the server, {error!r}", True
+            self.why, self.failed = f"internal server error: {error!r}", True
             raise
         finally:
             self.why = f"the engine ended: {self.why or 'the server stops'}"
@@ -136,11 +136,11 @@ class Engine:
             self._fail(jobs, Failure(503, self.why, "engine_stopped"))
 
     def _wake(self, _: Any = None) -> None:
-        """There is something to look at."""
+        """Wake the loop, which then checks for work."""
         self._inbox.put_nowait((None, "look", None))
 
     async def _start_and_draw(self) -> None:
-        """One life of the ranks."""
+        """Start the ranks, run calls until one rank fails, and end the ranks."""
         inbox, loop, others = asyncio.Queue(), asyncio.get_running_loop(), multiprocessing.active_children()
         self._inbox, self._ready = inbox, set()
         pipes = [multiprocessing.Pipe() for _ in range(self._sizes[-1])]
@@ -163,7 +163,7 @@ class Engine:
         except RanksDown as down:
             self._settle_down(down)
         finally:
-            while not launcher.done():  # also while it starts them
+            while not launcher.done():  # also if the launcher is still starting them
                 for process in set(multiprocessing.active_children()).difference(others):
                     process.kill()
                 await asyncio.wait([launcher], timeout=POLL)
@@ -172,18 +172,18 @@ class Engine:
                 sender.shutdown(wait=False)
 
     def _hear(self, rank: int | None, name: str, value: Any) -> None:
-        """A message of a rank, or a note of this process."""
+        """Handle a message from a rank or from this process."""
         if name == "ended":
             raise RanksDown("a rank ended")
         if name == "ready":
-            self._theirs[rank].close()  # so that its end closes it
+            self._theirs[rank].close()  # so that the connection closes when the rank ends
             self._ready.add(rank)
             self.abilities = value if rank == 0 else self.abilities
         if name not in ("step", "end"):
             return
         call = next((call for call in self._calls if rank in call.ranks), None)
         if call is None:
-            raise RanksDown("a rank told of a call that had ended")
+            raise RanksDown("a rank reported a call that had already ended")
         call.heard = time.monotonic()
         if name == "end":
             call.ends[rank] = value
@@ -197,24 +197,24 @@ class Engine:
             job.changed.set()
 
     def _be_ready(self) -> None:
-        """Now that all ranks are; at the first time, when calls have been measured."""
+        """Become ready once all ranks are; the first time, only after calls have been measured."""
         if not self._measuring:
             measure = elastic.measure(self._draw, self.abilities, self._sizes, self._inputs)
             self._measuring = asyncio.ensure_future(measure)
             self._measuring.add_done_callback(self._wake)
         if self.why and self._measuring.done():
             self._measured, self.why = self._measuring.result(), ""
-        self._failed_starts, self.why = 0, self.why and "the ranks measure calls"
+        self._failed_starts, self.why = 0, self.why and "the ranks are measuring calls"
 
     async def _draw(self, job: Job) -> float:
-        """Have a job drawn; the seconds that it took."""
+        """Run a job, and return the seconds that it took."""
         start = time.perf_counter()
         self.submit([job])
         await job.ended()
         return time.perf_counter() - start
 
     def _begin(self) -> None:
-        """Hand out what waits to ranks that draw nothing."""
+        """Start waiting calls on idle ranks."""
         ranks = range(self._sizes[-1])
         until = [next((call.until for call in self._calls if rank in call.ranks), 0.0) for rank in ranks]
         if not self.waiting or all(until):
@@ -230,12 +230,12 @@ class Engine:
             self._send(team, ("draw", len(team), told))
 
     def _send(self, ranks: range, message: Any) -> None:
-        """In the order of calls; that a rank has ended is told by its connection's other direction."""
+        """Send a message to each rank, in order. Errors are ignored: reading the connection shows that a rank ended."""
         for rank in ranks:
             self._senders[rank].submit(self._ours[rank].send, message)
 
     def _watch(self, call: Call) -> None:
-        """End the call if all its ranks have, or see whether they hang."""
+        """End the call if all its ranks have ended it, and check whether they hang."""
         failed = [end for end in call.ends.values() if end[0] != "done"]
         alike = len({kind for kind, _ in call.ends.values()}) == 1
         hang = self._options.hang_timeout
@@ -251,9 +251,9 @@ class Engine:
             raise RanksDown(f"no step for {hang:g} s")
 
     def _settle(self, call: Call, kind: str, details: Any) -> None:
-        """Hand over the results of a call; or draw it again in smaller ones, or on more ranks; or let it fail."""
+        """Deliver the results of a call, or retry it as smaller calls or on more ranks, or fail its jobs."""
         jobs, count = [job for job in call.jobs if not job.outcome], len(call.jobs)
-        if kind == "done" and len(details) != count:  # by a pipeline that takes no batches, or draws nothing
+        if kind == "done" and len(details) != count:  # the pipeline does not support batches, or returned nothing
             kind, details = "invalid" if count > 1 else "error", f"{len(details)} results instead of {count}"
         most = {"invalid": 1, "memory": count // 2}.get(kind)
         more = [size for size in self._sizes if size > len(call.ranks)]
@@ -270,11 +270,11 @@ class Engine:
             self._fail(jobs, Failure(status, told.format(details), code))
 
     def _settle_down(self, down: RanksDown) -> None:
-        """What the ranks drew fails, or is drawn again if its client asked for that."""
+        """Fail the running jobs, or retry those whose client asked for it."""
         self._failed_starts += bool(self.why)
-        self.why = f"the ranks start again: {down}"
+        self.why = f"the ranks are restarting: {down}"
         jobs = [job for call in self._calls for job in call.jobs if not job.outcome]
-        lost = Failure(503, f"the ranks ended while they drew this: {down}", "engine_restarted")
+        lost = Failure(503, f"the ranks failed while this was running: {down}", "engine_restarted")
         self._fail([job for job in jobs if not job.retry], lost)
         self._draw_again([job for job in jobs if job.retry], retry=False)
         self._calls = []
@@ -282,7 +282,7 @@ class Engine:
         self.metrics.restarts.inc()
 
     def _draw_again(self, jobs: list[Job], **changes: Any) -> None:
-        """Put these jobs ahead of all that wait, with other values."""
+        """Put these jobs, with changed values, before all waiting ones."""
         for job in jobs:
             vars(job).update(changes, step=0)
         self.waiting[:0] = jobs
@@ -294,7 +294,7 @@ class Engine:
 
 
 def pass_on(rank: int, connection: Connection, put: Callable[[tuple], Any]) -> None:
-    """What a rank tells, until it has ended; in a thread, as it may stop in the middle of a message."""
+    """Forward a rank's messages until it has ended; runs in a thread, as a rank may stop within a message."""
     with connection:
         try:
             while True:

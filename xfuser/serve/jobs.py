@@ -1,4 +1,4 @@
-"""One job an image or video, and which jobs are drawn together."""
+"""One job per image or video, and the grouping of jobs into calls."""
 
 import asyncio
 import time
@@ -16,7 +16,7 @@ class Failure(Exception):
         self.status, self.code, self.param = status, code, param
 
     def body(self) -> dict[str, Any]:
-        """In the shape of OpenAI's errors."""
+        """The response body, in the shape of OpenAI's errors."""
         kind = "invalid_request_error" if self.status < 429 else "server_error"
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
@@ -26,14 +26,14 @@ class Job:
     """One image or video.
 
     Attributes:
-        settings: what all jobs of a call have in common: fields of ``InputConfig``.
-        image: an encoded image to start from; such jobs are drawn alone.
-        preview_every: steps from one preview to the next, 0 for none.
-        retry: whether it is drawn once more if the ranks end while they draw it.
-        most: the largest number of images in its call.
-        ranks: how many it may be drawn on, with the seconds that the planner predicts, 0 where it predicts none.
-        outcome: the encoded image or video, or why there is none.
-        preview: the last one, as a PNG; ``previews`` counts them.
+        settings: fields of ``InputConfig``, equal for all jobs of a call.
+        image: an encoded image to start from; such a job gets its own call.
+        preview_every: steps between previews; 0 for no previews.
+        retry: whether to run the job once more if the ranks fail while running it.
+        most: maximum number of images in its call.
+        ranks: the allowed numbers of ranks, with the seconds that the planner predicts; 0 without a prediction.
+        outcome: the encoded image or video, or the failure.
+        preview: the last preview as a PNG; ``previews`` counts them.
     """
 
     prompt: str
@@ -55,47 +55,47 @@ class Job:
 
     @property
     def kind(self) -> tuple:
-        """Equal for jobs that one call can draw, each as it would be alone."""
+        """Equal for jobs that one call can run with the same results as separate calls."""
         alone = self.id if self.image is not None else None
         return *sorted(self.settings.items()), bool(self.negative_prompt), self.most, tuple(self.ranks), alone
 
     def finish(self, outcome: bytes | Failure) -> None:
-        """Note the outcome, unless there is one already, as of a job that was cancelled."""
+        """Set the outcome, unless there already is one (the job was cancelled)."""
         if self.outcome is None:
             self.outcome = outcome
             self.changed.set()
 
     @property
     def failure(self) -> Failure | None:
-        """Why there is no result, where that is known."""
+        """The failure of a job that has failed."""
         return self.outcome if isinstance(self.outcome, Failure) else None
 
     def result(self) -> bytes:
-        """The encoded image or video of a job that has ended, or its :class:`Failure`."""
+        """Return the encoded image or video of a job that has ended, or raise its :class:`Failure`."""
         if self.failure:
-            raise self.failure.with_traceback(None)  # one of an earlier call would be kept with it
+            raise self.failure.with_traceback(None)  # drops the traceback of an earlier raise
         assert self.outcome is not None
         return self.outcome
 
     async def progress(self) -> AsyncIterator[None]:
-        """Whenever there is a new step or preview, and once when it has ended; for one listener."""
+        """Yields at each new step or preview, and once at the end; supports one listener."""
         while self.outcome is None:
             await self.changed.wait()
             self.changed.clear()
             yield
 
     async def ended(self) -> "Job":
-        """Itself, once it has an outcome."""
+        """Wait for the outcome, and return the job."""
         async for _ in self.progress():
             pass
         return self
 
 
 def calls_of(jobs: list[Job], parts: int = 1) -> list[list[Job]]:
-    """Jobs as calls, in the order of their oldest jobs; jobs of a kind are spread over so many parts.
+    """Group jobs into calls, ordered by their oldest jobs; jobs of one kind are spread over ``parts`` calls.
 
-    The oldest job is in the first call, whatever its shape: no job waits for more calls than there were jobs ahead of
-    it.
+    The oldest job is always in the first call, so no job waits for more calls than there were jobs before it in the
+    queue.
     """
     kinds: dict[tuple, list[Job]] = {}
     for job in jobs:

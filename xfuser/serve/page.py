@@ -1,4 +1,4 @@
-"""The page at ``/``: a client of the server in its own process."""
+"""The page at ``/``: a client of the server, in the server's process."""
 
 import io
 from collections.abc import AsyncIterator
@@ -15,19 +15,19 @@ from xfuser.serve.server import ImageRequest, Server
 
 EXAMPLES = ("a red circle above a blue square", "a green square", "a yellow circle above a red square")
 SIZES = ("auto", "128x128", "256x256", "512x512", "1024x1024")
-FONTS = ["system-ui", "sans-serif"]  # none that a browser would fetch
+FONTS = ["system-ui", "sans-serif"]  # without fonts that a browser would download
 HISTORY = 20  # images
-KEPT = 86400  # seconds that files of shown images are kept for; an open page sends its history back
+KEPT = 86400  # seconds to keep files of shown images; an open page sends its history back
 
 
 def mount(app: FastAPI, server: Server) -> None:
-    """Add the page, behind all other routes."""
+    """Add the page after all other routes."""
     gradio.mount_gradio_app(app, page(server), path="/", theme=gradio.themes.Default(font=FONTS))
 
 
 def page(server: Server) -> gradio.Blocks:
-    """What the page shows, and what its buttons do."""
-    running: dict[str, Job] = {}  # of each browser session
+    """Build the page: its layout and the actions of its buttons."""
+    running: dict[str, Job] = {}  # by browser session
 
     async def draw(
         prompt: str, negative: str, size: str, steps: float, seed: str, past: list | None, call: gradio.Request
@@ -80,20 +80,20 @@ def page(server: Server) -> gradio.Blocks:
 
 
 def methods(server: Server) -> str:
-    """The methods by which the ranks draw, in words."""
+    """The methods that the ranks use, in words."""
     config = server.config.parallel_config
     degrees = {name: getattr(config, names.field) for name, names in DEGREES.items()}
-    elastic = ", or fewer where that ends sooner" * server.options.elastic
+    elastic = ", or fewer if that is faster" * server.options.elastic
     return f"{config.world_size} rank{'s' * (config.world_size > 1)}: {in_words(degrees)}{elastic}"
 
 
 def bar(job: Job) -> str:
-    """How far a job is, as HTML."""
+    """The progress of a job, as HTML."""
     steps = job.settings["num_inference_steps"]
     told = f"step {job.step} of {steps}" if job.step else "waiting"
     return f'<progress max="{steps}" value="{job.step}" style="width: 100%"></progress> {told}'
 
 
 def picture(data: bytes | None) -> Image.Image | None:
-    """An encoded image."""
+    """Decode an image."""
     return Image.open(io.BytesIO(data)) if data else None

@@ -17,7 +17,7 @@ from xfuser.serve.server import Server
 
 @serve.ingress()
 class Replica:
-    """One engine with its ranks, on one machine; it is ready when they are.
+    """One engine with its ranks, on one machine; ready when the ranks are.
 
     Args:
         args, options: the flags of ``xdit serve``.
@@ -40,16 +40,16 @@ class Replica:
         return self._app
 
     def check_health(self) -> None:
-        """Raise where the ranks do not start: Ray then makes another replica."""
+        """Raise a RuntimeError if the ranks do not start; Ray then creates another replica."""
         if self._engine.failed:
             raise RuntimeError(self._engine.why)
 
 
 def build(options: dict[str, str]) -> Application:
-    """The application: ``replicas`` of an engine each, all other options are flags of ``xdit serve``.
+    """Build the application with ``replicas`` engines; all other options are flags of ``xdit serve``.
 
     Raises:
-        ValueError: a flag is wrong, on the machine that deploys.
+        ValueError: a flag is invalid; raised on the machine that deploys.
     """
     replicas = int(options.get("replicas", 1))
     flags = {name: str(value) for name, value in options.items() if name != "replicas"}
@@ -63,7 +63,7 @@ def build(options: dict[str, str]) -> Application:
         num_replicas=replicas,
         max_ongoing_requests=own.max_queue,
         ray_actor_options={"num_cpus": ranks, "num_gpus": needs.get("GPU", 0)},
-        placement_group_bundles=[needs],  # one, as the ranks of a replica are on one machine
+        placement_group_bundles=[needs],  # one bundle, as the ranks of a replica must be on one machine
         placement_group_strategy="STRICT_PACK",
     )
     return deployment.bind(args, own, replicas == 1)

@@ -1,4 +1,4 @@
-"""What clients may send, the jobs that it makes, and the state of one server behind its API, its page and Ray."""
+"""The requests of clients, their conversion to jobs, and the state of one server behind API, page, and Ray."""
 
 import asyncio
 import base64
@@ -29,14 +29,14 @@ from xfuser.serve import elastic
 from xfuser.serve.engine import Engine
 from xfuser.serve.jobs import Failure, Job
 
-WORKER = "xfuser.serve.worker:serve"  # what a rank calls
+WORKER = "xfuser.serve.worker:serve"  # the function that a rank runs
 LONGEST_PROMPT, MOST_STEPS, SEEDS = 4000, 1000, 2**31
 SETTINGS = ("num_inference_steps", "height", "width", "guidance_scale", "num_frames")
 KEPT_FILES, KEPT_COUNTS, KEPT_VIDEOS = 1000, 1000, 100
 
 
 class Request(BaseModel):
-    """What images and videos have in common."""
+    """Fields common to images and videos."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -75,7 +75,7 @@ class VideoRequest(Request):
 
 
 async def picture_of(request: Request) -> bytes | None:
-    """The image that a request begins with; raises a :class:`Failure` for what is none."""
+    """Read the image that a request starts from; raises a :class:`Failure` for a file that is not an image."""
     if not getattr(request, "image", None):
         return None
     data = await request.image[0].read()
@@ -88,14 +88,14 @@ async def picture_of(request: Request) -> bytes | None:
 
 
 class Server:
-    """Accepts requests as jobs and hands out their results.
+    """Accepts requests as jobs and returns their results.
 
     Args:
-        args: how the pipeline runs, and defaults of requests.
+        args: the configuration of the pipeline, and the defaults of requests.
         options: the server's own flags.
 
     Raises:
-        ValueError: ``args`` are wrong.
+        ValueError: ``args`` are invalid.
     """
 
     def __init__(self, args: xFuserArgs, options: Namespace) -> None:
@@ -109,15 +109,15 @@ class Server:
         self._memory = self.config.runtime_config.memory or devices.total_memory()
         self._machine = calibrated() if options.elastic else None
         self._counted = lru_cache(KEPT_COUNTS)(self._count)
-        self._counter = ThreadPoolExecutor(1)  # the planner stands in for process groups, which there is one set of
+        self._counter = ThreadPoolExecutor(1)  # one planner at a time, as it sets the global process groups
         self.folder, self._files = Path(options.output_dir), deque()
-        self._requests: dict[str, list[Job]] = {}  # by the id of their first job
+        self._requests: dict[str, list[Job]] = {}  # by the id of the first job
 
     async def submit(self, request: Request) -> list[Job]:
-        """Have a request drawn: one job for each image.
+        """Queue a request: one job for each image.
 
         Raises:
-            Failure: it is not accepted.
+            Failure: the request is not accepted.
         """
         try:
             if self.engine.why:
@@ -137,25 +137,25 @@ class Server:
         return jobs
 
     def jobs(self, name: str) -> list[Job]:
-        """Of a request, by the id of its first job: one that was not stopped, and of videos, one of the newest."""
+        """The jobs of a request, by the id of the first; stopped requests and older finished ones are not found."""
         if name not in self._requests:
             raise Failure(404, f"there is no video or running request {name!r}", "not_found")
         return self._requests[name]
 
     def stop(self, jobs: list[Job]) -> None:
-        """End and forget the request with these jobs."""
+        """Cancel and remove the request with these jobs."""
         self.engine.cancel(jobs)
         self._requests.pop(jobs[0].id, None)
 
     def jobs_of(self, request: Request, image: bytes | None = None) -> list[Job]:
-        """The jobs of a request, with seeds that count up; raises a :class:`Failure` for what this model lacks."""
+        """Create a request's jobs, with consecutive seeds; raises a :class:`Failure` if the model cannot serve it."""
         can = self.engine.abilities
         if request.model not in (None, self.model):
-            told = f"model={request.model!r} is not served here: it is {self.model!r}"
+            told = f"model={request.model!r} is not served here: use {self.model!r}"
             raise Failure(404, told, "model_not_found", "model")
         if isinstance(request, VideoRequest) != can["videos"]:
             path = "/v1/videos" if can["videos"] else "/v1/images/generations"
-            raise Failure(400, f"{can['pipeline']} does not draw this: POST {path}", "unsupported_endpoint")
+            raise Failure(400, f"{can['pipeline']} does not generate this: use POST {path}", "unsupported_endpoint")
         if image and not can["pictures"]:
             raise Failure(400, f"{can['pipeline']} takes no image: remove it", "unsupported_endpoint", "image")
         try:
@@ -188,7 +188,7 @@ class Server:
         return sides
 
     def entry(self, job: Job, response_format: str, base: str) -> dict[str, Any]:
-        """An image as OpenAI's API gives it, with its seed; by URL, it is a file in the output folder."""
+        """An image in the format of OpenAI's API, with its seed; for a URL, it is written to the output folder."""
         if response_format == "b64_json":
             return {"b64_json": base64.b64encode(job.result()).decode(), "seed": job.seed}
         file = self.folder / f"{job.id}.png"
@@ -200,11 +200,11 @@ class Server:
         return {"url": f"{base}files/{file.name}", "seed": job.seed}
 
     def ranks_for(self, settings: dict[str, Any]) -> dict[int, float]:
-        """The numbers of ranks that have the memory for an image, by the planner's count, and the seconds that it
-        predicts where it knows this machine; empty where nothing needs to be counted.
+        """The numbers of ranks with enough memory for an image, by the planner's count, with the predicted seconds
+        (0 for a machine that is not calibrated); empty if nothing needs to be counted.
 
         Raises:
-            Failure: it takes too much on any number of ranks.
+            Failure: the image requires too much memory on every number of ranks.
         """
         if self._memory is None and self._machine is None:
             return {}
@@ -218,9 +218,9 @@ class Server:
         return {size: first + more * step for size, (first, step) in fitting.items()}
 
     def _count(self, height: int, width: int, num_frames: int | None) -> dict[int, tuple[float, float, float]]:
-        """By the number of ranks: bytes of a rank, seconds of a call with one step, and of each further step; 0 where
+        """By number of ranks: bytes per rank, seconds of a call with one step, and seconds of each further step; 0 if
         the planner does not know them."""
-        from xfuser.planner.table import plan  # loads Diffusers
+        from xfuser.planner.table import plan  # imports Diffusers
 
         parallel, counts = self.config.parallel_config, {}
         for size in self._sizes:

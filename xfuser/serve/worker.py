@@ -1,4 +1,4 @@
-"""One rank: it loads the pipeline, and draws one call after the other that the engine sends."""
+"""One rank: loads the pipeline, and runs the calls that the engine sends, one at a time."""
 
 import inspect
 import io
@@ -22,18 +22,18 @@ from xfuser.pipeline_io.media import media_of, png, write_media
 from xfuser.serve import elastic
 from xfuser.weights.loading import load_pipeline
 
-SMALL = 32  # rows and columns of latents above which a preview has half of them
+SMALL = 32  # minimum latent height and width for which a preview is halved
 
-Teams = dict[int, tuple[Groups, Any]]  # by the number of ranks: groups, and the pipeline that is wrapped for them
+Teams = dict[int, tuple[Groups, Any]]  # by number of ranks: groups, and the pipeline wrapped for them
 
 
 class Cancelled(Exception):
-    """All jobs of a call were cancelled: ends the pipeline's loop on all ranks, behind the same step."""
+    """All jobs of a call were cancelled: ends the pipeline's loop on all ranks, after the same step."""
 
 
 def serve(args: xFuserArgs, is_elastic: bool, connections: list[Connection]) -> None:
-    """Load, and draw until the engine, at the other end of this rank's connection, is gone."""
-    tqdm.set_lock(threading.RLock())  # in place of a semaphore, which outlives a rank that is killed
+    """Load the pipeline, and run calls until the engine closes this rank's connection."""
+    tqdm.set_lock(threading.RLock())  # instead of a semaphore, which outlives a killed rank
     engine = connections.pop(int(os.environ["RANK"]))
     for connection in connections:
         connection.close()
@@ -45,14 +45,14 @@ def serve(args: xFuserArgs, is_elastic: bool, connections: list[Connection]) -> 
         engine.send(("ready", abilities(pipe)))
         while True:
             name, *rest = engine.recv()
-            if name == "draw":  # or "cancel", of a call that has ended
+            if name == "draw":  # else "cancel", for a call that has ended
                 engine.send(("end", draw(teams, inputs, *rest, engine)))
     except (EOFError, ConnectionError):
-        os._exit(0)  # the engine is gone; leaving the process groups could wait for other ranks
+        os._exit(0)  # the engine is gone; destroying the process groups could wait for other ranks
 
 
 def teams_of(pipe: Any, engine_config: EngineConfig, inputs: InputConfig, is_elastic: bool) -> Teams:
-    """The pipeline, wrapped for each number of ranks that a call may have; all process groups are made here."""
+    """Wrap the pipeline for each number of ranks on which a call may run; creates all process groups."""
     teams: Teams = {}
     for size in elastic.sizes_of(engine_config.world_size, is_elastic):
         parallel = elastic.degrees_of(engine_config.parallel_config, size)
@@ -63,7 +63,7 @@ def teams_of(pipe: Any, engine_config: EngineConfig, inputs: InputConfig, is_ela
 
 
 def abilities(pipe: Any) -> dict[str, Any]:
-    """What requests may ask of this pipeline."""
+    """What this pipeline supports in requests."""
     takes = _takes(pipe)
     return {
         "pipeline": type(pipe).__name__,
@@ -76,8 +76,8 @@ def abilities(pipe: Any) -> dict[str, Any]:
 def draw(
     teams: Teams, inputs: InputConfig, size: int, batch: list[dict[str, Any]], engine: Connection | None
 ) -> tuple[str, Any]:
-    """Draw the jobs of a call on this rank's team of so many ranks: how it ended, and the encoded results or what to
-    tell the client. Whatever the pipeline raises is the call's end, not the rank's.
+    """Run the jobs of a call on this rank's team of ``size`` ranks; return how it ended, and the encoded results or
+    a message for the client. An exception of the pipeline ends the call, not the rank.
     """
     groups, pipe = teams[size]
     try:
@@ -90,7 +90,7 @@ def draw(
     except ValueError as error:
         return "invalid", str(error)
     except Exception as error:
-        # the engine is gone, or nothing can run on the device from now on
+        # the engine is gone, or the device can no longer be used
         if isinstance(error, ConnectionError) or type(error).__name__ == "AcceleratorError":
             raise
         memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
@@ -98,7 +98,7 @@ def draw(
 
 
 def arguments(pipe: Any, inputs: InputConfig, batch: list[dict[str, Any]]) -> dict[str, Any]:
-    """The pipeline's arguments for a batch; each job has a generator of its own."""
+    """The pipeline's arguments for a batch; each job has its own generator."""
     prompts = {name: [job[name] for job in batch] for name in ("prompt", "negative_prompt")}
     pipe.input_config = replace(inputs, **prompts, **batch[0]["settings"])
     given = pipe.call_arguments()
@@ -110,21 +110,21 @@ def arguments(pipe: Any, inputs: InputConfig, batch: list[dict[str, Any]]) -> di
 
 
 class Steps:
-    """Behind each step, on all ranks: progress and previews to the engine, and its cancellations from it."""
+    """After each step, on all ranks: sends progress and previews to the engine, and receives cancellations."""
 
     def __init__(self, pipe: Any, batch: list[dict[str, Any]], engine: Connection | None) -> None:
         self._pipe, self._batch, self._engine = pipe, batch, engine
         self._first, self._cancelled = get_world_group().is_first_rank and engine is not None, set()
 
     def argument(self) -> dict[str, Any]:
-        """By which this pipeline tells of its steps; pipelines without one cannot be interrupted."""
+        """The pipeline's step callback argument; a pipeline without one cannot be interrupted."""
         takes = _takes(self._pipe._pipe)
         if "callback_on_step_end" in takes:
             return {"callback_on_step_end": lambda pipe, step, t, values: self(step, values.get("latents")) or {}}
         return {"callback": lambda step, t, latents: self(step, latents)} if "callback" in takes else {}
 
     def __call__(self, step: int, latents: torch.Tensor | None) -> None:
-        """To be called behind each step; raises :class:`Cancelled` where all jobs of the batch are."""
+        """Called after each step; raises :class:`Cancelled` if all jobs of the batch are cancelled."""
         while self._first and self._engine.poll():
             self._cancelled |= self._engine.recv()[1]
         if get_world_group().world_size > 1:
@@ -136,7 +136,7 @@ class Steps:
             self._engine.send(("step", (step + 1, previews)))
 
     def _previews(self, done: int, latents: torch.Tensor) -> dict[str, bytes]:
-        """Of the jobs that want one now, decoded by all ranks together."""
+        """Previews of the jobs that need one at this step, decoded by all ranks together."""
         settings = self._batch[0]["settings"]
         last = done == settings["num_inference_steps"]
         every = [0 if last else job["preview_every"] for job in self._batch]
@@ -146,7 +146,7 @@ class Steps:
 
 
 def preview(pipe: Any, latents: torch.Tensor, settings: dict[str, Any]) -> list[Image.Image]:
-    """Latents decoded at half their height and width; empty for those that are no images ``[B, C, H, W]``."""
+    """Decode latents, large ones at half their height and width; empty unless they are images ``[B, C, H, W]``."""
     height, width = settings.get("height"), settings.get("width")
     if latents.dim() == 3 and height and width and hasattr(pipe, "_unpack_latents"):
         latents = pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor)
@@ -162,7 +162,7 @@ def preview(pipe: Any, latents: torch.Tensor, settings: dict[str, Any]) -> list[
 
 
 def encoded(item: Any) -> bytes:
-    """An image as PNG, a video as MP4 (GIF without an encoder), latents as safetensors."""
+    """Encode an image as PNG, a video as MP4 (GIF without an encoder), latents as safetensors."""
     if isinstance(item, Image.Image):
         return png(item)
     with tempfile.TemporaryDirectory() as folder, open(write_media(item, folder, "result"), "rb") as file:
