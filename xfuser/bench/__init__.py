@@ -1,1 +1,1 @@
-"""Measures: what the methods cost and gain on this machine (``xdit bench``, ``xdit quality``)."""
+"""Measures the cost and gain of the methods on this machine (``xdit bench``, ``xdit quality``)."""

@@ -1,4 +1,4 @@
-"""Named cases: pipelines of real classes with random weights, which need no file, and the arguments of their calls."""
+"""Named cases: pipelines of real classes with random weights, which require no files, and their call arguments."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ import torch
 
 from xfuser.vae.engines import available_engines
 
-TEXT = 64  # size of the prompts' embeddings
+TEXT = 64  # size of the prompt embeddings
 SEQUENCE = ("ulysses_degree={ranks}", "ring_degree={ranks}")
 PIPEFUSION = "pipefusion_parallel_degree={{ranks}} num_pipeline_patch={0}"
 VAE = "use_parallel_vae vae_engine={0} ulysses_degree={{ranks}}"
@@ -18,10 +18,10 @@ VAE = "use_parallel_vae vae_engine={0} ulysses_degree={{ranks}}"
 
 @dataclass(frozen=True)
 class Case:
-    """A pipeline to make, with seeded weights, and what to call it with.
+    """A pipeline to build with seeded weights, and the arguments of its call.
 
     Attributes:
-        configs: what is compared where nothing else is asked; None for all methods.
+        configs: the default configurations to compare; None for all methods.
     """
 
     title: str
@@ -31,7 +31,7 @@ class Case:
 
 
 def pixart(blocks: int = 8, heads: int = 8, head_dim: int = 64, vae: Callable[[], Any] | None = None) -> Any:
-    """A PixArt pipeline that takes prompts' embeddings."""
+    """A PixArt pipeline that takes prompt embeddings."""
     transformer = diffusers.PixArtTransformer2DModel(
         num_attention_heads=heads, attention_head_dim=head_dim, in_channels=4, out_channels=4, num_layers=blocks,
         cross_attention_dim=heads * head_dim, sample_size=128, patch_size=2, caption_channels=TEXT,
@@ -47,7 +47,7 @@ def pixart(blocks: int = 8, heads: int = 8, head_dim: int = 64, vae: Callable[[]
 
 
 def pixart_call(side: int, steps: int, guidance: float = 1.0, tokens: int = 32) -> dict[str, Any]:
-    """Arguments of a call of PixArt: a square image of ``side`` pixels, ``tokens`` of text."""
+    """Arguments of a PixArt call: a square image of ``side`` pixels, ``tokens`` text tokens."""
     text, other = torch.randn(2, 1, tokens, TEXT, generator=torch.Generator().manual_seed(0))
     call = {
         "prompt_embeds": text, "prompt_attention_mask": torch.ones(1, tokens), "negative_prompt": None,
@@ -60,7 +60,7 @@ def pixart_call(side: int, steps: int, guidance: float = 1.0, tokens: int = 32) 
 
 
 def flux(double: int = 4, single: int = 8, heads: int = 8) -> Any:
-    """A Flux pipeline that takes prompts' embeddings."""
+    """A Flux pipeline that takes prompt embeddings."""
     transformer = diffusers.FluxTransformer2DModel(
         in_channels=64, num_layers=double, num_single_layers=single, attention_head_dim=64, num_attention_heads=heads,
         joint_attention_dim=TEXT, pooled_projection_dim=TEXT, axes_dims_rope=(16, 24, 24),
@@ -72,7 +72,7 @@ def flux(double: int = 4, single: int = 8, heads: int = 8) -> Any:
 
 
 def flux_call(height: int, width: int, text: int, steps: int) -> dict[str, Any]:
-    """Arguments of a call of Flux, sizes in pixels, ``text`` tokens of text."""
+    """Arguments of a Flux call: sizes in pixels, ``text`` text tokens."""
     generator = torch.Generator().manual_seed(0)
     return {
         "prompt_embeds": torch.randn(1, text, TEXT, generator=generator),
@@ -82,7 +82,7 @@ def flux_call(height: int, width: int, text: int, steps: int) -> dict[str, Any]:
 
 
 def sd3(blocks: int = 6, heads: int = 8) -> Any:
-    """A Stable Diffusion 3 pipeline that takes prompts' embeddings."""
+    """A Stable Diffusion 3 pipeline that takes prompt embeddings."""
     transformer = diffusers.SD3Transformer2DModel(
         sample_size=64, patch_size=2, in_channels=16, out_channels=16, num_layers=blocks, attention_head_dim=64,
         num_attention_heads=heads, joint_attention_dim=TEXT, caption_projection_dim=heads * 64,
@@ -95,7 +95,7 @@ def sd3(blocks: int = 6, heads: int = 8) -> Any:
 
 
 def sd3_call(side: int, text: int, steps: int, guidance: float = 4.5) -> dict[str, Any]:
-    """Arguments of a call of Stable Diffusion 3: a square image of ``side`` pixels, ``text`` tokens of text."""
+    """Arguments of a Stable Diffusion 3 call: a square image of ``side`` pixels, ``text`` text tokens."""
     generator = torch.Generator().manual_seed(0)
     words, pooled = torch.randn(2, 1, text, TEXT, generator=generator), torch.randn(2, 1, TEXT, generator=generator)
     return {
@@ -106,7 +106,7 @@ def sd3_call(side: int, text: int, steps: int, guidance: float = 4.5) -> dict[st
 
 
 def wan(blocks: int = 6, heads: int = 4) -> Any:
-    """A Wan pipeline that takes prompts' embeddings."""
+    """A Wan pipeline that takes prompt embeddings."""
     transformer = diffusers.WanTransformer3DModel(
         num_attention_heads=heads, attention_head_dim=128, in_channels=16, out_channels=16, text_dim=TEXT, freq_dim=64,
         ffn_dim=heads * 512, num_layers=blocks, rope_max_seq_len=1024,
@@ -118,7 +118,7 @@ def wan(blocks: int = 6, heads: int = 4) -> Any:
 
 
 def wan_call(height: int, width: int, frames: int, text: int, steps: int, guidance: float = 5.0) -> dict[str, Any]:
-    """Arguments of a call of Wan, sizes in pixels, ``text`` tokens of text."""
+    """Arguments of a Wan call: sizes in pixels, ``text`` text tokens."""
     words = torch.randn(2, 1, text, TEXT, generator=torch.Generator().manual_seed(0))
     return {
         "prompt_embeds": words[0], "negative_prompt_embeds": words[1], "height": height, "width": width,
@@ -178,7 +178,7 @@ CASES = {
 
 
 def seeded(make: Callable[[], Any]) -> Any:
-    """What ``make`` makes with the same random weights on every rank."""
+    """Build the pipeline, with the same random weights on every rank."""
     torch.manual_seed(0)
     pipe = make()
     for part in pipe.components.values():

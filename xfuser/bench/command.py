@@ -1,4 +1,4 @@
-"""``xdit bench``: configurations of one pipeline side by side with a serial run of it, on this machine."""
+"""``xdit bench``: compare configurations of a pipeline with a serial run, on this machine."""
 
 import argparse
 import json
@@ -14,7 +14,7 @@ from xfuser.core.distributed.failure import fail_together
 from xfuser.pipeline_io.media import check_writable
 
 PROMPT = "a red circle above a blue square"
-SIZES = ("height", "width", "num_inference_steps")  # flags that also change a case
+SIZES = ("height", "width", "num_inference_steps")  # flags that also apply to a case
 STEPS = 20
 
 
@@ -22,7 +22,7 @@ def main(arguments: list[str]) -> int:
     """Run the command; returns the exit code.
 
     Raises:
-        ValueError: for what cannot be run, before any rank starts.
+        ValueError: the options cannot be run; raised before any rank starts.
     """
     options = parser().parse_args(arguments)
     if options.slow_links and not is_rank():
@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> int:
     if options.predict:
         from xfuser.bench.predict import machine_here, prediction_table, predictions
 
-        machine_here()  # or an error, ahead of all that is measured
+        machine_here()  # raises before anything is measured
     told = compare(options, arguments, chosen)
     if told is None:
         return 1
@@ -59,50 +59,52 @@ def main(arguments: list[str]) -> int:
 
 
 def parser() -> FlexibleArgumentParser:
-    """The flags of the bench, and those of the library for the pipeline and its inputs."""
+    """The flags of the bench, and the library's flags for the pipeline and its inputs."""
     flags = FlexibleArgumentParser(
         prog="xdit bench",
         description="Compare configurations of a pipeline with a serial run: time, memory, traffic, error.",
         epilog='Example: xdit bench --configs "ulysses_degree=2" "pipefusion_parallel_degree=2 num_pipeline_patch=4"',
     )
     presets = "; ".join(f"{name}: {text}" for name, text in PRESETS.items())
-    flags.add_argument("--configs", nargs="+", metavar="FLAGS", help=f"Flags of each, or {presets} (default: both).")
-    flags.add_argument("--ranks", nargs="+", type=int, help="Ranks that presets are made for (default: 2).")
+    flags.add_argument(
+        "--configs", nargs="+", metavar="FLAGS", help=f"Flags of each one, or a preset ({presets}; default: both)."
+    )
+    flags.add_argument("--ranks", nargs="+", type=int, help="Numbers of ranks for presets (default: 2).")
     flags.add_argument("--case", metavar="NAME", help="A pipeline with random weights, instead of --model.")
-    flags.add_argument("--costs", action="store_true", help="Every method on 2 and 4 ranks, beside its formula.")
-    flags.add_argument("--slow_links", action="store_true", help="On two network namespaces, over links of each rate.")
-    flags.add_argument("--rates", nargs="+", metavar="RATE", help="Of --slow_links (default: 100mbit 1gbit 10gbit).")
-    flags.add_argument("--delay", metavar="TIME", help="Of --slow_links, such as 1ms; needs netem in the kernel.")
-    flags.add_argument("--vae_memory", action="store_true", help="The largest image that the parallel VAE decodes.")
-    flags.add_argument("--host_overhead", action="store_true", help="What a wrapped block costs the host, without GPU.")
-    flags.add_argument("--compile", action="store_true", help="Also with compiled blocks: what both bring, and cost.")
+    flags.add_argument("--costs", action="store_true", help="Every method on 2 and 4 ranks, next to its formula.")
+    flags.add_argument("--slow_links", action="store_true", help="Run on two network namespaces, over slow links.")
+    flags.add_argument("--rates", nargs="+", metavar="RATE", help="For --slow_links (default: 100mbit 1gbit 10gbit).")
+    flags.add_argument("--delay", metavar="TIME", help="For --slow_links, such as 1ms; requires the kernel's netem.")
+    flags.add_argument("--vae_memory", action="store_true", help="Find the largest image for the parallel VAE.")
+    flags.add_argument("--host_overhead", action="store_true", help="Host cost of a wrapped block, without a GPU.")
+    flags.add_argument("--compile", action="store_true", help="Also measure compiled blocks: gains and costs.")
     flags.add_argument("--against", choices=["diffusers"], help="Also run Diffusers' own context parallelism.")
     flags.add_argument("--rounds", type=int, default=5, help="Interleaved rounds; medians are shown (default: 5).")
-    flags.add_argument("--warm_up", type=int, default=1, help="Short calls ahead of each timed one (default: 1).")
+    flags.add_argument("--warm_up", type=int, default=1, help="Short calls before each timed call (default: 1).")
     flags.add_argument(
         "--predict",
         action="store_true",
-        help="Also what xdit plan says of this machine; of four models if none is given.",
+        help="Also show the predictions of xdit plan for this machine; for four models if no model is given.",
     )
-    flags.add_argument("--timeline", metavar="FILE", help="Draw what PipeFusion's stages did when into this PNG file.")
+    flags.add_argument("--timeline", metavar="FILE", help="PNG file for a timeline of PipeFusion's stages.")
     flags.add_argument("--output_dir", default="results/bench", help="Folder for the report (default: results/bench).")
-    flags.add_argument("--part", help=argparse.SUPPRESS)  # where rank 0 leaves what it measured for who started it
-    xFuserArgs.add_cli_args(flags).set_defaults(num_inference_steps=None)  # a case has steps of its own
+    flags.add_argument("--part", help=argparse.SUPPRESS)  # file for rank 0's results, read by the parent process
+    xFuserArgs.add_cli_args(flags).set_defaults(num_inference_steps=None)  # a case has its own number of steps
     return flags
 
 
 def is_rank() -> bool:
-    """Whether this process is one of the ranks, not the one that starts them."""
+    """Whether this process is a rank, not the process that starts the ranks."""
     return "RANK" in os.environ
 
 
 def base_arguments(options: argparse.Namespace) -> xFuserArgs:
-    """What is the same for all configurations."""
+    """The arguments common to all configurations."""
     args = xFuserArgs.from_cli_args(options)
     for spec in fields(xFuserArgs):
         given = getattr(args, spec.name)
         if spec.metadata["group"] == GROUPS[0] and given != spec.default and spec.name != "do_classifier_free_guidance":
-            raise ValueError(f"{spec.name}={given!r} is of one configuration: give it within --configs")
+            raise ValueError(f"{spec.name}={given!r} belongs to one configuration: give it within --configs")
     args.prompt = args.prompt or [PROMPT]
     args.num_inference_steps = STEPS if args.num_inference_steps is None else args.num_inference_steps
     args.checked()
@@ -110,13 +112,13 @@ def base_arguments(options: argparse.Namespace) -> xFuserArgs:
 
 
 def chosen_configurations(options: argparse.Namespace) -> list[Configuration]:
-    """Check the options, and say what is to be compared."""
+    """Check the options, and return the configurations to compare."""
     if not options.case and not options.model:
         options.case = "costs" if options.costs else "links" if options.slow_links else None
     options.ranks = options.ranks or ([2, 4] if options.costs else [2])
     for name, least in (("rounds", 1), ("warm_up", 0)):
         if getattr(options, name) < least:
-            raise ValueError(f"{name}={getattr(options, name)}: a whole number of {least} or more is needed")
+            raise ValueError(f"{name}={getattr(options, name)}: must be a whole number of {least} or more")
     if options.use_teacache or (options.use_fbcache and (options.compile or options.against)):
         raise ValueError(
             "the serial run can have use_fbcache alone, without compile and against: give the cache within --configs"
@@ -137,7 +139,7 @@ def chosen_configurations(options: argparse.Namespace) -> list[Configuration]:
 def compare(
     options: argparse.Namespace, arguments: list[str], chosen: list[Configuration]
 ) -> list[dict[str, Any]] | None:
-    """Measure on ranks of their own, and report; what :func:`run_ranks` returns."""
+    """Measure on ranks that are started for this, and write the report; returns the result of :func:`run_ranks`."""
     told = run_ranks("bench", arguments, chosen)
     if told is not None:
         _report(options, told)
@@ -145,7 +147,7 @@ def compare(
 
 
 def run_ranks(command: str, arguments: list[str], chosen: list[Configuration]) -> list[dict[str, Any]] | None:
-    """Start ``xdit COMMAND`` on each number of ranks that is asked for; what each run tells, or None if one failed."""
+    """Run ``xdit COMMAND`` on each configured number of ranks; returns the results, or None if a run failed."""
     from xfuser.cli.main import launch
 
     worlds = sorted({configuration.ranks for configuration in chosen})
@@ -154,7 +156,7 @@ def run_ranks(command: str, arguments: list[str], chosen: list[Configuration]) -
     with tempfile.TemporaryDirectory() as folder:
         os.environ.setdefault(
             "TORCHINDUCTOR_CACHE_DIR", os.path.join(folder, "inductor")
-        )  # so that a first call is one
+        )  # so that a first call compiles
         for ranks in worlds:
             part = os.path.join(folder, f"{ranks}.json")
             if launch(ranks, [command, *arguments, "--part", part]):
@@ -165,7 +167,7 @@ def run_ranks(command: str, arguments: list[str], chosen: list[Configuration]) -
 
 
 def of_this_world(chosen: list[Configuration]) -> list[Configuration]:
-    """The configurations for as many ranks as run."""
+    """The configurations for the running number of ranks."""
     ranks = int(os.environ["WORLD_SIZE"])
     mine = [configuration for configuration in chosen if configuration.ranks == ranks]
     if not mine:
@@ -174,7 +176,7 @@ def of_this_world(chosen: list[Configuration]) -> list[Configuration]:
 
 
 def check_outputs(options: argparse.Namespace) -> None:
-    """Raise a ValueError where the report cannot be made, or would lack something."""
+    """Raise a ValueError if the report cannot be written, or would be incomplete."""
     from xfuser.core.extras import extra
 
     check_writable(options.output_dir)
@@ -187,7 +189,7 @@ def check_outputs(options: argparse.Namespace) -> None:
 
 
 def _run_rank(options: argparse.Namespace, chosen: list[Configuration]) -> int:
-    """One rank's part; rank 0 writes the report, or leaves what was measured for the process that started the ranks."""
+    """Run one rank; rank 0 writes the report, or its results for the process that started the ranks."""
     from xfuser.bench import compiled
     from xfuser.bench.measure import measure
     from xfuser.bench.workload import Workload, diffusers_own, ours
@@ -208,7 +210,7 @@ def _run_rank(options: argparse.Namespace, chosen: list[Configuration]) -> int:
 
 
 def _finish(options: argparse.Namespace, told: dict[str, Any]) -> int:
-    """The end of a rank."""
+    """Write the results on rank 0, and end the rank."""
     from xfuser.core.distributed import destroy_distributed_environment, get_world_group
 
     if get_world_group().is_first_rank and options.part:
@@ -228,7 +230,7 @@ def _report(options: argparse.Namespace, told: list[dict[str, Any]]) -> None:
 
 
 def title_of(options: argparse.Namespace) -> str:
-    """What is run, for the heading of a report."""
+    """The title of a report: the pipeline or case."""
     if options.case:
         from xfuser.bench.cases import CASES
 

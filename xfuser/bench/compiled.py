@@ -1,6 +1,6 @@
-"""``xdit bench --compile``: what compiled blocks bring on one rank, what a configuration brings, and both together.
+"""``xdit bench --compile``: the gains of compiled blocks, of a configuration, and of both together.
 
-A round has four calls: serial on rank 0 alone and under the configuration, each without and with compiled blocks.
+A round has four calls: serial on rank 0 only and under the configuration, each without and with compiled blocks.
 """
 
 import os
@@ -25,7 +25,7 @@ from xfuser.models.registry import planned_models
 
 
 def measure(workload: Workload, chosen: list[Configuration], rounds: int) -> dict[str, Any]:
-    """All that is measured on these ranks, the same on each of them."""
+    """Measure on these ranks; returns the same results on each of them."""
     expected = workload.run(workload.pipe())
     serial = workload.load()
     for model, plan in planned_models(serial).values():
@@ -52,7 +52,7 @@ def _row(
     with ExitStack() as stack:
         try:
             pipe = stack.enter_context(wrapped(workload.load(engine), compiling))
-        except ValueError as error:  # of a wrap, which is the same on all ranks
+        except ValueError as error:  # raised when wrapping, on all ranks alike
             return {"name": configuration.name, "refused": str(error)}
         row = {"name": configuration.name} | _first_call(lambda: pictures.append(workload.run(pipe)))
         calls: dict[str, list[float]] = {"serial": [], "serial compiled": [], "eager": [], "compiled": []}
@@ -67,7 +67,7 @@ def _row(
 
 
 def _first_call(call: Callable[[], Any]) -> dict[str, Any]:
-    """Seconds of a call that compiles, and of the rank with the most: graphs and graph breaks."""
+    """Seconds of a call that compiles, and the maximum number of graphs and graph breaks over the ranks."""
     counters.clear()
     cold = _seconds(call)
     told = of_all_ranks({"graphs": _graphs(), "breaks": sum(counters["graph_break"].values())})
@@ -95,7 +95,7 @@ def write_report(folder: str, title: str, options: dict[str, Any], told: list[di
 
 
 def table(run: dict[str, Any]) -> str:
-    """A Markdown table of one number of ranks; seconds are medians, and speed-ups are against the eager serial call."""
+    """A Markdown table for one number of ranks: median seconds, and speed-ups over the eager serial call."""
     serial = run["serial"]
     return "\n".join(
         [

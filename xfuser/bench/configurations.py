@@ -1,4 +1,4 @@
-"""What is compared: configurations, written as flags of the library."""
+"""The configurations to compare, written as flags of the library."""
 
 import shlex
 from dataclasses import dataclass, fields, replace
@@ -6,34 +6,34 @@ from dataclasses import dataclass, fields, replace
 from xfuser.config import EngineConfig, FlexibleArgumentParser, xFuserArgs
 
 GROUPS = ("Parallel Processing Options", "Runtime Options")
-OF_THE_RUN = ("seed", "output_type")  # runtime options that would draw another image
+OF_THE_RUN = ("seed", "output_type")  # runtime options that would change the image
 DEGREES = [spec.name for spec in fields(xFuserArgs) if spec.name.endswith("_degree")]
 PRESETS = {
-    "methods": "every method alone, on all ranks",
-    "guided": "guidance on two groups of ranks, with every other method inside of them",
+    "methods": "each method on its own, on all ranks",
+    "guided": "guidance on two groups of ranks, with each other method within them",
 }
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """Flags as they were written, and what they stand for."""
+    """Flags as written, and the engine configuration that they define."""
 
     name: str
     engine: EngineConfig
 
     @property
     def ranks(self) -> int:
-        """How many ranks the configuration takes."""
+        """The number of ranks of the configuration."""
         return self.engine.world_size
 
 
 def configurations(texts: list[str] | None, ranks: list[int], base: xFuserArgs) -> list[Configuration]:
-    """The configurations of ``texts``: flags without their dashes, or names of presets, which are made for ``ranks``.
+    """Parse ``texts``: flags without their dashes, or names of presets, which are expanded for ``ranks``.
 
     ``{ranks}`` in a text stands for each number of ranks. None stands for all presets.
 
     Raises:
-        ValueError: a text is neither a preset nor flags, or its flags ask for what is not available.
+        ValueError: a text is neither a preset nor flags, or its flags are not supported here.
     """
     found: dict[str, Configuration] = {}
     for text in PRESETS if texts is None else texts:
@@ -57,7 +57,7 @@ def _preset(name: str, ranks: int, base: xFuserArgs) -> list[str]:
 
 
 def _fits(text: str, ranks: int, base: xFuserArgs) -> bool:
-    """Whether a configuration is available here, and runs on so many ranks."""
+    """Whether a configuration is available here, and requires this number of ranks."""
     try:
         return _configuration(text, base).ranks == ranks
     except ValueError:
@@ -75,13 +75,13 @@ def _configuration(text: str, base: xFuserArgs) -> Configuration:
         return Configuration(text, replace(base, **changes).checked()[0])
     except ValueError as error:
         raise ValueError(
-            f"configuration {text!r}: {error}. A configuration is flags of the library without their dashes"
+            f"configuration {text!r}: {error}. A configuration is written as flags of the library without their dashes"
             f' ("ulysses_degree=2 ring_degree=2"), or one of {", ".join(PRESETS)}'
         ) from None
 
 
 def _names(word: str) -> bool:
-    """Whether a word is a flag, and not one more value of the flag ahead of it."""
+    """Whether a word is a flag, not another value of the flag before it."""
     return not word.lstrip("-").replace(".", "").isdigit()
 
 
@@ -89,4 +89,4 @@ def _check_groups(changes: dict[str, object]) -> None:
     groups = {spec.name: spec.metadata["group"] for spec in fields(xFuserArgs)}
     for name in changes:
         if groups[name] not in GROUPS or name in OF_THE_RUN:
-            raise ValueError(f"{name} is the same for all configurations: give it beside --configs")
+            raise ValueError(f"{name} is the same for all configurations: give it outside of --configs")

@@ -1,14 +1,16 @@
-"""What each method costs by its formula, and by counters: the table of ``xdit bench --costs``.
+"""The cost of each method by its formula and by counters: the table of ``xdit bench --costs``.
 
 The formulas are those of the papers (arXiv 2309.14509, 2310.01889, 2402.19481, 2405.14430, 1909.08053), in elements
-that a rank sends and receives a step: p tokens, hs hidden size, L layers, N ranks. Counted is what a rank sends.
+that a rank sends and receives per step: p tokens, hs hidden size, L layers, N ranks. The counters count sent bytes.
 """
 
 import statistics
 from collections.abc import Callable
 from typing import Any
 
-FORMULAS: dict[str, tuple[str, Callable[[int, int], float]]] = {  # by flag: in p * hs elements, of layers and ranks
+FORMULAS: dict[
+    str, tuple[str, Callable[[int, int], float]]
+] = {  # by flag; the functions of layers and ranks are in units of p * hs
     "ulysses_degree": ("4/N · p·hs·L", lambda layers, ranks: 4 * layers / ranks),
     "ring_degree": ("2 · p·hs·L", lambda layers, ranks: 2 * layers),
     "distrifusion_degree": ("2 · p·hs·L", lambda layers, ranks: 2 * layers),
@@ -27,13 +29,13 @@ units of the keys and values of all layers (2 · p·hs·L).
 
 
 def cost_table(told: list[dict[str, Any]]) -> list[str]:
-    """The table as Markdown, of the configurations that are one method; empty where there is none."""
+    """The table as Markdown, for configurations of a single method; empty if there are none."""
     lines = [line for run in told if run["shape"] for row in run["rows"] if (line := _line(row, run))]
     return ["\n".join([HEAD.format(**told[0]["shape"]), *lines])] if lines else []
 
 
 def _line(row: dict[str, Any], run: dict[str, Any]) -> str | None:
-    """A row of the table; None for products of methods, and for what is not about the transformer alone."""
+    """A row of the table; None for refused ones, combinations of methods, and the parallel VAE."""
     from xfuser.bench.report import megabytes
 
     flags = [word.partition("=")[0] for word in row["name"].split()]

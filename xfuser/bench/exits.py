@@ -1,6 +1,6 @@
-"""How scripts exit that simply end: ``python -m xfuser.bench.exits --runs 200`` counts the exit codes of their ranks.
+"""Count the exit codes of scripts that end without any cleanup: ``python -m xfuser.bench.exits --runs 200``.
 
-None of the scripts calls anything to clean up. To be started in a checkout, as one of them is in ``docs``.
+Must be started in a checkout, as one of the scripts is in ``docs``.
 """
 
 import argparse
@@ -14,8 +14,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 RANKS = 2
-PATIENCE = 300  # seconds for a run
-TOLD = 600  # last characters of what a rank wrote that did not exit with 0
+PATIENCE = 300  # timeout of a run in seconds
+TOLD = 600  # last characters to print of the output of a rank that did not exit with 0
 
 WRAP = """
 import torch
@@ -43,13 +43,13 @@ SCRIPTS = {
     "tutorial": ["docs/adding_models/cfg_parallel.py"],
     "wrap": ["-c", WRAP],
     "client": ["-c", CLIENT],
-}  # what Python is called with
+}  # arguments of Python
 
 
 def exit_codes(script: list[str], ranks: int = RANKS) -> tuple[list[int | None], list[str]]:
-    """Run a script once on so many ranks; the exit code of each, None where it did not end, and what it wrote.
+    """Run a script once; returns each rank's exit code, None if it did not end, and its output.
 
-    Ranks meet as they do under torchrun, which holds the store, but none is ended because another one failed.
+    Ranks connect as under torchrun, through a store that this process holds, but a failed rank does not end the others.
     """
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     shared = os.environ | {
@@ -81,7 +81,7 @@ def _exit_code(process: subprocess.Popen) -> int | None:
 
 
 def main() -> int:
-    """Run each script so many times and print the counts; returns 1 if a rank did not exit with 0."""
+    """Run each script several times and print the counts; returns 1 if a rank did not exit with 0."""
     flags = argparse.ArgumentParser(prog="python -m xfuser.bench.exits", description=__doc__.partition("\n")[0])
     flags.add_argument("--runs", type=int, default=200, help="Runs of each script (default: 200).")
     flags.add_argument("--scripts", nargs="+", choices=SCRIPTS, default=list(SCRIPTS), help="Which (default: all).")

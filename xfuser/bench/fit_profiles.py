@@ -1,8 +1,8 @@
 """``python -m xfuser.bench.fit_profiles FOLDER``: fit the planner's constants to published measurements.
 
-Eight constants for each kind of links, most of which both kinds share, are fitted to all machines but one, and that one
-is predicted from its data sheet: the tables show every point so predicted. No constant belongs to a machine, a model or
-a configuration. ``--write`` puts the constants of all machines into the package.
+There are eight constants per kind of links; both kinds share most of them. For the tables, each machine is predicted
+from its data sheet, with constants fitted to all other machines. No constant belongs to a machine, a model, or a
+configuration. ``--write`` writes the constants fitted to all machines into the package.
 """
 
 import argparse
@@ -24,22 +24,22 @@ from xfuser.planner.estimate import Counted, Parts, counted, estimate
 from xfuser.planner.machines import FILE, KINDS, Constants, machine_of, shipped
 from xfuser.planner.rehearsal import Rehearsed, Source, alone_of, rehearse
 
-BOUNDS = {  # of what is fitted, and where to begin
+BOUNDS = {  # lower bound, start, and upper bound of each fitted constant
     "matmul": (1e11, 4.5e11, 2e12), "attention": (0.3, 2.0, 6.0), "kernels": (0.4, 0.7, 1.0),
     "convolution": (0.1, 0.3, 1.0), "memory": (0.3, 0.7, 1.0), "nvlink": (0.05, 0.4, 1.0), "pcie": (0.05, 0.5, 1.0),
     "host": (1e-6, 3e-5, 2e-4), "start": (1e-6, 3e-5, 3e-4), "call": (0.01, 0.2, 1.0),
 }  # fmt: skip
 LOW, START, HIGH = (np.log([values[i] for values in BOUNDS.values()]) for i in range(3))
-SURE = 0.05  # as far from its begin, as a logarithm, a constant weighs as much as a point with an error of ROBUST
-ROBUST = 0.12  # errors beyond weigh less
+SURE = 0.05  # a constant at this distance from its start (logarithm) weighs as much as a point with an error of ROBUST
+ROBUST = 0.12  # larger errors weigh less
 
 
 def main(arguments: list[str]) -> int:
-    """Fit, print the tables, and write the constants where that is asked."""
+    """Fit, print the tables, and write the constants if requested."""
     flags = argparse.ArgumentParser(prog="python -m xfuser.bench.fit_profiles", description=__doc__.splitlines()[0])
-    flags.add_argument("folder", help="With points.csv and points_from_images.csv.")
-    flags.add_argument("--counts", help="File to keep what was counted in, for the next time.")
-    flags.add_argument("--write", action="store_true", help="Put the constants of all machines into the package.")
+    flags.add_argument("folder", help="Folder of points.csv and points_from_images.csv.")
+    flags.add_argument("--counts", help="File to cache the rehearsals in, for the next run.")
+    flags.add_argument("--write", action="store_true", help="Write the fitted constants into the package.")
     options = flags.parse_args(arguments)
     points, left = read(options.folder)
     told = rehearsals(points, options.counts)
@@ -59,12 +59,12 @@ def main(arguments: list[str]) -> int:
 
 
 def say(text: str) -> None:
-    """Tell the user how far the fit is."""
+    """Report progress to the user."""
     print(text, file=sys.stderr, flush=True)
 
 
 def rehearsals(points: Iterable[Point], path: str | None) -> dict[Any, Rehearsed]:
-    """What each configuration counts, by :attr:`Point.counted`."""
+    """The rehearsal of each configuration, by :attr:`Point.counted`."""
     told: dict[Any, Rehearsed] = {}
     if path and os.path.exists(path):
         with open(path, "rb") as file:
@@ -89,7 +89,7 @@ def rehearsals(points: Iterable[Point], path: str | None) -> dict[Any, Rehearsed
 
 
 class Model:
-    """Predictions of points by constants, which are given as logarithms in the order of :data:`BOUNDS`."""
+    """Predicts points from constants, which are given as logarithms in the order of :data:`BOUNDS`."""
 
     def __init__(self, points: list[Point], told: dict[Any, Rehearsed]) -> None:
         self._programs: dict[Any, Counted] = {}
@@ -102,14 +102,14 @@ class Model:
                 self._programs[key] = program
 
     def seconds(self, point: Point, constants: np.ndarray) -> float:
-        """Seconds of a point by these constants, of what its source has measured: a step, all steps or the call."""
+        """Predicted seconds of what the point's source measured: a step, all steps, or the call."""
         kernels = float(np.exp(constants[list(BOUNDS).index("kernels")]))
         machine = machine_of(point.machine, constants=constants_of(constants), kernels=kernels, newest=point.newest)
         told = estimate(self._programs[point.counted, point.compiled], machine, point.steps, 1, point.compiled)
         return {"step": told.step, "denoise": told.denoise, "call": told.seconds}[point.scope]
 
     def errors(self, points: list[Point], constants: np.ndarray) -> np.ndarray:
-        """Logarithms of predicted by measured, and how far the constants are from their begin."""
+        """Logarithms of predicted over measured seconds, then the constants' scaled distances from their start."""
         known: dict[Any, float] = {}
         for point in sorted(points, key=lambda point: (point.machine, point.model, point.size, point.newest)):
             key = (*point.group[1:], point.degrees, point.newest)
@@ -120,7 +120,7 @@ class Model:
         return np.concatenate([[known[point.id] for point in points], own])
 
     def fit(self, points: list[Point], start: np.ndarray, rounds: int = 6) -> np.ndarray:
-        """The constants of least error, those beyond ``ROBUST`` weighing less: Gauss and Newton's steps, damped."""
+        """The constants with the smallest errors, of which those above ``ROBUST`` weigh less: damped Gauss-Newton."""
         now, found, damping = start, self.errors(points, start), 1e-2
         for _ in range(rounds):
             slopes = self.slopes(points, now)
@@ -140,7 +140,7 @@ class Model:
         return now
 
     def slopes(self, points: list[Point], constants: np.ndarray) -> np.ndarray:
-        """Of the errors, by each constant."""
+        """The derivatives of the errors with respect to each constant."""
         found, width = self.errors(points, constants), 0.02
         return (
             np.stack([self.errors(points, constants + shift) - found for shift in width * np.eye(len(LOW))], 1) / width
@@ -152,7 +152,7 @@ def _loss(errors: np.ndarray) -> float:
 
 
 def constants_of(values: np.ndarray) -> dict[str, Constants]:
-    """By kind of links."""
+    """The constants by kind of links."""
     one = dict(zip(BOUNDS, map(float, np.exp(values)), strict=True))
     shared = {name: value for name, value in one.items() if name not in (*KINDS, "kernels")}
     return {kind: Constants(link=one[kind], **shared) for kind in ("nvlink", "pcie")}
@@ -163,7 +163,7 @@ def _words(values: np.ndarray) -> str:
 
 
 def write(values: np.ndarray) -> None:
-    """Put the constants into the package."""
+    """Write the constants into the package."""
     kept = shipped()
     fitted = {kind: asdict(one) for kind, one in constants_of(values).items()}
     constants = kept["constants"] | {
@@ -179,7 +179,7 @@ def write(values: np.ndarray) -> None:
 
 
 def report(points: list[Point], predicted: dict[str, float], left: Any, everywhere: np.ndarray) -> list[str]:
-    """The tables as Markdown: the bars, every group with the failures first, what was left out."""
+    """The tables as Markdown: the targets, each group (largest errors first), and the points left out."""
     errors = {point.id: predicted[point.id] / point.seconds - 1 for point in points}
     sizes = [abs(error) for error in errors.values()]
     groups: dict[Any, list[Point]] = defaultdict(list)
@@ -232,7 +232,7 @@ def _choice_lines(title: str, choices: list[tuple[Point, Point, float]]) -> list
 
 
 def chosen(group: list[Point], predicted: dict[str, float], least: int = 3) -> tuple[Point, Point, float] | None:
-    """The best measured, the one that is named, and what it costs more; None of groups with fewer configurations."""
+    """The best point, the recommended one, and its extra cost; None for groups with fewer configurations."""
     measured: dict[Any, list[Point]] = defaultdict(list)
     for point in group:
         measured[point.degrees].append(point)

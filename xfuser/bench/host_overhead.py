@@ -1,8 +1,8 @@
-"""What a wrapped block costs the host: microseconds on top of the bare block, with collectives that return at once.
+"""The host cost of a wrapped block: microseconds on top of the bare block, with collectives that return at once.
 
-On a fast GPU the host is the limit: it must hand out the operators of a block faster than the GPU runs them. Here a
-Flux transformer with blocks so small that computing them takes next to nothing runs on one thread, bare and wrapped;
-the other ranks are the ``fake`` process group of torch, whose collectives return at once without an exchange.
+On a fast GPU the host is the limit: it must issue the operators of a block faster than the GPU runs them. Here a Flux
+transformer runs on one thread, bare and wrapped, with blocks so small that their computation takes almost no time. The
+``fake`` process group of torch, whose collectives return at once without an exchange, stands in for the other ranks.
 """
 
 import importlib
@@ -33,11 +33,11 @@ DEGREES = {
     "PipeFusion, a stage of 2": {"pipefusion_parallel_degree": 2},
 }
 DOUBLE, SINGLE = 19, 38  # blocks of Flux.1
-IMAGE, TEXT = (6, 8), 16  # tokens: rows and columns, and text; even, as Diffusers needs them
+IMAGE, TEXT = (6, 8), 16  # tokens: rows and columns, and text; even, as Diffusers requires
 
 
 def build() -> nn.Module:
-    """A transformer with as many blocks as Flux.1 has, and hardly anything in them."""
+    """A transformer with as many blocks as Flux.1, each of them tiny."""
     from diffusers import FluxTransformer2DModel
 
     torch.manual_seed(0)
@@ -63,7 +63,7 @@ def inputs() -> dict[str, torch.Tensor]:
 
 
 def seconds(model: nn.Module, scheduler: Any, forwards: int) -> list[float]:
-    """Of so many forwards in a denoising loop, each; the first two steps are run and not counted."""
+    """Seconds of each of ``forwards`` forwards in a denoising loop, after two warm-up steps that are not counted."""
     found, arguments = [], inputs()
     scheduler.set_timesteps(sigmas=[1 - step / (forwards + 2) for step in range(forwards + 2)])
     latents = arguments["hidden_states"]
@@ -78,7 +78,7 @@ def seconds(model: nn.Module, scheduler: Any, forwards: int) -> list[float]:
 
 @contextmanager
 def wrapped(degrees: dict[str, int]) -> Iterator[tuple[nn.Module, Any, int]]:
-    """A model, its scheduler, and the number of blocks that the first rank computes."""
+    """Context with a wrapped model, its scheduler, and the number of blocks that the first rank computes."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     args = xFuserArgs(**degrees, warmup_steps=0)
@@ -92,7 +92,7 @@ def wrapped(degrees: dict[str, int]) -> Iterator[tuple[nn.Module, Any, int]]:
 
 @contextmanager
 def diffusers_own() -> Iterator[tuple[nn.Module, Any, int]]:
-    """As :func:`wrapped`, by Diffusers' own Ulysses."""
+    """Like :func:`wrapped`, with Diffusers' own Ulysses."""
     import diffusers
 
     model = build()
@@ -102,9 +102,9 @@ def diffusers_own() -> Iterator[tuple[nn.Module, Any, int]]:
 
 
 def measure(rounds: int, forwards: int = 5) -> dict[str, float]:
-    """Microseconds a block on top of the bare block, by configuration; the bare block's own under ``"bare"``.
+    """Microseconds per block on top of the bare block, by configuration; under ``"bare"``, those of the bare block.
 
-    The least of all forwards counts: what else the machine does can only add to it. Rounds are interleaved.
+    The minimum over all forwards is used, as other work on the machine can only add time. Rounds are interleaved.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler
 

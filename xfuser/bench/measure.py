@@ -1,7 +1,7 @@
-"""One rank's part of the bench: count once, then time in rounds, each of them all ways of running, one after another.
+"""One rank's part of the bench: count once, then time in rounds.
 
 A round has a serial call on all ranks at once (so that the machine is as busy as in a parallel run), one on rank 0
-alone, and one under each configuration.
+only, and one under each configuration.
 """
 
 import sys
@@ -23,7 +23,7 @@ from xfuser.models.registry import planned_models
 
 
 def measure(workload: Workload, contenders: list[Contender], rounds: int, warm_up: int) -> dict[str, Any]:
-    """All that is measured on these ranks, the same on each of them: what ``xfuser.bench.report`` reads."""
+    """Measure on these ranks; returns the same results on each of them, for ``xfuser.bench.report``."""
     with workload.serial() as pipe, _shape(pipe) as shape:
         serial, expected = _count(workload, pipe, None)
     told = {"ranks": dist.get_world_size(), "shape": shape, "serial": of_all_ranks(serial), "rows": []}
@@ -47,7 +47,7 @@ def measure(workload: Workload, contenders: list[Contender], rounds: int, warm_u
 
 
 def say(text: str) -> None:
-    """Tell the user how far the measurement is."""
+    """Report progress to the user, on rank 0."""
     if get_world_group().is_first_rank:
         print(f"{dist.get_world_size()} ranks: {text}", file=sys.stderr, flush=True)
 
@@ -58,11 +58,11 @@ def _seconds(action: Any) -> float:
 
 
 def _counted(workload: Workload, contender: Contender, expected: torch.Tensor) -> dict[str, Any]:
-    """What a configuration counts, by rank; why it is refused, if the pipeline or its model does not take it."""
+    """The counters of a configuration by rank, or why it is refused if the pipeline or model does not support it."""
     opened = ExitStack()
     try:
         pipe = opened.enter_context(contender.opened())
-    except ValueError as error:  # of a wrap, which is the same on all ranks
+    except ValueError as error:  # raised when wrapping, on all ranks alike
         return {"refused": str(error)}
     with opened:
         counted, _ = _count(workload, pipe, expected)
@@ -82,7 +82,7 @@ def _time(workload: Workload, contender: Contender, row: dict[str, Any], warm_up
 
 
 def _short(call: dict[str, Any], steps: int = 2) -> dict[str, Any]:
-    """A call of few steps, that makes connections and fills caches."""
+    """Changes for a call of few steps, which opens connections and fills caches."""
     return {"num_inference_steps": min(steps, call["num_inference_steps"])}
 
 
@@ -104,12 +104,12 @@ def _count(workload: Workload, pipe: Any, expected: torch.Tensor | None) -> tupl
 
 
 def _bytes(weight: torch.Tensor) -> int:
-    local = weight.to_local() if hasattr(weight, "to_local") else weight  # of a tensor that ranks share, the own part
+    local = weight.to_local() if hasattr(weight, "to_local") else weight  # of a sharded tensor, this rank's shard
     return 0 if local.is_meta else local.nbytes
 
 
 def errors(output: torch.Tensor, expected: torch.Tensor) -> dict[str, float]:
-    """Against serial; the peak that PSNR is about is 1 for images, and the range of values for latents."""
+    """Errors against serial; the peak of PSNR is 1 for images, and the range of values for latents."""
     far = (output.float() - expected.float()).abs().max().item()
     low, high = expected.min().item(), expected.max().item()
     peak = 1.0 if low >= 0 and high <= 1 else high - low
@@ -126,9 +126,9 @@ class _Steps:
 
     @property
     def buffers(self) -> int:
-        """Bytes alive as a forward begins which forwards of the step before, or of earlier ones, have made.
+        """Bytes alive at the start of a forward that forwards of the previous step or earlier ones allocated.
 
-        The least of all steps but the first: what a thread of a finished collective still holds comes and goes.
+        The minimum over all steps except the first two: what threads of finished collectives still hold varies.
         """
         per_step = max(1, len(self._alive) // self._steps)
         old = [
@@ -153,12 +153,12 @@ class _Steps:
 
     def _end(self, model: Any, args: tuple, output: Any) -> None:
         self.memory.epoch = None
-        self.memory.free_of_epoch(output)  # what the pipeline keeps of it is not a buffer
+        self.memory.free_of_epoch(output)  # the pipeline may keep the output, which is not a buffer
 
 
 @contextmanager
 def _shape(pipe: Any) -> Iterator[dict[str, int]]:
-    """Sizes of the streams that the first block takes, of all rows of the batch; empty where blocks are not known."""
+    """Sizes of the first block's streams, over all batch entries; empty if the blocks are unknown."""
     shape: dict[str, int] = {}
 
     def look(block: Any, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -177,7 +177,7 @@ def _shape(pipe: Any) -> Iterator[dict[str, int]]:
 
 
 def of_all_ranks(values: dict[str, Any]) -> dict[str, list[Any]]:
-    """Each value as a list, by rank."""
+    """All-gather each value to a list by rank."""
     told: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(told, values)
     return {name: [one[name] for one in told] for name in values}

@@ -1,4 +1,4 @@
-"""Two nodes on one machine: network namespaces, joined by a link of a given rate (Linux, as root)."""
+"""Two nodes on one machine: network namespaces connected by a link of a given rate (Linux, as root)."""
 
 import os
 import re
@@ -13,31 +13,31 @@ from dataclasses import dataclass
 PORT = 29500
 LEAST_BURST = 128 * 1024  # bytes: two of the largest packets that a virtual link carries
 UNITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
-PATIENCE = 10  # seconds for processes to end when they are asked to
+PATIENCE = 10  # seconds for processes to end after a request
 
 
 @dataclass(frozen=True)
 class Node:
-    """A namespace, and its end of the link."""
+    """A network namespace and its end of the link."""
 
     namespace: str
     interface: str
     address: str
 
     def run(self, *command: str) -> None:
-        """Run a command on this node to its end."""
+        """Run a command on this node and wait for its end."""
         _run("ip", "netns", "exec", self.namespace, *command)
 
     def start(self, *command: str, **options: object) -> subprocess.Popen:
-        """Start a program on this node, whose gloo talks over the link."""
+        """Start a program on this node, with gloo on the link."""
         environment = os.environ | {
             "GLOO_SOCKET_IFNAME": self.interface,
             "TORCH_CPP_LOG_LEVEL": "ERROR",
-        }  # no names here
+        }  # hides warnings: no name resolution here
         return subprocess.Popen(["ip", "netns", "exec", self.namespace, *command], env=environment, **options)
 
     def kill(self) -> None:
-        """End all that runs on this node at once, as if it lost its power."""
+        """Kill all processes on this node at once, as in a power failure."""
         told = subprocess.run(["ip", "netns", "pids", self.namespace], capture_output=True, text=True)
         for process in told.stdout.split():
             try:
@@ -47,16 +47,16 @@ class Node:
 
 
 def check_nodes() -> None:
-    """Raise a ValueError where nodes cannot be made."""
+    """Raise a ValueError if nodes cannot be created."""
     missing = [program for program in ("ip", "tc") if not shutil.which(program)]
     if missing:
-        raise ValueError(f"nodes on one machine need {' and '.join(missing)}: install iproute2 (Linux)")
+        raise ValueError(f"nodes on one machine require {' and '.join(missing)}: install iproute2 (Linux)")
     if os.geteuid() != 0:
         raise ValueError("nodes on one machine are network namespaces, which need root: run this as root")
 
 
 def bits_per_second(rate: str) -> float:
-    """Of a rate as ``tc`` takes it; a ValueError for any other text."""
+    """Parse a rate in the notation of ``tc``; raises a ValueError for any other text."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)(kbit|mbit|gbit)", rate)
     if not found or not float(found[1]):
         raise ValueError(f"rate={rate!r}: write a number and {', '.join(UNITS)}, such as 100mbit")
@@ -65,9 +65,10 @@ def bits_per_second(rate: str) -> float:
 
 @contextmanager
 def two_nodes(rate: str, delay: str | None = None) -> Iterator[tuple[Node, Node]]:
-    """Two namespaces that see each other alone, over a link of ``rate`` each way; removed with all that runs in them.
+    """Context with two namespaces that are connected only to each other, by a link of ``rate`` each way.
 
-    ``delay`` (such as ``1ms``) is that of one way, and needs the kernel's ``netem``.
+    On exit, they are removed and their processes are killed. ``delay`` (such as ``1ms``) applies to each way, and
+    requires the kernel's ``netem``.
     """
     check_nodes()
     own = os.getpid()
@@ -86,11 +87,11 @@ def two_nodes(rate: str, delay: str | None = None) -> Iterator[tuple[Node, Node]
     finally:
         for node in (first, second):
             node.kill()
-            subprocess.run(["ip", "netns", "del", node.namespace], capture_output=True)  # and its end of the link
+            subprocess.run(["ip", "netns", "del", node.namespace], capture_output=True)  # with its end of the link
 
 
 def _limit(node: Node, rate: str, delay: str | None) -> None:
-    """Let what leaves the node pass a token bucket of 2 ms, behind a delay."""
+    """Limit the traffic that leaves the node by a delay and a token bucket of 2 ms."""
     parent = ["root"]
     if delay:
         node.run("tc", "qdisc", "add", "dev", node.interface, "root", "handle", "1:", "netem", "delay", delay)
@@ -101,7 +102,7 @@ def _limit(node: Node, rate: str, delay: str | None) -> None:
 
 
 def torchrun(nodes: tuple[Node, Node], ranks: int, *command: str, **options: object) -> list[subprocess.Popen]:
-    """Start ``command`` (what stands behind torchrun's own flags) on ``ranks`` ranks of each node."""
+    """Start ``command`` (the arguments after torchrun's own flags) on ``ranks`` ranks of each node."""
     flags = [f"--nnodes={len(nodes)}", f"--nproc_per_node={ranks}", "--max_restarts=0", "--monitor_interval=0.1"]
     flags += [f"--master_addr={nodes[0].address}", f"--master_port={PORT}"]
     launcher = [sys.executable, "-m", "torch.distributed.run", *flags]

@@ -1,4 +1,4 @@
-"""Plots of what was measured (matplotlib, an optional package)."""
+"""Plots of measurements (require matplotlib, an optional package)."""
 
 import statistics
 import textwrap
@@ -11,7 +11,7 @@ PARTS = ("parameters", "buffers", "activations")
 
 
 def pyplot() -> Any:
-    """matplotlib, drawing into files."""
+    """matplotlib's pyplot, with a backend for files."""
     extra("matplotlib", "a plot").use("Agg")
     return extra("matplotlib.pyplot", "a plot")
 
@@ -24,7 +24,7 @@ def save(figure: Any, path: str) -> str:
 
 
 def draw_report(path: str, title: str, told: list[dict[str, Any]]) -> str:
-    """Four panels: time of a call, efficiency, bytes sent a step, memory; a bar for each configuration."""
+    """Plot call time, efficiency, bytes sent per step, and memory, with a bar for each configuration."""
     rows = [(run, row) for run in told for row in run["rows"] if "summary" in row]
     if not rows:
         raise ValueError("nothing was measured: every configuration was refused")
@@ -95,7 +95,7 @@ def _draw_memory(panel: Any, told: list[dict[str, Any]], summaries: list[dict[st
 
 
 def draw_timeline(path: str, told: list[dict[str, Any]], steps: int = 4) -> str:
-    """The first steps of the first run with PipeFusion: a band for each stage, a colour for each patch."""
+    """Plot the first steps of the first run with PipeFusion: a row for each stage, a colour for each patch."""
     spans = next((row["spans"] for run in told for row in run["rows"] if row.get("spans")), None)
     if not spans:
         raise ValueError("timeline: no configuration has several PipeFusion stages")
@@ -117,7 +117,7 @@ def draw_timeline(path: str, told: list[dict[str, Any]], steps: int = 4) -> str:
 
 
 def draw_links(path: str, title: str, told: dict[float, dict[str, Any]]) -> str:
-    """Speed-up over serial by the link's rate, in bits a second: a line for each configuration."""
+    """Plot the speed-up over serial by link rate (bits per second), with a line for each configuration."""
     figure, panel = pyplot().subplots(figsize=(8, 5))
     rates = sorted(told)
     names = [row["name"] for row in told[rates[0]]["rows"] if "summary" in row]
@@ -137,7 +137,7 @@ def draw_links(path: str, title: str, told: dict[float, dict[str, Any]]) -> str:
 
 
 def draw_pictures(path: str, prompts: list[str], rows: dict[str, dict[str, Any]], columns: int = 6) -> str:
-    """Images side by side: a row for each configuration, a column for each of the first prompts."""
+    """Show images side by side: a row for each configuration, a column for each of the first prompts."""
     from PIL import Image
 
     shown = min(columns, len(prompts))

@@ -1,4 +1,4 @@
-"""Published measurements, as the planner can be compared with: what was run, on what, and how long it took."""
+"""Published measurements to compare the planner with: the configuration, the machine, and the time."""
 
 import csv
 import math
@@ -12,7 +12,7 @@ from xfuser.planner.machines import sheet_of
 from xfuser.planner.published import named, published
 
 FILES = ("points.csv", "points_from_images.csv")
-UNLIKE = {  # words of a row's notes, to why it is left out
+UNLIKE = {  # words in a row's notes: why the row is left out
     "anomalous": "anomalous", "onediff": "another compiler", "genmo": "another implementation",
     "fitted cost model": "not measured", "extrapolated": "not measured", "FP8": "quantised messages",
     "async Ulysses": "another method", "without gloo": "another method", "ControlNet": "another model",
@@ -23,7 +23,7 @@ UNLIKE = {  # words of a row's notes, to why it is left out
 }  # fmt: skip
 NEWEST = ("_flash_3", "FA4", "CUDNN_ATTN", "sdpa_cudnn")  # attention kernels of the device's own generation
 FIELDS = {"height": "height", "width": "width", "frames": "num_frames"}
-DISTILLED = 8  # steps
+DISTILLED = 8  # maximum number of steps of a distilled model
 DEGREES = ("ulysses", "ring", "cfg", "pipefusion", "tp")
 
 
@@ -33,9 +33,9 @@ class Point:
 
     Attributes:
         degrees: Ulysses, ring, CFG, PipeFusion, tensor.
-        scope: ``call``, ``denoise`` or ``step``: what ``seconds`` are of.
-        newest: whether attention ran on kernels of the device's own generation.
-        source: of the same run of measurements.
+        scope: ``call``, ``denoise``, or ``step``: the part that ``seconds`` measures.
+        newest: whether attention used kernels of the device's own generation.
+        source: equal for points of the same series of measurements.
     """
 
     id: str
@@ -53,17 +53,17 @@ class Point:
 
     @property
     def ranks(self) -> int:
-        """How many ranks the configuration takes."""
+        """The number of ranks of the configuration."""
         return math.prod(self.degrees)
 
     @property
     def counted(self) -> tuple[Any, ...]:
-        """What a rehearsal depends on."""
+        """The values that a rehearsal depends on."""
         return self.model, self.size, self.guided, self.degrees
 
     @property
     def group(self) -> tuple[Any, ...]:
-        """The same but for the degrees."""
+        """The key of points that differ only in their degrees."""
         return self.source, self.machine, self.model, self.size, self.steps, self.compiled, self.scope
 
     @property
@@ -72,7 +72,7 @@ class Point:
         return " x ".join(f"{name} {n}" for name, n in zip(DEGREES, self.degrees, strict=True) if n > 1) or "1 rank"
 
     def arguments(self, steps: int) -> xFuserArgs:
-        """What to rehearse, with so many steps."""
+        """The arguments to rehearse, with this many steps."""
         ulysses, ring, cfg, stages, tensor = self.degrees
         return xFuserArgs(
             model=self.model, prompt="a", dtype="bf16", num_inference_steps=steps, ulysses_degree=ulysses,
@@ -83,7 +83,7 @@ class Point:
 
 
 def read(folder: str) -> tuple[list[Point], Counter]:
-    """The measurements of times that can be compared, and how many were left out by reason."""
+    """Read the comparable measurements of time, and the numbers of rows left out by reason."""
     found, left = [], Counter()
     for name in FILES:
         with open(os.path.join(folder, name), encoding="utf-8") as file:
@@ -98,19 +98,19 @@ def read(folder: str) -> tuple[list[Point], Counter]:
 
 
 def machine_name(row: dict[str, str]) -> str | None:
-    """The machine of a published row, by its data sheet; of two names with a slash, the first that has one."""
+    """The data sheet of a published row's machine; of two names with a slash, the first that has a data sheet."""
     return next(filter(None, map(sheet_of, row["gpu"].split("/"))), None)
 
 
 def _unlike(row: dict[str, str]) -> str | None:
-    """Why a row cannot be compared; None where it can."""
+    """Why a row cannot be compared; None if it can."""
     if row["cache"] not in ("", "none") or row["quant"] not in ("", "none") or "age" in row["attention_backend"]:
         return "step caches, quantised weights or attention"
     if not machine_name(row):
         return "machine unstated, or not known"
     if not named(row["model"]):
         return "model not known"
-    whole = row["source_repo"].startswith("Wan-Video")  # which offloads whole models, between the steps
+    whole = row["source_repo"].startswith("Wan-Video")  # offloads whole models, between the steps
     for word, reason in UNLIKE.items():
         if word in row["notes"] and not (reason == "offload" and whole):
             return reason
@@ -147,7 +147,7 @@ def _point(row: dict[str, str]) -> Point:
 
 
 def _guided(row: dict[str, str], usually: bool) -> bool:
-    """Whether classifier-free guidance ran; a model of few steps, of which that is not said, is distilled."""
+    """Whether classifier-free guidance ran; if not stated, a run with few steps counts as distilled (unguided)."""
     if row["guidance"] in ("true", "false"):
         return row["guidance"] == "true"
     return usually and row["guidance"] != "distilled" and not int(row["steps"] or 20) <= DISTILLED

@@ -1,4 +1,4 @@
-"""What the planner says of what was measured: the table of ``xdit bench --predict``."""
+"""The planner's predictions beside the measurements: the table of ``xdit bench --predict``."""
 
 import argparse
 import os
@@ -16,8 +16,8 @@ from xfuser.planner.estimate import Estimate, counted, estimate
 from xfuser.planner.machines import Machine, calibrated
 from xfuser.planner.rehearsal import Source, alone_of, rehearse
 
-MODELS = ("costs", "guided-joint", "joint", "video")  # cases of PixArt, Stable Diffusion 3, Flux and Wan
-BAR = 0.2  # of an error
+MODELS = ("costs", "guided-joint", "joint", "video")  # cases of PixArt, Stable Diffusion 3, Flux, and Wan
+BAR = 0.2  # maximum relative error to aim for
 
 
 class CaseSource(Source):
@@ -38,30 +38,30 @@ class CaseSource(Source):
         return getattr(seeded(self._case.pipeline), name)
 
     def pipeline(self, parts: dict[str, nn.Module]) -> Any:
-        """The case's pipeline, with these components in place of its own."""
+        """The case's pipeline, with these components instead of its own."""
         pipe = type(self._pipe)(**self._pipe.components | parts)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
     def call(self, pipe: Any, wrapped: Any, inputs: InputConfig) -> dict[str, Any]:
-        """The arguments of the case's call, with as many steps as are asked for."""
+        """The arguments of the case's call, with the requested number of steps."""
         return self._arguments | {"num_inference_steps": inputs.num_inference_steps}
 
 
 def machine_here() -> Machine:
-    """The calibrated machine that this is.
+    """This machine, as calibrated.
 
     Raises:
-        ValueError: it was not calibrated.
+        ValueError: this machine was not calibrated.
     """
     machine = calibrated()
     if machine is None:
-        raise ValueError("predict needs this machine's constants: run xdit plan --calibrate")
+        raise ValueError("predict requires this machine's constants: run xdit plan --calibrate")
     return machine
 
 
 def predicted(source: Source, engine: EngineConfig, inputs: InputConfig, machine: Machine, steps: int) -> Estimate:
-    """Of a call with so many steps."""
+    """Estimate a call with this many steps."""
     parallel, runtime = engine.parallel_config, replace(engine.runtime_config, use_torch_compile=False)
     warmup = runtime.warmup_steps if parallel.pipelined or parallel.patched else 0
     shown = replace(inputs, num_inference_steps=warmup + 2)
@@ -73,7 +73,7 @@ def predicted(source: Source, engine: EngineConfig, inputs: InputConfig, machine
 
 @dataclass(frozen=True)
 class Prediction:
-    """A configuration of a pipeline: seconds of a call as measured, and what the planner says."""
+    """The measured seconds of a call of a configuration, and the planner's estimate."""
 
     title: str
     name: str
@@ -83,14 +83,14 @@ class Prediction:
 
     @property
     def error(self) -> float:
-        """Of the prediction, as a share of what was measured."""
+        """The error of the prediction, relative to the measurement."""
         return self.told.seconds / self.measured - 1
 
 
 def predictions(
     options: argparse.Namespace, chosen: list[Configuration], told: list[dict[str, Any]]
 ) -> list[Prediction]:
-    """Of one rank, and of each configuration that was measured."""
+    """Predictions for one rank, and for each configuration that was measured."""
     machine, (base, inputs) = machine_here(), base_arguments(options).checked()
     sizes = {name: getattr(options, name) for name in ("height", "width") if getattr(options, name) is not None}
     source = (
@@ -114,7 +114,7 @@ def predictions(
 
 
 def prediction_table(found: list[Prediction]) -> str:
-    """Markdown, with the exact configuration that is the best one measured, and the one that is named."""
+    """Markdown table, in which the best measured and the recommended (named) exact configurations are marked."""
     lines = ["## Predicted", ""]
     for title in dict.fromkeys(one.title for one in found):
         rows = [one for one in found if one.title == title]
@@ -141,7 +141,7 @@ def _line(one: Prediction, word: str) -> str:
 
 
 def run_cases(options: argparse.Namespace, arguments: list[str]) -> int:
-    """Calibrate and measure, one model after the other; returns the exit code."""
+    """Calibrate and measure, one model at a time; returns the exit code."""
     from xfuser.cli.main import launch
 
     found: list[Prediction] = []

@@ -1,4 +1,4 @@
-"""How near images are to other images: PSNR, SSIM, and FID between two folders."""
+"""Similarity of images: PSNR, SSIM, and FID between two folders."""
 
 import math
 import os
@@ -13,19 +13,19 @@ from PIL import Image
 from xfuser.core.extras import extra
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-FID_SIDE = 299  # pixels, as the Inception network takes
+FID_SIDE = 299  # pixels, the input size of the Inception network
 
 
 def psnr(a: torch.Tensor, b: torch.Tensor, peak: float = 1.0) -> float:
-    """Peak signal-to-noise ratio in decibels, at most 120: ``a`` and ``b`` of one shape, in 0..``peak``."""
+    """Peak signal-to-noise ratio in decibels, at most 120; ``a`` and ``b`` have the same shape, in 0..``peak``."""
     return -10 * math.log10((a.double() - b.double()).square().mean().item() / peak**2 + 1e-12)
 
 
 def ssim(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Structural similarity of images ``[N, C, H, W]`` in 0..1, at least 11 pixels a side: 1 for equal ones.
+    """Structural similarity of images ``[N, C, H, W]`` in 0..1, at least 11 pixels a side; 1 for equal images.
 
-    Wang et al., Image Quality Assessment, 2004; Gaussian window of 11 pixels. In single precision, which takes a
-    fifteenth of the time: flat areas may cost 1e-4. Raises a ValueError without torchmetrics.
+    Wang et al., Image Quality Assessment, 2004; Gaussian window of 11 pixels. Single precision is 15 times as fast as
+    double; on flat areas, the error may be 1e-4. Raises a ValueError without torchmetrics.
     """
     metrics = extra("torchmetrics.functional.image", "SSIM")
     return metrics.structural_similarity_index_measure(a.float(), b.float(), data_range=1.0).item()
@@ -36,11 +36,11 @@ def fid(one: str | list[str], other: str | list[str], features: str, batch: int 
 
     Args:
         one, other: folders, or lists of files; images are scaled to 299 x 299 pixels.
-        features: a file with the network, as TorchScript or as ``torch.save`` writes a module (loading that runs its
-            code). It takes uint8 images ``[N, 3, 299, 299]`` and returns ``[N, D]``.
+        features: file of the network, as TorchScript or a module saved by ``torch.save`` (loading the latter runs code
+            from the file). The network takes uint8 images ``[N, 3, 299, 299]`` and returns ``[N, D]``.
 
     Raises:
-        ValueError: there are less than two images, the file holds no such network, or torchmetrics is absent.
+        ValueError: there are fewer than two images, the file has no such network, or torchmetrics is not installed.
     """
     metrics = extra("torchmetrics.image.fid", "FID")
     files = [_pictures(given) for given in (one, other)]
@@ -52,7 +52,7 @@ def fid(one: str | list[str], other: str | list[str], features: str, batch: int 
 
 
 def _pictures(given: str | list[str]) -> list[str]:
-    """The files themselves, or those of a folder, by name."""
+    """The image files of a list, or of a folder in the order of their names."""
     if isinstance(given, str):
         if not os.path.isdir(given):
             raise ValueError(f"{given!r} is not a folder")
@@ -61,13 +61,13 @@ def _pictures(given: str | list[str]) -> list[str]:
         paths = [path for path in given if path.lower().endswith(PICTURES)]
     if len(paths) < 2:
         where = repr(given) if isinstance(given, str) else "what was drawn"
-        raise ValueError(f"{where} has {len(paths)} images ({', '.join(PICTURES)}); FID needs two at least")
+        raise ValueError(f"{where} has {len(paths)} images ({', '.join(PICTURES)}); FID requires at least two")
     return paths
 
 
 def _network(path: str) -> torch.nn.Module:
     if not os.path.isfile(path):
-        raise ValueError(f"features={path!r} is not a file: give that of a network (docs/fid.md says which)")
+        raise ValueError(f"features={path!r} is not a file: give the file of a network (see docs/fid.md)")
     try:
         try:
             network: Any = torch.jit.load(path, map_location="cpu")
@@ -76,7 +76,7 @@ def _network(path: str) -> torch.nn.Module:
     except (RuntimeError, pickle.UnpicklingError, AttributeError, ImportError) as error:
         raise ValueError(f"features={path!r} holds no network that can be loaded: {error}") from error
     if not isinstance(network, torch.nn.Module):
-        raise ValueError(f"features={path!r} holds a {type(network).__name__}, where a module is needed")
+        raise ValueError(f"features={path!r} holds a {type(network).__name__}, but it must be a module")
     return network.eval()
 
 

@@ -1,4 +1,4 @@
-"""``xdit quality``: what configurations do to images, prompt by prompt, against a serial run."""
+"""``xdit quality``: compare the images of configurations with those of a serial run, prompt by prompt."""
 
 import argparse
 import os
@@ -19,7 +19,7 @@ from xfuser.pipeline_io.media import check_writable
 from xfuser.testing.shapes import scenes
 from xfuser.testing.shapes.check import check
 
-PROMPTS = [  # what the shipped pipeline knows
+PROMPTS = [  # prompts for the shipped pipeline
     "a red circle above a blue square",
     "a green triangle left of a yellow circle",
     "a blue square on a white background",
@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> int:
     """Run the command; returns the exit code.
 
     Raises:
-        ValueError: for what cannot be run, before any rank starts.
+        ValueError: the options cannot be run; raised before any rank starts.
     """
     options = parser().parse_args(arguments)
     if options.fid:
@@ -62,19 +62,19 @@ def main(arguments: list[str]) -> int:
 
 
 def parser() -> FlexibleArgumentParser:
-    """The flags of the command, and those of the library for the pipeline and its inputs."""
+    """The flags of the command, and the library's flags for the pipeline and its inputs."""
     flags = FlexibleArgumentParser(
         prog="xdit quality",
-        description="Draw prompts under configurations and serially; PSNR, SSIM, FID, and what the prompt asks for.",
+        description="Generate images under configurations and serially; compare PSNR, SSIM, FID, and prompt adherence.",
         epilog='Example: xdit quality --configs "pipefusion_parallel_degree=2 num_pipeline_patch=4"',
     )
-    flags.add_argument("--configs", nargs="+", metavar="FLAGS", help="As of xdit bench (default: PipeFusion previews).")
-    flags.add_argument("--ranks", nargs="+", type=int, default=[2], help="Ranks of presets (default: 2).")
-    flags.add_argument("--prompts", metavar="FILE", help="A prompt a line; those of the shipped pipeline if not given.")
+    flags.add_argument("--configs", nargs="+", metavar="FLAGS", help="As in xdit bench (default: PipeFusion previews).")
+    flags.add_argument("--ranks", nargs="+", type=int, default=[2], help="Numbers of ranks for presets (default: 2).")
+    flags.add_argument("--prompts", metavar="FILE", help="One prompt per line (default: the shipped pipeline's).")
     flags.add_argument("--fid", nargs=2, metavar="FOLDER", help="Only compute FID between two folders of images.")
-    flags.add_argument("--features", metavar="FILE", help="Network that FID takes features of (docs/fid.md).")
+    flags.add_argument("--features", metavar="FILE", help="Network for the features of FID (docs/fid.md).")
     flags.add_argument("--output_dir", default="results/quality", help="Folder for images and the report.")
-    flags.add_argument("--part", help=argparse.SUPPRESS)  # where rank 0 leaves what it measured for who started it
+    flags.add_argument("--part", help=argparse.SUPPRESS)  # file for rank 0's results, read by the parent process
     xFuserArgs.add_cli_args(flags).set_defaults(num_inference_steps=None)
     return flags
 
@@ -89,7 +89,7 @@ def _prompts(options: argparse.Namespace) -> list[str]:
     else:
         found = options.prompt or (PROMPTS if shipped_folder(options.model) else [])
     if not found:
-        raise ValueError("there is nothing to draw: give --prompts FILE, with a prompt on each line")
+        raise ValueError("there is nothing to draw: give --prompts FILE, with one prompt per line")
     return found
 
 
@@ -97,19 +97,19 @@ def _features(options: argparse.Namespace) -> str:
     extra("torchmetrics.image.fid", "FID")
     if not options.features or not os.path.isfile(options.features):
         raise ValueError(
-            f"features={options.features!r}: FID needs the file of a network, which is not part of this package and is"
-            " never downloaded; docs/fid.md says which, and how to get it"
+            f"features={options.features!r}: FID requires the file of a network, which is not part of this package"
+            " and is never downloaded; see docs/fid.md for how to get it"
         )
     return options.features
 
 
 def folder_of(name: str) -> str:
-    """A configuration's folder of images."""
+    """The name of a configuration's image folder."""
     return re.sub(r"[^\w.=-]+", "_", name)
 
 
 def _run_rank(options: argparse.Namespace, chosen: list[Configuration], prompts: list[str]) -> int:
-    """One rank's part: rank 0 draws serially, all draw under each configuration, rank 0 compares and saves."""
+    """Run one rank: rank 0 generates serially, all ranks with each configuration; rank 0 compares and saves."""
     from xfuser.bench.workload import Workload, ours
     from xfuser.core.distributed import destroy_distributed_environment, get_world_group, init_distributed_environment
 
@@ -140,7 +140,7 @@ def _run_rank(options: argparse.Namespace, chosen: list[Configuration], prompts:
 
 
 def _compared(directory: str, name: str, pictures: list[Any], serial: list[Any]) -> dict[str, list[Any]]:
-    """Save images; PSNR and SSIM of each, and its path."""
+    """Save the images; returns the path, PSNR, and SSIM of each."""
     from xfuser.bench.quality import psnr, ssim
     from xfuser.pipeline_io.media import write_media
 
@@ -149,7 +149,7 @@ def _compared(directory: str, name: str, pictures: list[Any], serial: list[Any])
     told = {"paths": paths, "psnr": [psnr(a.float(), b.float()) for a, b in pairs]}
     try:
         return told | {"ssim": [ssim(_flat(a), _flat(b)) for a, b in pairs]}
-    except ValueError as error:  # without torchmetrics the rest is useful, too
+    except ValueError as error:  # without torchmetrics, the other results are still useful
         print(f"SSIM is left out: {error}", file=sys.stderr)
         return told | {"ssim": None}
 
@@ -182,14 +182,14 @@ def _write_report(options: argparse.Namespace, prompts: list[str], told: list[di
 
 
 def _adherence(prompts: list[str], paths: list[str]) -> float | None:
-    """Share of images that show all that their prompts ask for, where the shipped pipeline's checker knows these."""
+    """Share of images that show all of their prompts, among the prompts that the shipped pipeline's checker knows."""
     from PIL import Image
 
     verdicts = []
     for prompt, path in zip(prompts, paths, strict=True):
         try:
             scene = scenes.parse(prompt)
-        except ValueError:  # words that it does not know
+        except ValueError:  # has unknown words
             continue
         with Image.open(path) as picture:
             verdicts.append(all(check(picture, scene).values()))

@@ -1,4 +1,4 @@
-"""From what was measured to a report: bench.json, bench.md and bench.png in one folder."""
+"""Write measurements as a report: bench.json, bench.md, and bench.png in one folder."""
 
 import os
 import platform
@@ -14,7 +14,7 @@ from xfuser.core import device as devices
 
 
 def write_report(folder: str, title: str, options: dict[str, Any], told: list[dict[str, Any]]) -> str:
-    """Write the report of these runs (``xfuser.bench.measure``), one for each number of ranks; returns its Markdown."""
+    """Write the report of runs (``xfuser.bench.measure``), one per number of ranks; returns its Markdown."""
     from xfuser.bench.plots import draw_report, draw_timeline
 
     machine = describe_machine()
@@ -33,7 +33,7 @@ def write_report(folder: str, title: str, options: dict[str, Any], told: list[di
 
 
 def describe_machine() -> dict[str, Any]:
-    """Where this runs, and with what."""
+    """The machine and the versions of the main packages."""
     return {
         "device": devices.device_name(),
         "cores": os.cpu_count(),
@@ -53,10 +53,10 @@ def describe(machine: dict[str, Any]) -> str:
 
 
 def summary(row: dict[str, Any], run: dict[str, Any]) -> dict[str, float]:
-    """The figures of the table. Of ranks that differ, the one with the most counts.
+    """The figures of the table: maxima over the ranks, the minimum of PSNR, and the mean of waiting.
 
-    Seconds are of a call. The speed-up is against a serial call alone, the efficiency against serial calls on all
-    ranks at once, which have as much of the machine as the parallel call has.
+    Seconds are per call. The speed-up is relative to a serial call on its own. The efficiency is relative to serial
+    calls on all ranks at once, which share the machine as the ranks of the parallel call do.
     """
     seconds = statistics.median(row["seconds"])
     return {
@@ -78,7 +78,7 @@ def summary(row: dict[str, Any], run: dict[str, Any]) -> dict[str, float]:
 
 
 def table(run: dict[str, Any]) -> str:
-    """A Markdown table of one number of ranks."""
+    """A Markdown table for one number of ranks."""
     serial = run["serial"]
     alone, beside = (statistics.median(serial[name]) for name in ("seconds", "beside"))
     spread = f"{min(serial['seconds']):.3g} to {max(serial['seconds']):.3g}"
@@ -114,7 +114,7 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def _asynchronous(row: dict[str, Any], serial: float) -> str | None:
-    """How fast PipeFusion is once its stages are busy, in the last round; ``serial``: seconds of a serial step."""
+    """The speed of PipeFusion's asynchronous steps in the last round; ``serial``: seconds of a serial step."""
     spans = row.get("spans") or []
     patches: dict[int, set[int]] = {}
     for span in spans:
@@ -129,10 +129,10 @@ def _asynchronous(row: dict[str, Any], serial: float) -> str | None:
 
 
 def megabytes(count: float) -> str:
-    """A number of bytes for people: MB, or kB where there are few."""
+    """Format a number of bytes as MB, or as kB if it is small."""
     return f"{count / 1e6:.3g} MB" if count >= 1e5 else f"{count / 1e3:.3g} kB" if count else "0"
 
 
 def decibels(psnr: float) -> str:
-    """A peak signal-to-noise ratio for people; equal images have one above 119 dB."""
+    """Format a peak signal-to-noise ratio; for equal images, it is above 119 dB."""
     return f"{psnr:.1f} dB" if psnr < 119 else "> 119 dB"

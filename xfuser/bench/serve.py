@@ -1,4 +1,4 @@
-"""``python -m xfuser.bench.serve``: many requests to a server whose ranks are killed meanwhile, and what it costs."""
+"""``python -m xfuser.bench.serve``: send many requests to a server while killing ranks, and measure overheads."""
 
 import argparse
 import asyncio
@@ -28,21 +28,21 @@ from xfuser.testing.serving import Served, until
 from xfuser.weights.loading import load_pipeline
 
 SHAPES, SEEDS, PROMPT = ((64, 64), (64, 128), (128, 64), (128, 128)), 4, "a red circle above a blue square"
-INVALID = "100x64"  # a size
+INVALID = "100x64"  # invalid size
 ROUNDS = 7
-WARM = 100  # requests behind which memory is read first
+WARM = 100  # number of requests before the first reading of memory
 
 
 @dataclass
 class Account:
-    """What became of the requests, and of the faults."""
+    """The outcomes of requests and faults."""
 
     ends: Counter = field(default_factory=Counter)
     wrong: int = 0
-    killed: list[float] = field(default_factory=list)  # when
+    killed: list[float] = field(default_factory=list)  # times
     recovered: list[float] = field(default_factory=list)  # seconds until ready again
-    after_fault: list[float] = field(default_factory=list)  # seconds from a kill to the end of a request that it hit
-    memory: list[int] = field(default_factory=list)  # bytes, behind WARM requests and at the end
+    after_fault: list[float] = field(default_factory=list)  # seconds from a kill to the end of an affected request
+    memory: list[int] = field(default_factory=list)  # bytes after WARM requests and at the end
 
     def __str__(self) -> str:
         told = ", ".join(f"{name} {count}" for name, count in sorted(self.ends.items()))
@@ -55,7 +55,7 @@ class Account:
 
 
 def main() -> None:
-    """Run what is asked for, and print an account of it."""
+    """Run the requests and faults, and print the outcomes and overheads."""
     flags = argparse.ArgumentParser(prog="python -m xfuser.bench.serve", description=__doc__)
     flags.add_argument("--requests", type=int, default=2000)
     flags.add_argument("--kills", type=int, default=10)
@@ -91,7 +91,7 @@ def main() -> None:
 
 
 def bare_pipeline(steps: int) -> tuple[Any, dict[str, Any]]:
-    """The shipped pipeline in this process, and the arguments of its call but size and generator."""
+    """The shipped pipeline in this process, and its call's arguments except size and generator."""
     args = xFuserArgs("shapes-256", prompt=PROMPT, num_inference_steps=steps, no_use_resolution_binning=True)
     configs = args.create_config()
     parallel = xDiTParallel(load_pipeline(*configs), *configs)
@@ -102,20 +102,20 @@ def bare_pipeline(steps: int) -> tuple[Any, dict[str, Any]]:
 
 
 def drawn(pipe: Any, call: dict[str, Any], shape: tuple[int, int], seed: int) -> np.ndarray:
-    """An image of the bare pipeline."""
+    """Generate an image with the bare pipeline."""
     own = {"width": shape[0], "height": shape[1], "generator": torch.Generator().manual_seed(seed)}
     return np.asarray(pipe(**call | own).images[0], np.int16)
 
 
 def serial_pictures(pipe: Any, call: dict[str, Any]) -> dict[tuple, np.ndarray]:
-    """By shape and seed."""
+    """The bare pipeline's images by shape and seed."""
     return {(shape, seed): drawn(pipe, call, shape, seed) for shape in SHAPES for seed in range(SEEDS)}
 
 
 async def fault_run(
     served: Served, expected: dict[tuple, np.ndarray], requests: int, kills: int, exceptions: int, clients: int
 ) -> Account:
-    """So many requests, by so many clients at a time, with faults spread among them; each ends, or this does not."""
+    """Send requests from concurrent clients, with faults in between; returns only when every request has ended."""
     account, choose = Account(), random.Random(0)
     kinds = ["cancelled"] * math.ceil(0.05 * requests) + ["invalid"] * math.ceil(0.03 * requests)
     kinds += ["raises"] * exceptions
@@ -145,7 +145,7 @@ async def fault_run(
 
 
 async def request(client: httpx.AsyncClient, kind: str, choose: Any, account: Account, expected: Any) -> None:
-    """One request until it ends; while the server is not ready it is sent again."""
+    """Send one request and wait for its end; retry while the server is not ready."""
     shape, seed = choose.choice(SHAPES), choose.randrange(SEEDS)
     body = {"prompt": PROMPT, "seed": seed, "size": INVALID if kind == "invalid" else "{}x{}".format(*shape)}
     if kind == "raises":
@@ -170,7 +170,7 @@ async def request(client: httpx.AsyncClient, kind: str, choose: Any, account: Ac
 
 
 async def _leave(client: httpx.AsyncClient, body: dict[str, Any]) -> str:
-    """Ask for events, and disconnect at the first one."""
+    """Request events, and disconnect at the first one."""
     async with client.stream("POST", "/v1/images/generations", json=body | {"stream": True}) as answer:
         if answer.status_code != 200:
             await answer.aread()
@@ -181,7 +181,7 @@ async def _leave(client: httpx.AsyncClient, body: dict[str, Any]) -> str:
 
 
 async def _recovery(served: Served, account: Account) -> None:
-    """Note when the server is ready again."""
+    """Record the time until the server is ready again."""
     start = account.killed[-1]
     await asyncio.to_thread(until, lambda: not served.health()["ready"], "a server that notices")
     await asyncio.to_thread(served.ready)
@@ -189,12 +189,12 @@ async def _recovery(served: Served, account: Account) -> None:
 
 
 def memory_of(served: Served) -> int:
-    """Bytes of the HTTP process and its ranks."""
+    """Resident bytes of the HTTP process and its ranks."""
     return sum(psutil.Process(pid).memory_info().rss for pid in (served.process.pid, *served.ranks()))
 
 
 async def costs(served: Served, pipe: Any, call: dict[str, Any], side: int, clients: int = 8) -> None:
-    """What a request costs beside a call, and what drawing together brings; runs of both are interleaved."""
+    """Measure a request's overhead over a call, and the gain of batching; compared runs are interleaved."""
     overheads, gains = [], []
     body = {"prompt": PROMPT, "seed": 0, "size": f"{side}x{side}"}
     async with httpx.AsyncClient(base_url=served.url, timeout=600) as client:

@@ -1,4 +1,4 @@
-"""``xdit bench --slow_links``: configurations on two nodes, over links of several rates."""
+"""``xdit bench --slow_links``: compare configurations on two nodes, over links of several rates."""
 
 import argparse
 import json
@@ -24,10 +24,10 @@ def main(options: argparse.Namespace, arguments: list[str]) -> int:
         bits_per_second(rate)
     worlds = {configuration.ranks for configuration in chosen}
     if len(worlds) > 1 or min(worlds) % 2:
-        raise ValueError(f"slow_links: the configurations run on {sorted(worlds)} ranks; give some for one even number")
+        raise ValueError(f"slow_links: the configurations run on {sorted(worlds)} ranks; all must use one even number")
     check_nodes()
     check_outputs(options)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what is made is removed
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the nodes are removed
     told = {}
     for rate in rates:
         print(f"{rate}:", file=sys.stderr, flush=True)
@@ -40,7 +40,7 @@ def main(options: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def _measured(rate: str, delay: str | None, ranks: int, arguments: list[str]) -> dict[str, Any] | None:
-    """What the bench measures on two nodes over this link; None where a node failed."""
+    """Run the bench on two nodes over this link; returns None if a node failed."""
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     with tempfile.TemporaryDirectory() as folder, two_nodes(rate, delay) as nodes:
         part = os.path.join(folder, "part.json")

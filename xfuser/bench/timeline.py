@@ -1,4 +1,4 @@
-"""What PipeFusion's stages did when, during one call."""
+"""A timeline of PipeFusion's stages during one call."""
 
 import time
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ Span = dict[str, float]  # stage, step, patch, start, end: a sub-step on one sta
 
 @contextmanager
 def timeline(waits: Waiting) -> Iterator[list[Span]]:
-    """Record the sub-steps of a PipeFusion call within the context, each from when its tokens were there."""
+    """Record the sub-steps of a PipeFusion call in the context, each from the arrival of its tokens."""
     spans: list[Span] = []
     wrapper = SequenceParallel._wrapper
 
@@ -25,7 +25,7 @@ def timeline(waits: Waiting) -> Iterator[list[Span]]:
         output = wrapper(method, forward, arguments)
         stage, call = method._stage.number, method._call
         if stage > 0:
-            start = waits.waits[before][1]  # when the previous stage's tokens were there
+            start = waits.waits[before][1]  # arrival of the previous stage's tokens
         place = {"stage": stage, "step": call.step, "patch": call.patch}
         spans.append(place | {"start": start, "end": time.perf_counter()})
         return output

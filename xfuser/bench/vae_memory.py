@@ -1,4 +1,4 @@
-"""The largest image that fits: a decoder of Stable Diffusion's structure, by rows, on 1, 2 and 4 ranks."""
+"""Find the largest image that fits: a decoder of Stable Diffusion's structure, by rows, on 1, 2, and 4 ranks."""
 
 import os
 import tempfile
@@ -15,13 +15,13 @@ from xfuser.vae.engines import parallel_vae
 
 TITLE = "The largest image within a fixed memory, AutoencoderKL, widths 32 to 128"
 WIDTHS = (32, 64, 128, 128)  # a quarter of Stable Diffusion's
-SERIAL = 384  # pixels on a side: what serial needs for it is the memory that there is
+SERIAL = 384  # side in pixels; the memory that serial requires for it is the limit
 STEP = 32
-CASES = {"serial": (1, None), "1 rank": (1, 8), "2 ranks": (2, 8), "4 ranks": (4, 8)}  # ranks, rows at a time
+CASES = {"serial": (1, None), "1 rank": (1, 8), "2 ranks": (2, 8), "4 ranks": (4, 8)}  # ranks, chunk rows
 
 
 def run_memory() -> int:
-    """Print the table; starts the ranks of each case. Returns the exit code."""
+    """Start the ranks of each case and print the table; returns the exit code."""
     print(f"{TITLE}\n\n| | rows at a time | largest image | pixels | allocated |\n|---|---|---|---|---|")
     for label, (ranks, rows) in CASES.items():
         with tempfile.TemporaryDirectory() as folder:
@@ -30,7 +30,7 @@ def run_memory() -> int:
 
 
 def _largest(rank: int, label: str, ranks: int, rows: int | None, store: str) -> None:
-    """One rank's part; rank 0 prints a line."""
+    """Run one rank; rank 0 prints a line."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
     torch.manual_seed(0)
@@ -51,7 +51,7 @@ def _largest(rank: int, label: str, ranks: int, rows: int | None, store: str) ->
 
 
 def _peak(vae: Any, side: int, rows: int | None) -> int:
-    """Bytes allocated at the peak of a decode, on the rank that needs most."""
+    """Peak bytes allocated in a decode, on the rank with the highest peak."""
     latents = torch.randn(1, 4, side // 8, side // 8)
     with parallel_vae(vae, dist.group.WORLD, "native", chunk_rows=rows) if rows else nullcontext():
         peak = torch.tensor(peak_allocation(lambda: vae.decode(latents)))

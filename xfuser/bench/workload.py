@@ -1,4 +1,4 @@
-"""What is run: a pipeline, the arguments of its call, and the ways to call it."""
+"""The workload: a pipeline, the arguments of its call, and the ways to call it."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -25,11 +25,11 @@ from xfuser.pipeline_io.arguments import pipeline_arguments
 from xfuser.pipeline_io.media import media_of
 from xfuser.weights.loading import load_pipeline
 
-LOADING = ("dtype", "use_fp8_t5_encoder")  # runtime options that change what is loaded, beside those named enable_...
+LOADING = ("dtype", "use_fp8_t5_encoder")  # runtime options that affect loading, besides enable_...
 
 
 class Workload:
-    """A pipeline to measure: that of ``args.model``, or a named case; ``sizes`` change the case's arguments."""
+    """A pipeline to measure, ``args.model`` or a named case; ``sizes`` override the case's arguments."""
 
     def __init__(self, args: xFuserArgs, case: str | None = None, sizes: dict[str, int] | None = None) -> None:
         self._engine, self._inputs = args.checked()
@@ -39,7 +39,7 @@ class Workload:
         self._calls: dict[str | None, dict[str, Any]] = {}
 
     def pipe(self, engine: EngineConfig | None = None) -> Any:
-        """The bare pipeline, loaded once for all configurations that load it alike; the serial one by default."""
+        """The bare pipeline, loaded once per set of loading options; by default, with those of the serial run."""
         engine = engine or self._engine
         runtime = vars(engine.runtime_config)
         key = tuple((name, runtime[name]) for name in sorted(runtime) if name in LOADING or name.startswith("enable_"))
@@ -48,7 +48,7 @@ class Workload:
         return self._loaded[key]
 
     def load(self, engine: EngineConfig | None = None) -> Any:
-        """A pipeline of its own."""
+        """Load a new pipeline."""
         engine = engine or self._engine
         if self._case:
             pipe = seeded(self._case.pipeline).to(devices.device(get_world_group().local_rank))
@@ -59,7 +59,7 @@ class Workload:
 
     @contextmanager
     def serial(self) -> Iterator[Any]:
-        """The bare pipeline; with First-Block-Cache where that is asked for beside the configurations."""
+        """Context with the bare pipeline, with First-Block-Cache if requested outside of the configurations."""
         pipe, runtime = self.pipe(), self._engine.runtime_config
         with ExitStack() as stack:
             for model, _ in planned_models(pipe).values() if runtime.use_fbcache else ():
@@ -68,7 +68,7 @@ class Workload:
             yield pipe
 
     def call(self, prompt: str | None = None) -> dict[str, Any]:
-        """The arguments of the call; with ``prompt`` in place of those asked for."""
+        """The arguments of the call; ``prompt`` replaces the requested prompts."""
         if prompt not in self._calls:
             self._calls[prompt] = self._case_call() if self._case else self._model_call(prompt)
         return self._calls[prompt]
@@ -84,9 +84,9 @@ class Workload:
         return call | ({"output_type": "pt"} if inputs.output_type == "pil" and "output_type" in call else {})
 
     def run(self, pipe: Any, prompt: str | None = None, place: int = 0, **changes: Any) -> torch.Tensor:
-        """Call it; returns the images, ``[N, ...]``, in 0..1 unless they are latents.
+        """Call the pipeline; returns the images, ``[N, ...]``, in 0..1 unless they are latents.
 
-        Noise is that of the seed, and another one for each ``place`` among several prompts.
+        The noise depends on the seed, and on the ``place`` among several prompts.
         """
         call = self.call(prompt) | {"generator": torch.Generator().manual_seed(self._inputs.seed + place)}
         with torch.no_grad():
@@ -95,7 +95,7 @@ class Workload:
 
 
 def _whole(engine: EngineConfig) -> EngineConfig:
-    """Loads all weights on every rank, as the serial run needs them; a wrap divides them."""
+    """A configuration that loads all weights on every rank, for the serial run; wrapping divides them."""
     replicas = ParallelConfig(dp_degree=get_world_group().world_size)
     runtime = replace(engine.runtime_config, text_encoder="replicate")
     return replace(engine, parallel_config=replicas, runtime_config=runtime)
@@ -103,7 +103,7 @@ def _whole(engine: EngineConfig) -> EngineConfig:
 
 @dataclass(frozen=True)
 class Contender:
-    """A way to call the workload's pipeline: a context that yields the pipeline to call."""
+    """A way to call the workload's pipeline; ``opened`` creates a context that yields the pipeline to call."""
 
     name: str
     opened: Callable[[], AbstractContextManager[Any]]
@@ -116,14 +116,14 @@ def ours(workload: Workload, configuration: Configuration) -> Contender:
 
 @contextmanager
 def wrapped(bare: Any, engine: EngineConfig) -> Iterator[Any]:
-    """The pipeline as it is wrapped within the context."""
+    """Context with the wrapped pipeline."""
     pipe = xDiTParallel(bare, engine, InputConfig())
     yield pipe
-    pipe.unwrap()  # not after an error: the others would have to take part
+    pipe.unwrap()  # not after an error, as all ranks must take part
 
 
 def diffusers_own(workload: Workload, ranks: int) -> Contender:
-    """Diffusers' own Ulysses (its ring has no kernel for the CPU), on a pipeline of its own."""
+    """The contender of Diffusers' own Ulysses (its ring has no CPU kernel), on a separate pipeline."""
     held: list[Any] = []
 
     @contextmanager
@@ -139,19 +139,19 @@ def diffusers_own(workload: Workload, ranks: int) -> Contender:
 
 
 def own_parallelism_runs_here() -> AbstractContextManager[Any]:
-    """Within the context, Diffusers' context parallelism can be enabled here: it divides by the number of devices."""
+    """Context for Diffusers' context parallelism on the CPU: it divides by the number of devices, which must be 1."""
     here = {"device_count": lambda: 1} if devices.device_type() == "cpu" else {}
     return mock.patch.multiple("torch.accelerator", **here)
 
 
 def check_peer() -> None:
-    """Raise a ValueError where the installed release of Diffusers has no context parallelism."""
+    """Raise a ValueError if the installed release of Diffusers has no context parallelism."""
     if not hasattr(diffusers, "ContextParallelConfig"):
         raise ValueError(f"against diffusers: release {diffusers.__version__} has no ContextParallelConfig")
 
 
 def timed(action: Callable[[], Any]) -> tuple[float, float]:
-    """When ``action`` began on all ranks, and when all had ended it: seconds of the machine's clock."""
+    """Run ``action``; returns the times at which all ranks started it and had finished it, in seconds of the clock."""
     dist.barrier()
     devices.synchronize()
     start = time.perf_counter()
