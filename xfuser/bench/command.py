@@ -118,7 +118,7 @@ def chosen_configurations(options: argparse.Namespace) -> list[Configuration]:
     options.ranks = options.ranks or ([2, 4] if options.costs else [2])
     for name, least in (("rounds", 1), ("warm_up", 0)):
         if getattr(options, name) < least:
-            raise ValueError(f"{name}={getattr(options, name)}: must be a whole number of {least} or more")
+            raise ValueError(f"{name}={getattr(options, name)} must be a whole number of {least} or more")
     if options.use_teacache or (options.use_fbcache and (options.compile or options.against)):
         raise ValueError(
             "the serial run can have use_fbcache alone, without compile and against: give the cache within --configs"

@@ -8,9 +8,7 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
-FORMULAS: dict[
-    str, tuple[str, Callable[[int, int], float]]
-] = {  # by flag; the functions of layers and ranks are in units of p * hs
+FORMULAS: dict[str, tuple[str, Callable[[int, int], float]]] = {  # by flag: in units of p * hs, of layers and ranks
     "ulysses_degree": ("4/N · p·hs·L", lambda layers, ranks: 4 * layers / ranks),
     "ring_degree": ("2 · p·hs·L", lambda layers, ranks: 2 * layers),
     "distrifusion_degree": ("2 · p·hs·L", lambda layers, ranks: 2 * layers),

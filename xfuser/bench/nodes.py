@@ -50,7 +50,7 @@ def check_nodes() -> None:
     """Raise a ValueError if nodes cannot be created."""
     missing = [program for program in ("ip", "tc") if not shutil.which(program)]
     if missing:
-        raise ValueError(f"nodes on one machine require {' and '.join(missing)}: install iproute2 (Linux)")
+        raise ValueError(f"nodes on one machine need {' and '.join(missing)}: install iproute2 (Linux)")
     if os.geteuid() != 0:
         raise ValueError("nodes on one machine are network namespaces, which need root: run this as root")
 

@@ -97,7 +97,7 @@ def _features(options: argparse.Namespace) -> str:
     extra("torchmetrics.image.fid", "FID")
     if not options.features or not os.path.isfile(options.features):
         raise ValueError(
-            f"features={options.features!r}: FID requires the file of a network, which is not part of this package"
+            f"features={options.features!r}: FID needs the file of a network, which is not part of this package"
             " and is never downloaded; see docs/fid.md for how to get it"
         )
     return options.features
