@@ -1,4 +1,4 @@
-"""Which stage owns which blocks, and the stubs in place of the blocks of other stages."""
+"""Assignment of blocks to stages, and the stubs that replace blocks of other stages."""
 
 import copy
 import functools
@@ -19,10 +19,10 @@ NOMINAL_TOKENS = {"image": 4096, "text": 512}  # of a 1024-pixel image; only the
 
 
 def stage_layers(model: nn.Module, plan: ModelPlan, stages: int, asked: tuple[int, ...] | None = None) -> list[int]:
-    """Number of blocks of each stage: as asked for, else so that the slowest stage takes as little time as possible.
+    """Number of blocks of each stage: as requested, otherwise balanced for the shortest time of the slowest stage.
 
     Raises:
-        ValueError: there are fewer blocks than stages, or the numbers asked for do not add up.
+        ValueError: there are fewer blocks than stages, or the requested numbers do not add up.
     """
     places = _places(model, plan)
     total = max(places) + 1
@@ -43,14 +43,14 @@ def stage_layers(model: nn.Module, plan: ModelPlan, stages: int, asked: tuple[in
 
 
 def block_cost(block: nn.Module, plan: ModelPlan) -> float:
-    """Multiplications of a block's forward on a 1024-pixel image, about: its linears, and its attention."""
+    """Approximate multiplications of a block's forward on a 1024-pixel image, in its linears and its attention."""
     linears = {name: one for name, one in block.named_modules() if isinstance(one, nn.Linear)}
     prefixes = tuple(f"{name}." for name in plan.text_modules)
     text = {name for name in linears if f"{name}.".startswith(prefixes)}
     image_tokens = NOMINAL_TOKENS["image"] + (NOMINAL_TOKENS["text"] if plan.text and not text else 0)
     cost = 0.0
     for name, linear in linears.items():
-        if not name.startswith("norm"):  # those work on one token
+        if not name.startswith("norm"):  # these work on one token
             cost += _linear_cost(linear, NOMINAL_TOKENS["text"] if name in text else image_tokens)
     for name, streams in plan.attentions().items():
         attention = getattr(block, name, None)
@@ -66,7 +66,7 @@ def _linear_cost(module: nn.Module, tokens: int) -> float:
 
 @functools.cache
 def _balanced(costs: tuple[float, ...], parts: int) -> tuple[float, list[int]]:
-    """The smallest possible largest sum of consecutive parts, none empty, and their sizes."""
+    """Divide costs into consecutive, non-empty parts: the smallest possible largest sum, and the sizes of the parts."""
     if parts == 1:
         return sum(costs), [len(costs)]
     rests = [(size, *_balanced(costs[size:], parts - 1)) for size in range(1, len(costs) - parts + 2)]
@@ -74,13 +74,14 @@ def _balanced(costs: tuple[float, ...], parts: int) -> tuple[float, list[int]]:
 
 
 class Stub(nn.Module):
-    """Replaces a block of another stage: passes the streams on, and has the block's attributes.
+    """Replaces a block of another stage: passes the streams on and has the block's attributes.
 
-    The block's weights are freed. Of its submodules only those lent to the forward keep theirs, and stay registered.
+    The block's weights are freed. Only submodules that the forward uses directly (``plan.lent``) keep theirs and stay
+    registered.
 
     Attributes:
-        stage_layers: number of blocks of each stage, as the blocks were divided.
-        held: whether a wrapped pipeline has it, and will give the block back.
+        stage_layers: number of blocks of each stage when the stub was made.
+        held: whether a wrapped pipeline has the stub, and will restore the block.
     """
 
     def __init__(self, block: nn.Module, plan: ModelPlan, place: tuple[str, int], layers: list[int]) -> None:
@@ -88,7 +89,7 @@ class Stub(nn.Module):
         prefix = f"{place[0]}.{place[1]}."
         lent = [name.removeprefix(prefix) for name in plan.lent if name.startswith(prefix)]
         self.lent = nn.ModuleList(block.get_submodule(name) for name in lent)
-        self.__dict__["original"] = block  # unregistered: its weights are gone
+        self.__dict__["original"] = block  # not registered: its weights are freed
         self.stage_layers, self.held = layers, False
         self.free()
         names = {streams: name for name, streams in plan.carriers(place[0]).items()}
@@ -104,7 +105,7 @@ class Stub(nn.Module):
         self.forward = forward
 
     def free(self) -> None:
-        """Free the block's weights, but for those that are lent."""
+        """Free the block's weights, except those that are lent."""
         kept = set(self.lent.parameters())
         for weight, owner, key in tensors_of(self.original):
             if weight not in kept:
@@ -118,19 +119,19 @@ class Stub(nn.Module):
 
 
 def divide(model: nn.Module, plan: ModelPlan, layers: list[int], stage: int) -> None:
-    """Leave the blocks of this stage in the model, and put a :class:`Stub` in the place of each of the others."""
+    """Keep the blocks of this stage in the model, and replace each of the others with a :class:`Stub`."""
     for (block, name, i), owner in zip(blocks_of(model, plan), owners_of(model, plan, layers), strict=True):
         if owner != stage:
             model.get_submodule(name)[i] = Stub(block, plan, (name, i), layers)
 
 
 def divided(model: nn.Module, plan: ModelPlan) -> list[Stub]:
-    """The stubs that are in the place of a model's blocks."""
+    """The stubs that replace blocks of a model."""
     return [block.module for block in blocks_of(model, plan) if isinstance(block.module, Stub)]
 
 
 class Chain(NamedTuple):
-    """Blocks that pass tokens on to each other, and their stages; ``kind`` names the messages with these tokens."""
+    """Blocks that pass tokens to each other, and their stages; ``kind`` names the messages with these tokens."""
 
     kind: str
     blocks: list[Block]
@@ -141,15 +142,15 @@ class StageBlocks:
     """The blocks of a transformer that this stage holds. The weights of all others are freed until :meth:`restore`.
 
     Attributes:
-        model, plan: the transformer.
+        model, plan: the transformer and its plan.
         last: the stage of the last block.
-        group: the stages.
+        group: the ranks of the stages.
     """
 
     def __init__(self, model: nn.Module, plan: ModelPlan, group: GroupCoordinator, layers: list[int]) -> None:
         self.model, self.plan, self.group = model, plan, group
         self._owners, self.last = owners_of(model, plan, layers), len(layers) - 1
-        if not divided(model, plan):  # it is where the pipeline was loaded for these stages
+        if not divided(model, plan):  # it is divided if the pipeline was loaded for these stages
             divide(model, plan, layers, group.rank_in_group)
         stubs = [isinstance(block.module, Stub) for block in blocks_of(model, plan)]
         if stubs != [owner != group.rank_in_group for owner in self._owners]:
@@ -164,7 +165,7 @@ class StageBlocks:
 
     @property
     def chains(self) -> list[Chain]:
-        """The blocks, with their stages: each list of hints, and all others."""
+        """The chains of blocks: one for each list of hints, and one for all other blocks."""
 
         def kind(one: tuple[Block, int]) -> str:
             return one[0].list_name if one[0].list_name in self.plan.hints else "tokens"
@@ -173,7 +174,7 @@ class StageBlocks:
         return [Chain(name, *map(list, zip(*ones, strict=True))) for name, ones in groupby(pairs, kind)]
 
     def _loading(self, load: Callable[..., Any]) -> Callable[..., Any]:
-        """Loads adapters; of one that takes another's place, what is for this stage, as PEFT refuses the rest there."""
+        """Wrap a loader of adapters: on a hot swap it gets only this stage's weights, as PEFT refuses the others."""
         bind = Binder(load)
 
         @functools.wraps(load)
@@ -190,7 +191,7 @@ class StageBlocks:
         return loading
 
     def with_all_blocks(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """``function``, for which the model has all blocks; the weights that it gives to other stages' are freed."""
+        """Let ``function`` see all blocks in the model; weights that it gives to blocks of other stages are freed."""
 
         @functools.wraps(function)
         def seeing_all(*args: Any, **kwargs: Any) -> Any:
@@ -207,14 +208,14 @@ class StageBlocks:
         return seeing_all
 
     def remember(self) -> None:
-        """Take this stage's blocks, as the wrap has left them, for those that the other stages can restore."""
+        """Record names, shapes and types of the weights in this stage's blocks after the wrap, for :meth:`check`."""
         self._remembered = {(name, i): _described(block) for block, name, i in self._own()}
         self._changed: set[tuple[str, int]] = set()
 
     def check(self) -> str | None:
-        """Ahead of :meth:`restore`: why others could not take this stage's blocks as they are now; None if they can.
+        """Return why other stages cannot take this stage's blocks, or None; must be called before :meth:`restore`.
 
-        Blocks whose weights are not those that were remembered, as after LoRA layers were loaded, are sent as modules.
+        Blocks whose weights differ from the recorded ones, as after LoRA layers were loaded, are sent as modules.
         """
         own = self._own() if divided(self.model, self.plan) else []
         changed = [one for one in own if _described(one.module) != self._remembered[one.list_name, one.index]]
@@ -233,11 +234,11 @@ class StageBlocks:
         return [block for block in blocks_of(self.model, self.plan) if not isinstance(block.module, Stub)]
 
     def restore(self) -> None:
-        """Give every stage all blocks again, with the weights of the stage that holds them; all stages must call it."""
+        """Restore all blocks on every stage, with the weights of the stage that holds them; all stages must call it."""
         self._hooks.close()
         for (module, name, i), owner in zip(blocks_of(self.model, self.plan), self._owners, strict=True):
             block = module.original if isinstance(module, Stub) else module
-            # The wrapped pipeline may have been moved to another dtype or device, which stubs do not notice.
+            # The wrapped pipeline may have been moved to another dtype or device, which stubs do not follow.
             kinds = [(weight.dtype, weight.device.type) for weight, *_ in tensors_of(block)]
             changed = _without_weights(block) if (name, i) in self._changed else None
             changed, kinds = self.group.broadcast_object((changed, kinds), src=owner)
@@ -252,14 +253,17 @@ class StageBlocks:
 
 
 def owners_of(model: nn.Module, plan: ModelPlan, layers: list[int]) -> list[int]:
-    """The stage of each block, where the stages have so many of those that are not ``hints``."""
+    """The stage of each block; ``layers`` is each stage's number of blocks that are not ``hints``."""
     stages = [stage for stage, number in enumerate(layers) for _ in range(number)]
     return [stages[place] for place in _places(model, plan)]
 
 
 def _places(model: nn.Module, plan: ModelPlan) -> list[int]:
-    """For each block, which of those that are not ``hints`` it is on one stage with: a hint with the block behind that
-    to which it is added, as what the forward does between two blocks is up to the latter's stage."""
+    """For each block, the place of a block that is not in ``hints`` and is on the same stage.
+
+    A block of hints is on the stage of the block after the one that its hint is added to: what the forward does between
+    two blocks runs on the stage of the second one.
+    """
     blocks, numbers = blocks_of(model, plan), count()
     last = sum(block.list_name not in plan.hints for block in blocks) - 1
     added = {name: sorted(model.config[layers]) for name, layers in plan.hints.items()}
@@ -267,12 +271,12 @@ def _places(model: nn.Module, plan: ModelPlan) -> list[int]:
 
 
 def _described(block: nn.Module) -> list[tuple[str, torch.Size, type]]:
-    """What must be the same for weights to be given from one module to another."""
+    """What must be equal in two modules to copy the weights of one to the other."""
     return [(key, x.shape, type(x)) for x, _, key in tensors_of(block)]
 
 
 def _without_weights(block: nn.Module) -> nn.Module:
-    """A copy whose weights are on the meta device."""
+    """A copy of a block with its weights on the meta device."""
     memo = {}
     for x, owner, key in tensors_of(block):
         blank = x.detach().to("meta")
@@ -281,7 +285,7 @@ def _without_weights(block: nn.Module) -> nn.Module:
 
 
 def tensors_of(module: nn.Module) -> list[tuple[Tensor, nn.Module, str]]:
-    """All parameters and buffers of a module tree: the tensor, the module that has it, its name there."""
+    """All parameters and buffers of a module tree: the tensor, the module that owns it, its name there."""
     return [
         (x, owner, key)
         for owner in module.modules()
@@ -291,7 +295,7 @@ def tensors_of(module: nn.Module) -> list[tuple[Tensor, nn.Module, str]]:
 
 
 def set_tensor(owner: nn.Module, key: str, old: Tensor, new: Tensor) -> None:
-    """Put a tensor in the place of a module's parameter or buffer."""
+    """Replace a module's parameter or buffer."""
     if key in owner._parameters:
         owner._parameters[key] = nn.Parameter(new, requires_grad=old.requires_grad)
     else:

@@ -1,8 +1,8 @@
 """One-way channels between stages.
 
-NCCL has no message tags: on one communicator, what a rank receives is what the other sent next. So each channel is a
-communicator of its own, with one sender and one receiver, who name the same messages in the same order. No message
-waits for one of another channel; what it does wait for are computations that come earlier in the order of sub-steps.
+NCCL has no message tags: on one communicator, a rank receives messages in the order in which the other rank sent them.
+So each channel has its own communicator, with one sender and one receiver, which post the same messages in the same
+order. A message waits only for computations that come earlier in the order of sub-steps, never for other channels.
 """
 
 from collections import deque
@@ -20,20 +20,20 @@ from xfuser.models.plan import ModelPlan
 
 Route = tuple[str, int, int]  # what is sent (tokens, hints' tokens, latents, sound, skips), sending and receiving stage
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of tokens, by their tag
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of tokens, indexed by their tag
 
 
 class Channel:
-    """A first-in, first-out queue of messages from one rank to another; a message is some tensors.
+    """A first-in, first-out queue of messages from one rank to another; a message is a list of tensors.
 
     Args:
-        group: the two ranks' own process group; ``peer``: the global rank at the other end.
-        depth: number of sub-steps whose sends may be in flight. To wait for a send that is ``depth`` sub-steps old
-            costs no time where the other end must have received it for this sub-step to exist.
+        group: a process group of only these two ranks; ``peer``: the global rank at the other end.
+        depth: number of sub-steps whose sends may be in flight. Waiting for a send that is ``depth`` sub-steps old
+            costs no time if this sub-step could not have begun before the other end received it.
 
     Attributes:
-        tagged: whether a message says the dtypes of its tensors, which then travel in float32, so that its size is
-            known; otherwise both ends know the dtype.
+        tagged: whether messages carry the dtypes of their tensors, which are then sent in float32, so that the size
+            is known; otherwise both ends know the dtype.
     """
 
     def __init__(self, group: dist.ProcessGroup, peer: int, depth: int) -> None:
@@ -51,21 +51,21 @@ class Channel:
         self._sent.append((self._substep, x, dist.isend(x, self._peer, group=self._group)))
 
     def expect(self, counts: list[int], like: Tensor) -> None:
-        """Post the receive of the next message, of tensors with so many elements, so that it overlaps with compute."""
+        """Post the receive of the next message, so that it overlaps with compute; ``counts`` has elements by tensor."""
         size = sum(counts) + len(counts) * self.tagged
         x = like.new_empty(size, dtype=torch.float32 if self.tagged else like.dtype)
         self._expected.append((x, counts, dist.irecv(x, self._peer, group=self._group)))
 
     def receive(self, counts: list[int], like: Tensor, following: list[int] | None = None) -> list[Tensor]:
-        """The tensors of the next message, flat, in the dtype of ``like`` if the message does not say.
+        """Return the tensors of the next message, flat, in the dtype of ``like`` unless the message carries dtypes.
 
-        ``following`` counts the elements of the message behind it, where they are known: its receive is posted.
+        ``following`` counts the elements of the message after it, if they are known: its receive is then posted.
         """
         if not self._expected:
             self.expect(counts, like)
         x, expected, work = self._expected.popleft()
         assert expected == counts, f"a message of {expected} elements was expected where {counts} are needed"
-        work.wait()  # on NCCL by the stream of computation, on which what is done with the message is queued
+        work.wait()  # on NCCL the compute stream waits, on which all work on the message is queued
         if following is not None:
             self.expect(following, like)
         if not self.tagged:
@@ -79,23 +79,23 @@ class Channel:
         self.drain(self._depth)
 
     def drain(self, age: int = 0) -> None:
-        """Wait until all that was sent has been received, but for what is less than ``age`` sub-steps old.
+        """Wait until all messages have been received, except those sent less than ``age`` sub-steps ago.
 
-        On NCCL the stream of computation waits, not the host, and a buffer that is freed here is used again by what is
-        queued on that stream, when it has been sent.
+        On NCCL the compute stream waits, not the host. A buffer that is freed here is reused only by later work on that
+        stream, after it has been sent.
         """
         while self._sent and self._sent[0][0] <= self._substep - age:
             self._sent.popleft()[2].wait()
 
     def close(self) -> None:
-        """Release the communicator, whatever is still in flight on it."""
+        """Release the communicator, even if messages are in flight on it."""
         end_group(self._group)
 
 
 def routes_of(plan: ModelPlan, chains: list[Chain], takers: set[int]) -> set[Route]:
-    """The channels that a transformer needs, by the stage of each of its blocks.
+    """The channels that a transformer needs, given the stages of the blocks in its chains.
 
-    ``takers`` are the stages that need the latents of the last one, beside those which have the first blocks.
+    ``takers`` are stages that need the last stage's latents, in addition to those with the first block of a chain.
     """
     owners = chains[-1].owners
     routes = {(one.kind, *ends) for one in chains for ends in pairwise(sorted(set(one.owners)))}
@@ -108,7 +108,7 @@ def routes_of(plan: ModelPlan, chains: list[Chain], takers: set[int]) -> set[Rou
 def open_channels(pipelines: list[list[int]], routes: set[Route], depth: int) -> dict[Route, Channel]:
     """This rank's channels to other stages of its pipeline.
 
-    Every rank of the world must call it: ``pipelines`` are the global ranks of the stages of each pipeline.
+    Every rank of the world must call it. ``pipelines`` has the global ranks of the stages of each pipeline.
     """
     channels, rank = {}, dist.get_rank()
     for kind, sender, receiver in sorted(routes):
@@ -122,17 +122,17 @@ def open_channels(pipelines: list[list[int]], routes: set[Route], depth: int) ->
 
 
 def skips(plan: ModelPlan, owners: list[int]) -> list[tuple[int, Route]]:
-    """The consuming block of each long skip between two stages, and its route, in the order of consumption."""
+    """For each long skip between two stages, its consuming block and its route, in the order of consumption."""
     blocks = len(owners) if plan.skip else 0
     ends = [(i, ("skips", owners[blocks - 1 - i], owners[i])) for i in range(blocks // 2 + 1, blocks)]
     return [(consumer, route) for consumer, route in ends if route[1] != route[2]]
 
 
 def skip_hook(consumer: nn.Module, name: str, channel: Channel, sends: bool) -> AbstractContextManager[None]:
-    """A long skip from a block of one stage to a block of another, the consumer, whose argument it is.
+    """Transfer a long skip from a block of one stage to a block of another, the consumer, which has it as an argument.
 
-    The producing stage sends it when the forward comes to the consumer's stub: behind its own last block, and in the
-    order in which consumers take them.
+    The producing stage sends it when the forward reaches the consumer's stub: after the stage's own last block, and in
+    the order of the consumers.
     """
 
     def edit(arguments: Arguments) -> None:

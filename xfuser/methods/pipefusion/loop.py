@@ -1,5 +1,5 @@
-"""What a pipeline's loop shows of its steps, each of which has several sub-steps: N steps, as without PipeFusion; and
-what is computed once a step."""
+"""Adapters of a pipeline's loop, which runs sub-steps: callbacks, guiders and progress bars see N steps, as without
+PipeFusion, and noise and text are computed once per step."""
 
 import inspect
 import sys
@@ -18,27 +18,30 @@ from xfuser.models.registry import planned_models
 
 
 def needs_whole_steps(pipe: Any, arguments: Arguments) -> bool:
-    """Whether all ranks need the latents of each step: for a callback, or as any step may begin with synchronous ones,
-    where it calls another transformer or guidance begins or ends."""
+    """Whether all ranks need the full latents after each step.
+
+    A callback needs them. So do synchronous steps that may begin at any step: where guidance begins or ends during the
+    loop, or where the pipeline switches to another transformer at a step that is not known in advance.
+    """
     callback = arguments.get("callback_on_step_end") is not None or arguments.get("callback") is not None
     within = any(guider._start > 0 or guider._stop < 1 for guider in guiders_of(pipe))
     return callback or within or (len(planned_models(pipe)) > 1 and boundary_of(pipe) is None)
 
 
 def guiders_of(pipe: Any) -> list[Any]:
-    """A pipeline's guiders that take part: components that make the branches of guidance, and mix their outputs."""
+    """A pipeline's enabled guiders: components that create the branches of guidance and mix their outputs."""
     return [
         part for part in pipe.components.values() if getattr(part, "_enabled", False) and hasattr(part, "set_state")
     ]
 
 
 def branches_of(pipe: Any) -> list[Any]:
-    """What tells the branches of guidance in a step from those in others, where a pipeline or its guiders tell."""
+    """Values that change when the branches of guidance change, as far as the pipeline and its guiders provide them."""
     return [getattr(pipe, "do_classifier_free_guidance", None), *(one.num_conditions for one in guiders_of(pipe))]
 
 
 def stepwise_guider(set_state: Callable[..., Any], call: CallState) -> Callable[..., Any]:
-    """A guider's ``set_state`` that is told the number of the step, where the pipeline counts sub-steps."""
+    """Wrap a guider's ``set_state`` to get the number of the step, where the pipeline passes that of the sub-step."""
 
     def of_step(step: int, num_inference_steps: int, timestep: Any) -> Any:
         return set_state(step // call.patches, _steps(num_inference_steps, call), timestep)
@@ -47,15 +50,15 @@ def stepwise_guider(set_state: Callable[..., Any], call: CallState) -> Callable[
 
 
 def boundary_of(pipe: Any) -> float | None:
-    """The timestep below which a pipeline calls its second transformer (Wan 2.2); None where it does not say so."""
+    """The timestep below which a pipeline calls its second transformer (Wan 2.2); None if its config has no ratio."""
     ratio = getattr(getattr(pipe, "config", None), "boundary_ratio", None)
     return None if ratio is None else ratio * pipe.scheduler.config.num_train_timesteps
 
 
 def stepwise_callbacks(arguments: Arguments, call: CallState) -> Arguments:
-    """A pipeline's arguments with callbacks that are called once a step, with the number of the step.
+    """Return a pipeline's arguments with callbacks that run once per step and get the number of the step.
 
-    The pipeline calls them when a sub-step has just ended.
+    The pipeline calls them directly after each sub-step.
     """
     arguments = dict(arguments)
     on_step_end, older = arguments.get("callback_on_step_end"), arguments.get("callback")
@@ -69,22 +72,22 @@ def stepwise_callbacks(arguments: Arguments, call: CallState) -> Arguments:
             older(index, timestep, latents)
 
     if on_step_end is not None:
-        if hasattr(on_step_end, "tensor_inputs"):  # Diffusers' own callback objects say what they need
+        if hasattr(on_step_end, "tensor_inputs"):  # Diffusers' own callback objects list what they need
             arguments["callback_on_step_end_tensor_inputs"] = on_step_end.tensor_inputs
         arguments["callback_on_step_end"] = after_substep
-    if older is not None and isinstance(every, int) and every > 0:  # else the pipeline refuses it
+    if older is not None and isinstance(every, int) and every > 0:  # otherwise the pipeline raises
         arguments |= {"callback": after_step, "callback_steps": 1}
     return arguments
 
 
 def stepwise_control(pipe: Any, arguments: Arguments, patches: int) -> Arguments:
-    """A pipeline's arguments with the part of the steps in which ControlNets take part, as a part of the sub-steps.
+    """Return a pipeline's arguments with the start and end of ControlNets converted from steps to sub-steps.
 
-    Pipelines keep step i of N if i/N is not less than the start, and (i+1)/N not more than the end. Here i counts
-    sub-steps: bounds half a sub-step away from where two steps meet keep all sub-steps of a step, or none.
+    Pipelines apply a ControlNet in step i of N if i/N >= start and (i+1)/N <= end. Here i counts sub-steps: bounds that
+    are half a sub-step away from the boundary of a step select all sub-steps of a step, or none.
 
     Raises:
-        ValueError: the call does not say how many steps there are.
+        ValueError: the call does not give the number of steps.
     """
     bounds = {name: arguments[name] for name in ("control_guidance_start", "control_guidance_end") if name in arguments}
     if not set(tree_leaves(bounds)) - {0.0, 1.0}:
@@ -109,19 +112,19 @@ def stepwise_control(pipe: Any, arguments: Arguments, patches: int) -> Arguments
 
 
 class LoopNoise:
-    """Noise that a pipeline's loop draws beside its scheduler: with the first patch of a step, for all of them."""
+    """Noise that a pipeline's loop draws outside of its scheduler: drawn with patch 0 of a step, for all patches."""
 
     def __init__(self, call: CallState) -> None:
         self._call, self._substep = call, (-1, 0)
         self.begin()
 
     def begin(self) -> None:
-        """To be called ahead of the loop."""
+        """Drop the noise of the last loop; must be called before each loop."""
         self._drawn: list[Tensor] = []
 
     @contextmanager
     def once_a_step(self, pipe: Any) -> Iterator[None]:
-        """Within the context, ``randn_tensor`` of the pipeline's modules draws once a step."""
+        """Within the context, ``randn_tensor`` of the pipeline's modules draws once per step."""
         modules = {sys.modules.get(cls.__module__) for cls in type(pipe).__mro__}
         with ExitStack() as stack:
             for module in (one for one in modules if hasattr(one, "randn_tensor")):
@@ -141,7 +144,7 @@ class LoopNoise:
                 return self._drawn[-1].clone()
             noise = next(self._next, None)
             if noise is None:
-                refuse("loops that draw noise now and then", "it would be drawn in some of a step's sub-steps alone")
+                refuse("loops that draw noise irregularly", "a sub-step draws more of it than the first of its step")
             return noise.clone()
 
         return drawn
@@ -150,7 +153,7 @@ class LoopNoise:
 def stepwise_progress(
     progress_bar: Callable[..., Any], call: CallState, begin: Callable[[], None]
 ) -> Callable[..., Any]:
-    """A pipeline's ``progress_bar`` that counts steps; ``begin`` is called ahead of the loop that it shows."""
+    """Wrap a pipeline's ``progress_bar`` to count steps; ``begin`` is called before the loop that it shows."""
 
     def bar(iterable: Any = None, total: int | None = None) -> Any:
         begin()
@@ -169,7 +172,7 @@ def stepwise_progress(
 
 
 def plain_steps(get_timesteps: Callable[..., Any], call: CallState) -> Callable[..., Any]:
-    """A pipeline's ``get_timesteps`` that takes inference steps, where the pipeline counted timesteps."""
+    """Wrap a pipeline's ``get_timesteps`` to get the number of inference steps, where the pipeline counts timesteps."""
 
     def steps(num_inference_steps: int, *args: Any, **kwargs: Any) -> Any:
         return get_timesteps(_steps(num_inference_steps, call), *args, **kwargs)
@@ -178,7 +181,7 @@ def plain_steps(get_timesteps: Callable[..., Any], call: CallState) -> Callable[
 
 
 def preparing(prepare_latents: Callable[..., Any], note: Callable[[Any], None]) -> Callable[..., Any]:
-    """A pipeline's ``prepare_latents``, of whose results ``note`` is told the first, the latents."""
+    """Wrap a pipeline's ``prepare_latents`` to call ``note`` with its first result, the latents."""
 
     @wraps(prepare_latents)
     def prepare(*args: Any, **kwargs: Any) -> Any:
@@ -190,12 +193,12 @@ def preparing(prepare_latents: Callable[..., Any], note: Callable[[Any], None]) 
 
 
 def _steps(count: int, call: CallState) -> int:
-    """Pipelines that pass sigmas take the number of timesteps for the number of steps."""
+    """Convert a count of timesteps, which pipelines that pass sigmas use as the number of steps, to steps."""
     return count // call.patches if count > call.steps else count
 
 
 def once_a_step(module: nn.Module, call: CallState) -> AbstractContextManager[None]:
-    """Within the context, a module that works on text alone computes with patch 0, and other patches reuse it."""
+    """Within the context, a module that works only on text runs with patch 0; other patches reuse its output."""
     outputs: dict[int, Tensor] = {}
     original = module.forward
 
@@ -209,8 +212,8 @@ def once_a_step(module: nn.Module, call: CallState) -> AbstractContextManager[No
 
 
 def loops_of(pipe: Any) -> list[Any]:
-    """The blocks of a modular pipeline that loop, and have a progress bar; of other pipelines none."""
-    blocks = [getattr(pipe, "_blocks", None)]  # its public name gives copies
+    """The blocks of a modular pipeline that loop and have a progress bar; empty for other pipelines."""
+    blocks = [getattr(pipe, "_blocks", None)]  # the public attribute returns copies
     for block in blocks:
         blocks += getattr(block, "sub_blocks", {}).values()
     return [block for block in blocks if hasattr(block, "progress_bar")]

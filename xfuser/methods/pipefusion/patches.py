@@ -1,4 +1,4 @@
-"""The patches of an image or video: bands of rows of tokens, or of frames."""
+"""The patches of an image or video: consecutive rows of tokens, or frames."""
 
 import math
 from typing import Any
@@ -13,22 +13,23 @@ from xfuser.models.plan import ModelPlan
 
 
 class Patches:
-    """The division of latents into ``count`` consecutive parts whose rows of tokens differ by one at most.
+    """Divides latents into ``count`` consecutive parts, whose numbers of token rows differ by at most one.
 
-    Image latents, ``[B, C, H, W]``, are divided by rows, packed ones, ``[B, tokens, C]``, by tokens, and those of
-    videos, which have five dimensions, by frames, or by rows if there is one frame. All of these are called rows here.
+    Image latents, ``[B, C, H, W]``, are divided by rows; packed latents, ``[B, tokens, C]``, by tokens; video latents,
+    which have five dimensions, by frames, or by rows if there is only one frame and blocks convolve no rows of tokens
+    (``plan.rows``). All of these are called rows here.
 
     Args:
-        config: of the transformer; tells how many rows of latents make a row of tokens.
-        plan: of the transformer; tells which dimension of packed latents counts tokens, and of videos frames.
+        config: the transformer's config; gives the number of rows of latents in a row of tokens.
+        plan: the transformer's plan; gives the dimension of packed latents that counts tokens, and of videos frames.
 
     Attributes:
-        ahead, behind: rows of tokens of a transformer's latents around those that the scheduler steps: of pictures.
+        ahead, behind: rows of tokens before and after those that the scheduler steps: given frames, reference images.
     """
 
     def __init__(self, count: int, config: Any, plan: ModelPlan) -> None:
         self.count, self._dims = count, {3: plan.packed, 4: 2, 5: plan.frames}
-        self._prepared: Tensor | None = None  # packed latents that the scheduler is going to step
+        self._prepared: Tensor | None = None  # packed latents that the scheduler will step
         size = getattr(config, "patch_size", None) or getattr(config, "all_patch_size", [1])[0]
         of_time = size[0] if isinstance(size, list | tuple) and len(size) == 3 else 1
         of_rows = size[-2] if isinstance(size, list | tuple) else size
@@ -38,8 +39,7 @@ class Patches:
         self.ahead = self.behind = self._frame = 0
 
     def prepare(self, latents: Any) -> None:
-        """Note latents that a pipeline is going to step, where they are packed: what a transformer has behind them are
-        pictures.
+        """Store packed latents that a pipeline will step; tokens that the transformer gets after them are references.
 
         Raises:
             ValueError: there are more patches than rows of tokens.
@@ -62,19 +62,21 @@ class Patches:
         return self._dims.get(latents.dim(), 1)
 
     def kind(self, latents: Tensor) -> tuple[int, int]:
-        """Number of dimensions, and of entries in the divided one; a video of one frame is as good as an image, and
-        packed latents as the video that the scheduler steps of them."""
+        """Number of dimensions, and of entries in the divided one.
+
+        A video of one frame counts as an image, and packed latents as the video that the scheduler steps.
+        """
         if latents.dim() == 3 and self._frame:
             return 5, latents.shape[self.dim(latents)] // self._frame
         one_frame = self._one_frame and latents.dim() == 5
         return latents.dim() - one_frame, latents.shape[self.dim(latents)]
 
     def row_count(self, latents: Tensor) -> int:
-        """Rows of tokens."""
+        """The number of rows of tokens."""
         return latents.shape[self.dim(latents)] // self._unit(latents)
 
     def rows(self, latents: Tensor, patch: int) -> range:
-        """Rows of tokens in a patch; of packed latents that the scheduler steps as a video, those of frames."""
+        """The rows of tokens in a patch; the tokens of its frames if the scheduler steps packed latents as a video."""
         frame = self._frame if latents.dim() == 3 and self._frame else 1
         count = self.row_count(latents) // frame
         if self.count > count:
@@ -87,22 +89,23 @@ class Patches:
         return range(rows.start * frame, rows.stop * frame)
 
     def window(self, latents: Tensor, tokens: int, patch: int) -> Window:
-        """What a patch computes of a transformer's latents with that many tokens: all but the image with patch 0."""
+        """The tokens of a transformer that a patch computes; patch 0 includes all tokens outside of the image."""
         end = self.image_tokens(latents) if self._padded else tokens
         rows, width = self.rows(self.stepped(latents), patch), end // self.row_count(latents)
         image = range((rows.start + self.ahead if patch else 0) * width, (rows.stop + self.ahead) * width)
         return Window(image, patch == 0, range(0) if patch else range(end - self.behind * width, tokens))
 
     def find_pictures(self, given: Tensor, sample: Tensor, ranks: int = 1) -> None:
-        """Set what is beside the rows that the scheduler steps, by a transformer's first latents and the sample of the
-        first step: both packed, with pictures behind; or a video without the first frames of the latents, whose pixels
-        are the tokens where these are packed.
+        """Set ``ahead`` and ``behind`` from a transformer's first latents and the sample of the first step.
+
+        Either both are packed, and the latents end with reference images; or the sample is a video that lacks the
+        first frames of the latents. If only the latents are packed, their tokens are the pixels of the video.
 
         Args:
-            ranks: those that have shared the tokens of the first step already.
+            ranks: number of ranks that shared the tokens of the first step.
 
         Raises:
-            ValueError: patches have fewer tokens than there are ranks to share them, which the first step did not know.
+            ValueError: patches have fewer tokens than there are ranks to share them, unknown in the first step.
         """
         packs = given.dim() == 3 and sample.dim() == 5
         rows = sample.movedim(3 - self._dims[5], -1).flatten(1, 3) if packs else sample
@@ -124,7 +127,7 @@ class Patches:
             refuse(what, "the first step shared the tokens of larger ones", "Lower num_pipeline_patch")
 
     def stepped(self, x: Tensor) -> Tensor:
-        """Of a transformer's latents or output, the rows that the scheduler steps, as a view."""
+        """The rows of a transformer's latents or output that the scheduler steps, as a view."""
         if not self.ahead + self.behind:
             return x
         return self.view(x, range(self.ahead, self.row_count(x) - self.behind))
@@ -139,7 +142,7 @@ class Patches:
         return self.view(latents, self.rows(latents, patch))
 
     def image_tokens(self, latents: Tensor) -> int:
-        """Tokens of the image, where tokens have as many columns as rows, and videos' channels precede those."""
+        """The number of image tokens; tokens are square, and video latents end with their rows and columns."""
         units = (self._units[4],) * min(latents.dim() - 3, 2)  # of columns, and of a video's rows
         return self.row_count(latents) * math.prod(latents.shape[-1 - i] // unit for i, unit in enumerate(units))
 
@@ -148,7 +151,7 @@ class Patches:
 
 
 def zeros(like: Tensor, dim: int, size: int, dtype: torch.dtype | None = None) -> Tensor:
-    """Zeros in a tensor's shape, with another size along ``dim``."""
+    """Zeros in the shape of a tensor, except for the size along ``dim``."""
     shape = list(like.shape)
     shape[dim] = size
     return like.new_zeros(shape, dtype=dtype)

@@ -32,24 +32,24 @@ from xfuser.methods.pipefusion.scheduler import patchwise
 from xfuser.methods.pipefusion.stage import Stage
 from xfuser.models.registry import controlnets_of, planned_models
 
-BY_BLOCK = ("load_ip_adapter", "set_ip_adapter_scale", "unload_ip_adapter")  # go by the numbers of attention modules
-ONCE_A_STEP = "it may keep the prediction of the step before, or count steps, and is called in each sub-step"
+BY_BLOCK = ("load_ip_adapter", "set_ip_adapter_scale", "unload_ip_adapter")  # methods that number the attention modules
+ONCE_A_STEP = "it may keep the previous step's prediction or count steps, but is called in every sub-step"
 
 
 class PipeFusion:
-    """The stages of a pipeline: their blocks while the pipeline is wrapped, all else during a call.
+    """The stages of a pipeline: blocks are divided while the pipeline is wrapped, all else exists during a call.
 
     Args:
-        pipe: a pipeline whose transformers run one after the other, if there are several: each has some of the steps.
+        pipe: a pipeline; if it has several transformers, each of them runs some of the steps.
         group: the ranks that are stages of one pipeline.
-        layers: number of blocks of each stage, for each of the transformers.
+        layers: number of blocks of each stage, for each transformer.
 
     Attributes:
         stages: this rank's stage of each transformer during a call.
     """
 
     def __init__(self, pipe: Any, group: GroupCoordinator, layers: dict[str, list[int]]) -> None:
-        # A group of its own outlives others that are made after this wrap: blocks can always be given back.
+        # A separate group outlives groups that later wraps replace, so that blocks can always be restored.
         group = GroupCoordinator(group.group_ranks, group.local_rank, dist.get_backend())
         self._pipe, self._group, models = pipe, group, planned_models(pipe, piped=True)
         self._blocks = [StageBlocks(*models[name], group, counts) for name, counts in layers.items()]
@@ -60,22 +60,22 @@ class PipeFusion:
                 seeing_all = blocks.with_all_blocks(seeing_all)
             self._hooks.enter_context(replaced(pipe, name, seeing_all))
         self._channels: dict[Route, Channel] = {}
-        self._failed = False  # the last call, with the channels in use
+        self._failed = False  # whether the last call failed while it used the channels
         self.stages: dict[nn.Module, Stage] = {}
-        self._running: Stage | None = None  # that of the transformer which was called last
+        self._running: Stage | None = None  # the stage of the transformer that was called last
 
     def arguments(self, arguments: Arguments, call: CallState) -> Arguments:
-        """The arguments of a pipeline's call, for a loop over patches.
+        """Return the arguments of a pipeline's call, adapted to a loop over patches.
 
         Raises:
-            ValueError: they, or the pipeline's guiders, are not supported.
+            ValueError: the arguments or the pipeline's guiders are not supported.
         """
         name = type(self._pipe).__name__
         if arguments.get("skip_guidance_layers") is not None:
-            refuse(f"skip_guidance_layers of {name}", "it takes the number of the sub-step for the step's", "Remove it")
+            refuse(f"skip_guidance_layers of {name}", "it counts sub-steps as steps", "Remove it")
         layers, scale = getattr(self._pipe, "pag_applied_layers", None), arguments.get("pag_scale", 1.0)
         if layers and scale > 0 and self._group.world_size > 1:
-            why = "it searches its layers in blocks that other stages hold"
+            why = "it looks for its layers in blocks that other stages hold"
             refuse(f"perturbed-attention guidance (PAG) of {name}", why, "Set pag_scale=0", "Ulysses or ring")
         for guider in guiders_of(self._pipe):
             if type(guider).__name__ != "ClassifierFreeGuidance":
@@ -86,9 +86,9 @@ class PipeFusion:
     def enter(self, call: CallState) -> Iterator[None]:
         """Within the context, the pipeline loops over patches, and this rank computes its stage."""
         if self._failed:
-            self._group.barrier()  # stages come to the same failure one after the other
+            self._group.barrier()  # stages reach the same failure one after the other
             self._close_channels()
-        controlled = bool(controlnets_of(self._pipe))  # every stage runs these, and needs fresh latents for them
+        controlled = bool(controlnets_of(self._pipe))  # every stage runs the ControlNets, on fresh latents
         if not self._channels:
             takers = set(range(self._group.world_size)) if controlled else set()
             routes = set().union(*(routes_of(one.plan, one.chains, takers) for one in self._blocks))
@@ -104,8 +104,8 @@ class PipeFusion:
                 yield
                 self._check_finished(call)
             except BaseException:
-                # Messages may be in flight that no rank will receive. Closing waits for the next call: here it would
-                # make other ranks fail, and print their error, before this one has raised its own.
+                # Messages may be in flight that no rank will receive. The next call closes the channels: closing here
+                # would make other ranks fail and print their error before this rank has raised its own.
                 self._failed = self._running.started
                 raise
             finally:
@@ -114,11 +114,11 @@ class PipeFusion:
                 channel.drain()
 
     def stage_of(self, model: nn.Module) -> Stage:
-        """This rank's stage of a transformer; for a ControlNet, that of the pipeline's."""
+        """This rank's stage of a transformer; for a ControlNet, the stage of the running transformer."""
         return self.stages.get(model, self._running)
 
     def _start(self, stage: Stage) -> None:
-        """The transformer of a stage takes over: what the others have kept is not needed any more."""
+        """The transformer of a stage takes over: drop the state that the other stages have kept."""
         for other in self.stages.values():
             if other is not stage:
                 other.forget()
@@ -138,16 +138,16 @@ class PipeFusion:
         self._channels, self._failed = {}, False
 
     def remember(self) -> None:
-        """As :meth:`StageBlocks.remember`."""
+        """Call :meth:`StageBlocks.remember` for each transformer."""
         for blocks in self._blocks:
             blocks.remember()
 
     def check(self) -> str | None:
-        """As :meth:`StageBlocks.check`, of the first transformer that has a problem."""
+        """Call :meth:`StageBlocks.check` for each transformer; return the first problem."""
         return next(filter(None, [blocks.check() for blocks in self._blocks]), None)
 
     def restore(self) -> None:
-        """Give all stages all blocks again; every stage must call it."""
+        """Restore all blocks on all stages; every stage must call it."""
         self._hooks.close()
         for blocks in self._blocks:
             blocks.restore()
@@ -162,11 +162,11 @@ class PipeFusion:
         def end_substep(results: list[torch.Tensor], sample: torch.Tensor) -> None:
             self._running.end_substep(results, sample)
             if getattr(pipe, "_num_timesteps", 0) > call.steps:
-                pipe._num_timesteps = call.steps  # of which the pipeline has counted those of all patches
+                pipe._num_timesteps = call.steps  # the pipeline counted those of all patches
 
         end_sound = partial(self._end_sound, call) if any(one.plan.sound for one in self._blocks) else None
         with ExitStack() as stack:
-            # Not by setattr(), which would register it as a component.
+            # Not setattr(), which would register it as a component.
             stack.callback(vars(pipe).__setitem__, "scheduler", pipe.scheduler)
             vars(pipe)["scheduler"] = patchwise(
                 pipe.scheduler, call, patches, end_substep, boundary_of(pipe), end_sound
@@ -185,7 +185,7 @@ class PipeFusion:
             yield
 
     def _end_sound(self, call: CallState, latents: torch.Tensor, step: int, patch: int) -> None:
-        """Complete sound's next latents, which are stepped with patch 0 of a step, ahead of the next step."""
+        """Complete the next latents of sound, which are stepped with patch 0, before the next step."""
         number, last, ends_step = self._group.rank_in_group, self._group.world_size - 1, patch == call.patches - 1
         if call.ends_whole(step):
             if ends_step:

@@ -1,9 +1,9 @@
-"""How PipeFusion refuses what it cannot compute."""
+"""The error that PipeFusion raises for what it does not support."""
 
 from typing import NoReturn
 
 
 def refuse(what: str, why: str, change: str = "", others: str = "Ulysses, ring, CFG or data parallelism") -> NoReturn:
-    """Raise the ValueError that says what is not supported, why, what to change, and which methods support it."""
+    """Raise a ValueError that states what is not supported, why, what to change, and which methods support it."""
     advice = f"{change}, or use {others}" if change else f"Use {others}"
     raise ValueError(f"PipeFusion does not support {what}: {why}. {advice}")

@@ -1,4 +1,4 @@
-"""Tokens on their way from stage to stage: what one stage receives and sends of those of a chain of blocks."""
+"""Transfer of tokens between stages: what one stage of a chain of blocks receives and sends."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,17 +16,17 @@ from xfuser.models.plan import ModelPlan, Streams
 
 
 class Relay:
-    """One stage's part of a chain: tokens come from the stage ahead of it, and go to the one behind.
+    """One stage's part of a chain: receives tokens from the previous stage, and sends them to the next one.
 
     Args:
-        number: of the stage.
+        number: the stage.
         channels: this rank's ends of the channels between stages.
-        window: gives the tokens of a patch, of an image with that many.
+        window: returns the tokens of a patch, given the number of image tokens and the patch.
 
     Attributes:
         own: the blocks of this stage.
-        begins: whether the first block of the chain is among them.
-        holds: whether the tokens are on this stage in the forward that is running.
+        begins: whether this stage has the first block of the chain.
+        holds: whether the running forward has its tokens on this stage.
     """
 
     def __init__(
@@ -38,17 +38,17 @@ class Relay:
         self._places = [i for i, owner in enumerate(chain.owners) if owner == number]
         self.own, self.begins = [chain.blocks[i] for i in self._places], 0 in self._places
         self.holds = False
-        self._hints = int(chain.kind != "tokens")  # of a block's outputs those that stay on its stage
+        self._hints = int(chain.kind != "tokens")  # how many first outputs of a block stay on its stage
         self._skips = {} if self._hints else {i: one for i, one in skips(plan, chain.owners) if one in channels}
 
     def forget(self) -> None:
-        """Drop what is known of the last denoising loop's messages."""
-        # Of each message in this sub-step, and in the last asynchronous one: elements per token of each stream, shares.
+        """Drop the sizes of the last denoising loop's messages."""
+        # For each message of this sub-step, and of the last asynchronous one: elements per token by stream, and shares.
         self._received: list[tuple[dict[str, int], TokenShares]] = []
         self._received_before: list[tuple[dict[str, int], TokenShares]] | None = None
 
     def end_substep(self) -> None:
-        """To be called when the scheduler has stepped."""
+        """Must be called after the scheduler's step."""
         if not self._call.synchronous:
             self._received_before = self._received
         self._received = []
@@ -66,13 +66,13 @@ class Relay:
                     blocks[consumer].module, self._plan.skip, self._channels[route], route[1] == self._number
                 )
                 stack.enter_context(hook)
-            if places and places[0] > 0:  # what the forward does behind a block, it then does with what was received
+            if places and places[0] > 0:  # what the forward does after a block, it then does to received tokens
                 self._from = self._channels[self._chain.kind, owners[places[0] - 1], self._number]
                 stack.enter_context(edited_output(blocks[places[0] - 1].module, self._receive))
             yield
 
     def _receive(self, stub: nn.Module, args: tuple, output: Any) -> Any:
-        """Behind the stub ahead of this stage's first block: the tokens that the previous stage sent."""
+        """After the stub before this stage's first block: return the tokens that the previous stage sent."""
         self.holds, dim, shares = True, self._plan.carrier_dim, self._call.tokens
         passed = self._passed(self._places[0] - 1, output)
         like = {name: x for x, streams in passed for name in streams}
@@ -90,28 +90,28 @@ class Relay:
         return joined[0] if isinstance(output, Tensor) else (*output[: self._hints], *joined)
 
     def _send(self, block: nn.Module, args: tuple, output: Any) -> None:
-        """Behind this stage's last block: image tokens first, whatever the order in the blocks."""
+        """After this stage's last block: send the tokens, image first, whatever their order in the block."""
         self.holds, counts, parts, flag = False, self._call.tokens.own, {}, []
         for x, streams in self._passed(self._places[-1], output):
             own = x.split([counts[stream] for stream in streams], self._plan.carrier_dim)
             parts |= dict(zip(streams, own, strict=True))
-        if self._flagged:  # a cache's decision, with the tokens
+        if self._flagged:  # a cache's decision travels with the tokens
             flag = [parts["image"].new_full((1,), self._call.skips)]
         self._to.send([*flag, *(parts[stream] for stream in counts if stream in parts)])
 
     def _passed(self, place: int, output: Any) -> list[tuple[Tensor, Streams]]:
-        """What a block passes on to the next one, with its streams."""
+        """The tensors that a block passes to the next one, each with its streams."""
         tensors = [output] if isinstance(output, Tensor) else output
         streams = self._plan.outputs(self._chain.blocks[place].list_name)
         return [*zip(tensors, streams, strict=True)][self._hints :]
 
     @property
     def _flagged(self) -> bool:
-        """Whether messages begin with a flag: whether a cache leaves the blocks out."""
+        """Whether messages begin with a flag, which reports whether a cache skips the blocks."""
         return self._call.skips is not None and not self._hints
 
     def _next_sizes(self) -> list[int] | None:
-        """Elements of the next message, where they are certain."""
+        """Elements of each tensor of the next message; None where they are not certain."""
         number, patch = len(self._received), self._call.patch
         if self._received_before is None or self._call.synchronous:
             return None
@@ -124,5 +124,5 @@ class Relay:
         return self._sizes(per_token, shares.at(self._window(shares.totals["image"], patch)))
 
     def _sizes(self, per_token: dict[str, int], shares: TokenShares) -> list[int]:
-        """Elements of each tensor of a message, ahead of which may be a flag."""
+        """Elements of each tensor of a message, including the flag if it has one."""
         return [1] * self._flagged + [size * shares.own[stream] for stream, size in per_token.items()]

@@ -16,18 +16,18 @@ from xfuser.core.hooks import Binder
 from xfuser.methods.pipefusion.patches import Patches
 from xfuser.methods.pipefusion.refusals import refuse
 
-EndSubstep = Callable[[list[Tensor], Tensor], None]  # takes a step's results, to complete them in place, and its sample
-EndSound = Callable[[Tensor, int, int], None]  # takes latents of sound, to complete them in place, step and patch
+EndSubstep = Callable[[list[Tensor], Tensor], None]  # completes a step's results in place; also gets its sample
+EndSound = Callable[[Tensor, int, int], None]  # completes latents of sound in place; also gets step and patch
 
 
 class PatchwiseScheduler:
     """Steps the patches of the latents one after the other, each with a copy of the real scheduler.
 
-    ``timesteps`` has each timestep once for every patch, and ``order`` is as many times higher: what pipelines make
-    of schedulers that evaluate the model several times a step. All else is the real scheduler's: of the copy whose
-    patch comes next. Made by :func:`patchwise`, as an instance of the real scheduler's class, too.
+    ``timesteps`` repeats each timestep for every patch, and ``order`` is multiplied by the number of patches: pipelines
+    see a scheduler that evaluates the model several times a step. All other attributes are those of the real scheduler,
+    of the copy for the next patch. :func:`patchwise` creates it as an instance of the real scheduler's class, too.
 
-    Every stage steps, so that random numbers are drawn alike everywhere; only the last stage's latents count.
+    Every stage steps, so that all draw the same random numbers; only the last stage's latents are used.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class PatchwiseScheduler:
         own.update(
             _call=call, _patches=patches, _boundary=boundary, _bind=Binder(scheduler.step), _noise=_FullNoise(patches)
         )
-        # Pipelines look at the signatures of these.
+        # Pipelines inspect the signatures of these.
         own["step"] = wraps(scheduler.step)(partial(self._step))
         own["set_timesteps"] = wraps(scheduler.set_timesteps)(partial(self._set_timesteps))
 
@@ -57,26 +57,26 @@ class PatchwiseScheduler:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         if self._end_sound is None:
-            refuse("pipelines that copy their scheduler", "the copy, as for frames of their own, knows no patches")
+            refuse("pipelines that copy their scheduler", "the copy, as for single frames, does not step patches")
         return stand_in(SoundScheduler, copy.deepcopy(self._copies[0], memo), self._call, self._end_sound)
 
     @property
     def timesteps(self) -> Tensor:
-        """Each timestep of the scheduler once for every patch."""
+        """The timesteps of the scheduler, each repeated for every patch."""
         return self._copies[0].timesteps.repeat_interleave(self._call.patches)
 
     @property
     def _step_index(self) -> int:
-        refuse("pipelines that turn their scheduler back to step twice", "each patch has a scheduler of its own")
+        refuse("pipelines that turn their scheduler back to step twice", "each patch has its own scheduler")
 
     @property
     def order(self) -> int:
-        """Evaluations a step, counting each patch."""
+        """Evaluations per step, counting each patch."""
         return self._copies[0].order * self._call.patches
 
     @property
     def sigmas(self) -> Tensor:
-        """As the timesteps, from the first sub-step on: pipelines look them up by the number of the sub-step."""
+        """Repeated like the timesteps from the first sub-step on, as pipelines index them by sub-step."""
         real = self._copies[self._call.patch].sigmas
         return real.repeat_interleave(self._call.patches) if self._begun else real
 
@@ -85,15 +85,15 @@ class PatchwiseScheduler:
         self._copies[self._call.patch].sigmas = value
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """Begin at the step that this sub-step belongs to."""
+        """Begin at the step that the sub-step ``begin_index`` belongs to."""
         if hasattr(self._copies[0], "set_begin_index"):
             self._copies[0].set_begin_index(begin_index // self._call.patches)
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
-        """Scales what the next sub-step computes, and once: some pipelines keep the result as their latents."""
+        """Scale the input of the next sub-step, and only once: some pipelines keep the result as their latents."""
         self._begin(timestep)
         patch = self._call.patch
-        if not hasattr(self._copies[0], "scale_model_input"):  # pipelines ask whether there is one
+        if not hasattr(self._copies[0], "scale_model_input"):  # pipelines check this with hasattr()
             return sample
         if self._call.synchronous:
             return sample if patch else self._copies[0].scale_model_input(sample, timestep)
@@ -106,14 +106,14 @@ class PatchwiseScheduler:
         self._call.announce(len(real.timesteps), real.order)
 
     def _begin(self, timestep: Any) -> None:
-        """Ahead of the first sub-step, when the pipeline has set all that it sets: make a copy for each patch."""
+        """Before the first sub-step, when the pipeline has set all attributes: make a copy for each patch."""
         if self._begun:
             return
         real = self._copies[0]
         first = getattr(real, "begin_index", None)
         if first is None and timestep is not None:
             first = int((real.timesteps == timestep).int().argmax())  # the host reads one number
-        if not self._call.steps:  # the schedule was made before this stand-in was there
+        if not self._call.steps:  # the schedule was made before this stand-in existed
             self._call.announce(len(real.timesteps), real.order)
         self._call.begin(len(real.timesteps) - (first or 0))
         if self._boundary is not None:
@@ -128,16 +128,16 @@ class PatchwiseScheduler:
         dim = self._patches.dim(sample)
 
         def has_rows(x: Any) -> bool:
-            """Also of times for each token."""
+            """True for times of each token, too."""
             divided = isinstance(x, Tensor) and x.dim() > 1 and self._patches.dim(x) == dim
             return divided and x.shape[dim] == sample.shape[dim]
 
         if patch == 0:
             self._first = arguments
-        elif sample.dtype != self._first["sample"].dtype:  # of the results: rows that have not stepped were cast
+        elif sample.dtype != self._first["sample"].dtype:  # rows not yet stepped were cast to the results'
             arguments["sample"] = self._first["sample"]
-        # Arguments without rows are those of the first patch: what pipelines say of the step before, as that of the
-        # sub-step before, is the same there.
+        # Arguments without rows are those of the first patch: pipelines pass values of the previous sub-step, which
+        # there are those of the previous step.
         first = self._first
         arguments = {name: x if has_rows(first.get(name)) else first.get(name) for name, x in arguments.items()}
         arguments = {name: self._patches.of(x, patch) if has_rows(x) else x for name, x in arguments.items()}
@@ -149,10 +149,10 @@ class PatchwiseScheduler:
         return tree_unflatten([sample, *self._results[1:]] if waits else self._results, tree)
 
     def _full(self, index: int, part: Any, sample: Tensor) -> Any:
-        """A part of the step's result, for all rows: the next sample; others as the patches last left them.
+        """Complete a part of the step's result to all rows: with the sample, or with what earlier sub-steps computed.
 
-        In a synchronous step the pipeline has the sample as it was until all patches have stepped, as what it computes
-        of the whole sample and prediction must be the same for each.
+        In a synchronous step the pipeline keeps the old sample until all patches have stepped: what it computes from
+        the whole sample and prediction must be the same for each patch.
         """
         if not isinstance(part, Tensor) or part.dim() != sample.dim():
             return part
@@ -170,9 +170,9 @@ _OWN = frozenset(name for name in vars(PatchwiseScheduler) if not name.startswit
 
 
 class SoundScheduler(PatchwiseScheduler):
-    """The copy of a :class:`PatchwiseScheduler` for sound: steps all of its latents, with the first patch.
+    """The copy of a :class:`PatchwiseScheduler` for sound: steps all latents of the sound with the first patch.
 
-    It counts sub-steps itself, as the pipeline may step the video first, with which the call moves on.
+    It counts sub-steps itself, as the pipeline may step the video first, which advances the call's state.
     """
 
     def __init__(self, scheduler: Any, call: CallState, end_sound: EndSound) -> None:
@@ -193,7 +193,7 @@ class SoundScheduler(PatchwiseScheduler):
 
 
 def stand_in(cls: type, scheduler: Any, *args: Any) -> Any:
-    """A ``cls`` of the scheduler that is an instance of the scheduler's class, too."""
+    """Create a ``cls`` for the scheduler that is an instance of the scheduler's class, too."""
     kind = type(scheduler)
     return type(kind.__name__, (cls, kind), {})(scheduler, *args)
 
@@ -202,27 +202,27 @@ def patchwise(
     scheduler: Any, call: CallState, patches: Patches, end_substep: EndSubstep, boundary: float | None = None,
     end_sound: EndSound | None = None,
 ) -> Any:  # fmt: skip
-    """A stand-in for ``scheduler``, of its class, too.
+    """Create a stand-in for ``scheduler`` that is an instance of its class, too.
 
     ``boundary`` is the timestep below which the pipeline calls another transformer, if it does. With ``end_sound``, the
-    pipeline may copy it for sound.
+    pipeline may copy the stand-in for sound.
 
     Raises:
-        ValueError: the scheduler's steps need the full latents.
+        ValueError: the scheduler's steps require the full latents.
     """
     kind = type(scheduler)
     if hasattr(scheduler, "noise_sampler"):
         other = "Use another scheduler, such as DPMSolverMultistepScheduler with algorithm_type='sde-dpmsolver++'"
         refuse(kind.__name__, "its noise is one Brownian path of the full latents", other)
     if scheduler.config.get("prediction_type") == "trigflow":
-        refuse(kind.__name__, "pipelines leave out its last timestep by number, which is that of a sub-step")
+        refuse(kind.__name__, "pipelines leave out its last timestep by index, and here indices count sub-steps")
     if scheduler.config.get("thresholding"):
         refuse(f"thresholding=True of {kind.__name__}", "it is a quantile of the full latents", "Remove it")
     return stand_in(PatchwiseScheduler, scheduler, call, patches, end_substep, boundary, end_sound)
 
 
 class _FullNoise(TorchFunctionMode):
-    """Noise within a step is drawn for the full latents, with the first patch, and each patch gets its rows."""
+    """Draws the noise of a step for the full latents, with the first patch; each patch gets its rows."""
 
     def __init__(self, patches: Patches) -> None:
         super().__init__()
@@ -231,7 +231,7 @@ class _FullNoise(TorchFunctionMode):
 
     @contextmanager
     def of_patch(self, patch: int, sample: Tensor) -> Iterator[None]:
-        """Within the context, ``torch.randn`` and the like give the rows of a patch of latents like ``sample``."""
+        """Within the context, ``torch.randn`` and similar functions return the patch's rows of noise for ``sample``."""
         if patch == 0:
             self._drawn = []
         self._index, self._patch, self._shape = 0, patch, list(sample.shape)

@@ -1,4 +1,4 @@
-"""One stage of one transformer's pipeline, during a call: which tokens a forward computes, and who gets them next."""
+"""One stage of one transformer during a call: which tokens a forward computes, and where they go next."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -21,7 +21,7 @@ from xfuser.methods.pipefusion.refusals import refuse
 from xfuser.methods.pipefusion.relay import Relay
 from xfuser.methods.tokens import Window
 
-NOT_OF_ROWS = "it depends on the full latents or the number of the step, or its tokens are no rows of the latents"
+NOT_OF_ROWS = "it depends on the full latents or the number of the step, or its tokens are not rows of the latents"
 SAME_CALLS = "Remove what changes guidance during the call"
 
 
@@ -33,8 +33,8 @@ class Stage:
 
     Args:
         channels: this rank's ends of the channels between stages.
-        branches: tells the branches of guidance in a step from those in others.
-        on_start: called with this stage when its transformer is called first in a denoising loop.
+        branches: returns values that change when the branches of guidance change.
+        on_start: called with this stage when its transformer is first called in a denoising loop.
         controlled: whether the model takes residuals of ControlNets that compute the sub-step's patch.
     """
 
@@ -53,11 +53,11 @@ class Stage:
         self.forget()
 
     def forget(self) -> None:
-        """Drop the state of the last denoising loop, or of the transformer's part of one."""
-        self._first = 0  # step in which the transformer was called first
+        """Drop the state of the last denoising loop, or of this transformer's part of it."""
+        self._first = 0  # step in which the transformer was first called
         self._latents: list[Tensor] = []  # input of each call of the first sub-step
         self._outputs: list[tuple[list[Tensor], Any]] = []  # full output of each call: tensors, tree
-        self._autocast = False  # whether the dtypes of activations depend on their operators
+        self._autocast = False  # whether autocast chooses the dtypes of activations
         self.kept.clear()
         for chain in self._chains:
             chain.forget()
@@ -69,16 +69,16 @@ class Stage:
 
     @property
     def started(self) -> bool:
-        """Whether the transformer has been called, and no other since."""
+        """Whether this transformer has been called, and no other one since."""
         return bool(self._latents)
 
     @property
     def holds(self) -> bool:
-        """Whether the forward that is running has come to this stage's blocks, and not yet left them."""
+        """Whether the running forward has reached this stage's blocks and not left them yet."""
         return self._chains[-1].holds
 
     def part(self, output: Any) -> Any:
-        """Views of what this rank computes of an output in this sub-step: no row of it before the last stage."""
+        """Views of the rows of an output that this rank computes in this sub-step; no rows before the last stage."""
         parts, tree = tree_flatten(output)
         return tree_unflatten([self._part(x, bool(i and self._plan.sound)) for i, x in enumerate(parts)], tree)
 
@@ -89,18 +89,18 @@ class Stage:
         return x if call.synchronous or is_sound else patches.of(patches.stepped(x), call.patch)
 
     def window(self, tokens: int) -> Window:
-        """The tokens of this sub-step, of an image with that many."""
+        """The tokens of this sub-step, for an image of ``tokens`` tokens."""
         return Window(range(tokens)) if self._call.synchronous else self._window(tokens, self._call.patch)
 
     def _window(self, tokens: int, patch: int) -> Window:
         return self.patches.window(self._latents[0], tokens, patch)
 
     def smallest_window(self, tokens: int) -> int:
-        """Image tokens of the smallest patch, the last one."""
+        """The number of image tokens of the smallest patch, the last one."""
         return len(self._window(tokens, self._call.patches - 1).image)
 
     def patch_tokens(self, tokens: int) -> list[range]:
-        """The tokens of each patch, of an image with that many."""
+        """The tokens of each patch, for an image of ``tokens`` tokens."""
         return [self._window(tokens, patch).image for patch in range(self._call.patches)]
 
     @contextmanager
@@ -123,18 +123,17 @@ class Stage:
             yield
 
     def end_substep(self, results: list[Tensor], sample: Tensor) -> None:
-        """To be called when the scheduler has stepped; ``results`` are the tensors of the step, the next latents first,
-        and ``sample`` the latents that were stepped.
+        """Must be called after the scheduler's step, with the tensors that it returned and the latents that it stepped.
 
-        The last stage's latents go to the first one. Where a step ends with full latents on all ranks, ``results`` are
-        completed in place.
+        ``results`` begin with the next latents. The last stage's latents go to the stages that need them. If a step
+        ends with full latents on all ranks, ``results`` are completed in place.
         """
         call, latents = self._call, results[0]
         self._check_substep(latents, sample)
         for chain in self._chains:
             chain.end_substep()
         if call.ends_step and call.step + 1 == call.steps:
-            self.kept.clear()  # the VAE can have their memory
+            self.kept.clear()  # frees memory for the VAE
         for channel in self._channels.values():
             channel.end_substep()
         if call.ends_step and call.ends_whole(call.step):
@@ -153,7 +152,7 @@ class Stage:
             rows.copy_(received.view(rows.shape))
 
     def _following(self, substep: tuple[int, int]) -> tuple[int, int] | None:
-        """The sub-step behind this one, if its latents come from the last stage as a patch."""
+        """The next sub-step, if its latents come from the last stage as a patch."""
         following = self._call.after(*substep)
         return None if following is None or self._call.ends_whole(following[0] - 1) else following
 
@@ -164,13 +163,13 @@ class Stage:
         if before and (self._call.step, self._call.patch) == (self._first, 0):
             self.patches.find_pictures(self._latents[0], sample, get_sp_group().world_size)
             if self.patches.ahead and self._plan.linear:
-                self._call.extend(2)  # this one has summed over other patches
+                self._call.extend(2)  # this step summed over other patches
         if any(kind(latents) != kind(self.patches.stepped(x)) for x in self._latents):
             what = f"a scheduler step of {tuple(latents.shape)} where {name} was given {tuple(self._latents[0].shape)}"
-            refuse(what, "patches are rows of what the scheduler steps, which the transformer must see as they are")
+            refuse(what, "patches are rows of what the scheduler steps, which the transformer must get unchanged")
 
     def _layer(self, forward: Forward, arguments: Arguments) -> Any:
-        """The outermost layer: puts the computed part of the output into the full one."""
+        """The outermost layer: copies the computed part of the output into the full output."""
         index = self._enter(arguments)
         if self._call.synchronous and self._call.patch > 0:
             kept, tree = self._outputs[index]
@@ -194,10 +193,10 @@ class Stage:
         return tree_unflatten(given, tree)
 
     def _enter(self, arguments: Arguments) -> int:
-        """Check a call of the transformer against those before; returns its index."""
+        """Check a call of the transformer against earlier calls; return its index."""
         call, given = self._call, arguments[self._plan.latents]
         if not isinstance(first_of(given), Tensor):
-            refuse(f"several pictures in one row of the batch of {self._name}", NOT_OF_ROWS)
+            refuse(f"several images in one batch entry of {self._name}", NOT_OF_ROWS)
         latents = given if isinstance(given, Tensor) else given[0].expand(len(given), *given[0].shape)
         if not self.started or ((call.patch, call.index) == (0, 0) and self._changed(latents)):
             self._start(latents)
@@ -214,21 +213,21 @@ class Stage:
         return call.index
 
     def _changed(self, latents: Tensor) -> bool:
-        """Whether guidance begins or ends in this step: what is kept may be of other branches than those to come."""
+        """Whether guidance begins or ends in this step, so that the kept state may belong to other branches."""
         return self._branches != self._branches_now() or latents.shape != self._latents[0].shape
 
     def _start(self, latents: Tensor) -> None:
-        """Ahead of the transformer's first call: from here on, for some steps, it computes the whole image at once.
+        """Begin synchronous steps, which compute the whole image at once.
 
-        So it is, too, where guidance begins or ends.
+        Must be called before the transformer's first call, and where guidance begins or ends.
         """
         if self._controlled and self._call.step > 0:
-            refuse(f"guidance of {self._name} that begins or ends", "ControlNets have computed a patch", SAME_CALLS)
+            refuse(f"guidance of {self._name} that begins or ends", "ControlNets have run on a patch", SAME_CALLS)
         if not self._call.whole:
             what = f"calls of {self._name} with latents of shape {tuple(latents.shape)} from step {self._call.step} on"
-            why = "keys and values begin with a synchronous step, and no stage has the full latents there"
-            refuse(what, why, "Pass a callback_on_step_end, for which latents are full in each step")
-        if self.started:  # else a ControlNet may have left its keys and values already
+            why = "they must begin with a synchronous step, and no stage has the full latents there"
+            refuse(what, why, "Pass a callback_on_step_end, which makes the latents full after each step")
+        if self.started:  # otherwise a ControlNet may have stored keys and values already
             self.forget()
         self._first, self._branches = self._call.step, self._branches_now()
         self._call.start(self._first)
@@ -240,9 +239,9 @@ class Stage:
         self._on_start(self)
 
     def _blank(self, parts: list[Tensor], arguments: Arguments) -> list[Tensor]:
-        """Zeros in the shapes of the full outputs, of which ``parts`` are computed here."""
+        """Zeros in the shapes of the full outputs; ``parts`` are what this rank computes of them."""
         dtypes = [x.dtype for x in parts]
-        if self._autocast:  # only the last stage has the output's own
+        if self._autocast:  # only the last stage has the dtypes of the output
             dtypes = self._group.broadcast_object(dtypes, src=self._last)
         latents, dim = self._latents[0], self.patches.dim
         lengths = [latents.shape[dim(latents)]] * len(parts)
@@ -251,9 +250,9 @@ class Stage:
         return [zeros(x, dim(x), *what) for x, *what in zip(parts, lengths, dtypes, strict=True)]
 
     def _embedding(self, embed: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        """Computes the tokens of this sub-step on stages with first blocks; else zeros, of which the shape matters.
+        """Embed the tokens of this sub-step on stages with first blocks; on others return zeros of the right shape.
 
-        Outside of the model's forward, where pipelines embed tokens for a ControlNet, it computes them all.
+        Outside of the model's forward, where pipelines embed tokens for a ControlNet, embed all of them.
         """
 
         embeds = any(chain.begins for chain in self._chains)
@@ -275,5 +274,5 @@ class Stage:
 
 
 def first_of(latents: Any) -> Any:
-    """The latents, or, of a list with an entry for each row of the batch, the first entry."""
+    """The latents, or the first one of a list with one entry per batch entry."""
     return latents[0] if isinstance(latents, list | tuple) else latents
