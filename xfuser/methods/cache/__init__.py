@@ -1,7 +1,7 @@
-"""Step caching: forwards that leave blocks out, and reuse what these added in an earlier step.
+"""Step caching: forwards that skip blocks, and reuse what these blocks added in an earlier step.
 
-Diffusers' own caches do it, as hooks on a transformer's modules. Here is what they need to decide alike on all ranks
-(``caching.py``, ``means.py``), a count of what they left out (``use.py``), the caches that flags ask for
-(``added.py``), and what Diffusers does not have: TeaCache (``teacache.py``), and a cache whose blocks may be on several
-stages (``stack.py``), which First-Block-Cache goes by under PipeFusion (``first_block.py``).
+Diffusers implements caches as hooks on a transformer's modules. This package makes them decide alike on all ranks
+(``caching.py``, ``means.py``), counts what they skip (``use.py``), and adds the caches that flags request
+(``added.py``). It implements what Diffusers does not have: TeaCache (``teacache.py``), and a cache whose blocks may be
+on several stages (``stack.py``), which First-Block-Cache uses under PipeFusion (``first_block.py``).
 """

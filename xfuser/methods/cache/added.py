@@ -1,4 +1,4 @@
-"""Caches that a call adds to its transformers: those of the flags, and First-Block-Cache of several stages."""
+"""Caches that a call adds to its transformers: those that flags request, and First-Block-Cache over several stages."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -24,11 +24,11 @@ from xfuser.models.plan import ModelPlan, blocks_of
 from xfuser.models.registry import planned_models
 from xfuser.models.teacache import teacache_plan
 
-THRESHOLD = 0.1  # of use_fbcache, where none is given: a third of the blocks is skipped (docs/methods/caching.md)
+THRESHOLD = 0.1  # default of use_fbcache: skips a third of the blocks (docs/methods/caching.md)
 
 
 class AddedCache:
-    """What is added to one transformer when a call begins, and removed when it ends."""
+    """The cache that is added to one transformer when a call begins, and removed when it ends."""
 
     def __init__(self, pipe: Any, model: nn.Module, plan: ModelPlan, engine_config: EngineConfig) -> None:
         self._pipe, self._model, self._plan = pipe, model, plan
@@ -36,7 +36,7 @@ class AddedCache:
 
     @contextmanager
     def enter(self, call: CallState) -> Iterator[None]:
-        """Within the context, the cache's hooks are there. To be entered ahead of all that hooks into blocks."""
+        """Within the context, the cache's hooks are registered. Must be entered before all that hooks into blocks."""
         there = hooks.cached(self._model)
         if there and self._runtime.caches:
             raise ValueError(
@@ -65,7 +65,7 @@ class AddedCache:
 
     @contextmanager
     def _removed(self, there: list[Cached]) -> Iterator[None]:
-        """Within the context, the hooks of First-Block-Cache are not on the blocks."""
+        """Within the context, the blocks do not have the hooks of First-Block-Cache."""
         names = [(one, hooks.remove(one)) for one in _of_first_block(there)]
         try:
             yield
@@ -88,7 +88,7 @@ def first_block_cache(model: nn.Module, threshold: float | None = None) -> Itera
 
 
 def cache_as(cls: type, known: type) -> None:
-    """Let Diffusers' caches treat blocks of ``cls`` as those of a class that they may know."""
+    """Let Diffusers' caches treat blocks of ``cls`` like blocks of ``known``, if they support that class."""
     try:
         metadata = TransformerBlockRegistry.get(known)
     except ValueError:
@@ -97,18 +97,18 @@ def cache_as(cls: type, known: type) -> None:
 
 
 def check_cache(pipe: Any, engine_config: EngineConfig) -> None:
-    """Raise a ValueError where the cache that the flags ask for does not support a pipeline's transformers."""
+    """Raise a ValueError if the cache that flags request does not support a pipeline's transformers."""
     runtime, models = engine_config.runtime_config, planned_models(pipe)
     for model, plan in models.values():
         if runtime.use_teacache:
             found = teacache_plan(type(model).__name__, model.config)
             if len(models) > 1:
                 raise ValueError(
-                    f"use_teacache: the coefficients of {found.model} are not known to serve two transformers that"
-                    " divide the steps: use use_fbcache"
+                    f"use_teacache: the coefficients of {found.model} are not known to work for two transformers"
+                    " that divide the steps: use use_fbcache"
                 )
             if found.threshold is None and runtime.cache_threshold is None:
-                raise ValueError(f"use_teacache: no threshold is published for {found.model}: give cache_threshold")
+                raise ValueError(f"use_teacache: no threshold is published for {found.model}: set cache_threshold")
         elif runtime.use_fbcache:
             _check_blocks(model, plan)
 
@@ -124,7 +124,7 @@ def _check_blocks(model: nn.Module, plan: ModelPlan) -> None:
 
 
 def _is_known(block: nn.Module) -> bool:
-    """Whether First-Block-Cache knows a block's class; the last of SD3's blocks lack the text that it needs."""
+    """Whether First-Block-Cache supports a block; SD3's last block does not return the text that the cache requires."""
     try:
         TransformerBlockRegistry.get(type(block))
     except ValueError:
@@ -137,6 +137,6 @@ def _of_first_block(there: list[Cached]) -> list[Cached]:
 
 
 def _must_run(pipe: Any, call: CallState, first: int) -> bool:
-    """Whether the step that is running is one of the first of its schedule, or the last one."""
+    """Whether the current step is among the ``first`` steps of its schedule, or the last one."""
     steps = call.steps or getattr(pipe, "_num_timesteps", 0) or len(getattr(pipe.scheduler, "timesteps", ()))
     return not first <= call.step < steps - 1

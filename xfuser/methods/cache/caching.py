@@ -1,4 +1,4 @@
-"""Caches under every method: one decision for the ranks that share a forward, and a state for each call."""
+"""Caches under every method: one decision for the ranks that share a forward, and separate state for each call."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -18,13 +18,13 @@ from xfuser.methods.cache.means import SharedMeans
 from xfuser.methods.cache.use import CacheUse
 from xfuser.models.plan import ModelPlan, Streams
 
-RULE = "_should_compute_remaining_blocks"  # of First-Block-Cache: from the first block's residual to the decision
+RULE = "_should_compute_remaining_blocks"  # method of First-Block-Cache: decides by the first block's residual
 
 
 def cache_methods(
     pipe: Any, models: Iterable[tuple[nn.Module, ModelPlan]], engine_config: EngineConfig, use: CacheUse
 ) -> tuple[list[AddedCache], list["Caching"]]:
-    """What is to be entered ahead of all that hooks into or compiles blocks, and ahead of all that hooks into them."""
+    """Contexts to enter before all that hooks into or compiles blocks, and those to enter before all that hooks in."""
     runtime, parallel = engine_config.runtime_config, engine_config.parallel_config
     models = [planned for planned in models if runtime.caches or hooks.cached(planned[0])]
     added = [AddedCache(pipe, *planned, engine_config) for planned in models]
@@ -32,20 +32,22 @@ def cache_methods(
 
 
 class Caching:
-    """The caches of one transformer during a call, whoever enabled them.
+    """The caches of one transformer during a call, enabled by flags or by the caller.
 
     Args:
-        use: where computations are counted.
+        use: counts the computations.
     """
 
     def __init__(self, model: nn.Module, plan: ModelPlan, parallel: ParallelConfig, use: CacheUse) -> None:
         self._model, self._plan, self._parallel, self._use = model, plan, parallel, use
-        self._arguments: Arguments = {}  # of the forward that is running, with the whole batch
+        self._arguments: Arguments = {}  # of the running forward, with the whole batch
 
     @contextmanager
     def enter(self, call: CallState) -> Iterator[None]:
-        """Within the context, caches decide alike, and begin without a state. To be entered ahead of what hooks into
-        blocks, but behind what compiles them."""
+        """Within the context, caches decide alike on all ranks, and begin without state.
+
+        Must be entered before all that hooks into blocks, but after blocks are compiled.
+        """
         found = hooks.cached(self._model)
         self._check(found)
         means = SharedMeans(call, get_forward_group(), get_branch_group())
@@ -75,12 +77,12 @@ class Caching:
             self._arguments = {}
 
     def _decisions(self, found: list[Cached], means: SharedMeans) -> Iterator[AbstractContextManager[None]]:
-        """What replaces the decisions of caches that look at activations."""
+        """Contexts that replace the decisions of caches that use activations."""
         for one in found:
             if hasattr(one.hook, RULE):
                 streams = self._streams(one.name)
                 yield replaced(one.hook, RULE, _shared(getattr(one.hook, RULE), means, streams))
-            if getattr(one.hook, "raw_vision_callback", None):  # decides by the latents of all that is in the batch
+            if getattr(one.hook, "raw_vision_callback", None):  # decides by the latents of the whole batch
                 yield replaced(one.hook, "raw_vision_callback", partial(self._whole, one.hook.raw_vision_callback))
 
     def _whole(self, callback: Callable[..., Any], model: nn.Module, args: tuple, kwargs: Arguments) -> Any:
@@ -90,16 +92,16 @@ class Caching:
         return self._plan.carriers(block.rpartition(".")[0]).get(self._plan.image, ("image",))
 
     def _check(self, found: list[Cached]) -> None:
-        """Refuse caches that would not do what they do on one rank."""
+        """Raise for caches that would compute something else than on one rank."""
         parallel, kinds = self._parallel, {one.kind: one.hook for one in found}
         splits_batch = parallel.cfg_degree * parallel.dp_degree > 1
         other = next((hook for kind, hook in kinds.items() if kind != hooks.STACK), None)
         if other and parallel.pipelined:
-            self._refuse(other, "keeps what a whole image's tokens gave, where each forward has those of one patch")
+            self._refuse(other, "keeps what a whole image's tokens gave, but each forward has those of one patch")
         if hooks.FIRST_BLOCK in kinds and not any(hasattr(one.hook, RULE) for one in found):
-            self._refuse(kinds[hooks.FIRST_BLOCK], f"decides otherwise than by {RULE}() in this release of Diffusers")
+            self._refuse(kinds[hooks.FIRST_BLOCK], f"does not decide by {RULE}() in this release of Diffusers")
         if parallel.sp_degree > 1 and self._plan.halvings:
-            self._refuse(next(iter(kinds.values())), "is not known to be right on the bands of a U-Net's maps")
+            self._refuse(next(iter(kinds.values())), "is not known to be correct on the bands of a U-Net's maps")
         faster = kinds.get(hooks.FASTER)
         if faster and splits_batch and not faster.is_guidance_distilled:
             self._refuse(faster, "halves the batch of guidance, which CFG and data parallelism split")
@@ -107,7 +109,7 @@ class Caching:
         if mag and mag.config.calibrate and parallel.world_size > 1:
             self._refuse(mag, "with calibrate=True measures each rank's own tokens")
         if hooks.SEA in kinds and parallel.fully_shard_degree > 1:
-            self._refuse(kinds[hooks.SEA], "leaves no block out where weights are sharded")
+            self._refuse(kinds[hooks.SEA], "skips no block if weights are sharded")
 
     def _refuse(self, hook: Any, why: str) -> None:
         flags = self._parallel.degrees() | {"num_pipeline_patch": self._parallel.num_pipeline_patch}

@@ -1,4 +1,4 @@
-"""First-Block-Cache where Diffusers' hooks do not reach: the first block is on one stage, the last on another."""
+"""First-Block-Cache over several stages, which Diffusers' hooks do not support."""
 
 from functools import partial
 from types import SimpleNamespace
@@ -12,7 +12,7 @@ from xfuser.methods.cache.stack import StackState
 
 
 class FirstBlock:
-    """Diffusers' rule, of each patch by itself: by how much what the first block adds to its tokens has changed."""
+    """Diffusers' rule, for each patch separately: how much the first block's residual has changed."""
 
     behind_first = True
 
@@ -20,7 +20,7 @@ class FirstBlock:
         self._hook, self._means = first_block_cache.FBCHeadBlockHook(None, threshold), means
 
     def skips(self, state: StackState, block: nn.Module, given: Arguments, image: Tensor) -> bool:
-        """Whether blocks are left out, where the first block added ``image``."""
+        """Whether to skip blocks; ``image`` is the first block's residual."""
         state.signal = kept = state.signal or first_block_cache.FBCSharedBlockState()
         self._hook.state_manager = SimpleNamespace(get_state=lambda: kept)
         runs = self._means.decide(partial(self._hook._should_compute_remaining_blocks, image), ("image",))

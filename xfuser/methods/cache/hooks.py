@@ -1,4 +1,4 @@
-"""The hooks by which caches work on a model's modules: which there are, and what they keep."""
+"""The hooks of caches on a model's modules, and their state."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ FIRST_BLOCK, MAG, TAYLOR, PYRAMID, FASTER, SEA = (
 )  # fmt: skip
 STACK = "stack"  # of this package
 KNOWN = (FIRST_BLOCK, MAG, TAYLOR, PYRAMID, FASTER, SEA, STACK)
-MIXED = (PYRAMID, FASTER)  # whose state is one for all calls of a step
+MIXED = (PYRAMID, FASTER)  # these keep one state for all calls of a step
 
 
 class Cached(NamedTuple):
@@ -25,10 +25,10 @@ class Cached(NamedTuple):
 
 
 def cached(model: nn.Module) -> list[Cached]:
-    """The modules of a model that caches work on.
+    """The modules of a model that have hooks of caches.
 
     Raises:
-        ValueError: hooks keep a state of which nothing is known here.
+        ValueError: an unknown hook keeps state between steps.
     """
     found = []
     for name, module in model.named_modules():
@@ -46,7 +46,7 @@ def cached(model: nn.Module) -> list[Cached]:
 
 
 def remove(one: Cached) -> str:
-    """Take a hook away; returns the name that it had."""
+    """Remove a hook; return its name."""
     registry = one.module._diffusers_hook
     name = next(name for name, hook in registry.hooks.items() if hook is one.hook)
     registry.remove_hook(name, recurse=False)
@@ -54,27 +54,27 @@ def remove(one: Cached) -> str:
 
 
 def refresh(model: nn.Module) -> None:
-    """To be called when hooks were added or removed: contexts that pipelines set reach the hooks that are there now."""
+    """Must be called after hooks were added or removed, so that contexts set by pipelines reach the current hooks."""
     HookRegistry.check_if_exists_or_initialize(model)._child_registries_cache = None
 
 
 def reset(hooks: list[Cached]) -> None:
-    """Let hooks forget what they keep."""
+    """Reset the state of hooks."""
     for one in hooks:
         if one.hook._is_stateful:
             one.hook.reset_state(one.module)
 
 
 def managers(hooks: list[Cached]) -> list[Any]:
-    """What keeps the states of these hooks by context, each one once."""
+    """The managers that keep the state of these hooks by context, each one once."""
     values = (value for one in hooks for value in vars(one.hook).values())
     return list({id(value): value for value in values if isinstance(value, registries.StateManager)}.values())
 
 
 @contextmanager
 def in_context(managers: list[Any], name: str) -> Iterator[None]:
-    """Within the context, states are those of this name where the pipeline has given none."""
-    of_release = getattr(registries, "CacheContext", str)  # older ones know contexts by name alone
+    """Within the context, hooks use the state of this name, unless the pipeline has set a context."""
+    of_release = getattr(registries, "CacheContext", str)  # older releases have only names
     lacking = [one for one in managers if not _context(one)]
     for manager in lacking:
         manager.set_context(of_release(name))

@@ -1,4 +1,4 @@
-"""Means over the ranks that share a forward: what makes a cache decide as one rank would."""
+"""Means over the ranks that share a forward, by which a cache decides as on one rank."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -15,24 +15,24 @@ T = TypeVar("T")
 
 
 class SharedMeans:
-    """Lets a rule that asks for means of whole tensors see those over all ranks, at the price of one message.
+    """Gives a rule that computes means of whole tensors the means over all ranks, at the cost of one all-reduce.
 
     Args:
         forward: the ranks that compute the same blocks of a forward.
-        branch: those of them that compute the same branch of guidance.
+        branch: the ranks among these that compute the same branch of guidance.
     """
 
     def __init__(self, call: CallState, forward: GroupCoordinator, branch: GroupCoordinator) -> None:
         self._call, self._forward, self._branch = call, forward, branch
 
     def decide(self, rule: Callable[[], T], streams: Streams) -> T:
-        """What ``rule`` returns where each ``x.mean()`` in it is over all ranks' tokens and batch entries.
+        """Return the result of ``rule`` with each ``x.mean()`` in it taken over all ranks' tokens and batch entries.
 
-        The rule runs twice, first with this rank's means, and must change nothing. All that it asks for is summed up in
-        one all-reduce: 16 bytes for each mean, none where it asks for none.
+        The rule runs twice, first with this rank's means, and must have no side effects. One all-reduce sums all means,
+        with 16 bytes for each; a rule without means needs no all-reduce.
 
         Args:
-            streams: of the tensors' tokens, ``[B, own tokens, D]``; tensors without tokens are taken whole.
+            streams: streams of the tensors' tokens, ``[B, own tokens, D]``; tensors without tokens are used whole.
         """
         group = self._branch if self._call.apart else self._forward
         if group.world_size == 1:
@@ -54,7 +54,7 @@ class SharedMeans:
             return rule()
 
     def _sum_and_count(self, x: Tensor, streams: Streams) -> tuple[Tensor, Tensor]:
-        """Of the rows that no other rank counts as well."""
+        """Sum and count of the elements that no other rank counts."""
         counted = self._counted(x, streams) if self._call.gives else x.flatten()[:0]
         total = counted.sum(dtype=torch.float64)
         return total, torch.full_like(total, counted.numel())

@@ -1,7 +1,7 @@
 """A cache over all of a transformer's blocks that this rank has: they run, or what they added last is added again.
 
-On stages of a pipeline, the first one decides, and a flag goes with its tokens to the others. Each adds what its own
-blocks added; together that is what all of them did.
+Under PipeFusion, the first stage decides, and a flag travels with its tokens to the others. Each stage adds what its
+own blocks added; the sum over the stages is what all blocks added.
 """
 
 from collections.abc import Iterator
@@ -18,16 +18,16 @@ from xfuser.models.plan import Block, ModelPlan, Streams
 
 HOOK = "xfuser_stack_cache"
 
-Carried = dict[str, Tensor]  # stream to tokens, [B, own tokens, D]
+Carried = dict[str, Tensor]  # tokens of each stream, [B, own tokens, D]
 
 
 class StackState:
-    """What is kept of one forward of a step; of one patch, where there are several.
+    """The state of one forward of a step, and of one patch if there are several.
 
     Attributes:
-        added: by the blocks that may be left out, when they last ran.
-        begin: what the first of these was given.
-        signal, total: of the rule that decides.
+        added: what the blocks that may be skipped added when they last ran.
+        begin: the input of the first of these blocks.
+        signal, total: state of the rule.
     """
 
     def __init__(self) -> None:
@@ -38,20 +38,20 @@ class StackState:
 
 
 class Rule(Protocol):
-    """What decides whether blocks are left out.
+    """Decides whether to skip blocks.
 
     Attributes:
-        behind_first: whether it goes by what the first block adds to its tokens; that one then always runs.
+        behind_first: whether the rule uses what the first block adds to its tokens; this block then always runs.
     """
 
     behind_first: bool
 
     def skips(self, state: StackState, block: nn.Module, given: Arguments, image: Tensor) -> bool:
-        """Whether blocks are left out.
+        """Whether to skip blocks.
 
         Args:
-            block, given: the first block of all, and its arguments.
-            image: tokens of the image that it is given, or what it added to them, ``[B, own tokens, D]``.
+            block, given: the transformer's first block, and its arguments.
+            image: the block's input tokens of the image, or what it added to them, ``[B, own tokens, D]``.
         """
 
 
@@ -59,8 +59,8 @@ class BlockStack:
     """The blocks of one transformer on this rank, during a call.
 
     Args:
-        blocks: in their order.
-        rule: where this rank has the first block of all; else None.
+        blocks: the blocks in order of execution.
+        rule: the rule if this rank has the transformer's first block; else None.
     """
 
     def __init__(self, plan: ModelPlan, blocks: list[Block], rule: Rule | None, call: CallState) -> None:
@@ -70,7 +70,7 @@ class BlockStack:
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
-        """Within the context, the blocks have hooks that may leave them out."""
+        """Within the context, the blocks have hooks that may skip them."""
         self._call.skips = False
         registries = [HookRegistry.check_if_exists_or_initialize(block.module) for block in self._blocks]
         for block, registry in zip(self._blocks, registries, strict=True):
@@ -82,7 +82,7 @@ class BlockStack:
                 registry.remove_hook(HOOK, recurse=False)
 
     def run(self, block: Block, original: Any, given: Arguments) -> Any:
-        """The output of a block, run or left out."""
+        """Return the output of a block, run or skipped."""
         call, state, first, output = self._call, self._state(), block is self._blocks[0], None
         streams = self._given(block, given)
         if first and self._rule:
@@ -128,7 +128,7 @@ class BlockStack:
         return dict(zip(streams, parts, strict=True))
 
     def _packed(self, block: Block, carried: Carried) -> Any:
-        """As the block returns it."""
+        """The tokens in the form that the block returns."""
         outputs = self._plan.outputs(block.list_name)
         tensors = [torch.cat([carried[one] for one in streams], dim=1) for streams in outputs]
         return tensors[0] if len(tensors) == 1 else tuple(tensors)
@@ -144,10 +144,10 @@ class StackHook(ModelHook):
         self.stack, self._block, self._bind = stack, block, Binder(block.module.forward)
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """In the place of the block's forward."""
+        """Run in place of the block's forward."""
         return self.stack.run(self._block, self.fn_ref.original_forward, self._bind(args, kwargs))
 
     def reset_state(self, module: nn.Module) -> nn.Module:
-        """Forget what was kept."""
+        """Reset the state of the whole stack."""
         self.stack.forget()
         return module

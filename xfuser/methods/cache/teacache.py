@@ -1,4 +1,4 @@
-"""TeaCache (arXiv 2411.19108): blocks are left out while the first block's input has changed little."""
+"""TeaCache (arXiv 2411.19108): blocks are skipped while the first block's input has changed little."""
 
 from collections.abc import Callable
 from functools import partial
@@ -12,16 +12,16 @@ from xfuser.models.teacache import TeaCachePlan
 
 
 class TeaCache:
-    """The rule of one model.
+    """The rule of TeaCache for one model.
 
-    Each step adds a polynomial of the signal's relative change against the last step's, mean|x - y| / mean|y|, to a
-    sum. As long as the sum is below the threshold, blocks are left out; where it is not, they run, and it starts from
-    0. They run in the first steps and in the last one.
+    Each step adds a polynomial of the signal's relative change since the last step, mean|x - y| / mean|y|, to a sum.
+    While the sum is below the threshold, blocks are skipped; otherwise they run, and the sum is reset to 0. Blocks
+    always run in the first steps and in the last one.
 
     Args:
-        plan: the polynomial, and what the signal is.
-        threshold: of the sum.
-        must_run: whether the step that is running is one of those in which all blocks run.
+        plan: the polynomial and the kind of signal.
+        threshold: the threshold of the sum.
+        must_run: returns whether all blocks must run in the current step.
     """
 
     behind_first = False
@@ -30,7 +30,7 @@ class TeaCache:
         self._plan, self._threshold, self._means, self._must_run = plan, threshold, means, must_run
 
     def skips(self, state: StackState, block: nn.Module, given: Arguments, image: Tensor) -> bool:
-        """Whether blocks are left out, where ``image`` are the tokens that the first one is given."""
+        """Whether to skip blocks; ``image`` are the image tokens that the first block gets."""
         signal = SIGNALS[self._plan.signal](block, image, given["temb"])
         before, state.signal = state.signal, signal
         if before is not None and not self._must_run():
@@ -43,7 +43,7 @@ class TeaCache:
 
 
 def _scaled_norm(block: nn.Module, image: Tensor, temb: Tensor) -> Tensor:
-    """``[B, S, D]``; the first two rows of the block's table, and of its time embedding, are shift and scale."""
+    """``[B, S, D]``; shift and scale are the first two rows of the block's table plus its time embedding."""
     rows = block.scale_shift_table + temb.unflatten(-1, (len(block.scale_shift_table), -1))
     return block.norm1(image) * (1 + rows[..., 1, :]) + rows[..., 0, :]
 

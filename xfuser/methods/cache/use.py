@@ -1,4 +1,4 @@
-"""What caches left out during a call."""
+"""Counts of what caches skipped during a call."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -10,13 +10,13 @@ from torch import nn
 from xfuser.call import CallState
 from xfuser.core.hooks import innermost, replaced
 
-ENTERED = ""  # the name of the first module's forward with its hooks, which runs in every forward
+ENTERED = ""  # name of the first module's forward including its hooks, which runs in every forward
 
 
 class CachedForward(NamedTuple):
-    """One forward of a transformer on this rank: its step, its patch, its index within them, and what was left out.
+    """One forward of a transformer on this rank: its step, patch, index within the sub-step, and what was skipped.
 
-    ``skipped`` are names of blocks, or of the modules within blocks where a cache works on these.
+    ``skipped`` are names of blocks, or of modules within blocks if a cache works on these.
     """
 
     step: int
@@ -26,11 +26,11 @@ class CachedForward(NamedTuple):
 
 
 class CacheUse:
-    """Counts the computations of one call that caches could leave out, and those that they did.
+    """Counts the computations of one call that caches ran and skipped.
 
     Attributes:
-        forwards: those that this rank computed, in their order.
-        computed, skipped: numbers of blocks, or of modules within blocks where a cache works on these.
+        forwards: the forwards that this rank computed, in order.
+        computed, skipped: numbers of blocks, or of modules within blocks if a cache works on these.
     """
 
     def __init__(self) -> None:
@@ -39,7 +39,7 @@ class CacheUse:
 
     @contextmanager
     def counting(self, modules: dict[str, nn.Module]) -> Iterator[Callable[[CallState], None]]:
-        """Within the context, runs of these modules are counted; gives what is to be called behind each forward."""
+        """Within the context, count the runs of these modules; yields a function to call after each forward."""
         ran: set[str] = set()
         with ExitStack() as stack:
             for name, module in modules.items():
@@ -58,7 +58,7 @@ class CacheUse:
 
 
 def _noted(owner: Any, attribute: str, ran: set[str], name: str) -> AbstractContextManager[None]:
-    """Within the context, a forward adds a name to those that ran."""
+    """Within the context, each forward adds ``name`` to ``ran``."""
     original = getattr(owner, attribute)
 
     @wraps(original)
