@@ -1,1 +1,1 @@
-"""Model families as data: one plan each."""
+"""Plans of model families, as data."""

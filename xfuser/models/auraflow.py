@@ -1,4 +1,4 @@
-"""AuraFlow: joint attention, text tokens first; one stream of both in the single-stream blocks."""
+"""AuraFlow: joint attention, text tokens first; single-stream blocks carry both in one argument."""
 
 from xfuser.models.plan import ModelPlan
 

@@ -1,5 +1,5 @@
-"""Bria FIBO: joint attention, text tokens first, half of whose features are other ones in every block; FIBO 2: one
-sequence of the prompt's gist and pictures."""
+"""Bria FIBO: joint attention, text tokens first; half of the text features are replaced in every block. FIBO 2: one
+sequence of the prompt's gist tokens and of images."""
 
 from xfuser.models.plan import ModelPlan, Tokens
 
@@ -16,7 +16,7 @@ BRIA_FIBO = ModelPlan(
     text_modules=("ff_context", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
 )
 
-# Refiner blocks and the resampler of the text run whole on every rank.
+# The refiner blocks and the resampler of the text run whole on every rank.
 BRIA_FIBO2 = ModelPlan(
     blocks=("layers",),
     attention={"attention": ("image",)},

@@ -1,5 +1,5 @@
-"""Chroma: joint attention, text tokens first, with a mask over pairs of tokens, which is cut where attention needs
-it; one stream of both in the single-stream blocks."""
+"""Chroma: joint attention, text tokens first, with a mask over pairs of tokens, which is cut in the attention;
+single-stream blocks carry both streams in one argument."""
 
 from xfuser.models.plan import ModelPlan, Tokens
 

@@ -14,5 +14,5 @@ COGVIDEOX = ModelPlan(
     frames=1,
 )
 
-# Its forward normalises text and image together, and cuts by the length of the text.
+# Its forward normalises text and image together, then splits them by the length of the text.
 CONSISID = replace(COGVIDEOX, head=None, between={"perceiver_cross_attention.*": "hidden_states"})

@@ -1,5 +1,5 @@
-"""Cosmos Predict and Transfer (arXiv 2501.03575): text by cross-attention; conditioning by time may differ from frame
-to frame."""
+"""Cosmos Predict and Transfer (arXiv 2501.03575): cross-attention to text; time conditioning may differ between
+frames."""
 
 from xfuser.models.plan import ModelPlan, Tokens
 

@@ -8,6 +8,6 @@ EASYANIMATE = ModelPlan(
     text="encoder_hidden_states",
     per_token={"image_rotary_emb": Tokens(("image",), dim=0)},
     returns=("image", "text"),
-    unpaired_without={"transformer_blocks.*.attn1": "to_add_out"},  # else text leaves it as it is
+    unpaired_without={"transformer_blocks.*.attn1": "to_add_out"},  # else text has no output linear
     text_modules=("txt_ff", "attn1.add_q_proj", "attn1.add_k_proj", "attn1.add_v_proj", "attn1.to_add_out"),
 )

@@ -1,4 +1,4 @@
-"""Flux.2 and Flux.2 klein: joint attention, text tokens first; one stream of both in the single-stream blocks."""
+"""Flux.2 and Flux.2 klein: joint attention, text tokens first; single-stream blocks carry both in one argument."""
 
 from xfuser.models.plan import ModelPlan, Tokens
 

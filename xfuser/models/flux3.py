@@ -1,7 +1,7 @@
 """Flux.3: joint attention, text tokens first.
 
-Ahead of it, a few blocks for each of text, image and pictures attend to one of these alone. They run whole on every
-rank.
+Before these blocks, text, image and reference images each have a few blocks that attend only to their own tokens. Those
+run whole on every rank.
 """
 
 from xfuser.models.plan import ModelPlan, Tokens

@@ -1,5 +1,5 @@
-"""Helios: frames of the past lie ahead of the video's tokens, as the stream that plans call text; text proper by
-cross-attention."""
+"""Helios: tokens of past frames, the ``"text"`` stream of the plan, come before the video's tokens; cross-attention to
+the text itself."""
 
 from xfuser.models.plan import ModelPlan, Tokens
 

@@ -1,4 +1,4 @@
-"""HiDream-I1 (arXiv 2505.22705): joint attention, image tokens first, with other text tokens in every block."""
+"""HiDream-I1 (arXiv 2505.22705): joint attention, image tokens first; every block has its own text tokens."""
 
 from xfuser.models.plan import ModelPlan, Tokens
 

@@ -1,4 +1,4 @@
-"""HunyuanDiT 1.1 and 1.2 (arXiv 2405.08748): text by cross-attention, rotary tables, long skips."""
+"""HunyuanDiT 1.1 and 1.2 (arXiv 2405.08748): cross-attention to text, rotary tables, long skips."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Ideogram 4: one sequence of text and image, which the pipeline lays out, with a mask over pairs of tokens."""
+"""Ideogram 4: one sequence of text and image, built by the pipeline, with a mask over pairs of tokens."""
 
 from xfuser.models.plan import ModelPlan, Tokens
 

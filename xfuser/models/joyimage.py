@@ -1,4 +1,4 @@
-"""JoyImage Edit and Edit Plus: joint attention, tokens of all pictures first."""
+"""JoyImage Edit and Edit Plus: joint attention, tokens of all images first."""
 
 from dataclasses import replace
 

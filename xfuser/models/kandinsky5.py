@@ -1,4 +1,4 @@
-"""Kandinsky 5 (arXiv 2511.14993): text by cross-attention, rotary matrices."""
+"""Kandinsky 5 (arXiv 2511.14993): cross-attention to text, rotary matrices."""
 
 from xfuser.models.plan import ModelPlan, Tokens
 

@@ -1,8 +1,8 @@
-"""Kandinsky 6: video and sound, which attend to each other; text by cross-attention, rotary matrices. Its upscaler."""
+"""Kandinsky 6: video and sound attend to each other; cross-attention to text, rotary matrices. Its upscaler."""
 
 from xfuser.models.plan import Attention, ModelPlan, Tokens
 
-# The second stream, which plans call text, is sound, where there is any.
+# The second stream, ``"text"`` in the plan, is sound, if a call has any.
 KANDINSKY6 = ModelPlan(
     blocks=("visual_transformer_blocks",),
     attention={

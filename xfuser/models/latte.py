@@ -1,6 +1,6 @@
-"""Latte (arXiv 2401.03048): blocks over the tokens of a frame in turn with blocks over the frames of a token.
+"""Latte (arXiv 2401.03048): blocks over the tokens of a frame alternate with blocks over the frames of a token.
 
-What is split are the tokens of each frame, so that the second kind needs nothing from other ranks.
+The tokens of each frame are split, so that the second kind of blocks needs nothing from other ranks.
 """
 
 from xfuser.models.plan import ModelPlan, Tokens

@@ -1,5 +1,5 @@
-"""LTX-Video (arXiv 2501.00103), LTX-2 (arXiv 2601.03233), the refiner of SANA-WM: text by cross-attention; conditioning
-by time may differ from token to token."""
+"""LTX-Video (arXiv 2501.00103), LTX-2 (arXiv 2601.03233), the refiner of SANA-WM: cross-attention to text; time
+conditioning may differ between tokens."""
 
 from dataclasses import replace
 
@@ -15,7 +15,7 @@ LTX_VIDEO = ModelPlan(
     per_head={"image_rotary_emb": {3: -1}},
 )
 
-# The second stream, which plans call text, is sound.
+# The second stream, ``"text"`` in the plan, is sound.
 _VIDEO, _SOUND = Tokens(("image",)), Tokens(("text",))
 LTX2_VIDEO = ModelPlan(
     blocks=("transformer_blocks",),

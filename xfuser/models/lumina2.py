@@ -1,6 +1,6 @@
 """Lumina Image 2.0 (arXiv 2503.21758): one sequence of text and image, padded to the longest of the batch.
 
-Its refiner blocks, two on the image and two on the text, run whole on every rank.
+The refiner blocks, two on the image and two on the text, run whole on every rank.
 """
 
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Lumina-Next (arXiv 2406.18583): text by cross-attention; rotary tables; the scale of attention grows with the number
+"""Lumina-Next (arXiv 2406.18583): cross-attention to text; rotary tables; the scale of attention grows with the number
 of tokens."""
 
 from xfuser.models.plan import ModelPlan, Tokens

@@ -1,4 +1,4 @@
-"""Mochi 1: joint attention that leaves padded text tokens out, row by row; image tokens first."""
+"""Mochi 1: joint attention, image tokens first; each batch entry leaves its padded text tokens out."""
 
 from xfuser.models.plan import ModelPlan, Tokens
 

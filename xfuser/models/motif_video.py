@@ -1,4 +1,4 @@
-"""Motif-Video: joint attention with a key mask, video tokens first; also attention to the text alone."""
+"""Motif-Video: joint attention with a key mask, video tokens first; further attention from video to text only."""
 
 from xfuser.models.plan import Attention, ModelPlan, Tokens
 

@@ -1,4 +1,4 @@
-"""Nucleus-Image: image tokens attend to themselves and to the text; a mixture of experts that choose their tokens."""
+"""Nucleus-Image: image tokens attend to image and text; a mixture of experts, which choose their tokens."""
 
 from xfuser.models.plan import Attention, ModelPlan, Tokens
 

@@ -1,5 +1,5 @@
-"""OmniGen (arXiv 2409.11340): one sequence of text, pictures and the image, with a mask over pairs of tokens, which is
-cut where attention needs it."""
+"""OmniGen (arXiv 2409.11340): one sequence of text, reference images and the image, with a mask over pairs of tokens,
+which is cut in the attention."""
 
 from xfuser.models.plan import ModelPlan, Tokens
 

@@ -1,4 +1,4 @@
-"""PixArt-alpha (arXiv 2310.00426) and PixArt-Sigma (arXiv 2403.04692): text by cross-attention."""
+"""PixArt-alpha (arXiv 2310.00426) and PixArt-Sigma (arXiv 2403.04692): cross-attention to text."""
 
 from xfuser.models.plan import ModelPlan, Tokens
 

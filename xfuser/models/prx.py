@@ -1,4 +1,4 @@
-"""PRX: image tokens attend to themselves and to the text, which the blocks leave as it is."""
+"""PRX: image tokens attend to image and text; the blocks do not change the text."""
 
 from xfuser.models.plan import Attention, ModelPlan, Tokens
 

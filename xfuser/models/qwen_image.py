@@ -1,5 +1,5 @@
-"""Qwen-Image and Qwen-Image-Edit (arXiv 2508.02324): joint attention with a mask of the text, which comes first;
-Qwen-Image 2.1: one sequence, whose text is causal."""
+"""Qwen-Image and Qwen-Image-Edit (arXiv 2508.02324): joint attention, text tokens first, with a mask of the text;
+Qwen-Image 2.1: one sequence with causal text."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Which plan serves which transformer class."""
+"""The plans of transformer classes, and checks of pipelines against them."""
 
 import inspect
 import json
@@ -125,7 +125,7 @@ PLANS: dict[str, ModelPlan] = {
     "ZImageTransformer2DModel": Z_IMAGE,
 }
 
-CONTROLNETS: dict[str, ModelPlan] = {  # of transformers; they return their residuals where others have a head
+CONTROLNETS: dict[str, ModelPlan] = {  # of transformers; they return residuals, and have no head
     "FluxControlNetModel": FLUX_CONTROLNET,
     "HunyuanDiT2DControlNetModel": HUNYUAN_DIT_CONTROLNET,
     "QwenImageControlNetModel": QWEN_IMAGE_CONTROLNET,
@@ -133,35 +133,35 @@ CONTROLNETS: dict[str, ModelPlan] = {  # of transformers; they return their resi
 }
 
 
-UNCUT = "its weights cannot be divided over ranks: use Ulysses, ring, CFG or data parallelism"  # of quantised ones
+UNCUT = "its weights cannot be divided over ranks: use Ulysses, ring, CFG or data parallelism"  # if quantised
 
 _REGISTERED: dict[type, ModelPlan] = {}
-_OWN = "_parallel_plan"  # attribute of a module that has a plan of its own
+_OWN = "_parallel_plan"  # attribute of a module that has its own plan
 
 
 def register_plan(cls: type, plan: ModelPlan) -> None:
-    """Let ``plan`` serve a transformer class and those that derive from it, in place of a plan that is known."""
+    """Use ``plan`` for a transformer class and classes that derive from it, in place of a built-in plan."""
     _REGISTERED[cls] = plan
 
 
 def set_plan(module: nn.Module, plan: ModelPlan) -> None:
-    """Let ``plan`` serve this one module, in place of a plan of its class."""
+    """Use ``plan`` for this one module, in place of the plan of its class."""
     vars(original_of(module))[_OWN] = plan
 
 
 def original_of(module: nn.Module) -> nn.Module:
-    """The module that ``torch.compile(module)`` was called with; other modules as they are."""
+    """The module that was given to ``torch.compile``; other modules are returned as they are."""
     while "_orig_mod" in module._modules:
         module = module._modules["_orig_mod"]
     return module
 
 
 def plan_of(module: nn.Module) -> ModelPlan | None:
-    """The plan of a module, of its class, or of the nearest class that it derives from; None for other modules.
+    """The plan of a module, of its class, or of the nearest base class; None for other modules.
 
-    A transformer without one, whose class has a context-parallel plan of Diffusers, gets a plan that goes by that.
+    A transformer without a plan whose class has a context-parallel plan of Diffusers gets a plan based on that.
     """
-    module = original_of(module)  # what stands for it passes attributes on, and is of another class
+    module = original_of(module)  # compiled modules pass attributes on, but have another class
     plans = (_REGISTERED.get(cls) or PLANS.get(cls.__name__) for cls in type(module).__mro__)
     own = vars(module).get(_OWN) or next(filter(None, plans), None)
     context = getattr(module, "_cp_plan", None)
@@ -181,13 +181,14 @@ def _by_context(module: nn.Module, context: dict[str, Any]) -> ModelPlan:
     unbatched = tuple(name for name, entry in split.items() if getattr(entry, "split_dim", 1) == 0)
     return ModelPlan(
         blocks=(), attention={}, latents=first, unbatched=unbatched, context=context,
-        unpiped="there is no plan for it that says what its blocks are",
+        unpiped="there is no plan for it that names its blocks",
     )  # fmt: skip
 
 
 def planned_models(pipe, piped: bool = False) -> dict[str, tuple[nn.Module, ModelPlan]]:
-    """The pipeline's denoisers by component name, with their plans, or with those under PipeFusion; of compiled ones,
-    the original.
+    """The pipeline's denoisers, by component name, and their plans; with ``piped``, the plans under PipeFusion.
+
+    For compiled denoisers these are the original modules.
 
     Raises:
         ValueError: the pipeline has no transformer with a plan.
@@ -203,14 +204,14 @@ def planned_models(pipe, piped: bool = False) -> dict[str, tuple[nn.Module, Mode
 
 
 def controlnets_of(pipe: Any) -> list[tuple[nn.Module, ModelPlan]]:
-    """A pipeline's ControlNets that have a plan, with their plans; several may be one component."""
+    """A pipeline's ControlNets that have a plan, with their plans; one component may hold several."""
     parts = [original_of(part) for part in pipe.components.values() if isinstance(part, nn.Module)]
     nets = [net for part in parts for net in getattr(part, "nets", [part])]
     return [(net, CONTROLNETS[type(net).__name__]) for net in nets if type(net).__name__ in CONTROLNETS]
 
 
 def check_methods(cls: str, plan: ModelPlan, sequence: bool, pipelined: bool, patched: bool = False) -> None:
-    """Raise a ValueError where sequence parallelism, PipeFusion or DistriFusion is asked for, and does not support the
+    """Raise a ValueError if sequence parallelism, PipeFusion or DistriFusion is requested and does not support the
     class."""
     served = ["CFG", "data parallelism"]
     if plan.unsequenced is None:
@@ -221,7 +222,7 @@ def check_methods(cls: str, plan: ModelPlan, sequence: bool, pipelined: bool, pa
     for asked, method, reason in (
         (sequence, "sequence parallelism (ulysses_degree, ring_degree)", plan.unsequenced),
         (pipelined, "PipeFusion", plan.unpiped),
-        (patched, "DistriFusion (as naive patches)", unpatched),
+        (patched, "DistriFusion (like naive patches)", unpatched),
     ):
         if asked and reason:
             raise ValueError(f"{method} does not support {cls}: {reason}. Use {', '.join(served[:-1])} or {served[-1]}")
@@ -235,10 +236,11 @@ def check_folder(
     divides: bool = False,
     teacache: bool = False,
 ) -> None:
-    """Raise a ValueError, without loading weights, for a folder that is not a pipeline, has no known transformer, or
-    one that a method does not support. ``divides`` are methods that divide weights, which quantised ones are not.
+    """Raise a ValueError, without loading weights, for a folder that no requested method can run.
 
-    Names on the hub pass; they are checked once they are loaded.
+    Such a folder is not a pipeline, or has no known transformer, or one that a method does not support. With
+    ``divides``, methods divide weights, which quantised weights do not support. Names on the Hub pass; they are checked
+    once they are loaded.
     """
     if not os.path.exists(path):
         if os.path.isabs(path) or path.startswith("."):
@@ -272,7 +274,7 @@ def _check_unquantised(config: str, cls: str) -> None:
 
 
 def _check_classes(path: str, names: list[str]) -> None:
-    import diffusers  # takes seconds, and is seldom needed here
+    import diffusers  # takes seconds, and is rarely needed here
 
     classes = [cls for name in names if inspect.isclass(cls := getattr(diffusers, name, None))]
     denoisers = [cls for cls in classes if issubclass(cls, nn.Module) and not cls.__name__.startswith("Autoencoder")]
@@ -282,7 +284,7 @@ def _check_classes(path: str, names: list[str]) -> None:
 
 def _no_plan(owner: str, denoisers: list[str]) -> ValueError:
     if reasons := [f"{name}: {UNSERVED[name]}" for name in denoisers if name in UNSERVED]:
-        return ValueError(f"{owner} cannot be served. {'. '.join(reasons)}. docs/models.md lists what can")
+        return ValueError(f"{owner} is not supported. {'. '.join(reasons)}. docs/models.md lists what is")
     return ValueError(
         f"{owner}: there is no plan for {', '.join(denoisers) or 'a pipeline without a transformer'}. Known classes:"
         f" {', '.join(PLANS)}. docs/adding_models/README.md shows how to add one"

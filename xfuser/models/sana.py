@@ -14,7 +14,7 @@ SANA = ModelPlan(
     residuals=("controlnet_block_samples",),
 )
 
-# Rows are frames: what is convolved over them is divided between these, and all else within one.
+# Rows are frames: only ``ff.conv_temp`` convolves over them, other convolutions stay within a frame.
 SANA_VIDEO = replace(
     SANA,
     rows="frames",

@@ -1,7 +1,7 @@
-"""Stable Audio Open (arXiv 2407.14358), Stable Audio 3, MiniMax Music 3, ACE-Step 1.5, LongCat-AudioDiT: sound.
+"""Sound: Stable Audio Open (arXiv 2407.14358), Stable Audio 3, MiniMax Music 3, ACE-Step 1.5, LongCat-AudioDiT.
 
-Ahead of the sound's own tokens, some have others: of what is known of the whole, of the time, or learned ones. They are
-the stream that plans call text; text proper takes part by cross-attention.
+Some have other tokens before those of the sound: tokens of global conditions or of the time, or learned ones. These are
+the ``"text"`` stream of the plan; the text itself takes part by cross-attention.
 """
 
 from xfuser.models.plan import ModelPlan, Tokens
@@ -40,7 +40,7 @@ MINIMAX_MUSIC3 = ModelPlan(
     packed=2,
 )
 
-# Its mask of a sliding window is cut where attention needs it.
+# Its mask of a sliding window is cut in the attention.
 ACE_STEP = ModelPlan(
     blocks=("layers",),
     attention={"self_attn": ("image",)},

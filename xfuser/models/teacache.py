@@ -6,17 +6,17 @@ from typing import Any
 
 @dataclass(frozen=True)
 class TeaCachePlan:
-    """What TeaCache goes by in one model.
+    """The data that TeaCache uses for one model.
 
     Attributes:
-        model: as people know it.
-        coefficients: of the polynomial from the signal's relative change to what is added to the sum; the highest
+        model: its common name.
+        coefficients: of the polynomial that maps the signal's relative change to an addend of the sum; the highest
             power first.
-        threshold: of the sum, where none is given: the lowest published one; None where none is published.
+        threshold: default threshold of the sum, the lowest published one; None if none is published.
         signal: of the first block: its ``time`` embedding; its ``norm`` of the image tokens, which modulates them; or
-            that norm, ``scaled`` and shifted by its table.
+            that norm, ``scaled`` and shifted by the block's table.
         source: where the coefficients were published, in github.com/ali-vilab/TeaCache at 7c10efc.
-        config: values of the transformer's configuration by which the model is told from others of its class.
+        config: values of the transformer's configuration that distinguish the model from others of its class.
         first: steps at the beginning in which all blocks run.
     """
 
@@ -85,7 +85,7 @@ TEACACHE: dict[str, tuple[TeaCachePlan, ...]] = {  # by class
             {"use_rotary_positional_embeddings": True, "patch_size_t": None},
         ),
     ),
-    "WanTransformer3DModel": (  # by the projected embedding, which is what blocks are given ("retention mode")
+    "WanTransformer3DModel": (  # by the projected embedding that blocks get ("retention mode")
         TeaCachePlan(
             "Wan 2.1 T2V 1.3B",
             (-5.21862437e04, 9.23041404e03, -5.28275948e02, 1.36987616e01, -4.99875664e-02),
@@ -109,10 +109,10 @@ TEACACHE: dict[str, tuple[TeaCachePlan, ...]] = {  # by class
 
 
 def teacache_plan(cls: str, config: dict[str, Any] | None = None) -> TeaCachePlan:
-    """The plan of a transformer of this class; ``config`` is its configuration, where it is known.
+    """The plan of a transformer of this class; ``config`` is its configuration, if known.
 
     Raises:
-        ValueError: no coefficients for it are known here.
+        ValueError: no coefficients are known for it.
     """
     plans = TEACACHE.get(cls, ())
     if config is not None:

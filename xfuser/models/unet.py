@@ -1,6 +1,6 @@
-"""U-Nets, whose maps have several resolutions: Stable Diffusion 1.x, 2.x (arXiv 2112.10752), SDXL (arXiv 2307.01952);
-of videos, ModelScope (arXiv 2308.06571), I2VGen-XL (arXiv 2311.04145), AnimateDiff (arXiv 2307.04725), Stable Video
-Diffusion (arXiv 2311.15127)."""
+"""U-Nets, whose maps have several resolutions: for images, Stable Diffusion 1.x, 2.x (arXiv 2112.10752) and SDXL (arXiv
+2307.01952); for videos, ModelScope (arXiv 2308.06571), I2VGen-XL (arXiv 2311.04145), AnimateDiff (arXiv 2307.04725) and
+Stable Video Diffusion (arXiv 2311.15127)."""
 
 from dataclasses import replace
 
@@ -27,8 +27,8 @@ VIDEO_UNET = replace(
     halvings=None,
     residuals=(),
     unsequenced=(
-        "a U-Net's maps of several resolutions are not a sequence of tokens, and its layers over time see them pixel by"
-        " pixel, which bands of rows do not know"
+        "a U-Net's maps of several resolutions are not a sequence of tokens, and its layers over time, which work pixel"
+        " by pixel, do not support bands of rows"
     ),
 )
 

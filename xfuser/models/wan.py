@@ -1,5 +1,5 @@
-"""Wan 2.1 and 2.2 (arXiv 2503.20314), VACE (arXiv 2503.07598), SkyReels-V2 (arXiv 2504.13074), AnyFlow: text by
-cross-attention, 3-D rotary tables; conditioning by time may differ from token to token."""
+"""Wan 2.1 and 2.2 (arXiv 2503.20314), VACE (arXiv 2503.07598), SkyReels-V2 (arXiv 2504.13074), AnyFlow:
+cross-attention to text, 3-D rotary tables; time conditioning may differ between tokens."""
 
 from dataclasses import replace
 
@@ -22,7 +22,7 @@ WAN_VACE = replace(
     hints={"vace_blocks": "vace_layers"},
 )
 
-# Its mask over pairs of frames is cut where attention needs it.
+# Its mask over pairs of frames is cut in the attention.
 SKYREELS_V2 = replace(WAN, per_token={"rotary_emb": Tokens(("image",)), "temb": Tokens(("image",), dim=2, dims=4)})
 
 ANYFLOW = replace(
@@ -33,7 +33,7 @@ ANYFLOW = replace(
     unpiped="it takes the next step's time, which pipelines find by the number of the step",
 )
 
-# Between the blocks, each frame attends to what its face does.
+# Between blocks, each frame attends to the motion of its face.
 WAN_ANIMATE = replace(
     WAN,
     gathered={"face_adapter.*": ("hidden_states",)},

@@ -1,7 +1,7 @@
 """Z-Image (arXiv 2511.22699): one sequence of image and text, padded to the longest of the batch.
 
-Its refiner blocks, two on the image and two on the text, run whole on every rank. In patches, all that is behind the
-image is text, with the padding between the two.
+The refiner blocks, two on the image and two on the text, run whole on every rank. Under PipeFusion, all tokens after
+the image, including the padding between image and text, are the ``"text"`` stream.
 """
 
 from dataclasses import replace
