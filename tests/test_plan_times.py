@@ -6,6 +6,7 @@ import pytest
 import torch
 from test_planning import asked
 
+from xfuser.planner.calibrate import NO_LIMIT
 from xfuser.planner.cost import LINKS, Clock, fuse, program_of
 from xfuser.planner.estimate import Counted, Parts, estimate
 from xfuser.planner.machines import Constants, machine_of
@@ -61,6 +62,11 @@ def test_the_slowest_stage_sets_the_pace(folder_of):
     with alone_of(2):
         first, second = rehearse(*args.checked()).stages
     assert first == 1 and 2 < second < 4
+
+
+def test_a_measured_peak_is_reached_whatever_the_power():
+    machine = replace(machine_of("H100"), power=1.0, constants=replace(CONSTANTS, matmul=NO_LIMIT))
+    assert machine.reached == 1 > machine_of("H100").reached
 
 
 def test_convolutions_are_slower_than_other_products():

@@ -1,5 +1,6 @@
 """Measure the constants of this machine, on all of its ranks at once; takes at most a minute."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from xfuser.planner.trace import Operator, Tracer
 
 SECONDS = 0.5  # minimum total time of a measurement
 QUEUED = 20  # actions queued at a time on an accelerator
-NO_LIMIT = 1e12  # FLOPs per joule: no power limit, as the measured peak already includes it
+NO_LIMIT = math.inf  # FLOPs per joule: the measured peak already includes the power limit
 EXCHANGES = 100  # repetitions when measuring links, the same on all ranks
 BLOCKS = 12  # in the transformer that is timed for the host cost per operator
 
