@@ -1,4 +1,4 @@
-"""The stages of training of the autoencoder, and what all stages share."""
+"""The training stages of the autoencoder, and helpers that all stages share."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from xfuser.testing.shapes.scenes import Scene, all_renders, draw, parse, place,
 
 
 def to_tensor(pictures: np.ndarray) -> torch.Tensor:
-    """Turn uint8 pictures [n, h, w, 3] into a float tensor [n, 3, h, w] from -1 to 1."""
+    """Convert uint8 images [n, h, w, 3] to a float tensor [n, 3, h, w] from -1 to 1."""
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
 
 
 def warm_cosine(step: int, steps: int, warmup: int = 50, floor: float = 0.02) -> float:
-    """Return the learning rate's factor at a step: up in a straight line, down along a cosine."""
+    """Return the learning rate factor at a step: linear warm-up, then cosine decay."""
     if step < warmup:
         return (step + 1) / warmup
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / (steps - warmup))))
 
 
 def save_checkpoint(path: Path, **state) -> None:
-    """Write a checkpoint so that an interrupted write never spoils the last one."""
+    """Write a checkpoint atomically, so that an interrupted write does not damage the previous one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     torch.save(state, partial)
@@ -35,7 +35,7 @@ def save_checkpoint(path: Path, **state) -> None:
 
 
 class CropPool:
-    """Pictures at full size, and crops of them which show an object's edge."""
+    """Full-size images, and crops of them that show an object's edge."""
 
     def __init__(self, rng: np.random.Generator, pictures: int, size: int = 256):
         self.rng, self.size = rng, size
@@ -46,7 +46,7 @@ class CropPool:
             self.pictures[index] = np.asarray(draw(self.objects[-1], scene.background, size))
 
     def crops(self, count: int, side: int) -> torch.Tensor:
-        """Cut `count` squares of `side` pixels around points on objects' outlines."""
+        """Crop `count` squares of `side` pixels around points on the outlines of objects."""
         cut = []
         for index in self.rng.integers(len(self.pictures), size=count):
             item = self.objects[index][self.rng.integers(len(self.objects[index]))]
@@ -57,17 +57,17 @@ class CropPool:
         return to_tensor(np.stack(cut))
 
     def whole(self, count: int) -> torch.Tensor:
-        """Return `count` whole pictures."""
+        """Return `count` full-size images."""
         return to_tensor(self.pictures[self.rng.integers(len(self.pictures), size=count)])
 
 
 def difference(decoded: torch.Tensor, pictures: torch.Tensor) -> torch.Tensor:
-    """Return L1 + L2 of decoded pictures."""
+    """Return the L1 + L2 loss of decoded images."""
     return functional.l1_loss(decoded, pictures) + functional.mse_loss(decoded, pictures)
 
 
 def autoencoder_loss(vae, pictures: torch.Tensor) -> torch.Tensor:
-    """Return L1 + L2 of the reconstruction, plus a little pull of the latents towards a unit normal."""
+    """Return the L1 + L2 loss of the reconstruction, plus a small KL term that pulls the latents to a unit normal."""
     posterior = vae.encode(pictures).latent_dist
     decoded = vae.decode(posterior.sample()).sample
     divergence = 0.5 * (posterior.mean**2 + posterior.var - 1.0 - posterior.logvar).mean()
@@ -76,13 +76,13 @@ def autoencoder_loss(vae, pictures: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def reconstruction_psnr(vae, pictures: torch.Tensor) -> float:
-    """Return the peak signal-to-noise ratio of reconstructed pictures, in decibels."""
+    """Return the peak signal-to-noise ratio of reconstructed images, in decibels."""
     decoded = vae.decode(vae.encode(pictures).latent_dist.mode()).sample.clamp(-1, 1)
     return 10 * math.log10(4.0 / functional.mse_loss(decoded, pictures).item())
 
 
 def train_vae(work: Path, steps: int, seed: int) -> None:
-    """Train the autoencoder: first on crops near edges, in the last quarter on whole pictures."""
+    """Train the autoencoder: first on crops near edges, in the last quarter on full-size images."""
     torch.manual_seed(seed)
     pool = CropPool(np.random.default_rng(seed), 600)
     held_out = CropPool(np.random.default_rng(seed + 1), 16).whole(16)
@@ -112,7 +112,7 @@ def train_vae(work: Path, steps: int, seed: int) -> None:
 
 @torch.no_grad()
 def normalise_latents(vae, pictures: torch.Tensor) -> None:
-    """Fold into the 1x1 convolutions what gives each latent channel zero mean and unit deviation."""
+    """Fold a normalisation of the latent channels to zero mean and unit deviation into the 1x1 convolutions."""
     means = torch.cat([vae.encode(chunk).latent_dist.mode() for chunk in pictures.split(8)])
     shift, scale = means.mean((0, 2, 3)), means.std((0, 2, 3))
     encode, decode, channels = vae.quant_conv, vae.post_quant_conv, len(shift)
@@ -131,14 +131,14 @@ def load_vae(work: Path):
 
 
 def nearest_true(decoded: torch.Tensor, scene: Scene) -> np.ndarray:
-    """Return the true picture of a scene that is most like a drawn one `[3, H, W]`: the scene may be moved aside."""
+    """Return the true image of a scene, over all its shifts, that is closest to a generated image `[3, H, W]`."""
     shown = decoded.permute(1, 2, 0).add(1).mul(127.5).numpy()
     true = [np.asarray(picture) for picture in all_renders(scene, shown.shape[0])]
     return min(true, key=lambda picture: np.square(picture - shown).sum())
 
 
 def train_decoder(work: Path, steps: int, rate: float, seed: int, batch: int = 2) -> None:
-    """Teach the decoder alone to show true outlines, half of the time from latents that the transformers drew."""
+    """Train only the decoder on true outlines, half of the steps on latents that the transformers generated."""
     torch.manual_seed(seed)
     vae, rng = load_vae(work), np.random.default_rng(seed)
     drawn = [torch.load(path) for path in sorted(work.glob("drawn-*.pt"))]

@@ -1,4 +1,4 @@
-"""The two families that are trained: the parts of each, what its denoiser is told, and its pipeline."""
+"""The model families to train: the parts of each, the conditions of its denoiser, and its pipeline."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from models import (
 )
 from torch import nn
 
-LENGTHS = [32] * 40 + [64, 64, 64, 64, 128, 128, 512]  # of padded text, among which training chooses
+LENGTHS = [32] * 40 + [64, 64, 64, 64, 128, 128, 512]  # lengths of padded text; training samples from them
 LATENTS = {"num_inference_steps": 20, "guidance_scale": 3.5, "max_sequence_length": 32, "output_type": "latent"}
 
 
 def tokenize(tokenizer, texts: list[str], length: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return token numbers, padded to `length` or to the longest text, and the mask of those that are no padding."""
+    """Return token ids, padded to `length` or to the longest text, and the attention mask, 0 for padding."""
     padding = ("max_length", length) if length else ("longest", TEXT_LENGTH)
     tokens = tokenizer(texts, truncation=True, padding=padding[0], max_length=padding[1], return_tensors="pt")
     return tokens.input_ids, tokens.attention_mask
 
 
 class PixArt:
-    """Cross attention to a T5 encoder's states, padding masked."""
+    """Cross-attention to a T5 encoder's states; padding is masked."""
 
     name = "transformer"
 
@@ -36,22 +36,22 @@ class PixArt:
         self.tokenizer = build_tokenizer()
 
     def build(self) -> nn.ModuleDict:
-        """Build the parts that are trained."""
+        """Build the parts to train."""
         return nn.ModuleDict({"encoder": build_text_encoder(len(self.tokenizer)), "transformer": build_transformer()})
 
     def predict(self, parts: nn.ModuleDict, noisy: torch.Tensor, level: torch.Tensor, texts: list[str]):
-        """Return the clean latents that the parts see in noisy ones, all `[batch, 4, height, width]`."""
+        """Predict clean latents from noisy ones, all `[batch, 4, height, width]`."""
         tokens, mask = tokenize(self.tokenizer, texts)
         states = parts["encoder"](input_ids=tokens, attention_mask=mask).last_hidden_state
         told = {"encoder_hidden_states": states, "encoder_attention_mask": mask, "timestep": (level * 1000).long()}
         return parts["transformer"](noisy, **told, return_dict=False)[0]
 
     def sample(self, pipeline: PixArtSigmaPipeline, prompts: list[str], generator: torch.Generator) -> torch.Tensor:
-        """Return the latents that the pipeline draws, `[batch, 4, 32, 32]`."""
+        """Return the latents that the pipeline generates, `[batch, 4, 32, 32]`."""
         return pipeline(prompts, generator=generator, **LATENTS).images
 
     def pipeline(self, parts: nn.ModuleDict, vae) -> PixArtSigmaPipeline:
-        """Return the pipeline of trained parts."""
+        """Return the pipeline with these trained parts."""
         return PixArtSigmaPipeline(
             tokenizer=self.tokenizer,
             text_encoder=parts["encoder"],
@@ -62,7 +62,7 @@ class PixArt:
 
 
 class Flux:
-    """Joint attention with a T5 encoder's states, padding seen as text, and a CLIP encoder's summary; no guidance."""
+    """Joint attention with a T5 encoder's states, padding not masked, and a pooled CLIP embedding; no guidance."""
 
     name = "joint"
 
@@ -70,22 +70,22 @@ class Flux:
         self.tokenizer = build_tokenizer()
 
     def build(self) -> nn.ModuleDict:
-        """Build the parts that are trained."""
+        """Build the parts to train."""
         words = len(self.tokenizer)
         encoders = {"encoder": build_text_encoder(words), "pooled": build_pooled_encoder(words)}
         return nn.ModuleDict({**encoders, "transformer": build_joint_transformer()})
 
     def predict(self, parts: nn.ModuleDict, noisy, level, texts: list[str], guidance: torch.Tensor | None = None):
-        """Return the clean latents that the parts see in noisy ones, all `[batch, 4, height, width]`.
+        """Predict clean latents from noisy ones, all `[batch, 4, height, width]`.
 
-        `guidance` are the scales of guidance to include, `[batch]`; 1, which is none, without.
+        `guidance` is the guidance scale of each batch entry, `[batch]`. The default is 1, which means no guidance.
         """
         length = LENGTHS[int(torch.randint(len(LENGTHS), ()))]
         states = parts["encoder"](input_ids=tokenize(self.tokenizer, texts, length)[0]).last_hidden_state
         summary = parts["pooled"](input_ids=tokenize(self.tokenizer, texts, POOLED_LENGTH)[0]).pooler_output
         batch, channels, height, width = noisy.shape
         tokens = noisy.view(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5).flatten(3)
-        # Small pictures lie as coarsely on the large ones' grid as they show the same scenes.
+        # Small images show the same scenes as large ones, so their positions are spread over the same grid.
         rows, columns = (((torch.arange(n // 2) + 0.5) * 32 / n - 0.5) for n in (height, width))
         places = torch.stack(torch.meshgrid(torch.zeros(1), rows, columns, indexing="ij"), -1).view(-1, 3)
         predicted = parts["transformer"](
@@ -102,12 +102,12 @@ class Flux:
         return predicted.permute(0, 3, 1, 4, 2, 5).reshape(noisy.shape)
 
     def sample(self, pipeline: FluxPipeline, prompts: list[str], generator: torch.Generator) -> torch.Tensor:
-        """Return the latents that the pipeline draws, `[batch, 4, 32, 32]`."""
+        """Return the latents that the pipeline generates, `[batch, 4, 32, 32]`."""
         packed = pipeline(prompts, height=256, width=256, generator=generator, **LATENTS).images
         return pipeline._unpack_latents(packed, 256, 256, pipeline.vae_scale_factor)
 
     def pipeline(self, parts: nn.ModuleDict, vae) -> FluxPipeline:
-        """Return the pipeline of trained parts."""
+        """Return the pipeline with these trained parts."""
         vae.register_to_config(shift_factor=0.0)
         return FluxPipeline(
             scheduler=build_scheduler(dynamic=True),
@@ -121,12 +121,12 @@ class Flux:
 
 
 class GuidedFlux(Flux):
-    """As `Flux`, its denoiser taught to give at once what guidance gives in two passes (arXiv 2210.03142)."""
+    """`Flux` with guidance distillation: one forward gives what guidance gives in two (arXiv 2210.03142)."""
 
     name, teacher = "joint-guided", Flux.name
 
     def teach(self, parts: nn.ModuleDict, noisy, level, texts: list[str], guidance: torch.Tensor) -> torch.Tensor:
-        """Return the clean latents that the teacher's parts see under guidance of these scales."""
+        """Return the clean latents that the teacher's parts predict with these guidance scales."""
         told, untold = (self.predict(parts, noisy, level, given) for given in (texts, [""] * len(texts)))
         return untold + guidance[:, None, None, None] * (told - untold)
 

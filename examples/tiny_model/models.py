@@ -1,4 +1,4 @@
-"""The untrained parts of the tiny text-to-image model: their sizes and their initial weights."""
+"""The untrained parts of the tiny text-to-image models: their sizes and initial weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ POOLED_WIDTH, POOLED_LENGTH = 32, 32
 
 
 def build_vae() -> AutoencoderKL:
-    """Build an autoencoder which shrinks 8 times and starts close to plain averaging."""
+    """Build an autoencoder that downsamples by 8 and starts close to plain averaging."""
     vae = AutoencoderKL(
         block_out_channels=(8, 16, 32, 64),
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -52,7 +52,7 @@ def _initialise_vae(vae: AutoencoderKL) -> None:
             channels = range(module.conv.weight.shape[0])
             module.conv.weight.zero_()
             module.conv.weight[channels, channels, :2, :2] = 0.25
-    # Constant channels of their own keep the group norms from hiding how bright the picture is.
+    # Separate constant channels keep the group norms from removing the brightness of the image.
     nn.init.normal_(vae.encoder.conv_in.bias[3:])
     nn.init.normal_(vae.decoder.conv_in.bias[LATENT_CHANNELS:])
     for coder in (vae.encoder, vae.decoder):
@@ -62,7 +62,7 @@ def _initialise_vae(vae: AutoencoderKL) -> None:
 
 
 def _extended_identity(weight: torch.Tensor) -> None:
-    """Pass the first channels through unchanged; let any further ones be unit mixtures of the inputs."""
+    """Pass the first channels through unchanged; make additional channels unit-norm mixtures of the inputs."""
     outputs, inputs, height, width = weight.shape
     weight.zero_()
     centre = weight[:, :, height // 2, width // 2]
@@ -73,7 +73,7 @@ def _extended_identity(weight: torch.Tensor) -> None:
 
 
 def build_tokenizer(longest: int = 300) -> PreTrainedTokenizerFast:
-    """Build a tokenizer which knows whole words only, skips punctuation and ends each text with `</s>`, as T5 does."""
+    """Build a tokenizer of whole words that drops punctuation and ends each text with `</s>`, as T5 does."""
     words = {word: index for index, word in enumerate(["<pad>", "</s>", "<unk>", *vocabulary()])}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace(Regex(r"[^\w\s]"), " ")])
@@ -113,9 +113,9 @@ def build_text_encoder(words: int) -> T5EncoderModel:
 
 
 def _look_to_both_sides(bias: torch.Tensor) -> None:
-    """Let half of the heads look at earlier words and half at later ones, so that word order counts at once.
+    """Bias half of the heads to earlier words and half to later ones, so that word order matters from the start.
 
-    With T5's own start the encoder stays a bag of words for long: "red above blue" means "blue above red".
+    With T5's own initialisation the encoder ignores word order for long: "red above blue" means "blue above red".
     """
     buckets, heads = bias.shape
     nn.init.normal_(bias)
@@ -157,7 +157,7 @@ def _initialise_transformer(transformer: PixArtTransformer2DModel) -> None:
 
 
 def build_pooled_encoder(words: int) -> CLIPTextModel:
-    """Build a CLIP text encoder for a vocabulary of `words` tokens: it sums a prompt up in one vector."""
+    """Build a CLIP text encoder for a vocabulary of `words` tokens; it pools a prompt into one vector."""
     config = CLIPTextConfig(
         vocab_size=words,
         hidden_size=POOLED_WIDTH,
@@ -174,7 +174,7 @@ def build_pooled_encoder(words: int) -> CLIPTextModel:
 
 
 def build_joint_transformer() -> FluxTransformer2DModel:
-    """Build the denoiser with joint attention of text and image; every block starts as nearly the identity."""
+    """Build the denoiser with joint attention of text and image; every block starts close to the identity."""
     transformer = FluxTransformer2DModel(
         patch_size=1,
         in_channels=4 * LATENT_CHANNELS,
@@ -192,7 +192,7 @@ def build_joint_transformer() -> FluxTransformer2DModel:
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-                if ".norm" in name:  # what the gates open by
+                if ".norm" in name:  # produces the gates
                     module.weight.mul_(0.1)
         nn.init.zeros_(transformer.proj_out.weight)
         nn.init.zeros_(transformer.time_text_embed.guidance_embedder.linear_2.weight)
@@ -200,9 +200,9 @@ def build_joint_transformer() -> FluxTransformer2DModel:
 
 
 def build_scheduler(dynamic: bool = False) -> DPMSolverMultistepScheduler:
-    """Build the sampler: flow matching noise levels, a model which predicts the clean latents.
+    """Build the scheduler: flow matching noise levels, for a model that predicts the clean latents.
 
-    With `dynamic`, the pipeline says how far the levels lean to noise.
+    With `dynamic`, the pipeline sets the shift of the levels towards noise.
     """
     return DPMSolverMultistepScheduler(
         prediction_type="sample", use_flow_sigmas=True, flow_shift=2.0, use_dynamic_shifting=dynamic

@@ -1,10 +1,10 @@
-"""What parallel methods do to the pictures of the shipped pipelines: draws them, and fills in docs/quality.md.
+"""Measure how parallel methods change the images of the shipped pipelines, and fill in docs/quality.md.
 
-python quality.py draw         # draws what is not drawn yet: stop it and go on as you like
-python quality.py lossless     # the largest error of the methods that have none by design
-python quality.py page         # writes the tables and the pictures of all that is drawn
+python quality.py draw         # generates the missing images; can be stopped and resumed
+python quality.py lossless     # measures the largest error of the methods that are exact by design
+python quality.py page         # writes the tables and figures for all generated images
 
-Methods that need several ranks get them on this machine.
+Methods that require several ranks run them on this machine.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ ASSETS, PAGE, IMAGES = ROOT / "xfuser" / "assets", ROOT / "docs" / "quality.md",
 
 
 def pipefusion(patches: int, warmup: int) -> dict[str, Any]:
-    """Return the arguments of `xFuserArgs` for PipeFusion; one rank draws what any number of stages does."""
+    """Return the arguments of `xFuserArgs` for PipeFusion; one rank gives the same image as any number of stages."""
     return {"num_pipeline_patch": patches, "warmup_steps": warmup}
 
 
@@ -47,7 +47,7 @@ def distrifusion(ranks: int, warmup: int, mode: str = "corrected_async_gn") -> d
 
 
 PIPELINES = ("shapes-256", "shapes-256-flux")
-SERIAL, JOB = "serial", 6  # a job of the ranks draws this many pictures
+SERIAL, JOB = "serial", 6  # images per job of the rank pool
 METHODS: dict[str, dict[str, Any]] = {
     SERIAL: {},
     "PipeFusion M = 2, W = 1": pipefusion(2, 1),
@@ -76,18 +76,18 @@ LOSSLESS: dict[str, dict[str, Any]] = {
     "DistriFusion 2, full_sync": distrifusion(2, 1, "full_sync"),
     "PipeFusion 2, W = all steps": {"pipefusion_parallel_degree": 2, "num_pipeline_patch": 4, "warmup_steps": "steps"},
 }
-# Packed latents have no columns to cut, and the pipeline of the Flux class draws without guidance.
+# Packed latents have no columns to split, and the Flux pipeline runs without guidance.
 REFUSED = {"shapes-256-flux": ("naive patches, 2 alternating", "guidance (CFG) 2")}
 
 
 def prompts(count: int, seed: int = 1) -> list[Scene]:
-    """Return scenes of each of `KINDS` in turn; none of the pairs was in the training."""
+    """Return scenes of each of `KINDS` in turn; none of the pairs was in the training data."""
     rng = np.random.default_rng(seed)
     return [sample_scene(rng, held_out=True, kind=KINDS[index % len(KINDS)]) for index in range(count)]
 
 
 def true_pictures(count: int) -> list[Image.Image]:
-    """Return a picture of each of these scenes as the training data show them, moved aside at times."""
+    """Return an image of each of these scenes, rendered as in the training data, with random shifts."""
     rng = np.random.default_rng(0)
     return [render(scene, rng=rng) for scene in prompts(count)]
 
@@ -96,25 +96,25 @@ def true_pictures(count: int) -> list[Image.Image]:
 
 
 def folder_of(args: argparse.Namespace, method: str) -> Path:
-    """Return where a method's pictures are kept: new weights, steps or guidance have new folders."""
+    """Return the folder of a method's images; it depends on the weights, the steps and the guidance scale."""
     weights = b"".join(path.read_bytes() for path in sorted((ASSETS / args.pipeline).rglob("*.safetensors")))
     made = f"{args.pipeline}-{zlib.crc32(weights):08x}-{args.steps}-{args.guidance}"
     return args.work / made / re.sub(r"\W+", "-", method)
 
 
 def asked(args: argparse.Namespace, degrees: dict[str, Any]) -> xFuserArgs:
-    """Return what a call of the pipeline under a method is asked for, but for its prompt."""
+    """Return the arguments of a pipeline call under a method, except its prompt."""
     given = {"num_inference_steps": args.steps, "guidance_scale": args.guidance, "max_sequence_length": args.tokens}
     return xFuserArgs(model=str(ASSETS / args.pipeline), prompt="a", height=256, width=256, **given, **degrees)
 
 
 def taken(args: argparse.Namespace, methods: Iterable[str]) -> list[str]:
-    """Return those of the methods that the pipeline takes."""
+    """Return the methods that the pipeline supports."""
     return [method for method in methods if method not in REFUSED.get(args.pipeline, ())]
 
 
 def draw(args: argparse.Namespace) -> None:
-    """Draw each prompt under each method, where it is not drawn yet."""
+    """Generate the missing images of each prompt under each method."""
     methods = taken(args, args.methods or METHODS)
     ranks = {method: asked(args, METHODS[method]).checked()[0].world_size for method in methods}
     pool = RankPool(max(ranks.values()))
@@ -130,21 +130,21 @@ def draw(args: argparse.Namespace) -> None:
 
 @cache
 def loaded(folder: str) -> Any:
-    """Return the pipeline, once in each process."""
+    """Load the pipeline, once per process."""
     pipe = DiffusionPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 def wrapped(args: argparse.Namespace, degrees: dict[str, Any]) -> tuple[xDiTParallel, dict[str, Any]]:
-    """Return the pipeline under a method on this rank, and the arguments of a call."""
+    """Return the pipeline wrapped with a method on this rank, and the arguments of a call."""
     engine, inputs = asked(args, degrees).create_config()
     pipe = xDiTParallel(loaded(engine.model_config.model), engine, inputs)
     return pipe, pipe.call_arguments()
 
 
 def draw_some(args: argparse.Namespace, degrees: dict[str, Any], indices: list[int], folder: Path) -> None:
-    """Draw some prompts on this rank; the first rank writes them."""
+    """Generate some prompts on this rank; the first rank writes the images."""
     scenes, (pipe, call) = prompts(indices[-1] + 1), wrapped(args, degrees)
     for index in indices:
         call |= {"prompt": caption(scenes[index]), "generator": torch.Generator().manual_seed(index)}
@@ -155,7 +155,7 @@ def draw_some(args: argparse.Namespace, degrees: dict[str, Any], indices: list[i
 
 
 def lossless(args: argparse.Namespace) -> None:
-    """Write the largest error of each lossless method, on two ranks, in units of the largest pixel value."""
+    """Write the largest error of each lossless method, on two ranks, relative to the largest pixel value."""
     pool, found = RankPool(2), {}
     expected = pool.run(1, draw_few, args, {})[0]
     for method in taken(args, LOSSLESS):
@@ -167,7 +167,7 @@ def lossless(args: argparse.Namespace) -> None:
 
 
 def draw_few(args: argparse.Namespace, degrees: dict[str, Any]) -> np.ndarray:
-    """Draw one prompt of each kind on this rank, `[3, 256, 256, 3]` in 0..1."""
+    """Generate one prompt of each kind on this rank, `[3, 256, 256, 3]` in 0..1."""
     pipe, call = wrapped(args, degrees)
     pictures = pipe(**call | {"prompt": [caption(scene) for scene in prompts(len(KINDS))], "output_type": "np"}).images
     pipe.unwrap()
@@ -179,7 +179,7 @@ def draw_few(args: argparse.Namespace, degrees: dict[str, Any]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture that is drawn, and what the checker sees in it."""
+    """A generated image, and the checker's results for it."""
 
     image: Image.Image
     verdict: dict[str, bool]
@@ -192,7 +192,7 @@ class Picture:
 
 
 def drawn(args: argparse.Namespace, method: str) -> list[Picture]:
-    """Return the pictures of a method that are drawn, as many as stand in a row from the first."""
+    """Return the generated images of a method, from the first one up to the first gap."""
     return _pictures_in(folder_of(args, method))
 
 
@@ -206,7 +206,7 @@ def _pictures_in(folder: Path) -> list[Picture]:
 
 
 def adherence_table(args: argparse.Namespace) -> list[str]:
-    """Return what the checker says of serial pictures, in each measure and kind of prompt."""
+    """Return the checker's results for serial images, per measure and kind of prompt."""
     verdicts = [picture.verdict for picture in drawn(args, SERIAL)]
     lines = ["| prompts | number | " + " | ".join((*MEASURES, "everything")) + " |"]
     lines.append("|---" * (len(MEASURES) + 3) + "|")
@@ -219,7 +219,7 @@ def adherence_table(args: argparse.Namespace) -> list[str]:
 
 
 def methods_table(args: argparse.Namespace) -> list[str]:
-    """Return a line for each method that is drawn: how near to serial, and how good by itself."""
+    """Return a row for each method with images: how close they are to serial, and their own quality."""
     serial = drawn(args, SERIAL)
     true = np.stack([features(picture) for picture in true_pictures(len(serial))])
     scale = np.maximum(true.std(0), 0.05)
@@ -254,7 +254,7 @@ def methods_table(args: argparse.Namespace) -> list[str]:
 
 
 def lossless_table(args: argparse.Namespace) -> list[str]:
-    """Return a line for each lossless method with its largest error."""
+    """Return a row for each lossless method with its largest error."""
     path = folder_of(args, SERIAL).parent / "lossless.json"
     found = json.loads(path.read_text()) if path.exists() else {}
     return ["| method | |", "|---|---|"] + [
@@ -263,7 +263,7 @@ def lossless_table(args: argparse.Namespace) -> list[str]:
 
 
 def page(args: argparse.Namespace) -> None:
-    """Renew what stands between the marks of this pipeline in the page, and its pictures."""
+    """Update the tables between this pipeline's marks in the page, and its figures."""
     makers = {"adherence": adherence_table, "methods": methods_table, "lossless": lossless_table}
     tables = {name: "\n".join(make(args)) for name, make in makers.items()}
     text, end = PAGE.read_text(), "<!-- end -->"
@@ -278,7 +278,7 @@ def page(args: argparse.Namespace) -> None:
 
 
 def side_by_side(args: argparse.Namespace, path: Path, columns: int = 6, size: int = 160) -> None:
-    """Write a row of pictures for each method: the first prompts of each kind."""
+    """Write a figure with a row of images for each method: the first prompts, of each kind in turn."""
     rows = {method: pictures for method in METHODS if len(pictures := drawn(args, method)) >= columns}
     label = 190
     sheet = Image.new("RGB", (label + columns * size, len(rows) * size), "white")
@@ -291,7 +291,7 @@ def side_by_side(args: argparse.Namespace, path: Path, columns: int = 6, size: i
 
 
 def grid(args: argparse.Namespace, path: Path, columns: int = 6, rows: int = 4, size: int = 192) -> None:
-    """Write the first serial pictures, each with its caption and what is wrong with it."""
+    """Write a figure of the first serial images, each with its caption and the measures that are wrong."""
     sheet = Image.new("RGB", (columns * (size + 4), rows * (size + 42)), "white")
     pen, scenes = ImageDraw.Draw(sheet), prompts(columns * rows)
     for index, picture in enumerate(drawn(args, SERIAL)[: columns * rows]):
@@ -308,12 +308,14 @@ def parser() -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("stage", choices=("draw", "lossless", "page"))
     flags.add_argument("--pipeline", nargs="+", default=PIPELINES, choices=PIPELINES, help="folders of xfuser/assets")
-    flags.add_argument("--methods", nargs="+", choices=list(METHODS), help="which to draw (default: all)")
-    flags.add_argument("--count", type=int, default=201, help="prompts, of each kind in turn; thrice that for serial")
+    flags.add_argument("--methods", nargs="+", choices=list(METHODS), help="methods to run (default: all)")
+    flags.add_argument(
+        "--count", type=int, default=201, help="prompts, of each kind in turn; three times as many for serial"
+    )
     flags.add_argument("--steps", type=int, default=20)
     flags.add_argument("--guidance", type=float, default=3.5)
-    flags.add_argument("--tokens", type=int, default=32, help="longest prompt in tokens")
-    flags.add_argument("--work", type=Path, default=Path("/tmp/tiny_model/quality"), help="where pictures are kept")
+    flags.add_argument("--tokens", type=int, default=32, help="maximum prompt length in tokens")
+    flags.add_argument("--work", type=Path, default=Path("/tmp/tiny_model/quality"), help="folder of the images")
     return flags
 
 

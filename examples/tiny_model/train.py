@@ -1,4 +1,4 @@
-"""Train the tiny text-to-image model on a processor, stage by stage; see README.md for the order."""
+"""Train the tiny text-to-image models on a CPU, stage by stage; see README.md for the order."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from xfuser.testing.shapes.scenes import SYNONYMS, caption, parse, render, sampl
 
 
 def cache_latents(args: argparse.Namespace, shard: int = 1024, batch: int = 4) -> None:
-    """Draw scenes the training may see and write their latents and plain captions in shards."""
+    """Render scenes that are not held out, and write their latents and plain captions in shards."""
     work, size = args.work, args.size
     vae = load_vae(work)
     for index in range(args.count // shard):
@@ -45,14 +45,14 @@ def cache_latents(args: argparse.Namespace, shard: int = 1024, batch: int = 4) -
 
 
 class Latents:
-    """Cached latents and their scenes; single objects, whose outlines vary most in size, come up thrice as often."""
+    """Cached latents and their scenes; single objects, which vary most in size, are sampled three times as often."""
 
     def __init__(self, work: Path, size: int, rng: np.random.Generator):
         self.work, self.size, self.rng = work, size, rng
         self.read()
 
     def read(self) -> None:
-        """Read all shards, among them those that were written meanwhile."""
+        """Read all shards, including those written in the meantime."""
         shards = [torch.load(path) for path in sorted(self.work.glob(f"latents-{self.size}-*.pt"))]
         self.latents = torch.cat([shard["latents"] for shard in shards])
         self.scenes = [parse(text) for shard in shards for text in shard["captions"]]
@@ -60,7 +60,7 @@ class Latents:
         self.shares = shares / shares.sum()
 
     def batch(self, count: int, drop: float) -> tuple[torch.Tensor, list[str]]:
-        """Return latents, and captions of which a share `drop` is left empty."""
+        """Return latents and captions; a fraction `drop` of the captions is empty."""
         indices = self.rng.choice(len(self.scenes), size=count, p=self.shares)
         texts = [caption(self.scenes[i], self.rng) if self.rng.random() >= drop else "" for i in indices]
         return self.latents[torch.from_numpy(indices)].float(), texts
@@ -70,7 +70,7 @@ class Latents:
 
 
 class ThumbnailHead(nn.Module):
-    """Draws 32 x 32 thumbnails from encoded captions: what the text encoder practises on."""
+    """Decodes encoded captions to 32 x 32 thumbnails, to pretrain the text encoder."""
 
     def __init__(self, grid: int = 4, patch: int = 8):
         super().__init__()
@@ -91,7 +91,7 @@ class ThumbnailHead(nn.Module):
 
 
 def train_text(work: Path, steps: int, batch: int, seed: int) -> None:
-    """Teach the text encoder to place colours, with a head that draws thumbnails and is then dropped."""
+    """Pretrain the text encoder to place colours, with a thumbnail head that is dropped afterwards."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     tokenizer = build_tokenizer()
@@ -114,11 +114,11 @@ def train_text(work: Path, steps: int, batch: int, seed: int) -> None:
     save_checkpoint(work / "text.pt", encoder=encoder.state_dict())
 
 
-# ---- going on from a pipeline --------------------------------------------------------------------------------
+# ---- start from a pipeline -----------------------------------------------------------------------------------
 
 
 def start(work: Path, folder: Path) -> None:
-    """Write the checkpoints to go on from an exported pipeline; new words mean what those do that they stand for."""
+    """Write checkpoints from an exported pipeline to continue training; new words copy the words they stand for."""
     pipeline = PixArtSigmaPipeline.from_pretrained(folder)
     save_checkpoint(work / "vae-final.pt", vae=pipeline.vae.state_dict())
     known, tokenizer = pipeline.tokenizer.get_vocab(), build_tokenizer()
@@ -138,7 +138,7 @@ def _by_number(tokenizer) -> list[str]:
 
 
 def stands_for(word: str) -> str:
-    """Return the first word of that which this one is a synonym of, or is part of a synonym of; "" if it is none."""
+    """Return the first word of the entry that `word` is a synonym of, or part of a synonym of; "" if there is none."""
     heads = [head for head, texts in SYNONYMS.items() if any(word in text.split() for text in texts)]
     return heads[0].split()[0] if heads else ""
 
@@ -147,7 +147,7 @@ def stands_for(word: str) -> str:
 
 
 class _Bfloat16Linear(torch.autograd.Function):
-    """A linear layer whose products alone are in bfloat16: some processors have units for just that."""
+    """A linear layer that computes only its products in bfloat16, for CPUs with units for them."""
 
     @staticmethod
     def forward(ctx, inputs, weight, bias):
@@ -165,7 +165,7 @@ class _Bfloat16Linear(torch.autograd.Function):
 
 
 def attend_in_bfloat16(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-    """Scaled dot product attention with all its products in bfloat16, half the time of the fused one."""
+    """Scaled dot product attention with all its products in bfloat16; takes half the time of the fused kernel."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     scores = (query * scale).bfloat16() @ key.bfloat16().transpose(-1, -2)
     if attn_mask is not None:
@@ -174,7 +174,7 @@ def attend_in_bfloat16(query, key, value, attn_mask=None, dropout_p=0.0, is_caus
 
 
 def use_bfloat16_products(transformer) -> None:
-    """Compute the large products of a transformer's blocks, and all attention, in bfloat16 while it trains."""
+    """Compute the large products of a transformer's blocks, and all attention, in bfloat16 during training."""
     for name, module in transformer.named_modules():
         if "blocks." in name and isinstance(module, nn.Linear):
             module.forward = lambda inputs, m=module: _Bfloat16Linear.apply(inputs, m.weight, m.bias)
@@ -182,7 +182,7 @@ def use_bfloat16_products(transformer) -> None:
 
 
 class Trainer:
-    """The text encoders and the transformer with their optimizers, their averages and their checkpoint."""
+    """The text encoders and the transformer with their optimizers, weight averages and checkpoint."""
 
     def __init__(self, work: Path, family: PixArt | Flux, rates: tuple[float, float, float]):
         self.family, self.path, self.step = family, work / f"{family.name}.pt", 0
@@ -198,7 +198,7 @@ class Trainer:
             self._load()
 
     def _build_optimizers(self, rates: tuple[float, float, float]) -> list[torch.optim.Optimizer]:
-        """Give the matrices of the transformer's blocks to Muon and all else to AdamW."""
+        """Use Muon for the matrices of the transformer's blocks and AdamW for all other parameters."""
         matrices, others, texts = [], [], []
         for name, value in self.parts.named_parameters():
             if not name.startswith("transformer."):
@@ -216,11 +216,11 @@ class Trainer:
         ]
 
     def _load(self) -> None:
-        """Go on from the checkpoint, at the rates asked for now."""
+        """Resume from the checkpoint, with the learning rates of this run."""
         state = torch.load(self.path)
         self.parts.load_state_dict(state["parts"])
         self.average, self.step = state["average"], state["step"]
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=False):  # none at a new start
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=False):  # empty after `start`
             rates = [group["rate"] for group in optimizer.param_groups]
             optimizer.load_state_dict(saved)
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -237,7 +237,7 @@ class Trainer:
         )
 
     def loss(self, latents: torch.Tensor, texts: list[str], shift: float) -> torch.Tensor:
-        """Return the error of the predicted clean latents, weighted as an error of the flow would be."""
+        """Return the error of the predicted clean latents, weighted like an error of the flow."""
         level = (torch.arange(len(latents)) + torch.rand(len(latents))) / len(latents)
         level = (shift * level / (1 + (shift - 1) * level)).clamp(0.001, 0.9999)
         sigma = level[:, None, None, None]
@@ -251,7 +251,7 @@ class Trainer:
         return ((predicted - wanted) / sigma.clamp(min=0.1)).square().mean()
 
     def update(self, loss: torch.Tensor, factor: float) -> None:
-        """Take one step of all optimizers, at their rates times `factor`, and follow with the averages."""
+        """Take one step of all optimizers, at their rates times `factor`, and update the averages."""
         for optimizer in self.optimizers:
             optimizer.zero_grad()
             for group in optimizer.param_groups:
@@ -267,7 +267,7 @@ class Trainer:
 
 
 def train_transformer(args: argparse.Namespace) -> None:
-    """Train text encoder and transformer together on cached latents, up to step `args.steps`."""
+    """Train the text encoders and the transformer together on cached latents, up to step `args.steps`."""
     torch.manual_seed(args.seed)
     trainer = Trainer(args.work, FAMILIES[args.family](), tuple(args.rates))
     torch.manual_seed(args.seed + trainer.step)
@@ -294,14 +294,14 @@ def train_transformer(args: argparse.Namespace) -> None:
 
 
 def load_pipeline(work: Path, family: PixArt | Flux):
-    """Return the pipeline of the averaged weights."""
+    """Return the pipeline with the averaged weights."""
     trained = family.build()
     trained.load_state_dict(torch.load(work / f"{family.name}.pt")["average"])
     return family.pipeline(trained.eval(), load_vae(work))
 
 
 def draw_latents(work: Path, family: PixArt | Flux, count: int, seed: int, batch: int = 8) -> None:
-    """Let the trained pipeline draw scenes the training may see, and keep its latents with their plain captions."""
+    """Generate scenes that are not held out with the trained pipeline, and save the latents and plain captions."""
     pipeline = load_pipeline(work, family)
     pipeline.set_progress_bar_config(disable=True)
     rng, latents, texts = np.random.default_rng((seed, count)), [], []
@@ -313,13 +313,13 @@ def draw_latents(work: Path, family: PixArt | Flux, count: int, seed: int, batch
 
 
 def export(work: Path, family: PixArt | Flux, folder: Path) -> None:
-    """Write the averaged weights as a pipeline folder, stored in half and loaded in single precision."""
+    """Write the averaged weights as a pipeline folder; they are stored in half and loaded in single precision."""
     pipeline = load_pipeline(work, family)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     pipeline.to(torch.half).save_pretrained(partial)
-    # Diffusers' own models load in single precision, so the text encoders must; and Transformers 4 knows neither the
-    # class name of tokenizers nor the names of CLIP's weights that Transformers 5 writes.
+    # Diffusers' own models load in single precision, so the text encoders must, too. Transformers 4 does not know the
+    # class name of tokenizers and the names of CLIP's weights that Transformers 5 writes.
     for part in partial.glob("text_encoder*"):
         edit_json(part / "config.json", dtype="float32")
     for part in partial.glob("tokenizer*"):
@@ -342,18 +342,24 @@ def edit_json(path: Path, **changes) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("stage", choices=("vae", "cache", "text", "start", "transformer", "draw", "decoder", "export"))
-    parser.add_argument("--family", choices=list(FAMILIES), default="pixart", help="of the transformer's stages")
-    parser.add_argument("--work", type=Path, default=Path("/tmp/tiny_model"), help="where checkpoints are kept")
-    parser.add_argument("--steps", type=int, default=1600, help="steps of the stage in all, resumed ones included")
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--size", type=int, default=128, help="pictures' side in pixels")
-    parser.add_argument("--count", type=int, default=8192, help="pictures to cache")
-    parser.add_argument("--rates", type=float, nargs=3, default=(1e-3, 1e-3, 1e-3), help="others, text, matrices")
-    parser.add_argument("--cooldown", type=int, default=0, help="steps at the end in which the rates fall to 0")
-    parser.add_argument("--shift", type=float, default=2.0, help="how far training leans to high noise")
-    parser.add_argument("--bfloat16", action="store_true", help="compute the blocks' products in bfloat16")
+    parser.add_argument("--family", choices=list(FAMILIES), default="pixart", help="family of the transformer stages")
+    parser.add_argument("--work", type=Path, default=Path("/tmp/tiny_model"), help="folder of the checkpoints")
     parser.add_argument(
-        "--folder", type=Path, default=Path("shapes-256"), help="the pipeline to write or to start from"
+        "--steps", type=int, default=1600, help="total steps of the stage, including those before a resume"
+    )
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--size", type=int, default=128, help="side of the images in pixels")
+    parser.add_argument("--count", type=int, default=8192, help="images to cache or to generate")
+    parser.add_argument(
+        "--rates", type=float, nargs=3, default=(1e-3, 1e-3, 1e-3), help="learning rates: others, text, matrices"
+    )
+    parser.add_argument("--cooldown", type=int, default=0, help="final steps over which the rates fall to 0")
+    parser.add_argument(
+        "--shift", type=float, default=2.0, help="shift of the training noise levels towards high noise"
+    )
+    parser.add_argument("--bfloat16", action="store_true", help="compute the products of the blocks in bfloat16")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("shapes-256"), help="pipeline folder to write or to start from"
     )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
