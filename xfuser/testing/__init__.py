@@ -1,1 +1,1 @@
-"""Tiny transformers of every known class, and the matrix of what runs on them."""
+"""Tiny transformers of every known class, and the matrix of methods that they support."""

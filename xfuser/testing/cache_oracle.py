@@ -1,6 +1,6 @@
-"""The semantics of caches on parts of an image, in one process.
+"""Reference semantics of caches on parts of an image, in one process.
 
-Every patch of ``oracle.displaced`` decides for itself; the parts of ``oracle.distrifusion`` decide together.
+Each patch of ``oracle.displaced`` decides separately; the parts of ``oracle.distrifusion`` decide together.
 """
 
 from collections.abc import Iterator
@@ -17,21 +17,22 @@ from xfuser.models.plan import blocks_of
 
 
 class Cache:
-    """A cache by another mechanism than the engine's: all blocks of a patch's forward, or all but the first, are left
-    out while a sum of changes is small.
+    """A cache that skips all blocks of a patch's forward, or all but the first, while a sum of changes is small.
+
+    Its mechanism is not the engine's.
 
     Attributes:
-        skipped: whether blocks were left out, by the step, the number of the call, and the patch.
+        skipped: whether blocks were skipped, by step, number of the call, and patch.
     """
 
     def __init__(self, threshold: float, coefficients: list[float] | None = None, steps: int = 0) -> None:
-        self.threshold, self.coefficients, self.steps = threshold, coefficients, steps  # First-Block-Cache without them
+        self.threshold, self.coefficients, self.steps = threshold, coefficients, steps  # None: First-Block-Cache
         self.skipped: dict[tuple[int, int, int], bool] = {}
         self.kept: dict[Any, dict[str, Any]] = {}
 
     @contextmanager
     def skipping(self, state: Any) -> Iterator[None]:
-        """Within the context, blocks of the state's model may be left out."""
+        """Within the context, blocks of the state's model may be skipped."""
         self.state, self.blocks = state, blocks_of(state.model, state.plan)
         with ExitStack() as stack:
             for number, block in enumerate(self.blocks):
@@ -40,7 +41,7 @@ class Cache:
             yield
 
     def _run(self, number: int, block: nn.Module, original: Any, bind: Binder, *args: Any, **kwargs: Any) -> Any:
-        """The output of a block, run or left out."""
+        """Run or skip a block, and return its output."""
         state, given = self.state, bind(args, kwargs)
         kept = self.kept.setdefault(self._key(), {"total": 0.0})
         carriers = state.plan.carriers(self.blocks[number].list_name)
@@ -65,7 +66,7 @@ class Cache:
         return output
 
     def _key(self) -> tuple[int, int | None]:
-        """What a state is kept for: the number of the call, and the patch."""
+        """The key of the cached state: the number of the call, and the patch."""
         state = self.state
         return state.call, None if state.patch is None or state.patches == 1 else state.patch
 
@@ -96,11 +97,11 @@ class Cache:
 
 
 class JointCache(Cache):
-    """The same for parts that decide together: ahead of their forwards, the first block of each tells its signal."""
+    """The same for parts that decide together: before their forwards, the first block of each part gives its signal."""
 
     @contextmanager
     def skipping(self, state: Any) -> Iterator[None]:
-        """Within the context, blocks of the state's model may be left out."""
+        """Within the context, blocks of the state's model may be skipped."""
         forward = state.forward
 
         def deciding(original: Any, *args: Any, **kwargs: Any) -> Any:
@@ -131,7 +132,7 @@ class JointCache(Cache):
         self.skips = self.skipped[self.state.step, self.state.call, 0] = self._decides(kept, signal)
 
     def _keep(self, kept: dict[str, Any], added: list[torch.Tensor]) -> None:
-        """Of each part its own rows."""
+        """Keep the rows that the current part owns."""
         if self.state.part is None:
             kept["added"] = added
         else:
@@ -141,7 +142,7 @@ class JointCache(Cache):
 
 
 class _SignalTold(Exception):
-    """The first block has told its signal."""
+    """Raised when the first block has given its signal."""
 
 
 def _until_signal(original: Any, *args: Any, **kwargs: Any) -> None:

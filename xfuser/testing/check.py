@@ -1,4 +1,4 @@
-"""Does a plan fit its model? Serial against parallel, module by module."""
+"""Check that a plan fits its model: compare serial and parallel forwards module by module."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,17 +18,17 @@ from xfuser.models.registry import plan_of, set_plan
 from xfuser.parallel import Loop, xDiTParallel
 from xfuser.testing.ranks import RankPool
 
-Outputs = list[tuple[str, torch.Tensor]]  # of each call of a module, in the order of completion
+Outputs = list[tuple[str, torch.Tensor]]  # name and output of each module call, in the order of completion
 
 
 @dataclass(frozen=True)
 class PlanCheck:
-    """What :func:`check_plan` found.
+    """The result of :func:`check_plan`.
 
     Attributes:
         error: max|a - b| / max|b| of the model's outputs.
-        first: name of the first module whose output differs; None if none does, or none that can be compared.
-        first_error: the error there.
+        first: name of the first module with a different output; None if no comparable module has one.
+        first_error: the error of that module.
     """
 
     error: float
@@ -51,22 +51,22 @@ class PlanCheck:
 def check_plan(
     model: nn.Module, inputs: dict[str, Any], world: int = 2, plan: ModelPlan | None = None, tolerance: float = 1e-4
 ) -> PlanCheck:
-    """Run a model's forward here, and on ``world`` ranks of the CPU with Ulysses and with the ring, and compare.
+    """Compare a model's forward in this process with forwards on ``world`` CPU ranks under Ulysses and the ring.
 
     Call it under ``if __name__ == "__main__":``, as the ranks are processes that import the script. Choose inputs with
-    odd numbers of tokens, and other numbers of image and text tokens.
+    odd token counts, and with different counts of image and text tokens.
 
     Args:
-        model: its class must be importable by other processes.
+        model: the model; other processes must be able to import its class.
         inputs: arguments of its forward, by name.
-        plan: by default the one that its class has.
+        plan: the plan to check; the default is the plan of the model's class.
 
     Raises:
-        ValueError: there is no plan, or the parallel forward refuses it.
+        ValueError: there is no plan, or the parallel forward fails.
     """
     plan = plan or plan_of(model)
     if plan is None:
-        raise ValueError(f"there is no plan for {type(model).__name__}: give one, or register_plan() it")
+        raise ValueError(f"there is no plan for {type(model).__name__}: pass one, or register it with register_plan()")
     with torch.no_grad(), _recorded(model) as expected:
         whole = tree_leaves(model(**inputs))
     pool = RankPool(world)
@@ -92,7 +92,7 @@ def _compared(
     expected: Outputs,
     tolerance: float,
 ) -> tuple[float, str | None, float]:
-    """On one rank: the error of the outputs, and the first module that differs with its error."""
+    """On one rank: return the error of the outputs, and the first module that differs with its error."""
     set_plan(model, plan)
     parallel = xDiTParallel(Loop(model, None), xFuserArgs(**degrees).create_config()[0])
     with torch.no_grad(), _shares_kept() as shares, parallel.active(), _recorded(model) as outputs:
@@ -108,7 +108,7 @@ def _compared(
 def _assembled(
     own: torch.Tensor, reference: torch.Tensor, shares: TokenShares, group: GroupCoordinator
 ) -> Iterator[torch.Tensor]:
-    """What ``own`` may be this rank's share of, along dimension 1, in every layout that its length allows."""
+    """Gather ``own`` along dimension 1 in every layout that its length allows, and yield the full tensors."""
     shapes = group.all_gather_object(own.shape)
     if all(shape == reference.shape for shape in shapes):
         yield own
@@ -130,7 +130,7 @@ def _rows(shares: TokenShares, streams: Streams, own: int) -> Rows | None:
 
 @contextmanager
 def _recorded(model: nn.Module) -> Iterator[Outputs]:
-    """Within the context, what the modules of a model return: the first tensor of each call."""
+    """Within the context, record the first output tensor of each module call of a model."""
     outputs: Outputs = []
 
     def note(name: str, output: Any) -> None:
@@ -147,7 +147,7 @@ def _recorded(model: nn.Module) -> Iterator[Outputs]:
 
 @contextmanager
 def _shares_kept() -> Iterator[list[Any]]:
-    """Within the context, the shares of each forward are noted."""
+    """Within the context, record the token shares of each forward."""
     kept: list[Any] = []
     share = sequence.SequenceParallel._share
 

@@ -1,6 +1,6 @@
-"""A pipeline that fails as it is asked to: by the number of steps of a call.
+"""A pipeline with injected faults: the number of steps of a call selects the fault.
 
-Diffusers runs this file from the copy's own folder, with ``trust_remote_code``.
+Diffusers loads this file from the folder of the pipeline copy, with ``trust_remote_code``.
 """
 
 import json
@@ -15,16 +15,16 @@ from xfuser.config.args import SHIPPED_PIPELINE
 from xfuser.core.distributed import get_world_group
 
 RAISES, RAISES_ON_LAST_RANK, HANGS_ON_LAST_RANK, REFUSES_BATCHES = 11, 12, 13, 14
-ONLY_ALONE, ONLY_TOGETHER, NEVER_FITS = 15, 16, 17  # runs out of memory, with several images, on one rank, or always
+ONLY_ALONE, ONLY_TOGETHER, NEVER_FITS = 15, 16, 17  # out of memory with several images, on one rank, or always
 SLOW = 36
 SECONDS = 0.15  # of a slow step
 
 
 class FaultyScheduler(DPMSolverMultistepScheduler):
-    """The shipped pipeline's, with faults behind the first forward."""
+    """The scheduler of the shipped pipeline, with faults after the first forward."""
 
     def step(self, model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
-        """As of the shipped pipeline, with the fault that the number of steps asks for."""
+        """Step as the shipped pipeline does, with the fault that the number of steps selects."""
         steps, rank = self.num_inference_steps, int(os.environ.get("RANK", "0"))
         is_last = rank == int(os.environ.get("WORLD_SIZE", "1")) - 1
         if steps == RAISES or (steps == RAISES_ON_LAST_RANK and is_last):
@@ -43,7 +43,7 @@ class FaultyScheduler(DPMSolverMultistepScheduler):
 
 
 def faulty_pipeline(folder: str) -> str:
-    """A copy of the shipped pipeline in ``folder``, with that scheduler; returns its path."""
+    """Copy the shipped pipeline to ``folder``, with the faulty scheduler, and return the path."""
     path = os.path.join(folder, "faulty")
     shutil.copytree(SHIPPED_PIPELINE, path)
     shutil.copy(__file__, os.path.join(path, "scheduler", "faults.py"))

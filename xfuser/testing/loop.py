@@ -1,4 +1,4 @@
-"""A pipeline of a transformer and a scheduler alone: what all denoising loops have in common."""
+"""A pipeline of only a transformer and a scheduler: the common part of all denoising loops."""
 
 import copy
 from typing import Any
@@ -12,7 +12,7 @@ from xfuser.testing.zoo import Family
 
 
 class DenoisingLoop(DiffusionPipeline):
-    """Draws latents by a tiny transformer, with classifier-free guidance."""
+    """Generates latents with a tiny transformer and classifier-free guidance."""
 
     def __init__(self, transformer: torch.nn.Module, scheduler: Any) -> None:
         super().__init__()
@@ -23,12 +23,13 @@ class DenoisingLoop(DiffusionPipeline):
     def __call__(
         self, family: Family, images: int = 1, guidance: str = "batched", num_inference_steps: int = 3, seed: int = 0
     ) -> list[torch.Tensor]:
-        """The final latents, ``[images, ...]``, and what else the last forward returned; of sound, its final latents.
+        """Return the final latents, ``[images, ...]``, and the other outputs of the last forward.
 
-        Noise and conditions are drawn on the CPU, and go to the transformer's device, in its dtype.
+        For a transformer of sound and video, the latter are the final latents of the sound. Noise and conditions are
+        sampled on the CPU and moved to the transformer's device and dtype.
 
         Args:
-            guidance: ``"batched"``: both branches in one call; ``"sequential"``: in two; ``"none"``.
+            guidance: ``"batched"``: both branches in one call; ``"sequential"``: in two calls; ``"none"``.
         """
         generator = torch.Generator().manual_seed(seed)
         weight = next(self.transformer.parameters())
@@ -74,7 +75,7 @@ class DenoisingLoop(DiffusionPipeline):
         output = self.transformer(**{name: given, family.time: time}, **call, return_dict=False)
         noise, *others = output if isinstance(output, tuple) else (output,)
         noise = torch.stack(noise) if isinstance(noise, list) else noise
-        return [noise.narrow(1, 0, latents.shape[1]), *others]  # behind it, some classes return variances
+        return [noise.narrow(1, 0, latents.shape[1]), *others]  # after the noise, some classes return variances
 
 
 def _guided(without: torch.Tensor, conditioned: torch.Tensor) -> torch.Tensor:
@@ -82,5 +83,5 @@ def _guided(without: torch.Tensor, conditioned: torch.Tensor) -> torch.Tensor:
 
 
 def loop_of(family: Family) -> DenoisingLoop:
-    """The family's loop, with its tiny transformer."""
+    """Return a loop over the family's tiny transformer."""
     return DenoisingLoop(family.build(), FlowMatchEulerDiscreteScheduler())

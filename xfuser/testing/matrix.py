@@ -1,6 +1,6 @@
-"""The matrix of what runs: every known transformer under every method, against its own result in one process.
+"""The support matrix: every known transformer under every method, compared with its own result in one process.
 
-``python -m xfuser.testing.matrix`` runs it with the installed Diffusers and prints it as Markdown.
+``python -m xfuser.testing.matrix`` runs the matrix with the installed Diffusers and prints it as Markdown.
 """
 
 import argparse
@@ -21,11 +21,11 @@ from xfuser.testing.ranks import RankPool
 from xfuser.testing.zoo import FAMILIES, KINDS, Family
 
 TOLERANCE = 1e-5
-# Kandinsky 5 rotates queries and keys in bfloat16, which blows the last bits of other batch sizes up; so does the
-# recurrence of SANA-WM, whose forward in float32 is 2e-4 from that in float64. Stable Audio's rounding grows by steps.
+# Kandinsky 5 rotates queries and keys in bfloat16, which amplifies rounding differences between batch sizes; so does
+# the recurrence of SANA-WM (float32 differs from float64 by 2e-4). Rounding errors of Stable Audio grow with the steps.
 TOLERANCES = {"kandinsky5": 1e-4, "sana_wm": 1e-4, "stable_audio": 3e-5}
-TRANSFORMERS = "diffusers.models.transformers."  # where Diffusers keeps them
-BREAKING = {"HiDreamImageTransformer2DModel", "MochiTransformer3DModel"}  # their blocks read values of tensors
+TRANSFORMERS = "diffusers.models.transformers."  # Diffusers' package of transformers
+BREAKING = {"HiDreamImageTransformer2DModel", "MochiTransformer3DModel"}  # blocks that read tensor values
 PIPED = {"pipefusion_parallel_degree": 2, "warmup_steps": 1}
 METHODS: dict[str, tuple[int, dict[str, Any]]] = {  # ranks, degrees
     "ulysses2": (2, {"ulysses_degree": 2}),
@@ -41,7 +41,7 @@ METHODS: dict[str, tuple[int, dict[str, Any]]] = {  # ranks, degrees
 
 
 def refusal(family: str, method: str) -> str | None:
-    """Why this cell is refused; None where it runs."""
+    """Return why this cell is refused; None if it runs."""
     plan = PLANS[FAMILIES[family].cls]
     if "pipefusion" in method:
         return plan.unpiped
@@ -51,12 +51,12 @@ def refusal(family: str, method: str) -> str | None:
 
 
 def draw(family: str, degrees: dict[str, Any] | None, call: dict[str, Any]) -> list[torch.Tensor]:
-    """What the family's tiny loop returns, wrapped with these degrees, or bare where they are None."""
+    """Run the family's tiny loop, wrapped with these degrees, or unwrapped if they are None."""
     return draw_family(FAMILIES[family], degrees, call)
 
 
 def draw_family(family: Family, degrees: dict[str, Any] | None, call: dict[str, Any]) -> list[torch.Tensor]:
-    """As :func:`draw`, for a family that need not be in the zoo."""
+    """Like :func:`draw`, for a family that may not be in the zoo."""
     pipe = loop_of(family)
     if degrees is None:
         return pipe(family, **call)
@@ -67,7 +67,10 @@ def draw_family(family: Family, degrees: dict[str, Any] | None, call: dict[str, 
 
 
 def reference(family: str, degrees: dict[str, Any], call: dict[str, Any], *place: Any) -> list[torch.Tensor]:
-    """What a cell must equal: serial; under PipeFusion, the oracle. ``place`` may be a device, and a dtype."""
+    """Return the expected result of a cell: serial, or the oracle for PipeFusion and asynchronous DistriFusion.
+
+    ``place`` may hold a device and a dtype.
+    """
     pipe = loop_of(FAMILIES[family]).to(*place)
     if "num_pipeline_patch" in degrees:
         semantics = oracle.displaced(pipe, degrees["num_pipeline_patch"], degrees["warmup_steps"])
@@ -80,32 +83,32 @@ def reference(family: str, degrees: dict[str, Any], call: dict[str, Any], *place
 
 
 def error(results: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
-    """max|a - b| / max|b|, the largest of all tensors."""
+    """Return max|a - b| / max|b|, the largest over all tensors."""
     pairs = zip(results, expected, strict=True)
     return max(((a.double() - b).abs().max() / b.abs().max()).item() for a, b in pairs)
 
 
 def setting(family: str, method: str, **changes: Any) -> tuple[int, dict[str, Any], dict[str, Any]]:
-    """Ranks, degrees and call of a cell; ``changes`` are those of the call."""
+    """Return ranks, degrees and call of a cell; ``changes`` override arguments of the call."""
     ranks, degrees = METHODS[method]
-    # Batched guidance of one image is what most calls are; data parallelism needs more images than replicas.
+    # Most calls are batched guidance of one image; data parallelism needs more images than replicas.
     steps = 3 if "fusion" in method else 2
     call = {"images": 3 if method == "dp2" else 1, "num_inference_steps": steps} | changes
     plan = PLANS[FAMILIES[family].cls]
     if method == "distrifusion2" and (plan.unpiped or plan.in_patches or plan.linear or plan.padded):
-        degrees = degrees | {"warmup_steps": steps}  # the oracle knows the tokens of the others alone
+        degrees = degrees | {"warmup_steps": steps}  # the oracle supports only the other classes
     return ranks, degrees, call
 
 
 def cell(family: str, method: str, pool: RankPool, **changes: Any) -> float:
-    """The largest error of any rank; ``changes`` are those of the call."""
+    """Return the largest error of any rank; ``changes`` override arguments of the call."""
     ranks, degrees, call = setting(family, method, **changes)
     expected = reference(family, degrees, call)
     return max(error(result, expected) for result in pool.run(ranks, draw, family, degrees, call))
 
 
 def rows(families: list[str], pool: RankPool) -> Iterator[str]:
-    """The matrix as lines of Markdown; what is wrong stands in bold."""
+    """Yield the matrix as lines of Markdown, with failures in bold."""
     yield "| class | " + " | ".join(METHODS) + " |"
     yield "|---" * (len(METHODS) + 1) + "|"
     for family in families:
@@ -126,7 +129,7 @@ def _entry(family: str, method: str, pool: RankPool) -> str:
 
 
 def support() -> list[str]:
-    """What is served by what, as lines of Markdown: the tables of the README, one for each kind."""
+    """Return which class supports which method, as lines of Markdown: the tables of the README, one for each kind."""
     lines = []
     for kind, families in KINDS.items():
         lines += [
@@ -143,13 +146,13 @@ def support() -> list[str]:
 
 
 def refusals() -> list[str]:
-    """Why PipeFusion is refused where it is, as lines of Markdown."""
+    """Return the classes for which PipeFusion is refused, with the reasons, as lines of Markdown."""
     refused = {cls: plan.unpiped for cls, plan in sorted(PLANS.items()) if plan.unpiped}
     return _reasons(refused)
 
 
 def reasons() -> list[str]:
-    """Why classes have no plan, as lines of Markdown."""
+    """Return the classes without a plan, with the reasons, as lines of Markdown."""
     return _reasons(UNSERVED)
 
 
@@ -158,7 +161,7 @@ def _reasons(by_class: dict[str, str]) -> list[str]:
 
 
 def unknown_classes() -> list[str]:
-    """The transformer classes of the installed Diffusers that have neither a plan nor a reason why not."""
+    """Return the transformer classes of the installed Diffusers with neither a plan nor a reason for having none."""
     names = [name for name in dir(diffusers) if name not in PLANS | UNSERVED]
     return [name for name in names if getattr(getattr(diffusers, name), "__module__", "").startswith(TRANSFORMERS)]
 
@@ -166,8 +169,8 @@ def unknown_classes() -> list[str]:
 def main() -> None:
     """Run the matrix, or print what is supported."""
     parser = argparse.ArgumentParser(prog="python -m xfuser.testing.matrix", description=__doc__)
-    parser.add_argument("families", nargs="*", default=list(FAMILIES), help=f"of {', '.join(FAMILIES)}; all by default")
-    parser.add_argument("--support", action="store_true", help="print what is supported, and run nothing")
+    parser.add_argument("families", nargs="*", default=list(FAMILIES), help=f"of {', '.join(FAMILIES)} (default: all)")
+    parser.add_argument("--support", action="store_true", help="print the support tables without running the matrix")
     asked = parser.parse_args()
     if left := unknown_classes():
         print(f"neither plan nor reason: {', '.join(left)}", file=sys.stderr)

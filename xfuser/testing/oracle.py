@@ -1,9 +1,10 @@
-"""The semantics of methods that are not exact, in one process, by another mechanism than the engine's.
+"""Reference semantics of the inexact methods, in one process, with a mechanism other than the engine's.
 
-The pipeline's loop and scheduler are untouched. Each call of the transformer becomes M forwards of the *whole* image,
-of which forward m gives the rows of part m. What makes them differ are key and value projections: in forward m, those
-of other parts' tokens are replaced by what was kept of the forward that owned them, in this step or the last. Under
-PipeFusion, text belongs to part 0; under DistriFusion, it is divided, too. Naive patches hide all other parts.
+The pipeline's loop and scheduler are unchanged. Each call of the transformer becomes M forwards of the *whole* image;
+forward m gives the rows of part m. The forwards differ in their key and value projections: in forward m, the
+projections of other parts' tokens are replaced by those kept from the forward that owns these tokens, in this step or
+the previous one. Under PipeFusion, text belongs to part 0; under DistriFusion, it is split as well. Naive patches hide
+all other parts.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,7 +25,7 @@ from xfuser.testing.projections import OF_TEXT, bands, layout, projecting
 
 
 def joined(outputs: list[Any], dim: int, own: list[slice]) -> Any:
-    """Of each forward's tensors the part that is its own, one behind the other, in the outputs' own structure."""
+    """Concatenate each forward's own part of the output tensors, in the structure of the outputs."""
     parts = [
         tree_map(lambda x, part=part: x.narrow(dim, part.start, part.stop - part.start), one)
         for one, part in zip(outputs, own, strict=True)
@@ -33,16 +34,17 @@ def joined(outputs: list[Any], dim: int, own: list[slice]) -> Any:
 
 
 class Displaced:
-    """The state of one loop: where it is, and the projections kept from earlier forwards."""
+    """The state of one loop: its position, and the projections kept from earlier forwards."""
 
-    starts: tuple[int, ...] = ()  # steps in which guidance begins or ends, and synchronous ones begin
+    starts: tuple[int, ...] = ()  # steps where guidance begins or ends; synchronous steps begin again there
 
     def __init__(self, model: nn.Module, plan: ModelPlan, patches: int, warmup: int, order: int) -> None:
         self.model, self.plan, self.patches, self.synchronous = model, plan, patches, max(1, warmup * order)
         self.step = self.call = self.counted = 0
-        self.first: int | None = None  # step in which the model was called first
-        self.stepped: int | None = None  # rows that the scheduler steps; beside them are images
-        self.given, self.leads, self.frame = 0, False, 0  # dimensions; if they are ahead; tokens of packed frames
+        self.first: int | None = None  # step of the first call of the model
+        self.stepped: int | None = None  # rows that the scheduler steps; the other rows are condition images
+        # Dimensions of the latents; whether condition images come first; tokens of packed frames.
+        self.given, self.leads, self.frame = 0, False, 0
         self.ahead, self.pictures = [0], [slice(0, 0)]
         self.patch: int | None = None
         self.kept: dict[tuple[str, int], torch.Tensor] = {}
@@ -59,7 +61,7 @@ class Displaced:
         self.tokens, count = total * self.width, self.stepped or total
         ahead = total - count if self.leads else 0
         text = kwargs.get(self.plan.text_first)
-        self.ahead = [0] if text is None else text.sum(dim=1).tolist()  # tokens ahead of the image, in each row
+        self.ahead = [0] if text is None else text.sum(dim=1).tolist()  # tokens before the image, per batch entry
         rows = [slice(ahead + band.start, ahead + band.stop) for band in bands(count, self.patches)]
         self.pictures = [slice(0, ahead * self.width), slice((ahead + count) * self.width, self.tokens)]
         self.own = [slice(band.start * self.width, band.stop * self.width) for band in rows]
@@ -71,11 +73,11 @@ class Displaced:
             outputs = []
             for patch in range(self.patches):
                 self.patch = patch
-                given = tree_map(lambda x: x, (args, kwargs))  # a forward may empty the lists that it is given
+                given = tree_map(lambda x: x, (args, kwargs))  # a forward may empty the lists passed to it
                 outputs.append(original(*given[0], **given[1]))
             rows = [slice(0, ahead), *rows, slice(ahead + count, total)]
             scaled = [slice(band.start * unit, band.stop * unit) for band in rows]
-            sound = outputs[0][1:] if self.plan.sound else None  # it is of part 0
+            sound = outputs[0][1:] if self.plan.sound else None  # sound belongs to part 0
             outputs = outputs if sound is None else [one[:1] for one in outputs]
             output = joined([outputs[0], *outputs, outputs[0]], dim, scaled)
             output = output if sound is None else output + sound
@@ -83,7 +85,7 @@ class Displaced:
         return output
 
     def find(self, sample: torch.Tensor) -> None:
-        """Note the rows that the scheduler steps: of packed latents, the first ones; of a video, the last ones."""
+        """Record the rows that the scheduler steps: the first ones of packed latents, the last ones of a video."""
         self.leads = sample.dim() == 5
         if self.given == sample.dim() == 3:
             self.stepped = sample.shape[self.plan.packed]
@@ -93,7 +95,7 @@ class Displaced:
             self.stepped = sample.shape[self.dim] // self.unit
 
     def control(self, transformer: "Displaced", original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The residuals of a ControlNet, each ``[B, tokens, C]``, of which those of a part are made with it."""
+        """Run a ControlNet part by part and return its residuals, each ``[B, tokens, C]``."""
         self.step, self.patch = transformer.step, None
         if self.counted != self.step:
             self.call, self.counted = 0, self.step
@@ -110,13 +112,13 @@ class Displaced:
         return output
 
     def project(self, name: str, streams: tuple[str, ...], columns: slice, output: torch.Tensor) -> torch.Tensor:
-        """Hook on a projection ``[B, tokens, C]``: own rows are kept, the others replaced by kept ones."""
+        """Hook on a projection ``[B, tokens, C]``: keep own rows, and replace the others by kept ones."""
         key = (name, self.call)
         if self.patch is None:
             self.kept[key] = output.clone()
             return output
         kept, count = self.kept[key], output.shape[1]
-        of_text = name.endswith(OF_TEXT) or "image" not in streams  # alone
+        of_text = name.endswith(OF_TEXT) or "image" not in streams  # text only
         words = count - self.tokens
         ahead = self.ahead if words else [0]
         for row, new in enumerate(output):
@@ -132,10 +134,10 @@ class Displaced:
 
 
 class PartByPart:
-    """One loop whose forwards compute a part of the tokens each, all the same way through the blocks.
+    """One loop with one forward per part of the tokens; a part runs through all blocks before the next one.
 
     Args:
-        share: the image tokens of each part, of ``tokens`` in rows of ``width``.
+        share: returns the image tokens of each part, given the number of tokens and the width of a row.
     """
 
     def __init__(self, pipe: Any, share: Callable[[int, int], list[torch.Tensor]]) -> None:
@@ -158,11 +160,11 @@ class PartByPart:
         return output
 
     def waits(self) -> bool:
-        """Whether this step is that of one rank."""
+        """Whether this step runs as on one rank."""
         return False
 
     def complete(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        """Hook on the head, or the last block without one: behind the last part's forward, the rows of all parts."""
+        """Hook on the head, or on the last block if there is no head: assemble the rows of all parts."""
         if self.part is None:
             return output
         if self.plan.head:
@@ -180,7 +182,7 @@ class PartByPart:
         return whole
 
     def rows(self, streams: tuple[str, ...], count: int) -> torch.Tensor:
-        """Rows of this part in a sequence of so many tokens; text belongs to all parts."""
+        """Rows of this part in a sequence of ``count`` tokens."""
         words = count - self.tokens * ("image" in streams)
         starts = {"text": self.tokens if streams[0] == "image" else 0, "image": words if streams[0] == "text" else 0}
         own = {"text": self.text(words), "image": self.own[self.part]}
@@ -192,7 +194,7 @@ class PartByPart:
 
 
 class Lagging(PartByPart):
-    """DistriFusion: in asynchronous steps, projections of other parts' tokens are those of the last step."""
+    """DistriFusion: in asynchronous steps, projections of other parts' tokens are those of the previous step."""
 
     def __init__(self, pipe: Any, parts: int, warmup: int, renews: bool) -> None:
         super().__init__(pipe, lambda tokens, width: _ranges(tokens, parts))
@@ -205,7 +207,7 @@ class Lagging(PartByPart):
         return self.step < self.synchronous
 
     def project(self, name: str, streams: tuple[str, ...], columns: slice, output: torch.Tensor) -> torch.Tensor:
-        """Projections of all tokens, of which those of other parts are stale."""
+        """Hook on a projection: return own rows, and stale rows of other parts."""
         key = (name, self.call)
         if self.part is None:
             self.fresh[key] = output.clone()
@@ -216,7 +218,7 @@ class Lagging(PartByPart):
             self.fresh[key] = output.clone()
         if name.endswith(OF_TEXT):
             streams = ("text",)
-        elif output.shape[1] == self.tokens:  # text has projections of its own
+        elif output.shape[1] == self.tokens:  # text has separate projections
             streams = ("image",)
         own = self.rows(streams, output.shape[1])
         self.fresh[key][:, own] = output[:, own]
@@ -227,18 +229,18 @@ class Lagging(PartByPart):
 
     def text(self, words: int) -> torch.Tensor:
         """The text tokens that this part computes."""
-        if words < self.parts or self.plan.whole:  # all have it, and the first gives its keys
+        if words < self.parts or self.plan.whole:  # all parts hold it, and the first one provides its keys
             return torch.arange(words if self.part == 0 else 0)
         return _ranges(words, self.parts, longer_last=True)[self.part]
 
 
 class Alone(PartByPart):
-    """Naive patches: attention between tokens sees those of the own part, and all text."""
+    """Naive patches: attention sees only the tokens of the own part, and all text."""
 
     def attend(self, original: Callable[..., torch.Tensor], q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> Any:
-        """Attention that sees the tokens of the own part, and all text."""
+        """Attend to the tokens of the own part and to all text."""
         words = None if self.part is None else k.shape[2] - self.tokens
-        if words is None or words < 0:  # of the text encoder, or to text alone
+        if words is None or words < 0:  # in the text encoder, or to text only
             return original(q, k, v, *args, **kwargs)
         seen = self.rows(next(iter(self.plan.attentions().values())).keys if words else ("image",), k.shape[2])
         return original(q, k[:, :, seen], v[:, :, seen], *args, **kwargs)
@@ -251,7 +253,10 @@ def _ranges(count: int, parts: int, longer_last: bool = False) -> list[torch.Ten
 
 @contextmanager
 def distrifusion(pipe: Any, parts: int, warmup: int, renews: bool = True, cache: Any = None) -> Iterator[None]:
-    """A bare pipeline draws with DistriFusion's semantics; ``renews`` is false for ``no_sync``; ``cache`` as below."""
+    """Within the context, an unwrapped pipeline has DistriFusion's semantics.
+
+    ``renews`` is false for ``no_sync``; for ``cache``, see :func:`displaced`.
+    """
     state = Lagging(pipe, parts, warmup, renews)
     skipping = cache.skipping(state) if cache else nullcontext()
     with projecting(state.model, state.plan, state), skipping, _whole_forward(pipe, state):
@@ -260,7 +265,7 @@ def distrifusion(pipe: Any, parts: int, warmup: int, renews: bool = True, cache:
 
 @contextmanager
 def naive(pipe: Any, parts: int, scheme: str) -> Iterator[None]:
-    """Within the context, a bare pipeline draws its image in parts that know nothing of each other."""
+    """Within the context, an unwrapped pipeline generates its image in independent parts."""
 
     def share(tokens: int, width: int) -> list[torch.Tensor]:
         if scheme == "row" or (scheme == "alternate" and state.step % 2 == 0):
@@ -276,9 +281,9 @@ def naive(pipe: Any, parts: int, scheme: str) -> Iterator[None]:
 
 @contextmanager
 def displaced(pipe: Any, patches: int, warmup: int, cache: Any = None, starts: tuple[int, ...] = ()) -> Iterator[None]:
-    """A bare pipeline draws with PipeFusion's semantics; ``cache`` (``cache_oracle.py``) may leave blocks out.
+    """Within the context, an unwrapped pipeline has PipeFusion's semantics.
 
-    ``starts`` are the steps in which guidance begins or ends on the way.
+    ``cache`` (``cache_oracle.py``) may skip blocks; ``starts`` are the steps where guidance begins or ends.
     """
     with ExitStack() as stack:
         for model, plan in planned_models(pipe, piped=True).values():
@@ -296,12 +301,12 @@ def displaced(pipe: Any, patches: int, warmup: int, cache: Any = None, starts: t
 
 @contextmanager
 def _whole_forward(pipe: Any, state: Displaced | PartByPart) -> Iterator[None]:
-    """Within the context, the transformer's forward is that of ``state``, which counts steps and calls."""
+    """Within the context, the transformer runs the forward of ``state``, and ``state`` counts steps and calls."""
     model, plan, step = state.model, state.plan, pipe.scheduler.step
     original = model.forward
 
     def counted(own: Any, *args: Any, **kwargs: Any) -> Any:
-        if own is not pipe.scheduler:  # a copy
+        if own is not pipe.scheduler:  # a copy of the scheduler
             return of_class(own, *args, **kwargs)
         state.step, state.call = state.step + 1, 0
         if isinstance(state, Displaced):

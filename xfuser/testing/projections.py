@@ -1,4 +1,4 @@
-"""What the oracles share: how tokens lie in latents, and hooks on the projections that make keys and values."""
+"""Helpers of the oracles: the layout of tokens in latents, and hooks on the key and value projections."""
 
 import itertools
 from collections.abc import Iterator
@@ -12,20 +12,20 @@ from torch import nn
 
 from xfuser.models.plan import Attention, ModelPlan, blocks_of
 
-STACKED = ("to_qkv_mlp_proj", "img_qkv_proj", "to_qkv")  # queries, keys and values by one linear
+STACKED = ("to_qkv_mlp_proj", "img_qkv_proj", "to_qkv")  # queries, keys and values from one linear
 OF_TEXT = ("add_k_proj", "add_v_proj", "txt_kv_proj", "to_k_t", "to_v_t")
 PROJECTIONS = ("to_k", "to_v", "to_key", "to_value", *OF_TEXT, *STACKED)
 
 
 def bands(count: int, parts: int) -> list[slice]:
-    """Consecutive ranges that differ in length by one at most, longer ones first."""
+    """Split ``count`` into consecutive ranges whose lengths differ by at most one, longer ones first."""
     base, extra = divmod(count, parts)
     starts = [i * base + min(i, extra) for i in range(parts + 1)]
     return [slice(a, b) for a, b in itertools.pairwise(starts)]
 
 
 def layout(model: nn.Module, plan: ModelPlan, latents: torch.Tensor) -> tuple[int, int, int]:
-    """The dimension that is divided, its entries per row of tokens, and the tokens in such a row."""
+    """Return the dimension that is split, its entries per row of tokens, and the tokens in such a row."""
     size = model.config.get("patch_size") or model.config.get("all_patch_size", [1])[0]
     of_time, of_rows, of_columns = (
         [*([1] * (3 - len(size))), *size] if isinstance(size, list | tuple) else (1, size, size)
@@ -43,7 +43,7 @@ def layout(model: nn.Module, plan: ModelPlan, latents: torch.Tensor) -> tuple[in
 
 @contextmanager
 def projecting(model: nn.Module, plan: ModelPlan, state: Any) -> Iterator[None]:
-    """Within the context, key and value projections of the blocks' attention are what ``state`` makes of them."""
+    """Within the context, ``state.project`` replaces the key and value projections of the blocks' attention."""
     with ExitStack() as stack:
         for block in blocks_of(model, replace(plan, blocks=(*plan.ahead, *plan.blocks))):
             for name in plan.convolutions:
@@ -68,14 +68,14 @@ def projecting(model: nn.Module, plan: ModelPlan, state: Any) -> Iterator[None]:
 
 
 def _rows(state: Any, name: str, module: nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-    """Hook ahead of a convolution of the grid ``[B, C, rows, columns]``: others' rows are kept ones."""
+    """Hook before a convolution of the grid ``[B, C, rows, columns]``: rows of other parts are the kept ones."""
     (x,) = args
     tokens = state.project(name, ("image",), slice(None), x.flatten(2).transpose(1, 2))
     return (tokens.transpose(1, 2).unflatten(2, x.shape[2:]),)
 
 
 def keys_and_values(attention: nn.Module, stacked: nn.Linear) -> slice:
-    """Which outputs of a linear that makes queries, keys and values are the latter two."""
+    """Return which outputs of a linear for queries, keys and values are the keys and values."""
     width = getattr(attention, "inner_dim", stacked.in_features)
     queries = 2 * width if getattr(attention, "use_differential", False) else width
     return slice(queries, 2 * queries + width)

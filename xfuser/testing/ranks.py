@@ -1,4 +1,4 @@
-"""A pool of processes that stay: each job borrows the first n of them as ranks."""
+"""A pool of persistent processes: each job uses the first n of them as ranks."""
 
 import sys
 import threading
@@ -16,7 +16,7 @@ from tqdm import tqdm
 from xfuser.core import device as devices
 
 TIMEOUT = 120  # seconds for one job
-PATIENCE = 5  # seconds for the other ranks to fail, too
+PATIENCE = 5  # seconds to wait for the other ranks after one has failed
 IMPORTED = [
     "xfuser.testing.matrix",
     "diffusers.models.transformers",
@@ -28,7 +28,7 @@ IMPORTED = [
 class RankPool:
     """``run(n, function, *args)`` calls ``function(*args)`` on n ranks and returns their results in rank order.
 
-    ``backend`` is that of their default process group: of an accelerator, there must be one for each rank.
+    ``backend`` is the backend of the default process group; an accelerator's backend requires one device per rank.
     """
 
     def __init__(self, size: int, backend: str = "gloo") -> None:
@@ -36,10 +36,10 @@ class RankPool:
         self._workers: list[tuple[Any, Any]] = []
 
     def run(self, ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """Call a function on the first ``ranks`` ranks; returns what each returned.
+        """Call a function on the first ``ranks`` ranks and return their results.
 
         Raises:
-            RuntimeError: it failed on a rank; the text has the traceback of each.
+            RuntimeError: the function failed on a rank; the message has the traceback of each failed rank.
         """
         if not self._workers:
             self._start()
@@ -54,7 +54,7 @@ class RankPool:
         return [result for _, result in answers]
 
     def close(self) -> None:
-        """End the ranks' processes."""
+        """Kill the processes of the ranks."""
         for process, _ in self._workers:
             process.kill()
             process.join()
@@ -63,7 +63,7 @@ class RankPool:
     def _start(self) -> None:
         devices.preload(*IMPORTED)
         context = mp.get_context("forkserver")
-        self._store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # where ranks find others
+        self._store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # rendezvous of the ranks
         for _ in range(self._size):
             ours, theirs = context.Pipe()
             args = (theirs, sys.path, self._store.port, self._backend)
@@ -72,7 +72,7 @@ class RankPool:
             self._workers.append((process, ours))
 
     def _answers(self, ranks: int) -> list[tuple[bool, Any]]:
-        """Each rank's (failed, result); once one has failed, others that wait for it are not waited for."""
+        """Return (failed, result) of each rank; after a failure, the other ranks get only ``PATIENCE`` seconds."""
         answers: dict[int, tuple[bool, Any]] = {}
         deadline = time.monotonic() + TIMEOUT
         while len(answers) < ranks and (left := deadline - time.monotonic()) > 0:
@@ -94,7 +94,7 @@ class RankPool:
 
 def _serve(pipe: Any, path: list[str], port: int, backend: str) -> None:
     sys.path[:] = path
-    tqdm.set_lock(threading.RLock())  # in place of a semaphore, which outlives a process that is killed
+    tqdm.set_lock(threading.RLock())  # instead of a semaphore, which outlives a killed process
     torch.set_num_threads(1)
     store = dist.TCPStore("localhost", port, is_master=False)
     while True:
@@ -104,7 +104,7 @@ def _serve(pipe: Any, path: list[str], port: int, backend: str) -> None:
                 devices.use(rank)
             options = devices.group_options(rank, backend)
             dist.init_process_group(backend, store=dist.PrefixStore(job, store), rank=rank, world_size=ranks, **options)
-            dist.barrier()  # else a rank with little to do is gone before others have found it
+            dist.barrier()  # otherwise a rank with little work may leave before others connect to it
             result = function(*args)
             _leave()
             pipe.send((False, result))
@@ -113,7 +113,7 @@ def _serve(pipe: Any, path: list[str], port: int, backend: str) -> None:
 
 
 def _leave() -> None:
-    """Leave all process groups, and end them in the background: gloo waits 10 ms for the thread of each."""
+    """Leave all process groups, and destroy them in the background: gloo waits 10 ms for the thread of each."""
     from xfuser.core.distributed import destroy_distributed_environment
 
     groups = list(dist.distributed_c10d._world.pg_map)

@@ -1,4 +1,4 @@
-"""A server to test: ``xdit serve`` as a user starts it, on a port of its own."""
+"""A server for tests: ``xdit serve`` as a user starts it, on its own port."""
 
 import json
 import os
@@ -17,21 +17,21 @@ import psutil
 
 ROOT = Path(__file__).parent.parent.parent
 OF_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-PATIENCE = 180  # seconds; a busy machine starts ranks slowly
+PATIENCE = 180  # seconds; ranks start slowly on a busy machine
 
 
 def until(look: Callable[[], Any], what: str, patience: float = PATIENCE) -> Any:
-    """The first true value of ``look()``; an AssertionError that names ``what`` if there is none in time."""
+    """Return the first true value of ``look()``; raise an AssertionError that names ``what`` on timeout."""
     deadline = time.monotonic() + patience
     while time.monotonic() < deadline:
         if found := look():
             return found
         time.sleep(0.05)
-    raise AssertionError(f"{what} did not come about in {patience} s")
+    raise AssertionError(f"timeout after {patience} s: {what}")
 
 
 class Served:
-    """A running `xdit serve`; ``url`` is where it listens."""
+    """A running `xdit serve`; ``url`` is its address."""
 
     def __init__(self, folder: str | Path, *flags: Any) -> None:
         environment = {
@@ -50,7 +50,7 @@ class Served:
         return next((line for line in self.log.read_text().splitlines() if line.startswith("xdit serve: http")), None)
 
     def health(self) -> dict[str, Any]:
-        """What ``/health`` tells."""
+        """Return the response of ``/health``."""
         try:
             with urllib.request.urlopen(f"{self.url}/health") as answer:
                 return json.load(answer)
@@ -60,27 +60,27 @@ class Served:
             return {"ready": False}
 
     def ready(self) -> "Served":
-        """Wait until it is; returns the server."""
+        """Wait until the server is ready, and return it."""
         until(lambda: self.process.poll() is not None or self.health()["ready"], "a ready server")
         assert self.process.poll() is None, self.log.read_text()
         return self
 
     def ranks(self) -> list[int]:
-        """Process ids of the ranks: they are forked from a process that the server starts."""
+        """Return the process ids of the ranks, which are forked from a process that the server starts."""
         found = []
         for fork in psutil.Process(self.process.pid).children():
-            with suppress(psutil.Error):  # it has just ended
+            with suppress(psutil.Error):  # the process has just ended
                 found += [child.pid for child in fork.children()]
         return sorted(found)
 
     def metric(self, name: str) -> float:
-        """A value of ``/metrics``, 0 where there is none yet."""
+        """Return a value of ``/metrics``; 0 if it does not exist yet."""
         with urllib.request.urlopen(f"{self.url}/metrics") as answer:
             lines = answer.read().decode().splitlines()
         return float(next((line.split()[-1] for line in lines if line.startswith(f"{name} ")), 0))
 
     def interrupt(self) -> float:
-        """Ctrl-C; returns the seconds until all of it has ended."""
+        """Send Ctrl-C, and return the seconds until the server and all ranks have ended."""
         ranks, start = [psutil.Process(pid) for pid in self.ranks()], time.monotonic()
         self.process.send_signal(signal.SIGINT)
         self.process.wait(PATIENCE)

@@ -1,1 +1,1 @@
-"""What only a machine with GPUs can settle, as one command: ``python -m xfuser.testing.gpu`` (docs/gpu.md)."""
+"""Checks that require GPUs, as one command: ``python -m xfuser.testing.gpu`` (docs/gpu.md)."""

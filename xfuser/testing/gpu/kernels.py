@@ -1,4 +1,4 @@
-"""Attention kernels on one device, with their LSE, against float64."""
+"""Compare attention kernels on one device, and their LSE, with float64."""
 
 import itertools
 from collections.abc import Iterator
@@ -12,16 +12,16 @@ from xfuser.core.attention.kernels import HALF, KERNELS, attention_math, attenti
 from xfuser.core.attention.ring import merge
 from xfuser.testing.gpu.report import Check
 
-HEADS = (32, 33, 40, 64, 72, 128, 160, 192, 256)  # sizes of a head
-LENGTHS = ((1, 1), (5, 7), (33, 33), (129, 64), (257, 300), (4, 0), (0, 4))  # queries and keys
+HEADS = (32, 33, 40, 64, 72, 128, 160, 192, 256)  # head dimensions
+LENGTHS = ((1, 1), (5, 7), (33, 33), (129, 64), (257, 300), (4, 0), (0, 4))  # number of queries and keys
 SHORT_HEADS, SHORT_LENGTHS = (33, 64), ((5, 7), (33, 33), (4, 0), (0, 4))
 MASKS = (None, "keys", "pairs")
-TOLERANCES = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}  # of outputs, which are about 1
+TOLERANCES = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}  # for outputs of about 1
 LSE_TOLERANCE = 2e-3
 
 
 def checks(short: bool) -> Iterator[Check]:
-    """Each kernel in each dtype, and the ring's merge of each."""
+    """Yield the checks of each kernel in each dtype, and of the ring's merge with each kernel."""
     device = devices.device(0)
     for name, kernel in KERNELS.items():
         for dtype in (torch.float32, *HALF):
@@ -40,7 +40,7 @@ def _ever_taken(name: str, dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def _compare(name: str, dtype: torch.dtype, device: torch.device, short: bool) -> str:
-    """The largest errors of a kernel over all sizes that it takes."""
+    """Return the largest errors of a kernel over all sizes that it supports."""
     worst, worst_lse, ran, others = 0.0, 0.0, 0, 0
     heads, lengths = (SHORT_HEADS, SHORT_LENGTHS) if short else (HEADS, LENGTHS)
     for head, (queries, keys), masked, grouped in itertools.product(heads, lengths, MASKS, (False, True)):
@@ -60,7 +60,10 @@ def _compare(name: str, dtype: torch.dtype, device: torch.device, short: bool) -
 def tensors(
     head: int, queries: int, keys: int, masked: str | None, kv_heads: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """q ``[2, 4, Sq, D]``, k and v ``[2, kv_heads, Sk, D]``, and a mask that hides some keys, and all from one row."""
+    """Return q ``[2, 4, Sq, D]``, k and v ``[2, kv_heads, Sk, D]``, and a mask.
+
+    The mask hides some keys; a mask of pairs also hides all keys from the first query.
+    """
     generator = torch.Generator().manual_seed(head + queries)
 
     def draw(heads: int, length: int) -> Tensor:
@@ -78,7 +81,7 @@ def tensors(
 def errors(
     found: tuple[Tensor, Tensor], q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
 ) -> tuple[float, float]:
-    """max|a - b| of the output and of the LSE, of rows that see a key; others must be 0 and -inf."""
+    """Return max|a - b| of the output and of the LSE over rows with a visible key; other rows must be 0 and -inf."""
     repeats = q.shape[1] // k.shape[1]
     q, k, v = (x.cpu().double() for x in (q, k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)))
     scores = q @ k.mT * q.shape[-1] ** -0.5
@@ -100,7 +103,7 @@ def _largest(x: Tensor) -> float:
 
 
 def _merged(name: str, dtype: torch.dtype, device: torch.device) -> str:
-    """Blocks of keys one after the other, as the ranks of a ring would come by, against all at once."""
+    """Compare attention to blocks of keys one after the other, as in a ring, with attention to all keys."""
     q, k, v, _ = tensors(64, 33, 300, None, 4, dtype, device)
     out, lse = None, None
     for keys, values in zip(k.split([1, 128, 64, 107], 2), v.split([1, 128, 64, 107], 2), strict=True):

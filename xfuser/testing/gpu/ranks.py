@@ -1,4 +1,4 @@
-"""Methods on several ranks: that share one device, over gloo; or one on each device, over its own backend."""
+"""Checks of methods on several ranks that share one device (gloo), or that have one device each (its own backend)."""
 
 import math
 from collections.abc import Iterator
@@ -26,8 +26,8 @@ from xfuser.testing.zoo import FAMILIES
 from xfuser.weights.loading import load_pipeline
 
 MODELS = ("flux", "sd3", "wan", "pixart", "hunyuan_video", "qwen_image")
-EXACT = 1e-4  # of serial, in float32: an accelerator's sums are of another order for other shapes
-WORSE = 3  # times the error that one rank has in bfloat16
+EXACT = 1e-4  # relative to serial, in float32: the order of an accelerator's sums depends on the shapes
+WORSE = 3  # allowed multiple of the error of one rank in bfloat16
 PATHS = {"pipefusion": "channels", "distrifusion": "distrifusion", "tensor": "tensor"}  # on the device's own backend
 TWO = {"ulysses_degree": 2}
 SHIPPED = (  # path, title, flags of the shipped pipeline
@@ -45,10 +45,10 @@ PROMPT = "a red circle above a blue square"
 
 @dataclass
 class Pools:
-    """The ranks of all checks, started when the first one needs them."""
+    """The ranks of all checks, started on first use."""
 
-    count: int  # of accelerators
-    most: int = 4  # ranks
+    count: int  # number of accelerators
+    most: int = 4  # maximum number of ranks
 
     @cached_property
     def shared(self) -> RankPool:
@@ -57,30 +57,30 @@ class Pools:
 
     @cached_property
     def own(self) -> RankPool:
-        """Ranks that have an accelerator each, over its own backend."""
+        """Ranks with one accelerator each, over its own backend."""
         return RankPool(min(self.most, self.count), devices.backend())
 
     def of(self, own: bool) -> RankPool:
-        """The ranks that have an accelerator each, or those that share one."""
+        """Return the ranks with one accelerator each, or those that share one."""
         return self.own if own else self.shared
 
     def missing(self, own: bool, ranks: int) -> str | None:
-        """Why so many ranks cannot each have an accelerator, or be at all; None where they can."""
+        """Return why this many ranks cannot run, or cannot have one accelerator each; None if they can."""
         if ranks > self.most:
-            return f"the short form has {self.most} ranks, and it takes {ranks}"
+            return f"requires {ranks} ranks; the short form has {self.most}"
         if not own or self.count >= ranks:
             return None
-        return f"{self.count or 'no'} accelerator{'s' * (self.count > 1)} here, and it takes {ranks}"
+        return f"requires {ranks}; this machine has {self.count or 'no'} accelerator{'s' * (self.count > 1)}"
 
     def close(self) -> None:
-        """End all ranks that were started."""
+        """Stop all ranks that were started."""
         for name in ("shared", "own"):
             if name in vars(self):
                 getattr(self, name).close()
 
 
 def quiet() -> None:
-    """Let Diffusers and Transformers tell errors alone."""
+    """Let Diffusers and Transformers log only errors."""
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
@@ -88,7 +88,7 @@ def quiet() -> None:
 
 @contextmanager
 def on_device() -> Iterator[torch.device]:
-    """Within the context, this rank has its device; over gloo, its messages go by the host."""
+    """Within the context, this rank uses its device; over gloo, messages are staged on the host."""
     device = devices.device(dist.get_rank())
     devices.use(dist.get_rank())
     torch.backends.cudnn.allow_tf32 = False  # convolutions are compared in float32
@@ -101,7 +101,7 @@ def on_device() -> Iterator[torch.device]:
 def drawn(
     family: str, degrees: dict[str, Any], call: dict[str, Any], dtype: torch.dtype
 ) -> tuple[list[torch.Tensor], int]:
-    """On a rank: what a tiny loop gives, and the bytes that this rank has sent."""
+    """On a rank: return the result of a tiny loop, and the bytes that this rank has sent."""
     with on_device() as device, traffic() as sent:
         return _draw(family, degrees, call, device, dtype), sent.total
 
@@ -109,7 +109,7 @@ def drawn(
 def drawn_by_compiled(
     family: str, degrees: dict[str, Any], call: dict[str, Any], dtype: torch.dtype
 ) -> tuple[list[torch.Tensor], int]:
-    """The same by compiled blocks, and the graphs that were made; a compiler makes none within a dispatch mode."""
+    """The same with compiled blocks; return the number of compiled graphs, as none are made within a dispatch mode."""
     counters.clear()
     with on_device() as device:
         result = _draw(family, degrees | {"use_torch_compile": True}, call, device, dtype)
@@ -129,7 +129,7 @@ def _draw(
 
 
 def shipped(flags: dict[str, Any]) -> tuple[torch.Tensor, int]:
-    """On a rank: the latents or the image of the shipped pipeline, loaded for these flags, and the peak memory."""
+    """On a rank: return the image of the shipped pipeline, loaded with these flags, and the peak memory."""
     with on_device():
         args = xFuserArgs(prompt=[PROMPT], num_inference_steps=2, dtype="fp32", output_type="pt", **flags)
         engine, inputs = args.create_config()
@@ -140,14 +140,14 @@ def shipped(flags: dict[str, Any]) -> tuple[torch.Tensor, int]:
 
 
 def checks(pools: Pools, short: bool) -> Iterator[Check]:
-    """All methods on ranks that share the device, and on ranks that have one each; then the shipped pipeline."""
+    """Yield checks of all methods and of the shipped pipeline, on ranks that share a device or have one each."""
     for own in (False, True):
         for family in MODELS[: 1 if short else None]:
             for method in matrix.METHODS:
                 if not matrix.refusal(family, method):
                     yield _method(pools, own, family, method)
     for own, ranks in ((False, 1), (True, 2)):
-        missing = "left out of the short form" if short else compiler.missing() or pools.missing(own, ranks)
+        missing = "skipped in the short form" if short else compiler.missing() or pools.missing(own, ranks)
         name = f"flux, {ranks} ranks, {_where(own)}"
         yield Check("compiled", name, partial(_compare_compiled, pools, own, ranks), missing)
     for own in (False, True):
@@ -155,7 +155,7 @@ def checks(pools: Pools, short: bool) -> Iterator[Check]:
             ranks = math.prod((1, *(flags[name] for name in flags if name in DEGREES)))
             missing = pools.missing(own, ranks)
             if path == "offload" and devices.device_type() == "cpu":
-                missing = "it takes an accelerator"
+                missing = "requires an accelerator"
             name = f"{title}, {_where(own)}"
             yield Check(path, name, partial(_ship, pools, own, ranks, flags), missing)
 
@@ -175,7 +175,7 @@ def _method(pools: Pools, own: bool, family: str, method: str) -> Check:
 
 
 def _compare_compiled(pools: Pools, own: bool, ranks: int) -> str:
-    """Compiled blocks, in float32, against serial ones that are not."""
+    """Compare compiled blocks with serial eager ones, in float32."""
     _, _, call = matrix.setting("flux", "ulysses2")
     degrees = TWO if ranks == 2 else {}
     expected = [x.cpu() for x in matrix.reference("flux", degrees, call, devices.device(0))]
@@ -188,7 +188,7 @@ def _compare_compiled(pools: Pools, own: bool, ranks: int) -> str:
 
 
 def _compare(pools: Pools, own: bool, family: str, method: str) -> str:
-    """A cell of the matrix: in float32 against serial, and in bfloat16 as near to that as one rank is."""
+    """Compare a cell of the matrix with its float32 reference: in float32, and in bfloat16 relative to one rank."""
     ranks, degrees, call = matrix.setting(family, method)
     device, found = devices.device(0), {}
     expected = [x.float().cpu() for x in matrix.reference(family, degrees, call, device, torch.float32)]
@@ -205,7 +205,7 @@ def _compare(pools: Pools, own: bool, family: str, method: str) -> str:
 
 
 def _ship(pools: Pools, own: bool, ranks: int, flags: dict[str, Any]) -> str:
-    """The shipped pipeline with these flags against itself on one rank."""
+    """Compare the shipped pipeline with these flags with the same pipeline on one rank."""
     pool = pools.of(own)
     ((expected, alone),) = pool.run(1, shipped, {})
     results = pool.run(ranks, shipped, flags)

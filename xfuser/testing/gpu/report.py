@@ -1,4 +1,4 @@
-"""What was found, as Markdown: a list of paths, each ticked, failed or not run, and the checks behind it."""
+"""The report as Markdown: a list of paths, each ticked, failed or not run, and the checks of each path."""
 
 import platform
 import time
@@ -11,7 +11,7 @@ import torch
 from xfuser.core import device as devices
 from xfuser.core.attention.kernels import KERNELS
 
-PATHS = {  # as in docs/design.md, of what has not run on a GPU
+PATHS = {  # the same titles as in docs/design.md
     **{f"kernel {name}": f"the attention kernel `{name}`, causal or not, and its LSE" for name in KERNELS},
     "shared": "all methods with ranks that share one GPU, over gloo",
     "compiled": "compiled blocks on an accelerator",
@@ -32,11 +32,11 @@ MARKS = {"passed": "ok", "failed": "**failed**", "not run": "not run"}
 
 @dataclass(frozen=True)
 class Check:
-    """One thing to find out: of a path, what it is called, and what runs it.
+    """One check: its path, its name, and the function that runs it.
 
     Attributes:
-        run: returns what was measured, in words; raises where it fails.
-        missing: why it cannot run here; None where it can.
+        run: returns the measurements as text; raises if the check fails.
+        missing: why the check cannot run here; None if it can.
     """
 
     path: str
@@ -47,7 +47,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a check came to: ``passed``, ``failed`` or ``not run``, and why or how well."""
+    """The result of a check: ``passed``, ``failed`` or ``not run``, and the measurements or the reason."""
 
     check: Check
     status: str
@@ -56,25 +56,25 @@ class Outcome:
 
 
 def outcome_of(check: Check) -> Outcome:
-    """Run a check, whatever it raises."""
+    """Run a check; any exception counts as a failure."""
     if check.missing:
         return Outcome(check, "not run", check.missing)
     start = time.perf_counter()
     try:
         status, detail = "passed", check.run()
-    except Exception as error:  # the report is about all that can go wrong
+    except Exception as error:  # a failed check must not end the report
         status, detail = "failed", _last_line(error)
     return Outcome(check, status, detail, time.perf_counter() - start)
 
 
 def _last_line(error: Exception) -> str:
-    """What an error says: of ranks that failed, the last line of the first one's traceback."""
+    """Return the message of an error; for failed ranks, the last line of the first traceback."""
     lines = str(error).split("\nrank 1:")[0].strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[-1]}"
 
 
 def state_of(path: str, outcomes: list[Outcome], accelerated: bool) -> tuple[str, str]:
-    """The box of a path, and what is told of it: ticked if all of its checks ran on an accelerator, and passed."""
+    """Return the box of a path and its text; it is ticked if all of its checks ran on an accelerator and passed."""
     own = [one for one in outcomes if one.check.path == path]
     failed = [one for one in own if one.status == "failed"]
     passed = [one for one in own if one.status == "passed"]
@@ -90,7 +90,7 @@ def state_of(path: str, outcomes: list[Outcome], accelerated: bool) -> tuple[str
 
 
 def render(outcomes: list[Outcome], accelerated: bool) -> str:
-    """The report."""
+    """Return the report."""
     lines = ["# xfuser on this machine", "", *map("- {}".format, described()), "", "## Paths", ""]
     for path, title in PATHS.items():
         box, told = state_of(path, outcomes, accelerated)
@@ -105,7 +105,7 @@ def render(outcomes: list[Outcome], accelerated: bool) -> str:
 
 
 def described() -> list[str]:
-    """The machine and what is installed."""
+    """Describe the machine and the installed packages."""
     kind = devices.device_type()
     count = torch.accelerator.device_count() if kind != "cpu" else 0
     return [

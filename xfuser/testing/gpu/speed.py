@@ -1,4 +1,4 @@
-"""How fast blocks of the sizes of Flux and Wan are on one device and on several, and what of the messages is hidden."""
+"""Speed of blocks of the sizes of Flux and Wan on one or several devices, and the overlap of messages with compute."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,15 +23,15 @@ from xfuser.testing.zoo.family import Family
 
 FORWARDS = 5
 DIFFUSERS = "Diffusers' Ulysses"
-MESSAGE = "nccl"  # in the names of its kernels
+MESSAGE = "nccl"  # part of the names of communication kernels
 OVERLAPPED = ("ulysses_degree", "ring_degree", "pipefusion_parallel_degree", "distrifusion_degree")
-STEPS = 4  # of a call of which messages are seen: a synchronous one, and three behind it
+STEPS = 4  # of the profiled call: one synchronous step, then three others
 Sent = dict[str, float]
 
 
 @dataclass(frozen=True)
 class Size:
-    """Blocks with random weights: heads of 128 channels, tokens of an image (frames, rows, columns) and of its text."""
+    """Blocks with random weights and heads of 128 channels, for tokens of image (frames, rows, columns) and text."""
 
     model: str
     heads: int
@@ -40,13 +40,13 @@ class Size:
     text: int
 
     def build(self) -> tuple[nn.Module, dict[str, Tensor]]:
-        """The transformer, and the arguments of a forward, on torch's default device."""
+        """Return the transformer and the arguments of a forward, on torch's default device."""
         torch.manual_seed(0)
         return (_flux if self.model == "Flux" else _wan)(self)
 
     @property
     def tokens(self) -> int:
-        """Of the sequence whose keys and values travel."""
+        """Length of the sequence of keys and values that ranks exchange."""
         frames, rows, columns = self.image
         return frames * rows * columns + self.text * (self.model == "Flux")
 
@@ -88,7 +88,7 @@ def _wan(size: Size) -> tuple[nn.Module, dict[str, Tensor]]:
 
 
 def checks(pools: Pools, short: bool) -> Iterator[Check]:
-    """Serial, Ulysses, the ring and Diffusers' Ulysses, in turn; on the CPU, small sizes to see that it runs."""
+    """Yield checks of serial, Ulysses, the ring and Diffusers' Ulysses; the CPU runs small sizes as a smoke test."""
     on_cpu = devices.device_type() == "cpu"
     ranks = 2 if on_cpu else max(1, min(4, pools.count))
     for size in SMALL if on_cpu else SIZES:
@@ -101,7 +101,7 @@ def checks(pools: Pools, short: bool) -> Iterator[Check]:
 
 
 def _compared(pools: Pools, size: Size, ranks: int) -> str:
-    """Milliseconds of a forward under each way to run it, the median of some."""
+    """Return the median milliseconds of a forward, serial and under each method."""
     ways: dict[str, Any] = {"serial": None}
     if ranks > 1:
         ways |= {f"{flag} {ranks}": {f"{flag}_degree": ranks} for flag in ("ulysses", "ring")}
@@ -118,7 +118,7 @@ def _compared(pools: Pools, size: Size, ranks: int) -> str:
 
 
 def timed(size: Size, way: dict[str, int] | str | None) -> Sent:
-    """On a rank: seconds of a forward, bytes sent, peak memory, bytes of an element."""
+    """On a rank: return the seconds of a forward, bytes sent, peak memory, and bytes per element."""
     with _ready(size, way) as forward:
         with traffic() as sent:
             forward()
@@ -129,7 +129,7 @@ def timed(size: Size, way: dict[str, int] | str | None) -> Sent:
 
 @contextmanager
 def _ready(size: Size, way: dict[str, int] | str | None) -> Iterator[Any]:
-    """Within the context, a forward that has run twice."""
+    """Within the context, provide a forward that has run twice."""
     with on_device() as device, torch.no_grad():
         dtype = devices.default_dtype()
         with device:
@@ -157,14 +157,14 @@ def _divided(model: nn.Module, way: dict[str, int] | str | None) -> Iterator[Non
 
 
 def _overlap(pools: Pools, size: Size, degrees: dict[str, int]) -> str:
-    """The share of the time of messages in which the device computes, too."""
+    """Return the fraction of communication time during which the device also computes."""
     (ranks,) = degrees.values()
     shares = pools.own.run(ranks, hidden, size, degrees)
     return f"{min(shares):.0%} to {max(shares):.0%} of the time of messages is hidden, by rank"
 
 
 def hidden(size: Size, degrees: dict[str, int]) -> float:
-    """On a rank: that share in one call, of the kernels that a profiler has seen on the device."""
+    """On a rank: return this fraction for one call, from the kernels that a profiler records on the device."""
     with called(size, degrees) as call:
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
             call()
@@ -177,13 +177,13 @@ def hidden(size: Size, degrees: dict[str, int]) -> float:
         messages, computes = (union(spans[kind]) for kind in (True, False))
         whole = length(messages)
         if not whole:
-            raise AssertionError("the profiler has seen no message")
+            raise AssertionError("the profiler recorded no communication kernel")
         return (whole + length(computes) - length(union(messages + computes))) / whole
 
 
 @contextmanager
 def called(size: Size, degrees: dict[str, int]) -> Iterator[Any]:
-    """Within the context, a wrapped denoising loop over blocks of this size, which has run once."""
+    """Within the context, provide a wrapped denoising loop over blocks of this size that has run once."""
     with on_device() as device:
         with device:
             model, arguments = size.build()
@@ -198,7 +198,7 @@ def called(size: Size, degrees: dict[str, int]) -> Iterator[Any]:
 
 
 def union(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The same time in spans that do not overlap."""
+    """Merge overlapping spans."""
     joined: list[tuple[int, int]] = []
     for start, stop in sorted(spans):
         if joined and start <= joined[-1][1]:
@@ -209,5 +209,5 @@ def union(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def length(spans: list[tuple[int, int]]) -> int:
-    """The sum of the lengths of spans that do not overlap."""
+    """Return the total length of spans that do not overlap."""
     return sum(stop - start for start, stop in spans)

@@ -1,4 +1,4 @@
-"""Collectives over gloo of tensors on an accelerator, by way of the host: for ranks that share one GPU."""
+"""Stage communication of accelerator tensors on the host, over gloo: for ranks that share one GPU."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -17,7 +17,7 @@ MESSAGES = ("send", "recv_")
 
 
 class Staged(TorchDispatchMode):
-    """Within the context, what torch.distributed is given on an accelerator travels as a copy on the host."""
+    """Within the context, torch.distributed communicates accelerator tensors as copies on the host."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Staged(TorchDispatchMode):
         args, kwargs = tree_map_only(Tensor, lambda x: copies.get(id(x), x), (args, kwargs))
         result = func(*args, **kwargs)
         name = func._schema.name.partition("::")[2]
-        # What is sent is kept until it has gone, and nothing comes back.
+        # Keep the copy of a sent tensor until it has been sent; it is copied onto itself, so nothing is copied back.
         self._copies = [(copies[id(x)] if name == "send" else x, copies[id(x)]) for x in given]
         if name not in MESSAGES:
             for leaf in tree_leaves(result):
@@ -60,17 +60,17 @@ class Staged(TorchDispatchMode):
         self._copies = []
 
     def _message(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """In the place of a function that sends or receives."""
+        """Replace a function that sends or receives."""
         self._copies = []
         work = original(*args, **kwargs)
-        if not isinstance(work, dist.Work):  # it has waited
+        if not isinstance(work, dist.Work):  # a blocking call
             self._take_back()
             return work
         return _Handle(work, self._copies)
 
 
 class _Handle:
-    """Of a message that is on its way: what was received goes to the accelerator when it is waited for."""
+    """Work handle of a message in flight: wait() copies received data to the accelerator."""
 
     def __init__(self, work: dist.Work, copies: list[tuple[Tensor, Tensor]]) -> None:
         self._work, self._copies = work, copies

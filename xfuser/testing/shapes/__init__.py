@@ -1,1 +1,1 @@
-"""The little world that the shipped pipelines draw: its scenes, and a checker of images."""
+"""The scenes that the shipped pipelines generate, and a checker of images."""

@@ -1,6 +1,6 @@
-"""Look at an image of the little world and say what of its scene is right.
+"""Check how well an image matches its scene.
 
-By itself it says how often it is right about true images, and about images that are wrong in one thing.
+Run as a script, it prints how often the checker is right about true images and about images with one error.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ TEMPLATE, LEAST_OVERLAP = 64, 0.85
 NAMES = (*COLOURS, *BACKGROUNDS)
 PALETTE = np.array([*COLOURS.values(), *BACKGROUNDS.values()], np.float32)
 OPPOSITES = {"above": "below", "below": "above", "left of": "right of", "right of": "left of", "and": "right of"}
-PLACES = slice(-4, -2)  # of the features: the mean place of the objects, in parts of the image's side
+PLACES = slice(-4, -2)  # index in the features: mean position of the objects, in fractions of the image's side
 MEASURES = ("background", "colours", "count", "shapes", "relation")
 
 
 @dataclass(frozen=True)
 class Found:
-    """An object seen in an image and the shape nearest to it; places are in pixels of a 256 x 256 image."""
+    """An object detected in an image, with the closest shape; x and y are in pixels of a 256 x 256 image."""
 
     colour: str
     shape: str
@@ -40,20 +40,20 @@ class Found:
 
 
 def label_pixels(picture: Image.Image) -> tuple[np.ndarray, np.ndarray]:
-    """Return for each pixel of the image, at 256 x 256, the index of the nearest named colour, and how far it is."""
+    """Return the index of the nearest named colour, and its distance, for each pixel of the image at 256 x 256."""
     pixels = np.asarray(picture.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BILINEAR), np.float32)
     distances = np.stack([np.square(pixels - colour).sum(-1) for colour in PALETTE])
     return distances.argmin(0), distances.min(0)
 
 
 def find_background(labels: np.ndarray) -> str:
-    """Return the colour of most of the image's rim."""
+    """Return the most frequent colour of the image's border."""
     rim = np.concatenate([labels[:8].ravel(), labels[-8:].ravel(), labels[:, :8].ravel(), labels[:, -8:].ravel()])
     return NAMES[np.bincount(rim, minlength=len(NAMES)).argmax()]
 
 
 def find_objects(labels: np.ndarray, background: str) -> list[Found]:
-    """Return the connected areas of one colour, other than the background, without mere lines."""
+    """Return the connected areas of one colour other than the background, without thin lines."""
     blocks = labels.reshape(GRID, CELL, GRID, CELL).transpose(0, 2, 1, 3).reshape(GRID, GRID, -1)
     found = []
     for index, name in enumerate(NAMES):
@@ -90,7 +90,7 @@ def _solid_cells(part: np.ndarray) -> int:
 
 
 def _describe(mask: np.ndarray, part: np.ndarray, name: str) -> Found:
-    """Measure the pixels of `mask` in the cells of `part` and in those around them."""
+    """Measure the pixels of `mask` in the cells of `part` and their neighbours."""
     grown = np.lib.stride_tricks.sliding_window_view(np.pad(part, 1), (3, 3)).any((2, 3))
     inside = mask & np.kron(grown, np.ones((CELL, CELL), bool))
     ys, xs = np.nonzero(inside)
@@ -106,7 +106,7 @@ def _template(shape: str) -> np.ndarray:
 
 
 def match_shape(mask: np.ndarray) -> tuple[str, float]:
-    """Return the shape which a mask, cut to its bounding box, overlaps best, and their intersection over union."""
+    """Return the shape that best overlaps a mask cropped to its bounding box, and their intersection over union."""
     scaled = Image.fromarray(mask.astype(np.uint8) * 255).resize((TEMPLATE, TEMPLATE), Image.Resampling.BILINEAR)
     filled = np.asarray(scaled) > 127
     overlaps = {shape: float((filled & _template(shape)).sum() / (filled | _template(shape)).sum()) for shape in SHAPES}
@@ -115,16 +115,15 @@ def match_shape(mask: np.ndarray) -> tuple[str, float]:
 
 
 def is_clean(item: Found) -> bool:
-    """Say whether an object has the outline of its shape: as wide as high, and nearly all of it where it belongs."""
+    """Return whether an object has the outline of its shape: about as wide as high, with a large overlap."""
     return 0.8 <= item.aspect <= 1.25 and item.overlap >= LEAST_OVERLAP
 
 
 def check(picture: Image.Image, scene: Scene) -> dict[str, bool]:
-    """Say for each of `MEASURES` whether the image is right about it.
+    """Return for each of `MEASURES` whether the image is right.
 
-    `colours` asks that the objects show exactly the colours named, `count` that each colour has its number of
-    objects, and `shapes` that the objects are exactly the coloured shapes named. `relation` is true if the
-    scene has none.
+    `colours`: the objects have exactly the named colours. `count`: each colour has its number of objects. `shapes`:
+    the objects are exactly the named coloured shapes. `relation` is true if the scene has no relation.
     """
     labels, _ = label_pixels(picture)
     background = find_background(labels)
@@ -154,15 +153,15 @@ def _stand_as(objects: list[Found], scene: Scene) -> bool:
 
 
 def _is(item: Found, group: Group, alike: bool) -> bool:
-    """Say whether this is the object asked for: by its colour, and by its shape if both have one colour."""
+    """Return whether this is the object of a group: by its colour, and by its shape if both have the same colour."""
     return item.colour == group.colour and (not alike or item.shape == group.shape)
 
 
 def features(picture: Image.Image) -> np.ndarray:
-    """Measure an image, whatever it was asked to show: what `frechet_distance` compares.
+    """Return the features of an image, independent of its prompt, for `frechet_distance`.
 
-    The shares of the nine named colours, the share of pixels near none of them, the number of objects, and, of the
-    objects, the mean overlap with the nearest shape, the mean aspect, and the mean and the spread of the places.
+    They are the shares of the nine named colours, the share of pixels near none of them, the number of objects, and the
+    objects' mean overlap with the closest shape, mean aspect, and mean and spread of the positions.
     """
     labels, distances = label_pixels(picture)
     objects = find_objects(labels, find_background(labels))
@@ -173,9 +172,9 @@ def features(picture: Image.Image) -> np.ndarray:
 
 
 def frechet_distance(one: np.ndarray, other: np.ndarray, scale: np.ndarray) -> float:
-    """Return the Fréchet distance of two sets of features `[n, d]`, each divided by `scale`, taken as Gaussians.
+    """Return the Fréchet distance of two sets of features `[n, d]`, each divided by `scale`, modelled as Gaussians.
 
-    As the FID (arXiv 1706.08500) does with the features of a network: |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)).
+    It is the formula of the FID (arXiv 1706.08500): |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)).
     """
     one, other = one / scale, other / scale
     covariances = [np.cov(features, rowvar=False) for features in (one, other)]
@@ -184,21 +183,21 @@ def frechet_distance(one: np.ndarray, other: np.ndarray, scale: np.ndarray) -> f
 
 
 def rates(verdicts: list[dict[str, bool]]) -> dict[str, float]:
-    """Return how many of the verdicts are right, in each measure and in everything."""
+    """Return the fraction of right verdicts for each measure, and for all measures together."""
     found = {name: float(np.mean([verdict[name] for verdict in verdicts])) for name in MEASURES}
     found["everything"] = float(np.mean([all(verdict.values()) for verdict in verdicts]))
     return found
 
 
 def true_rates(count: int, seed: int) -> dict[str, float]:
-    """Return how often the checker calls true images right."""
+    """Return how often the checker accepts true images, per measure."""
     rng = np.random.default_rng(seed)
     scenes = [sample_scene(rng) for _ in range(count)]
     return rates([check(render(scene), scene) for scene in scenes])
 
 
 def false_rates(count: int, seed: int) -> dict[str, float]:
-    """Return how often the checker calls an image right about what it was made wrong in."""
+    """Return how often the checker accepts images that are wrong in a measure, per measure."""
     rng, found = np.random.default_rng(seed), {}
     for name in MEASURES:
         scenes = [sample_scene(rng, kind="pair") for _ in range(count)]
@@ -207,7 +206,7 @@ def false_rates(count: int, seed: int) -> dict[str, float]:
 
 
 def spoil(scene: Scene, measure: str, rng: np.random.Generator) -> Scene:
-    """Make a pair wrong in one measure: the second object changes or stays away, or the relation turns round."""
+    """Make a pair wrong in one measure: change or remove the second object, or change the background or relation."""
 
     def other(values: Iterable[str], value: str) -> str:
         return str(rng.choice([one for one in values if one != value]))
@@ -227,7 +226,7 @@ def spoil(scene: Scene, measure: str, rng: np.random.Generator) -> Scene:
 
 
 def main() -> None:
-    """Print how often the checker is right about true and about spoilt images."""
+    """Print how often the checker accepts true images and spoilt images."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=1)

@@ -1,7 +1,7 @@
-"""The little world of the tiny text-to-image model: its words, its captions and its pictures.
+"""The scenes of the tiny text-to-image models: words, captions and images.
 
-Everything the model can be asked for is listed here. A `Scene` says what is asked for, `caption` puts it into
-words, `parse` reads such words back, and `render` draws it.
+This file lists everything that the models know. A `Scene` describes the objects, `caption` returns its text, `parse`
+converts a plain caption to a scene, and `render` draws a scene.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ RELATIONS = ("above", "below", "left of", "right of", "and")
 KINDS = ("single", "pair", "count")
 PREFIXES = ("a picture of", "a drawing of", "an image of", "a photo of", "a painting of", "draw", "paint", "show")
 
-# What else a caption may say for a word; a new word starts with the meaning of the one it stands for.
+# Synonyms that captions may use; the embedding of a new word starts as that of the word it stands for.
 SYNONYMS = {
     "purple": ("violet",),
     "gray": ("grey",),
@@ -50,8 +50,8 @@ SYNONYMS = {
     "background": ("backdrop",),
 }
 
-# Diameters and centres, in parts of the picture's side: whole numbers of the 8 pixels that one latent pixel stands for.
-# All objects of a scene may be moved aside together, by a token of the transformers.
+# Diameters and centres, in fractions of the image's side: multiples of the 8 pixels of one latent pixel.
+# All objects of a scene may be shifted together by one token of the transformers.
 UNIT = 1 / 32
 SINGLE_DIAMETERS = {"small": 9 * UNIT, "": 14 * UNIT, "large": 20 * UNIT}
 SHIFTS = (-2 * UNIT, 0.0, 2 * UNIT)
@@ -83,7 +83,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a caption asks for: one group, or two single objects and how they stand to each other."""
+    """The content of a caption: one group, or two single objects and their relation."""
 
     groups: tuple[Group, ...]
     relation: str = ""
@@ -92,7 +92,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Placed:
-    """An object with its place in the picture, in fractions of the picture's side."""
+    """An object with its position in the image, in fractions of the image's side."""
 
     colour: str
     shape: str
@@ -102,7 +102,7 @@ class Placed:
 
 
 def vocabulary() -> list[str]:
-    """Return every word a caption may hold, sorted."""
+    """Return all words of captions, sorted."""
     words = {"a", "an", "on", *COLOURS, *BACKGROUNDS, *SIZES, *COUNTS, *SHAPES, *(shape + "s" for shape in SHAPES)}
     for phrase in (*PREFIXES, *RELATIONS, *SYNONYMS, *(text for texts in SYNONYMS.values() for text in texts)):
         words.update(phrase.split())
@@ -110,7 +110,7 @@ def vocabulary() -> list[str]:
 
 
 def sample_scene(rng: np.random.Generator, held_out: bool = False, kind: str | None = None) -> Scene:
-    """Draw a scene, of the kind if one is given; pairs are held-out ones or others, as `held_out` says."""
+    """Sample a scene, of the given kind if there is one; `held_out` selects held-out or other pairs."""
     background = DEFAULT_BACKGROUND if rng.random() < 0.5 else str(rng.choice(list(BACKGROUNDS)))
     kind = kind or rng.choice(KINDS, p=[0.15, 0.7, 0.15])
     if kind == "single":
@@ -130,7 +130,7 @@ def _sample_group(rng: np.random.Generator, sized: float, count: int = 1) -> Gro
 
 
 def is_held_out(scene: Scene) -> bool:
-    """Say whether training leaves this scene out: an eighth of the pairs of objects, whatever their sizes."""
+    """Return whether this scene is held out of training: an eighth of the pairs, independent of object sizes."""
     if not scene.relation:
         return False
     first, second = scene.groups
@@ -139,7 +139,7 @@ def is_held_out(scene: Scene) -> bool:
 
 
 def caption(scene: Scene, rng: np.random.Generator | None = None) -> str:
-    """Put a scene into words: the plainest words without `rng`, one of many phrasings with it."""
+    """Return the text of a scene: the plain caption without `rng`, a random phrasing with it."""
     text = _noun_phrase(scene.groups[0], rng)
     if scene.relation:
         text = f"{text} {_say(scene.relation, rng)} {_noun_phrase(scene.groups[1], rng)}"
@@ -154,12 +154,12 @@ def _chance(rng: np.random.Generator | None, share: float) -> bool:
 
 
 def _say(word: str, rng: np.random.Generator | None, share: float = 0.3) -> str:
-    """Return the word, or one that means the same."""
+    """Return the word or one of its synonyms."""
     return str(rng.choice(SYNONYMS[word])) if word in SYNONYMS and _chance(rng, share) else word
 
 
 def _noun_phrase(group: Group, rng: np.random.Generator | None) -> str:
-    """Name a group; with `rng`, some lack their article or their colour."""
+    """Return the text of a group; with `rng`, the article or the colour may be missing."""
     number = {count: word for word, count in COUNTS.items()}.get(group.count, "a")
     colour = "" if _chance(rng, 0.03) else _say(group.colour, rng, 0.2)
     words = [_say(group.size, rng), colour, _say(group.shape + "s" * (group.count > 1), rng, 0.2)]
@@ -171,25 +171,25 @@ def _noun_phrase(group: Group, rng: np.random.Generator | None) -> str:
 
 
 def parse(text: str) -> Scene:
-    """Read a plain caption back into its scene."""
+    """Convert a plain caption to its scene."""
     background = re.search(r" on a (\w+) background", text)
     noun = rf"(\w+) (?:({'|'.join(SIZES)}) )?({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})s?\b"
     groups = tuple(
         Group(colour, shape, size, COUNTS.get(number, 1)) for number, size, colour, shape in re.findall(noun, text)
     )
     if not 1 <= len(groups) <= 2:
-        raise ValueError(f"not a plain caption of this little world: {text!r}")
+        raise ValueError(f"not a plain caption of a scene: {text!r}")
     relation = ""
     if len(groups) == 2:
         found = [name for name in RELATIONS if f" {name} " in text]
         if len(found) != 1:
-            raise ValueError(f"two objects need one relation: {text!r}")
+            raise ValueError(f"two objects require one relation: {text!r}")
         relation = found[0]
     return Scene(groups, relation, background.group(1) if background else DEFAULT_BACKGROUND)
 
 
 def place(scene: Scene, rng: np.random.Generator | None = None) -> list[Placed]:
-    """Give every object of a scene its place and its diameter; with `rng`, all are moved aside together at times."""
+    """Return all objects of a scene with position and diameter; with `rng`, all may be shifted together."""
     if scene.relation:
         objects = list(zip(scene.groups, PAIR_CENTRES[scene.relation], strict=True))
     else:
@@ -201,7 +201,7 @@ def place(scene: Scene, rng: np.random.Generator | None = None) -> list[Placed]:
 
 
 def _shifts(objects: list[Placed], axis: str) -> list[float]:
-    """Return how far all objects may be moved along an axis."""
+    """Return the shifts that all objects may have along an axis."""
     room = min(min(getattr(item, axis), 1 - getattr(item, axis)) - item.diameter / 2 for item in objects)
     return [shift for shift in SHIFTS if abs(shift) <= room]
 
@@ -211,12 +211,12 @@ def _move(objects: list[Placed], right: float, down: float) -> list[Placed]:
 
 
 def render(scene: Scene, size: int = 256, rng: np.random.Generator | None = None) -> Image.Image:
-    """Draw a scene as an antialiased RGB picture of `size` x `size` pixels; with `rng`, moved aside at times."""
+    """Draw a scene as an antialiased RGB image of `size` x `size` pixels; with `rng`, possibly shifted."""
     return draw(place(scene, rng), scene.background, size)
 
 
 def all_renders(scene: Scene, size: int) -> list[Image.Image]:
-    """Draw a scene in all the places where it may be."""
+    """Draw a scene with each possible shift."""
     placed = place(scene)
     moved = [_move(placed, right, down) for right in _shifts(placed, "x") for down in _shifts(placed, "y")]
     return [draw(objects, scene.background, size) for objects in moved]

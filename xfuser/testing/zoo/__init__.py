@@ -1,6 +1,6 @@
 """Tiny transformers of every known class with random weights, and the inputs of a denoising loop for each.
 
-Sizes are awkward on purpose: 3 heads, odd text lengths, token counts that nothing divides.
+Sizes are awkward on purpose: 3 heads, odd text lengths, token counts that are not divisible by the degrees.
 """
 
 from xfuser.testing.zoo import image_cross, image_joint, image_sequence, sound, video_cross, video_joint, video_unet
@@ -8,7 +8,7 @@ from xfuser.testing.zoo.family import HEAD_DIM, HEADS, TEXT, WIDTH, WORDS, Famil
 
 __all__ = ["FAMILIES", "HEADS", "HEAD_DIM", "KINDS", "TEXT", "WIDTH", "WORDS", "Family"]
 
-# What a family makes: the kinds of the README's table.
+# Families by the kind of their output, as in the README's tables.
 KINDS: dict[str, dict[str, Family]] = {
     "image": image_cross.FAMILIES | image_joint.FAMILIES | image_sequence.FAMILIES,
     "video": video_cross.FAMILIES | video_joint.FAMILIES | video_unet.FAMILIES,

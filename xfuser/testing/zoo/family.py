@@ -1,4 +1,4 @@
-"""What one family of the zoo is, and what several of them share."""
+"""A family of the zoo, and helpers that several families share."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,13 +26,15 @@ class Family:
 
     Attributes:
         cls: its name in Diffusers.
-        models: what people know that runs on it.
-        config: of the tiny transformer.
-        latents: shape of one row of latents.
-        conditions: ``(transformer, rows, draw)`` to the other arguments of the forward but the time; ``draw(*shape)``
-            gives seeded noise, of which row after row is different.
-        time: the argument with the time, and a function from it, ``[rows]`` in (0, 1000], to what the class takes.
-        scaled: whether projections are scaled up; not where attention is felt anyway, and rounding would be, too.
+        models: well-known models of this class.
+        config: configuration of the tiny transformer.
+        latents: shape of the latents of one batch entry.
+        conditions: ``(transformer, rows, draw)`` to the arguments of the forward except latents and timestep;
+            ``draw(*shape)`` returns seeded noise that differs between batch entries.
+        time: name of the timestep argument.
+        timestep: converts timesteps, ``[rows]`` in (0, 1000], to the argument that the class takes.
+        scaled: whether projections are scaled up; false where attention has enough effect without, as scaling would
+            amplify rounding.
     """
 
     cls: str
@@ -50,7 +52,7 @@ class Family:
         return hasattr(diffusers, self.cls)
 
     def build(self) -> Any:
-        """The transformer, with attention that matters: queries and keys are scaled up."""
+        """Build the transformer; queries and keys are scaled up so that attention affects the output."""
         torch.manual_seed(0)
         model = getattr(diffusers, self.cls)(**self.config).eval().requires_grad_(False)
         for name, weight in model.named_parameters():
@@ -59,7 +61,7 @@ class Family:
 
 
 def _make_felt(name: str, weight: torch.Tensor, scaled: bool) -> None:
-    """Undo initialisations with zeros, as of gates, or with nothing, and scale queries and keys up."""
+    """Replace zero initialisations (such as gates) and uninitialised weights, and scale queries and keys up."""
     if not weight.any() or name.endswith(
         ("scale_shift_table", "pad_token", "experts.gate_up_proj", "experts.down_proj")
     ):
@@ -73,12 +75,12 @@ def _make_felt(name: str, weight: torch.Tensor, scaled: bool) -> None:
 
 
 def text(model: Any, rows: int, draw: Callable) -> Inputs:
-    """Text alone."""
+    """Return only text embeddings."""
     return {"encoder_hidden_states": draw(rows, WORDS, TEXT)}
 
 
 def key_mask(rows: int, words: int) -> torch.Tensor:
-    """``[rows, words]`` of which the last ones are 0: two in the first row, one less in each of the next."""
+    """Return ``[rows, words]`` with zeros at the end: two in the first row, one less in each following row."""
     hidden = min(2, words - 1)
     shown = torch.ones(rows, words, dtype=torch.long)
     for row in range(rows):

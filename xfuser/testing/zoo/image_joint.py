@@ -51,7 +51,7 @@ def _qwen(model: Any, rows: int, draw: Callable) -> Inputs:
         "encoder_hidden_states_mask": key_mask(rows, WORDS).bool(),
         "img_shapes": [[(1, 5, 3)]] * rows,
     }
-    if "txt_seq_lens" in inspect.signature(type(model).forward).parameters:  # in releases of old, which take no mask
+    if "txt_seq_lens" in inspect.signature(type(model).forward).parameters:  # older releases, which take no mask
         inputs |= {"txt_seq_lens": [WORDS] * rows}
     return inputs
 

@@ -47,7 +47,7 @@ def _bria_fibo2(model: Any, rows: int, draw: Callable) -> Inputs:
 
 
 def _ideogram4(model: Any, rows: int, draw: Callable) -> Inputs:
-    """Of 22 tokens, the first are text, of which the first row has less than the others."""
+    """Return inputs of 22 tokens: text, then image; the first batch entry has less text than the others."""
     indicator = torch.tensor([3] * WORDS + [2] * 15).expand(rows, -1).clone()
     segments = torch.ones(rows, WORDS + 15, dtype=torch.long)
     segments[0, :2] = 0

@@ -70,7 +70,7 @@ def _easyanimate(model: Any, rows: int, draw: Callable) -> Inputs:
 
 
 def _minimax_h3(model: Any, rows: int, draw: Callable) -> Inputs:
-    """Text, then sound, then video."""
+    """Return inputs for a sequence of text, then sound, then video."""
     counts = torch.tensor([WORDS, 5, 45])
     places = torch.arange(57).split(counts.tolist())
     grid = torch.cartesian_prod(torch.arange(3), torch.arange(5), torch.arange(3)) + 12

@@ -1,4 +1,4 @@
-"""U-Nets of videos, whose layers over space and layers over time take turns."""
+"""Video U-Nets, in which layers over space and layers over time alternate."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +16,7 @@ LATENTS = (4, FRAMES, 9, 7)
 
 
 def blocks(down: str, up: str) -> dict[str, tuple[str, ...]]:
-    """A level with attention to text, and one without."""
+    """Return the block types of a level with attention to text and a level without."""
     return {"down_block_types": (f"CrossAttn{down}", down), "up_block_types": (up, f"CrossAttn{up}")}
 
 
