@@ -1,4 +1,4 @@
-"""A stand-in for an accelerator on a machine without one: it notes what is asked of it, in order."""
+"""A fake accelerator for machines without one: it records the calls to it, in order."""
 
 import os
 import types
@@ -11,7 +11,7 @@ BYTES, NAME = 2 << 30, "a pretended GPU"
 
 
 def install(monkeypatch, count=4):
-    """From now on torch has so many accelerators; returns the list of what touches one, and of groups that start."""
+    """Make torch report ``count`` accelerators; return the list of calls that touch one, and of groups that start."""
     asked = []
 
     def touch(name, result=None):

@@ -1,4 +1,4 @@
-"""Tiny pipelines of transformers with IP-adapters, loaded as users load them, and what the ranks of the tests draw."""
+"""Tiny pipelines of transformers with IP-adapters, loaded as users load them, and the functions that ranks run."""
 
 from contextlib import nullcontext
 from functools import cache
@@ -12,12 +12,12 @@ import whole
 from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
 from diffusers.models.embeddings import IPAdapterTimeImageProjection
 
-EMBEDDING = 10  # channels of an embedded picture
+EMBEDDING = 10  # channels of an embedded image
 Weights = dict[str, dict[str, torch.Tensor]]
 
 
 def of_flux(transformer: Any, seed: int) -> Weights:
-    """An adapter that makes four tokens of a picture."""
+    """Return weights of an adapter with four tokens per image."""
     generator, text = torch.Generator().manual_seed(seed), transformer.config.joint_attention_dim
 
     def weights(*shape: int) -> torch.Tensor:
@@ -35,7 +35,7 @@ def of_flux(transformer: Any, seed: int) -> Weights:
 
 
 def of_sd3(transformer: Any, seed: int) -> Weights:
-    """An adapter that makes three tokens of a picture, others in each step."""
+    """Return weights of an adapter with three tokens per image, different in each step."""
     torch.manual_seed(seed)
     width, head_dim = transformer.inner_dim, transformer.config.attention_head_dim
     projection = IPAdapterTimeImageProjection(EMBEDDING, width, 64, heads=1, num_queries=3, timestep_in_dim=8)
@@ -59,7 +59,7 @@ def load(pipe: Any, family: str, adapters: int) -> None:
 
 @cache
 def loaded(path: str, family: str, adapters: int) -> Any:
-    """A pipeline of its own, with so many adapters."""
+    """Return a separate pipeline with this number of adapters."""
     pipe = whole.loaded.__wrapped__(path, family) if family in whole.WHOLE else running.loaded.__wrapped__(path)
     if adapters:
         load(pipe, family, adapters)
@@ -67,7 +67,7 @@ def loaded(path: str, family: str, adapters: int) -> Any:
 
 
 def pictures(adapters: int, seed: int) -> list[torch.Tensor]:
-    """Two pictures for the first adapter, one for each other."""
+    """Return two images for the first adapter, and one for each of the others."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(1, 2 - min(i, 1), EMBEDDING, generator=generator) for i in range(adapters)]
 
@@ -86,7 +86,7 @@ def call_of(family: str, adapters: int, images: int, **changes: Any) -> dict[str
 def draw(
     path: str, family: str, degrees: Any, adapters: int = 1, scale: Any = 1.0, images: int = 1, **changes: Any
 ) -> np.ndarray:
-    """What the pipeline draws wrapped with these degrees, or bare; where they are a function, within what it makes."""
+    """Run the pipeline wrapped with these degrees, or unwrapped within the context that a function returns."""
     pipe = loaded(path, family, adapters)
     called = pipe if callable(degrees) else running.wrap(pipe, degrees)
     called.set_ip_adapter_scale(scale)
@@ -97,7 +97,7 @@ def draw(
 
 
 def draw_late(path: str, family: str, degrees: Any, scale: Any, **changes: Any) -> list[np.ndarray]:
-    """What the wrapped pipeline draws with an adapter loaded into it, and then the unwrapped one."""
+    """Load an adapter into the wrapped pipeline; return its result, and that of the unwrapped pipeline."""
     pipe = loaded.__wrapped__(path, family, 0)
     called = running.wrap(pipe, degrees)
     load(called, family, 1)

@@ -1,4 +1,4 @@
-"""What the ranks of the caching tests do: draw with a cache, and record which modules ran in which step."""
+"""Functions that the ranks of the caching tests run: call with a cache, and record which modules ran in which step."""
 
 import functools
 import inspect
@@ -25,7 +25,7 @@ FAMILIES = zoo.FAMILIES | TEXT_TO_VIDEO | WAN
 
 
 def family_of(name: str) -> zoo.Family:
-    """A family by its name, behind which may be the size of its latents: ``"wan 10x6"``."""
+    """Return a family by its name; the size of its latents may follow: ``"wan 10x6"``."""
     if name in FAMILIES:
         return FAMILIES[name]
     name, size = name.split()
@@ -44,14 +44,14 @@ TIMED = ("PyramidAttentionBroadcastConfig", "FasterCacheConfig")
 
 
 def enable(pipe: Any, kind: str, options: dict[str, Any]) -> None:
-    """As ``enable_cache``, also for classes that lack it."""
+    """Like ``enable_cache``, but also for classes without it."""
     if kind in TIMED:
         options = options | {"current_timestep_callback": lambda: 500}
     getattr(hooks, APPLY[kind])(pipe.transformer, getattr(diffusers, kind)(**options))
 
 
 class Recorder:
-    """Which of the modules with hooks ran, forward by forward: ``(step, names)``; and what decisions went by."""
+    """Records the modules with hooks that ran in each forward, ``(step, names)``, and the ratios behind decisions."""
 
     def __init__(self, pipe: Any) -> None:
         self.forwards: list[tuple[int, set[str]]] = []
@@ -113,7 +113,7 @@ class Recorder:
 
 @contextmanager
 def contexts(pipe: Any, recorder: Recorder) -> Any:
-    """Within the context, a bare pipeline gives each call of a step a cache context of its own, as most do."""
+    """Within the context, an unwrapped pipeline gives each call of a step its own cache context, as most do."""
     model, seen = pipe.transformer, [-1, 0]
     original = model.forward
     modules = [module for module in model.modules() if vars(module).get("_diffusers_hook")]
@@ -140,7 +140,10 @@ def draw(
     options: dict[str, Any],
     behind_wrap: bool = False,
 ) -> Any:
-    """Latents, the forwards that ran, and the ratios that decisions went by; bare where ``degrees`` is None."""
+    """Return latents, the forwards that ran, and the ratios of the decisions; unwrapped if ``degrees`` is None.
+
+    A wrapped pipeline returns its CFG rank instead of the ratios.
+    """
     pipe = loop_of(family_of(family))
     parallel = xDiTParallel(pipe, *xFuserArgs(**degrees).create_config()) if behind_wrap and degrees else None
     enable(pipe, kind, options)
@@ -155,7 +158,7 @@ def draw(
 
 
 def expected_forwards(forwards: list[Any], degrees: dict[str, Any], call: dict[str, Any], branch: int) -> list[Any]:
-    """Those that a rank computes: behind the first step, its branch alone where the two are two calls."""
+    """Return the forwards of a rank: after the first step, only its branch if guidance makes two calls."""
     paired = degrees.get("use_cfg_parallel") and call["guidance"] == "sequential" and call["images"] == 1
     if not paired:
         return forwards
@@ -163,7 +166,7 @@ def expected_forwards(forwards: list[Any], degrees: dict[str, Any], call: dict[s
 
 
 def draw_flagged(family: str, flags: dict[str, Any], call: dict[str, Any]) -> Any:
-    """Latents of a wrapped pipeline, twice, and by step, call and patch whether blocks were left out."""
+    """Call a wrapped pipeline twice; return the latents, and whether blocks were skipped by step, call and patch."""
     pipe = loop_of(family_of(family))
     parallel = xDiTParallel(pipe, *xFuserArgs(**flags).create_config())
     results = []
@@ -175,7 +178,7 @@ def draw_flagged(family: str, flags: dict[str, Any], call: dict[str, Any]) -> An
 
 
 def oracle_of(family: str, call: dict[str, Any], patches: int, warmup: int, *rule: Any) -> Any:
-    """Latents by the oracle, and by step, call and patch whether it left blocks out."""
+    """Return the oracle's latents, and whether it skipped blocks by step, call and patch."""
     pipe, cache = loop_of(family_of(family)), cache_oracle.Cache(*rule)
     with oracle.displaced(pipe, patches, warmup, cache):
         return pipe(family_of(family), **call), cache.skipped

@@ -1,4 +1,4 @@
-"""Miniatures of code that brings its own parallel forward, in the styles in which it is written."""
+"""Small examples of code with its own parallel forward, in the usual styles."""
 
 from contextlib import nullcontext
 
@@ -24,7 +24,7 @@ WIDTH, HEADS = 24, 3
 
 
 def filled(module):
-    """The module with weights that are the same on every rank."""
+    """Fill the module with weights that are the same on every rank."""
     generator = torch.Generator().manual_seed(3)
     for weight in module.parameters():
         nn.init.normal_(weight, std=0.3, generator=generator)
@@ -41,7 +41,7 @@ def plain(q, k, v):
 
 
 class VideoBlock(nn.Module):
-    """Self-attention and feed-forward; its attention's forward is replaced from outside."""
+    """Self-attention and feed-forward; clients replace the attention's forward."""
 
     def __init__(self):
         super().__init__()
@@ -59,7 +59,7 @@ class VideoBlock(nn.Module):
 
 
 class VideoModel(nn.Module):
-    """A forward that cuts its tokens itself, and gathers them behind the head."""
+    """A model whose parallel forward splits its tokens itself, and gathers them after the head."""
 
     def __init__(self):
         super().__init__()
@@ -74,14 +74,14 @@ class VideoModel(nn.Module):
 
 
 def usp_attn_forward(block, x, positions):
-    """What such a client puts in place of the block's attention: a layer made for each call."""
+    """A client's replacement of the block's attention: it creates a layer for each call."""
     q, k, v = split_heads(block.q(x)) * positions, split_heads(block.k(x)) * positions, split_heads(block.v(x))
     x = xFuserLongContextAttention()(None, query=q, key=k, value=v, window_size=block.window_size)
     return block.o(x.flatten(2))
 
 
 def usp_dit_forward(model, x):
-    """What it puts in place of the model's forward."""
+    """A client's replacement of the model's forward."""
     world, rank = get_sequence_parallel_world_size(), get_sequence_parallel_rank()
     positions = torch.linspace(0.5, 1.5, x.shape[1]).view(1, -1, 1, 1)
     x, positions = (torch.chunk(whole, world, dim=1)[rank] for whole in (x, positions))
@@ -137,7 +137,7 @@ class JointModel(nn.Module):
 
 
 def joint_forward(model, image, text):
-    """A client's wrapper: rows of the picture are split, or its columns where rows do not divide."""
+    """A client's wrapper: split the rows of the image, or its columns if the rows are not divisible."""
     world, rank = get_sequence_parallel_world_size(), get_sequence_parallel_rank()
     split_dim = -3 if image.shape[-3] % world == 0 else -2
     mine = torch.chunk(image, world, dim=split_dim)[rank]
@@ -147,7 +147,7 @@ def joint_forward(model, image, text):
 
 
 def guided_step(model, latents, scale=3.0):
-    """Batched guidance: each CFG rank one branch, each sequence rank a share of it; then all see both branches."""
+    """Batched guidance: each CFG rank computes one branch, each sequence rank a shard of it; then gather both."""
     cfg, branch = get_classifier_free_guidance_world_size(), get_classifier_free_guidance_rank()
     both = torch.cat([latents, 0.5 * latents])
     mine = torch.chunk(both, cfg, dim=0)[branch]
@@ -161,7 +161,7 @@ def guided_step(model, latents, scale=3.0):
 
 
 def make_attention(attn_type, sync_ulysses):
-    """An attention function of ``[B, H, S, D]`` or ``[B, S, H*D]``, as node-based user interfaces patch it in."""
+    """Return attention over ``[B, H, S, D]`` or ``[B, S, H*D]``, as node-based user interfaces patch it in."""
     layer = xFuserLongContextAttention(use_sync=sync_ulysses, attn_type=AttnType[attn_type])
 
     def attention(q, k, v, heads, mask=None, skip_reshape=False, skip_output_reshape=False):
@@ -176,7 +176,7 @@ def make_attention(attn_type, sync_ulysses):
 
 
 class Worker:
-    """One rank of a node-based user interface: own groups by the rank grid, commands from rank 0."""
+    """One rank of a node-based user interface: it builds its own groups by the rank grid, and rank 0 sends commands."""
 
     def __init__(self, ulysses, ring, cfg):
         rank, world = dist.get_rank(), dist.get_world_size()
@@ -201,7 +201,7 @@ class Worker:
         return getattr(self, command)
 
     def sample(self, latents):
-        """Self-attention without weights, of tokens that divide among the ranks."""
+        """Self-attention without weights; the number of tokens is divisible by the ranks."""
         x = latents.chunk(len(self.own_ranks), dim=1)[self.own_ranks.index(dist.get_rank())]
         with torch.no_grad() if x.requires_grad else nullcontext():
             first = self.attention(x, x, x, HEADS)

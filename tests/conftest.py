@@ -21,17 +21,17 @@ def pytest_addoption(parser):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
-    """With pytest-xdist, files of tests run beside each other, unless ``-n`` says otherwise or a test is named."""
+    """With pytest-xdist, run test files in parallel, unless ``-n`` is set or a test is named."""
     alone = hasattr(config, "workerinput") or config.option.usepdb or any("::" in one for one in config.args)
     if config.pluginmanager.hasplugin("xdist") and config.option.numprocesses is None and not alone:
         config.option.numprocesses, config.option.dist = min(2, os.cpu_count() or 1), "loadfile"
 
 
-MANY, SAMPLE = 5, 8  # a test with more cases than that runs every so many of them, where not all are asked for
+MANY, SAMPLE = 5, 8  # of a test with more than MANY cases, run every SAMPLE-th, unless all are requested
 
 
 def pytest_collection_modifyitems(config, items):
-    """Without ``--matrix``: no cells that the matrix alone runs, and a sample of the cases of tests that have many."""
+    """Without ``--matrix``, skip the cells of the matrix, and run a sample of the cases of tests with many."""
     if config.getoption("--matrix") or any("::" in argument for argument in config.args):
         return
     cases = Counter()
@@ -56,14 +56,14 @@ def pool():
 
 @pytest.fixture(scope="session")
 def folder_of(tmp_path_factory):
-    """From a family's name to the folder of its tiny pipeline."""
+    """Return a function from a family's name to the folder of its tiny pipeline."""
     root = tmp_path_factory.mktemp("pipelines")
     return lambda family, attentive=False: tiny.save(family, root, attentive)
 
 
 @pytest.fixture(scope="session")
 def elastic_served(tmp_path_factory):
-    """A server with two ranks, each call on one or both."""
+    """A server with two ranks that runs each call on one or both of them."""
     folder = tmp_path_factory.mktemp("elastic")
     flags = ["--model", faulty_pipeline(str(folder)), "--trust_remote_code", "--no_use_resolution_binning"]
     flags += ["--elastic", "--ulysses_degree", 2, "--height", 128, "--width", 128, "--num_inference_steps", 3]

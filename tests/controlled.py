@@ -1,4 +1,4 @@
-"""Tiny pipelines with ControlNets that matter, and calls of them."""
+"""Tiny pipelines with ControlNets that affect the result, and calls of them."""
 
 from typing import Any
 
@@ -30,7 +30,7 @@ KINDS = {  # family, pipeline, net, changes of its configuration, arguments of t
 
 
 def net_of(transformer: Any, name: str, changes: dict[str, Any]) -> Any:
-    """A ControlNet with seeded weights, none of them zero, whose attention matters."""
+    """Return a ControlNet with seeded nonzero weights, and attention that affects the result."""
     torch.manual_seed(1)
     cls = getattr(diffusers, name)
     net = cls.from_config(dict(transformer.config) | changes)
@@ -66,12 +66,12 @@ def call_of(kind: str) -> dict[str, Any]:
 
 
 def drawn(path: str, kind: str, degrees: list[dict[str, Any]]) -> list[np.ndarray]:
-    """A picture of the wrapped pipeline under each of some degrees."""
+    """Return an image of the wrapped pipeline for each of some degrees."""
     return [draw(path, kind, asked) for asked in degrees]
 
 
 def draw(path: str, kind: str, asked: dict[str, Any] | tuple[int, int] | None) -> np.ndarray:
-    """A picture of the wrapped pipeline; of the bare one, or of the oracle with so many patches and first steps."""
+    """Return an image of the wrapped pipeline, of the unwrapped one (None), or of the oracle (patches, warm-up)."""
     pipe, call = pipeline(path, kind), call_of(kind)
     if isinstance(asked, tuple):
         with oracle.displaced(pipe, *asked):

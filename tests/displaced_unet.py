@@ -1,8 +1,8 @@
-"""DistriFusion of a U-Net as it is defined, in one process, by another mechanism than the engine's.
+"""Reference semantics of DistriFusion for a U-Net, in one process, with a mechanism other than the engine's.
 
-Nothing is divided. From the end of the warm-up on, a forward is made for all bands at once, as further rows of the
-batch, each with the whole map. What a module gets there is right in the band's own rows; ahead of each module that
-mixes rows, all others become those which that module got in the step before.
+Nothing is split. After the warm-up, one forward computes all bands, as additional batch entries with the whole map.
+The input of a module is right only in the band's own rows; before each module that mixes rows, the other rows are
+replaced by the input that this module had in the previous step.
 """
 
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ class DisplacedUNet:
     def __init__(self, unet: nn.Module, edges: list[int], mode: str, warmup: int) -> None:
         self.unet, self.edges, self.mode, self.warmup = unet, edges, mode, max(1, warmup)
         self.bands, self.step = len(edges) - 1, 0
-        self.last: dict[str, torch.Tensor] = {}  # what each module got in the step before
+        self.last: dict[str, torch.Tensor] = {}  # input of each module in the previous step
         self.fresh: dict[str, torch.Tensor] = {}
 
     def forward(self, original: Any, sample: torch.Tensor, timestep: Any, **kwargs: Any) -> tuple[torch.Tensor]:
@@ -52,14 +52,14 @@ class DisplacedUNet:
         return [-(-edge // 2**level) for edge in self.edges]
 
     def own_rows(self, x: torch.Tensor, dim: int, edges: list[int]) -> torch.Tensor:
-        """The whole map, each band from its own rows of the batch."""
+        """Return the whole map, with each band from its own batch entries."""
         parts = [
             one.narrow(dim, edges[band], edges[band + 1] - edges[band]) for band, one in enumerate(x.chunk(self.bands))
         ]
         return torch.cat(parts, dim)
 
     def seen(self, name: str, x: torch.Tensor, dim: int, edges: list[int]) -> torch.Tensor:
-        """What a module gets: its input, with all rows but the band's own from the step before."""
+        """Return a module's input, with all rows except the band's own from the previous step."""
         if not self.late:
             self.fresh[name] = x
             return x
@@ -85,7 +85,7 @@ class DisplacedUNet:
         return self.seen(name, output, 1, edges)
 
     def norm(self, name: str, module: nn.GroupNorm, x: torch.Tensor) -> torch.Tensor:
-        """Group norm of the whole map by (mean, mean of squares) of the bands, ``[bands, 2, B, groups]``."""
+        """Group norm of the whole map from (mean, mean of squares) of the bands, ``[bands, 2, B, groups]``."""
         edges = self.edges_at(self.level(x.shape[2]))
         parts = x.chunk(self.bands) if self.late else [x] * self.bands
         own = torch.stack([
@@ -118,7 +118,7 @@ class DisplacedUNet:
     def active(self) -> Iterator[None]:
         with ExitStack() as stack:
             for name, module in self.unet.named_modules():
-                if isinstance(module, nn.Conv2d) and name != "conv_in":  # every rank has all of the latents
+                if isinstance(module, nn.Conv2d) and name != "conv_in":  # every rank has all latents
                     hook = lambda m, args, name=name: self.convolution(name, m, args)  # noqa: E731
                     stack.callback(module.register_forward_pre_hook(hook).remove)
                 if name.endswith(("attn1.to_k", "attn1.to_v")):

@@ -1,13 +1,13 @@
-"""What ranks say to each other by a device's groups, under NCCL's rules, and noted for ``nccl.replay``."""
+"""Messages between ranks over a device's groups: checked by NCCL's rules, and recorded for ``nccl.replay``."""
 
 import torch
 import torch.distributed as dist
 
-CARRIED = {torch.bool, torch.uint8, torch.int8, torch.int32, torch.int64}  # dtypes, beside those of floating point
+CARRIED = {torch.bool, torch.uint8, torch.int8, torch.int32, torch.int64}  # supported dtypes besides floating point
 
 
 def tensors_in(values):
-    """The tensors among an operator's arguments, and in lists of them; faster than torch's trees."""
+    """Return the tensors among an operator's arguments and in lists of them; faster than torch's pytree."""
     found = []
     for x in values:
         if isinstance(x, torch.Tensor):
@@ -18,7 +18,7 @@ def tensors_in(values):
 
 
 def mapped(kind, function, value):
-    """``value``, which may be a list or tuple, with ``function`` of what is of this kind."""
+    """Apply ``function`` to all objects of this kind in ``value``, which may be a list or tuple."""
     if isinstance(value, kind):
         return function(value)
     if isinstance(value, list | tuple):
@@ -27,7 +27,7 @@ def mapped(kind, function, value):
 
 
 class Handle:
-    """Stands in for a work handle: until it is waited for, the message's memory is not to be touched."""
+    """Replaces a work handle: the message's memory must not be used before ``wait()``."""
 
     def __init__(self, messages, event, works):
         self._messages, self._event, self._works = messages, event, works
@@ -42,28 +42,28 @@ class Messages:
     """The messages of one rank.
 
     Args:
-        backend: of the groups that have the rules.
-        kind: of the tensors on the device; ``inner`` has their values.
-        note: takes a list, and what happens, to be noted there.
+        backend: backend of the groups to check.
+        kind: class of the tensors on the device; ``inner`` has their values.
+        note: function of a list and an event that appends the event to the list.
 
     Attributes:
-        program: what was issued, in its order.
-        objects, host: exchanges of objects, and of what is on the host.
+        program: the issued operations, in order.
+        objects, host: exchanges of objects, and of tensors on the host.
     """
 
     def __init__(self, backend, kind, note):
         self._backend, self._kind, self.note = backend, kind, note
         self._flying = {}  # by event: memory that a message writes, memory that it reads
         self.restart()
-        self._batch = None  # the messages that are issued together
+        self._batch = None  # messages that are issued together
 
     def restart(self):
-        """Begin a program, as if no communicator had been used."""
+        """Start a new program, as if no communicator had been used."""
         self.program, self.objects, self.host = [], [], []
         self._met = set()
 
     def check(self, func, here, written):
-        """Refuse an operator on ``here`` that reads what is to arrive, or writes what is being sent."""
+        """Refuse an operator that reads (``here``) memory still to arrive, or writes memory still being sent."""
         for arriving, leaving in self._flying.values():
             if any(_overlap(x, y) for x in here for y in arriving):
                 raise RuntimeError(f"{func} on what is still to arrive: wait for it")
@@ -85,7 +85,7 @@ class Messages:
             self.note(self.host, kind)
         args, kwargs = (mapped(self._kind, lambda x: x.inner, list(one)) for one in (args, kwargs.items()))
         result = func(*args, **dict(kwargs))
-        # What comes back are the tensors that were given, and the work.
+        # The operator returns the tensors that were passed, and the work handle.
         back = {id(x.inner): x for x in tensors if isinstance(x, self._kind)}
         return mapped(torch.Tensor, lambda x: back.get(id(x), x), result)
 
@@ -116,7 +116,7 @@ class Messages:
         self.program.append(("wait", len(self.program) - 1))
 
     def _fly(self, batch, joins=False):
-        """Issue messages together. One that is no batch goes over a communicator of its two ranks."""
+        """Issue messages together. A single message uses a communicator of its two ranks."""
         (_, peer, _), group, members, _ = batch[0]
         if joins:
             members = tuple(sorted((dist.get_rank(), peer)))
@@ -129,7 +129,7 @@ class Messages:
         self._flying[self._event] = arriving, leaving
 
     def _meet(self, group, members):
-        """The host stands still at its first operation on a communicator, until all members have come to theirs."""
+        """At its first operation on a communicator, the host waits until all members have reached theirs."""
         if (group, members) not in self._met:
             self._met.add((group, members))
             self.program.append(("join", group, members, None, 0))
@@ -139,25 +139,25 @@ class Messages:
         self.program.append(("wait", event))
 
     def settle(self):
-        """Leave nothing in flight, as for ranks that have failed."""
+        """Clear all messages in flight, as for failed ranks."""
         self._flying.clear()
 
     def started(self, original, *args, **kwargs):
-        """In the place of ``isend`` and ``irecv``."""
+        """Replace ``isend`` and ``irecv``."""
         work = original(*args, **kwargs)
         return (
             work if self._batch is not None or self._on_host(kwargs.get("group")) else Handle(self, self._event, [work])
         )
 
     def waited(self, original, *args, **kwargs):
-        """In the place of ``send`` and ``recv``."""
+        """Replace ``send`` and ``recv``."""
         result = original(*args, **kwargs)
         if not self._on_host(kwargs.get("group")):
             self.arrived(self._event)
         return result
 
     def together(self, original, operations):
-        """In the place of ``batch_isend_irecv``."""
+        """Replace ``batch_isend_irecv``."""
         if self._on_host(operations[0].group):
             return original(operations)
         self._batch = []
@@ -169,7 +169,7 @@ class Messages:
         return [Handle(self, self._event, works)]
 
     def counted(self, name, original, *args, **kwargs):
-        """In the place of collectives of objects."""
+        """Replace collectives of objects."""
         self.note(self.objects, name)
         return original(*args, **kwargs)
 

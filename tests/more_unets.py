@@ -1,4 +1,4 @@
-"""Further tiny pipelines over U-Nets, of videos and of pictures, built anew with the same weights on every rank."""
+"""More tiny pipelines over U-Nets, for videos and images, built with the same weights on every rank."""
 
 from collections.abc import Callable
 from functools import cache
@@ -23,7 +23,7 @@ CALL = {
     "height": 8 * LATENTS[0], "width": 8 * LATENTS[1], "num_inference_steps": 3, "output_type": "np",
 }  # fmt: skip
 FRAMES = 3
-VISION = TEXT  # channels of an embedded picture
+VISION = TEXT  # channels of an embedded image
 
 
 def unet(family: str, **changes: Any) -> Any:
@@ -97,7 +97,7 @@ def i2vgen() -> Any:
 
 
 def of_picture(cls: str, channels: int = 4, **more: Any) -> Any:
-    """A pipeline of pictures with Stable Diffusion's parts, and a U-Net of so many input channels."""
+    """Return an image pipeline with Stable Diffusion's parts, and a U-Net with ``channels`` input channels."""
     base, made = unets.sd15(), getattr(diffusers, cls)
     parts = {name: part for name, part in base.components.items() if name != "image_encoder"}
     changed = type(base.unet).from_config(base.unet.config, in_channels=channels)
@@ -116,7 +116,7 @@ def controlled() -> Any:
 
 
 def kandinsky() -> Any:
-    """Kandinsky 2.2, whose text is an embedded picture."""
+    """Return Kandinsky 2.2, which takes an embedded image instead of text."""
     base = unets.unet(
         out_channels=8, addition_embed_type="image", addition_time_embed_dim=None, encoder_hid_dim=VISION,
         encoder_hid_dim_type="image_proj", cross_attention_dim=12, projection_class_embeddings_input_dim=None,
@@ -127,7 +127,7 @@ def kandinsky() -> Any:
 
 
 def kolors(cls: type = KolorsPipeline, **more: Any) -> Any:
-    """Kolors, whose text encoder is left out, as its tokenizer needs SentencePiece."""
+    """Return Kolors without its text encoder, as its tokenizer requires SentencePiece."""
     net = unets.unet(cross_attention_dim=TEXT, projection_class_embeddings_input_dim=6 * 4 + VISION)
     return cls(
         vae=tiny.vae(4),
@@ -140,7 +140,7 @@ def kolors(cls: type = KolorsPipeline, **more: Any) -> Any:
 
 
 class Processor:
-    """Stands in for a processor of text and pictures, of which it sees the text."""
+    """Replaces a processor of text and images; it uses only the text."""
 
     def __call__(self, text: list[str], images: list[Any], **how: Any) -> Any:
         return tiny.tokenizer(99)(text, **how)
@@ -186,7 +186,7 @@ def masked(images: int) -> dict[str, Any]:
 
 
 Calls = Callable[[int], dict[str, Any]]
-KINDS: dict[str, tuple[Callable[[], Any], Calls]] = {  # what makes a pipeline, and a call's arguments by images
+KINDS: dict[str, tuple[Callable[[], Any], Calls]] = {  # builder; arguments of a call by number of images
     "animatediff": (animatediff, lambda images: prompts(images) | {"num_frames": FRAMES}),
     "animatediff_xl": (animatediff_xl, lambda images: prompts(images) | {"num_frames": FRAMES}),
     "animatediff_controlnet": (
@@ -232,7 +232,7 @@ KINDS: dict[str, tuple[Callable[[], Any], Calls]] = {  # what makes a pipeline, 
 }  # fmt: skip
 
 
-AMPLIFYING = ("animatediff", "animatediff_controlnet", "text_to_video", "i2vgen")  # rounding errors of float32
+AMPLIFYING = ("animatediff", "animatediff_controlnet", "text_to_video", "i2vgen")  # amplify rounding of float32
 
 
 @cache

@@ -1,10 +1,11 @@
-"""NCCL's rules of order, replayed without a GPU.
+"""Replay NCCL's ordering rules without a GPU.
 
-Each rank's program runs alone, over torch's fake process group, while what it asks of ``torch.distributed`` is
-recorded. What a pipeline does next never depends on data, so this is what it would do. The programs are then replayed
-together under rules that are stricter than NCCL's: a communicator executes one operation after the other, in the order
-in which the rank issued them; a send completes only while the other end is at the matching receive, a collective only
-when every member is at it; and a rank stands still until what it waits for is complete.
+Each rank's program runs separately over torch's fake process group, and its calls to ``torch.distributed`` are
+recorded. The control flow of a pipeline never depends on data, so a real run makes the same calls. The programs are
+then replayed together under rules that are stricter than NCCL's: a communicator executes its operations one after the
+other, in the order in which the rank issued them; a send completes only while the other end is at the matching
+receive, a collective only when every member has reached it; and a rank blocks until the operation that it waits for is
+complete.
 """
 
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 
 class Handle:
-    """Stands in for a work handle: waiting is recorded, too."""
+    """Replaces a work handle, and records the wait."""
 
     def __init__(self, program, index):
         self._program, self._index = program, index
@@ -26,7 +27,7 @@ class Handle:
 
 @contextmanager
 def recorded(rank, ranks):
-    """Within the context this process is one of many ranks; gives the program that it runs."""
+    """Within the context, this process is one of ``ranks`` ranks; yields the program that it runs."""
     program, names = [], {}
 
     def name_of(group):
@@ -69,22 +70,22 @@ def recorded(rank, ranks):
 
 
 class Replay:
-    """The programs of all ranks, run together.
+    """Runs the programs of all ranks together.
 
     An event is ``(kind, communicator, members, peer, count)``: a collective; a ``send`` or ``receive``; ``messages``,
-    whose count is a list of (send or receive, peer, elements) that are issued as one; or a ``join``, at which the rank
-    stands still until all members have come to theirs. ``("wait", i)`` waits for event i of the same rank.
+    with a list of (send or receive, peer, elements) that are issued together as count; or a ``join``, where the rank
+    blocks until all members have reached it. ``("wait", i)`` waits for event i of the same rank.
     """
 
     def __init__(self, programs):
         self._programs, self._at = programs, [0] * len(programs)  # next event of each rank
-        self._queues = [{} for _ in programs]  # by communicator: operations issued and not complete
-        self._open = [{} for _ in programs]  # of those, messages without their other end
+        self._queues = [{} for _ in programs]  # by communicator: issued operations that are not complete
+        self._open = [{} for _ in programs]  # by operation: messages that have not met their other end
         self._complete = [set() for _ in programs]
         self._joined = set()
 
     def run(self):
-        """The events that never come to an end, with their ranks."""
+        """Return the events that never complete, with their ranks."""
         while any([self._issue(rank) for rank in range(len(self._programs))] + [self._advance()]):
             pass
         ends = [(rank, one[self._at[rank]]) for rank, one in enumerate(self._programs) if self._at[rank] < len(one)]
@@ -92,7 +93,7 @@ class Replay:
         return ends + [(rank, self._programs[rank][index]) for rank, index in left]
 
     def _issue(self, rank):
-        """Let a rank go on until it stands still; whether it moved."""
+        """Advance a rank until it blocks; return whether it advanced."""
         program, start = self._programs[rank], self._at[rank]
         while self._at[rank] < len(program):
             event = program[self._at[rank]]
@@ -109,7 +110,7 @@ class Replay:
         return self._at[rank] > start
 
     def _advance(self):
-        """Complete what can be; whether something could."""
+        """Complete all operations that can complete; return whether there were any."""
         moved = False
         for rank, queue in enumerate(self._queues):
             for group in list(queue):
@@ -118,7 +119,7 @@ class Replay:
         return moved
 
     def _match(self, rank, group):
-        """Complete the first operation of a rank on a communicator, or one of its messages; whether that can be."""
+        """Complete the first operation of a rank on a communicator, or one of its messages; return whether it could."""
         index = self._head(rank, group)
         kind, _, members, _, count = self._programs[rank][index]
         if self._open[rank][index]:
@@ -160,13 +161,13 @@ class Replay:
 
 
 def _messages(event):
-    """The messages of an event: kind, peer, elements."""
+    """Return the messages of an event: kind, peer, elements."""
     kind, _, _, peer, count = event
     return list(count) if kind == "messages" else [(kind, peer, count)] if kind in ("send", "receive") else []
 
 
 def _check_shares(members, counts, group):
-    """What each rank sends to each other one is what that one receives of it."""
+    """Check that each rank sends as much to each other rank as that rank receives from it."""
     if all(isinstance(count, int) for count in counts):
         assert len(set(counts)) == 1, f"all-to-all of {group}: {counts}"
         return
@@ -177,5 +178,5 @@ def _check_shares(members, counts, group):
 
 
 def replay(programs):
-    """Run the ranks' programs together; returns the events that never come to an end, with their ranks."""
+    """Run the ranks' programs together; return the events that never complete, with their ranks."""
     return Replay(programs).run()

@@ -1,4 +1,4 @@
-"""Tiny whole pipelines of the classes that came last, and of some that are seldom used."""
+"""Tiny whole pipelines of the newest classes, and of some that are rarely used."""
 
 import importlib
 from contextlib import AbstractContextManager
@@ -36,7 +36,7 @@ QWEN_TEXT = EMBEDS | {"prompt_embeds_mask": (WORDS,)}
 
 
 class Vision:
-    """Stands in for the processor of pictures of a text encoder that looks at none."""
+    """Replaces the image processor of a text encoder that gets no images."""
 
     class image_processor:
         merge_size = 1
@@ -46,7 +46,7 @@ class Vision:
 
 
 class Chat:
-    """Stands in for the processor of a text encoder that is left out."""
+    """Replaces the processor of a text encoder that is omitted."""
 
     class tokenizer:
         @staticmethod
@@ -84,14 +84,14 @@ def oobleck() -> diffusers.AutoencoderOobleck:
 
 
 def small_bucket() -> AbstractContextManager[Any]:
-    """JoyImage gives its picture one of its sizes, and draws that one's latents without the call's generator."""
+    """Make JoyImage use a small size, and seed torch: it encodes its input image without the call's generator."""
     torch.manual_seed(0)
     module = importlib.import_module("diffusers.pipelines.joyimage.image_processor")
     return mock.patch.object(module, "find_best_bucket", lambda *sizes: (80, 48))
 
 
 def ace_step() -> Parts:
-    from diffusers.pipelines.ace_step import AceStepConditionEncoder  # which older releases lack
+    from diffusers.pipelines.ace_step import AceStepConditionEncoder  # missing in older releases
 
     condition = AceStepConditionEncoder(
         hidden_size=TEXT, intermediate_size=16, text_hidden_dim=TEXT, timbre_hidden_dim=4, head_dim=8,
@@ -137,7 +137,7 @@ def mm_audio() -> Parts:
 
 
 def chat_encoder() -> Parts:
-    """A Qwen3-VL whose two layers make features of half of the width that Ideogram's transformer takes."""
+    """Return a Qwen3-VL of two layers, whose features have half the width that Ideogram's transformer takes."""
     text = {
         "hidden_size": TEXT // 2, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 1,
         "num_key_value_heads": 1, "head_dim": 16, "vocab_size": len(tiny.WORDS),

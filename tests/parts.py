@@ -1,4 +1,4 @@
-"""What tiny whole pipelines are made of: the description of one, and makers of components."""
+"""Descriptions of tiny whole pipelines, and functions that build their components."""
 
 import importlib
 from collections.abc import Callable
@@ -28,18 +28,18 @@ class Whole:
 
     Attributes:
         cls: its class.
-        family: of its transformer in the zoo; ``config`` are changes of that.
-        vae: makes the VAE.
-        parts: makes the other components; those that are not named are None.
-        call: arguments of the call but the usual ones.
-        text: names of text embeddings (or masks, where the shape is one number) and their shapes without the batch;
-            each has a negative twin if ``negative``.
-        dtype: float64 where a pipeline amplifies rounding.
-        unsaved: makes components that are no part of a saved pipeline.
+        family: family of its transformer in the zoo; ``config`` has changes of its configuration.
+        vae: builds the VAE.
+        parts: builds the other components; components without an entry are None.
+        call: arguments of the call besides the usual ones.
+        text: names of text embeddings (or masks, if the shape is one number) and their shapes without the batch;
+            each has a negative counterpart if ``negative``.
+        dtype: float64 if the pipeline amplifies rounding.
+        unsaved: builds components that are not saved with the pipeline.
         tolerance: relative error that rounding explains.
         within: the context of a call.
         sized: whether the call takes a height and a width.
-        prompted: whether the call takes a prompt, where there is no ``text``.
+        prompted: whether the call takes a prompt, if there is no ``text``.
     """
 
     cls: str
@@ -69,7 +69,7 @@ def picture(height: int = 80, width: int = 48) -> Image.Image:
 
 
 def small_pictures(cls: str) -> Callable[[], AbstractContextManager[Any]]:
-    """A pipeline of this class gives its picture a megapixel, whatever its size is: here, a hundredth of that."""
+    """Make a pipeline class resize its input image to a hundredth of a megapixel, instead of one megapixel."""
 
     def patched() -> AbstractContextManager[Any]:
         module = importlib.import_module(getattr(diffusers, cls).__module__)

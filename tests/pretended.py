@@ -1,9 +1,9 @@
-"""A device that is not there, as strict as a GPU under NCCL: tensors on it are computed by the CPU.
+"""A simulated device, as strict as a GPU under NCCL; the CPU computes its tensors.
 
-It has what a CPU hides. A tensor is on the device or it is not, and the two do not mix. Each value that the host reads
-is noted (``Device.reads``): a GPU would be idle until it has arrived. Groups of the ``pretended`` backend refuse what
-NCCL refuses, and what a message brings must not be touched before it was waited for. What was issued, in its order, is
-noted for ``nccl.replay`` (``Device.messages``).
+It checks what a CPU does not. Tensors on the device and on the host do not mix. Each value that the host reads is
+recorded (``Device.reads``), as a GPU would be idle until the value has arrived. Groups of the ``pretended`` backend
+refuse what NCCL refuses, and the memory of a message must not be used before the wait. Issued operations are recorded
+in order for ``nccl.replay`` (``Device.messages``).
 """
 
 import traceback
@@ -29,7 +29,7 @@ from xfuser.methods import refusals
 aten = torch.ops.aten
 SOURCES = (dirname(xfuser.__file__), dirname(diffusers.__file__))
 NAME = "pretended"
-READS = {  # operators whose result the host needs, or whose result's size
+READS = {  # operators that make the host wait for their result, or for the size of it
     aten._local_scalar_dense.default,
     aten.equal.default,
     aten.nonzero.default,
@@ -38,7 +38,7 @@ READS = {  # operators whose result the host needs, or whose result's size
     aten.repeat_interleave.Tensor,
 }
 OBJECTS = ("all_gather_object", "broadcast_object_list", "send_object_list", "recv_object_list")
-MATHEMATICAL = 0  # torch's number of the attention that is written in other operators
+MATHEMATICAL = 0  # torch's number of the math backend of attention
 
 
 def _flash(q, k, v, dropout=0.0, causal=False, scale=None):
@@ -55,7 +55,7 @@ def _cudnn(q, k, v, bias, with_lse, dropout=0.0, causal=False, scale=None):
     return out, lse.unsqueeze(-1), None, None, 0, 0, None, None, None
 
 
-ATTENTION = {  # operators that no CPU has, and what they return
+ATTENTION = {  # operators that the CPU lacks, and functions that return their results
     aten._scaled_dot_product_flash_attention.default: _flash,
     aten._scaled_dot_product_efficient_attention.default: _efficient,
     aten._scaled_dot_product_cudnn_attention.default: _cudnn,
@@ -63,7 +63,7 @@ ATTENTION = {  # operators that no CPU has, and what they return
 
 
 class Noted(NamedTuple):
-    """What was asked for, the line of the library or of Diffusers that asked, and when."""
+    """A recorded event, the line of the library or of Diffusers that caused it, and its time."""
 
     what: str
     line: str
@@ -104,7 +104,7 @@ def _inner(x):
 
 
 class _FromData(TorchFunctionMode):
-    """Makes tensors of numbers on the CPU first: torch would, without a word to the device."""
+    """Creates tensors from numbers on the CPU, then moves them: torch would not dispatch this to the device."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -126,10 +126,10 @@ class Device(TorchDispatchMode):
         self.restart()
 
     def restart(self):
-        """Note from here on."""
+        """Clear the records."""
         self.messages.restart()
         self.reads = []
-        self.step, self.in_block = -1, False  # where a denoising loop stands, as :meth:`following` tells
+        self.step, self.in_block = -1, False  # position in a denoising loop, set by :meth:`following`
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -176,7 +176,7 @@ class Device(TorchDispatchMode):
 
     @contextmanager
     def following(self, scheduler, blocks):
-        """Within the context, what is noted is noted with the step of this scheduler, and whether a block runs."""
+        """Within the context, records have the step of this scheduler, and whether a block runs."""
         kind = type(scheduler)
 
         def moved(name, change):
@@ -206,7 +206,7 @@ class Device(TorchDispatchMode):
 
 
 class _Hook(torch._C._acc.PrivateUse1Hooks):
-    """Torch believes in the device as long as it is in use."""
+    """Reports the device as available to torch only while it is in use."""
 
     there = False
 
@@ -249,12 +249,12 @@ def _register():
 
 @contextmanager
 def pretended(backend=NAME):
-    """Within the context, this rank's device is the pretended one, and its default group of that device's backend."""
+    """Within the context, this rank uses the simulated device, and a default group of its backend."""
     _register()
     rank, ranks, store = dist.get_rank(), dist.get_world_size(), c10d._get_default_store()
     dist.destroy_process_group()
     dist.init_process_group(backend, store=dist.PrefixStore(NAME, store), rank=rank, world_size=ranks)
-    dist.all_reduce(torch.zeros(1))  # else a rank with little to do is gone before others have found it
+    dist.all_reduce(torch.zeros(1))  # otherwise a rank with little work may leave before others connect to it
     device = Device()
     messages = device.messages
     replaced = {name: partial(messages.started, getattr(dist, name)) for name in ("isend", "irecv")}

@@ -1,4 +1,4 @@
-"""What the ranks of the tests do: load a pipeline, call it wrapped, or bare where there are no degrees."""
+"""Functions that the ranks of the tests run: load a pipeline, and call it wrapped, or unwrapped without degrees."""
 
 import pickle
 from collections.abc import Callable
@@ -26,7 +26,7 @@ def loaded(path: str, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def wrap(pipe: Any, degrees: dict[str, Any] | None) -> Any:
-    """The wrapped pipeline; the bare one where ``degrees`` is None."""
+    """Wrap the pipeline; return it unchanged if ``degrees`` is None."""
     return pipe if degrees is None else xDiTParallel(pipe, *xFuserArgs(**degrees).create_config())
 
 
@@ -64,7 +64,7 @@ def run(path: str, degrees: Any, calls: list[Any], scheduler: Any, dtype: torch.
 
 
 def remembered(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function``, whose results are kept: many tests ask for the same reference."""
+    """Cache the results of ``function``: many tests need the same reference."""
     results: dict[bytes, Any] = {}
 
     @wraps(function)
@@ -79,7 +79,7 @@ def remembered(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @remembered
 def bare(path: str, call: dict[str, Any], scheduler: Any = None, dtype: torch.dtype = torch.float32) -> np.ndarray:
-    """The reference: the pipeline as it is, in this process."""
+    """Return the reference: the unwrapped pipeline in this process."""
     return run(path, None, [call], scheduler, dtype)[0]
 
 
@@ -92,7 +92,7 @@ def wrapped_calls(path: str, degrees: dict[str, Any], calls: list[dict[str, Any]
 
 
 def error(a: np.ndarray, b: np.ndarray) -> float:
-    """max|a - b| / max|b|."""
+    """Return max|a - b| / max|b|."""
     assert a.shape == b.shape, (a.shape, b.shape)
     return float(np.abs(np.asarray(a, np.float64) - b).max() / np.abs(b).max())
 
@@ -102,7 +102,7 @@ def picture(height: int = 80, width: int = 48) -> torch.Tensor:
 
 
 def image_to_image(path: str, degrees: Any) -> np.ndarray:
-    """Three prompts on one picture, from the middle of the schedule."""
+    """Run three prompts on one input image, from the middle of the schedule."""
     pipe = diffusers.AutoPipelineForImage2Image.from_pipe(loaded(path))
     call = tiny.call_of("sd3" if "sd3" in path else "flux", 3, num_inference_steps=4, strength=0.6, image=picture())
     return array(wrap(pipe, degrees)(**call, generator=seeded()))
@@ -132,7 +132,7 @@ def controlnet(path: str, degrees: Any) -> np.ndarray:
 
 
 def masked_forward(path: str, degrees: Any, hide: int = 4) -> np.ndarray:
-    """One forward of the transformer that hides the last ``hide`` of 15 image tokens from self-attention."""
+    """Run one forward of the transformer that masks the last ``hide`` of 15 image tokens in self-attention."""
     pipe = loaded(path)
     latents = torch.randn(2, 4, 10, 6, generator=seeded())
     mask = torch.ones(2, 15)
@@ -154,7 +154,7 @@ def masked_forward(path: str, degrees: Any, hide: int = 4) -> np.ndarray:
 
 
 def fingerprint(pipe: Any) -> list[Any]:
-    """Everything that a wrap could leave behind: hooks, instance attributes, weights."""
+    """Return everything that a wrap could change: hooks, instance attributes, weights."""
     parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
     modules = [module for part in parts for module in part.modules()]
     hooks = [(len(one._forward_hooks), len(one._forward_pre_hooks), sorted(vars(one))) for one in modules]
@@ -163,7 +163,7 @@ def fingerprint(pipe: Any) -> list[Any]:
 
 
 def unwraps_cleanly(path: str, call: dict[str, Any]) -> bool:
-    """Wrapped twice with different degrees, then unwrapped: as before, and the bare picture again."""
+    """Wrap twice with different degrees, then unwrap: check that nothing changed and the result is the same."""
     pipe = loaded(path)
     before, expected = fingerprint(pipe), array(pipe(**call, generator=seeded()))
     before = fingerprint(pipe)

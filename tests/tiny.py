@@ -1,6 +1,6 @@
 """Tiny pipelines of every family: the real classes with small random weights, saved as folders.
 
-Sizes are awkward on purpose: 3 heads, odd text lengths, token counts that nothing divides.
+Sizes are awkward on purpose: 3 heads, odd text lengths, token counts that are not divisible by the degrees.
 """
 
 from pathlib import Path
@@ -94,7 +94,7 @@ HUNYUAN = {
     "in_channels": 3, "out_channels": 3, "latent_channels": 4, "block_out_channels": (32,) * 3, "layers_per_block": 1,
     "spatial_compression_ratio": 4,
 }  # fmt: skip
-VAES = {  # of every class that the parallel VAE knows: the configuration
+VAES = {  # the configuration of every class that the parallel VAE supports
     "AutoencoderKL": KL,
     "AutoencoderKLFlux2": KL,
     "AutoencoderTiny": {"encoder_block_out_channels": (8,) * 4, "decoder_block_out_channels": (8,) * 4},
@@ -156,7 +156,7 @@ VAES = {  # of every class that the parallel VAE knows: the configuration
 
 
 def coder(name: str, **changes: Any) -> Any:
-    """A VAE of ``VAES``."""
+    """Build a VAE of ``VAES``."""
     return getattr(diffusers, name)(**VAES[name] | changes)
 
 
@@ -279,13 +279,13 @@ PROMPT = "a red circle above a blue square"
 
 
 def build(family: str, attentive: bool = False) -> Any:
-    """A pipeline with seeded weights whose attention matters: queries and keys are scaled up.
+    """Build a pipeline with seeded weights; queries and keys are scaled up so that attention affects the result.
 
-    ``attentive`` scales more, and values too, where the random weights of a family hardly feel attention otherwise.
+    ``attentive`` scales more, including values, for families whose random weights otherwise depend little on attention.
     """
     torch.manual_seed(0)
     pipe = FAMILIES[family]()
-    if attentive:  # drawn anew, as releases of Transformers draw more or less for the text encoders
+    if attentive:  # sampled again, as text encoders use more or fewer random numbers between releases of Transformers
         torch.manual_seed(0)
         pipe.transformer = type(pipe.transformer).from_config(pipe.transformer.config)
     much = attentive and family not in ("hunyuan_dit", "dit")
@@ -307,7 +307,7 @@ def save(family: str, folder: Path, attentive: bool = False) -> str:
 
 
 def call_of(family: str, images: int = 1, **changes: Any) -> dict[str, Any]:
-    """Arguments of a short call with ``images`` different prompts, of 15 image tokens each (25 for DiT)."""
+    """Return arguments of a short call with ``images`` different prompts, of 15 image tokens each (25 for DiT)."""
     call = {"num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "np"}
     if family == "dit":
         return call | {"class_labels": list(range(images))} | changes

@@ -1,4 +1,4 @@
-"""Tiny pipelines over U-Nets, saved as folders, and what the ranks of the tests do with them."""
+"""Tiny pipelines over U-Nets, saved as folders, and the functions that the ranks of the tests run."""
 
 import copy
 from functools import cache
@@ -15,7 +15,7 @@ from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProj
 
 from xfuser.testing.zoo import FAMILIES
 
-LATENTS = (17, 13)  # rows and columns that neither ranks nor levels divide
+LATENTS = (17, 13)  # rows and columns that are not divisible by ranks or levels
 CALL = {
     "height": 8 * LATENTS[0], "width": 8 * LATENTS[1], "num_inference_steps": 3, "guidance_scale": 3.0,
     "output_type": "np",
@@ -42,7 +42,7 @@ def sdxl() -> diffusers.StableDiffusionXLPipeline:
 
 
 def sd15() -> diffusers.StableDiffusionPipeline:
-    """Four levels, heads of odd size, and attention projections that are convolutions."""
+    """Return a pipeline with four levels, heads of odd size, and attention projections that are convolutions."""
     return diffusers.StableDiffusionPipeline(
         unet=unet(
             block_out_channels=(6, 12, 12, 12),
@@ -80,7 +80,7 @@ def call_of(images: int = 1, **changes: Any) -> dict[str, Any]:
 
 @cache
 def loaded(path: str, kind: str) -> Any:
-    """The saved pipeline, or one of another kind over its parts."""
+    """Return the saved pipeline, or one of another kind with its parts."""
     pipe = running.loaded(path)
     kinds = {
         "text": lambda: pipe,
@@ -107,7 +107,7 @@ def controlnet(unet: Any) -> diffusers.ControlNetModel:
 
 
 def with_adapter(unet: Any) -> Any:
-    """A copy with an IP-adapter of random weights, whose pictures are two tokens each."""
+    """Return a copy with an IP-adapter of random weights and two tokens per image."""
     unet = copy.deepcopy(unet)
     torch.manual_seed(2)
     processors, width = {}, unet.config.cross_attention_dim
@@ -126,7 +126,7 @@ def embedded_picture() -> torch.Tensor:
     return torch.randn(2, 1, 6, generator=running.seeded())
 
 
-EXTRA = {  # arguments that a kind of pipeline takes beyond the usual
+EXTRA = {  # additional arguments of each kind of pipeline
     "text": {},
     "adapter": {"ip_adapter_image_embeds": [embedded_picture()]},
     "image": {"image": running.picture(136, 104), "strength": 0.7, "num_inference_steps": 4},

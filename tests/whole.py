@@ -1,7 +1,7 @@
 """Tiny whole pipelines of the model zoo: the real classes, saved as folders, and a short call of each.
 
 Transformers are those of the matrix (``xfuser.testing.zoo``), with the channels that a pipeline needs. Text encoders
-that are large to describe are left out: the call gives what they would have made.
+with long configurations are omitted: the call passes their embeddings.
 """
 
 from functools import cache
@@ -41,7 +41,7 @@ from xfuser.testing.zoo import TEXT, WIDTH, WORDS
 
 
 def built(name: str) -> Any:
-    """A whole pipeline with seeded weights."""
+    """Build a whole pipeline with seeded weights."""
     spec, cls = WHOLE[name], getattr(diffusers, WHOLE[name].cls)
     parts: Parts = dict.fromkeys(cls._get_signature_keys(cls)[0])
     torch.manual_seed(0)
@@ -76,13 +76,13 @@ def call_of(name: str, **changes: Any) -> Parts:
 
 @cache
 def drawn(path: str, name: str) -> list[np.ndarray]:
-    """What the bare pipeline draws."""
+    """Return the result of the unwrapped pipeline."""
     return draw(path, name, None)
 
 
 @cache
 def loaded(path: str, name: str) -> Any:
-    """A saved pipeline; components that were None are not in the folder, and must be said to be None."""
+    """Load a saved pipeline; components that were None are not in the folder, and must be passed as None."""
     cls = getattr(diffusers, WHOLE[name].cls)
     absent = {part: None for part in cls._get_signature_keys(cls)[0] if not Path(path, part).exists()}
     pipe = diffusers.DiffusionPipeline.from_pretrained(path, dtype=WHOLE[name].dtype, **absent | WHOLE[name].unsaved())
@@ -91,7 +91,7 @@ def loaded(path: str, name: str) -> Any:
 
 
 def draw(path: str, name: str, degrees: Any, **changes: Any) -> list[np.ndarray]:
-    """All that a call returns."""
+    """Return all results of a call."""
     pipe = running.wrap(loaded(path, name), degrees)
     with WHOLE[name].within():
         result = pipe(**call_of(name, **changes), generator=running.seeded())
@@ -100,7 +100,7 @@ def draw(path: str, name: str, degrees: Any, **changes: Any) -> list[np.ndarray]
 
 
 def displaced(path: str, name: str, patches: int, warmup: int = 1, **changes: Any) -> list[np.ndarray]:
-    """What the oracle of PipeFusion draws."""
+    """Return the result of the PipeFusion oracle."""
     with oracle.displaced(loaded(path, name), patches, warmup):
         return draw(path, name, None, **changes)
 
@@ -159,7 +159,7 @@ def ltx2_vae() -> Any:
 
 
 def ltx2_sound() -> Parts:
-    from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder  # which older releases lack
+    from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder  # missing in older releases
 
     heads = {f"{kind}_connector_{key}": value for kind in ("video", "audio") for key, value in {
         "num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1, "num_learnable_registers": None
@@ -181,7 +181,7 @@ def cosmos_vae() -> Any:
 
 
 class Unchecked:
-    """Stands in for the safety checker of a package that is not installed: nothing is unsafe."""
+    """Replaces the safety checker of a package that is not installed: everything is safe."""
 
     def to(self, *args: Any) -> "Unchecked":
         return self
@@ -197,7 +197,7 @@ def unipc() -> Parts:
     return {"scheduler": diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)}
 
 
-ROUNDED = 3e-5  # where the error is rounding alone: 0 in float64
+ROUNDED = 3e-5  # for errors of rounding only, which are 0 in float64
 
 WHOLE = {
     "wan": Whole("WanPipeline", "wan", coded("AutoencoderKLWan"), text=EMBEDS, parts=unipc, call=FRAMES),
