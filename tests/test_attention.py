@@ -1,4 +1,4 @@
-"""Attention over uneven shares equals attention over the whole, for every kernel that returns its LSE."""
+"""Attention over uneven shards equals attention over the whole sequence, for every kernel that returns its LSE."""
 
 import itertools
 import sys
@@ -43,7 +43,7 @@ def test_kernel_returns_attention_and_its_lse(name, masked):
 @pytest.mark.parametrize("name", HERE)
 @pytest.mark.parametrize("shape", [(1, 7), (5, 7), (2, 1, 1, 7), (2, 3, 5, 7)])
 def test_kernel_takes_masks_of_booleans(name, shape):
-    """A mask that hides is not one that adds 0 or 1 to the scores; a row that sees nothing gives zeros."""
+    """A boolean mask hides keys, and is not added to the scores as 0 or 1; a row without visible keys gives zeros."""
     q, k, v = tensors(2, 3, 5, 7, 8)
     mask = torch.rand(shape, generator=torch.Generator().manual_seed(1)) > 0.4
     expected = F.scaled_dot_product_attention(q, k, v, mask)
@@ -53,7 +53,7 @@ def test_kernel_takes_masks_of_booleans(name, shape):
 
 @pytest.mark.parametrize("name", HERE)
 def test_the_lowest_number_is_not_minus_infinity(name):
-    """Rows whose scores are all that low get the mean of the values."""
+    """Rows in which all scores are the lowest number give the mean of the values."""
     q, k, v = tensors(2, 3, 5, 7, 8)
     mask = torch.full((1, 1, 1, 7), torch.finfo(torch.float32).min)
     expected = F.scaled_dot_product_attention(q, k, v, mask)
@@ -80,23 +80,23 @@ def flash_attn_2(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, windo
 def flash_attn_3(q, k, v, softmax_scale=None, causal=False, qv=None, q_descale=None, k_descale=None, v_descale=None,
                  window_size=(-1, -1), attention_chunk=0, softcap=0.0, num_splits=1, pack_gqa=None,
                  deterministic=False, sm_margin=0, return_attn_probs=False):  # fmt: skip
-    """That of current releases of flash-attn 3."""
+    """The signature of current releases of flash-attn 3."""
     return flash_attn_2(q, k, v, 0.0, softmax_scale, causal, return_attn_probs=return_attn_probs)
 
 
 def flash_attn_3_beta(q, k, v, softmax_scale=None, causal=False, window_size=(-1, -1), deterministic=False):
-    """That of its first releases, which always return the LSE."""
+    """The signature of its first releases, which always return the LSE."""
     return flash_attn_2(q, k, v, 0.0, softmax_scale, causal, return_attn_probs=True)[:2]
 
 
 def without_causal(q, k, v, softmax_scale=None):
-    """What cannot be used."""
-    raise AssertionError("a kernel that is not causal was called")
+    """An unusable signature."""
+    raise AssertionError("called a kernel without causal")
 
 
 @contextmanager
 def installed(package, function):
-    """Within the context, a package of this name is there, and it may run on the CPU."""
+    """Within the context, a package of this name is installed and runs on the CPU."""
     module = types.ModuleType(package)
     module.flash_attn_func = function
     caches = (flash_attn.absent, flash_attn.unusable, flash_attn._parameters)
@@ -120,7 +120,7 @@ def installed(package, function):
 @pytest.mark.parametrize("causal", [False, True])
 def test_flash_attn_is_called_by_its_signature(package, function, causal):
     q, k, v = tensors(2, 3, 7, 7, 8)
-    with installed(package, function), mock.patch.object(kernels, "_flash_takes", None):  # nothing else is asked
+    with installed(package, function), mock.patch.object(kernels, "_flash_takes", None):  # skip the other checks
         assert kernels._kernel_for(q, k, v, None, "auto").startswith("flash_attn")
         out, lse = attention_with_lse(q, k, v, causal=causal)
     assert torch.allclose(out, F.scaled_dot_product_attention(q, k, v, is_causal=causal), atol=1e-5)
@@ -139,7 +139,7 @@ def test_a_flash_attn_that_cannot_be_used_gives_way_to_the_next_kernel(caplog):
 
 
 def causal_layer():
-    """The layer under a flash-attn 3, on this rank's share of a sequence."""
+    """Run the layer with a fake flash-attn 3, on this rank's shard of a sequence."""
     init_distributed_environment()
     initialize_model_parallel(ring_degree=2)
     q, k, v = (x.transpose(1, 2) for x in tensors(1, 2, 9, 9, 8))
@@ -166,7 +166,7 @@ def test_a_causal_layer_stays_causal_with_flash_attn_3(pool):
     ],
 )
 def test_kernels_are_those_of_the_architecture(architecture, dtype, kernel):
-    """Tensors on an accelerator that is not there: the choice looks at nothing else."""
+    """The choice of kernel depends only on the architecture and the dtype, so it is tested without an accelerator."""
     x = types.SimpleNamespace(device=torch.device("cuda"), dtype=dtype, shape=(1, 2, 9, 64))
     capability = mock.Mock(get_device_capability=lambda: architecture)
     with (
@@ -178,7 +178,7 @@ def test_kernels_are_those_of_the_architecture(architecture, dtype, kernel):
 
 @pytest.mark.parametrize("name", HERE)
 def test_causal_kernel_sees_no_later_keys(name, monkeypatch):
-    monkeypatch.setattr("xfuser.core.attention.kernels.MATH_SCORES", 64)  # so that the plain one works in chunks
+    monkeypatch.setattr("xfuser.core.attention.kernels.MATH_SCORES", 64)  # so that the math kernel works in chunks
     q, k, v = tensors(2, 3, 7, 7, 8)
     out, lse = attention_with_lse(q, k, v, backend=name, causal=True)
     assert torch.allclose(out, F.scaled_dot_product_attention(q, k, v, is_causal=True), atol=1e-5)
@@ -214,7 +214,7 @@ def test_plain_kernel_works_in_chunks(monkeypatch):
 
 
 def shares(lengths, heads, kv_heads, degrees, masked, dtype, value_dim):
-    """This rank's part of attention over the whole, computed both ways; returns the largest difference."""
+    """Compute this rank's part of the attention in parallel and in serial; return the largest difference."""
     init_distributed_environment()
     initialize_model_parallel(**degrees)
     group = get_sp_group()
@@ -265,7 +265,7 @@ def test_uneven_shares(pool, kind, lengths, heads, kv_heads, masked, dtype, valu
 
 
 class Attention(torch.nn.Module):
-    """Calls SDPA as often as it is told."""
+    """Calls SDPA ``calls`` times."""
 
     def __init__(self, calls):
         super().__init__()
@@ -285,7 +285,7 @@ def test_interception_is_confined_to_the_chosen_modules():
 
     def attend(name, q, k, v, mask, scale):
         seen.append(name)
-        return F.scaled_dot_product_attention(q, k, v) + 1  # not intercepted again
+        return F.scaled_dot_product_attention(q, k, v) + 1  # this call is not intercepted
 
     with intercepted({"chosen": chosen}, lambda name: partial(attend, name)):
         assert torch.equal(other(x), plain)
@@ -304,7 +304,7 @@ def test_any_other_number_of_calls_is_refused(calls):
         pytest.raises(ValueError, match=rf"blocks.0.attn: Attention called scaled_dot_product_attention {calls} times"),
     ):
         module(x)
-    assert torch.equal(F.scaled_dot_product_attention(x, x, x), Attention(1)(x))  # no mode is left behind
+    assert torch.equal(F.scaled_dot_product_attention(x, x, x), Attention(1)(x))  # no mode is left active
 
 
 def test_preference_names_known_kernels():

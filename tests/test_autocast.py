@@ -1,4 +1,4 @@
-"""Under ``torch.autocast``, and where dtypes change on the way, methods compute what one rank does there."""
+"""Under ``torch.autocast``, and when dtypes change between steps, methods equal one rank."""
 
 import functools
 
@@ -11,8 +11,8 @@ from xfuser.testing import matrix
 from xfuser.testing.loop import loop_of
 from xfuser.testing.zoo import FAMILIES
 
-ROUNDING = 3e-2  # of bfloat16, over some blocks and steps
-# Classes that bfloat16 takes further from float32 on one rank (by 0.03 to 1), or whose experts then choose otherwise.
+ROUNDING = 3e-2  # rounding of bfloat16 over some blocks and steps
+# Classes with larger bfloat16 errors on one rank (0.03 to 1), or whose expert routing changes with rounding.
 ROUGH = {
     "nucleus_moe": 0.5,
     "helios": 0.1,
@@ -28,7 +28,7 @@ CALL = {"num_inference_steps": 3}
 
 
 def errors(families, degrees):
-    """Of each family, and the dtypes of what is returned."""
+    """Return the error of each family, and the dtypes of the results."""
     found = {}
     with torch.autocast("cpu", torch.bfloat16):
         for family in families:
@@ -42,7 +42,7 @@ def errors(families, degrees):
 @pytest.mark.parametrize(
     ("families", "degrees"),
     [
-        (SEQUENCED, {"ring_degree": 2}),  # where queries and keys are normalised, values have another dtype
+        (SEQUENCED, {"ring_degree": 2}),  # with normalised queries and keys, values have a different dtype
         (SEQUENCED, {"ulysses_degree": 2}),
         (PRESENT, {"tensor_parallel_degree": 2}),
         (PIPED, matrix.PIPED | {"num_pipeline_patch": 3}),
@@ -62,7 +62,7 @@ def test_pipefusion_with_ulysses_under_autocast(pool):
 
 
 def in_half(family, scheduler, patches):
-    """Of latents in float32 that a transformer in bfloat16 denoises: a warm-up of all steps against no patches."""
+    """Denoise float32 latents with a bfloat16 transformer; compare patches, all in warm-up steps, with no patches."""
 
     def draw(degrees):
         pipe = loop_of(FAMILIES[family])

@@ -1,4 +1,4 @@
-"""Attention backends of Diffusers: each runs what is local to a rank, under every method."""
+"""Attention backends of Diffusers: the chosen one computes each rank's local attention, under every method."""
 
 import math
 from contextlib import contextmanager
@@ -37,7 +37,7 @@ def scores(query, key, attn_mask, scale):
 
 
 def twice(query, key, value, attn_mask=None, scale=None, return_lse=False, _parallel_config=None):
-    """A kernel that nobody takes for another: its outputs are twice as large."""
+    """A kernel that tests can recognise: its outputs are doubled."""
     counts["calls"] += 1
     counts["lse"] += return_lse
     found = scores(query, key, attn_mask, scale)
@@ -51,7 +51,7 @@ def without_lse(query, key, value, scale=None):
 
 
 def lengths_only(query, key, value, attn_mask=None, scale=None, return_lse=False):
-    """As kernels that take lengths: of each batch entry, the first keys, as many as the mask shows."""
+    """Like kernels that take lengths: attend to the first keys of each batch entry, as many as the mask shows."""
     shown = attn_mask if attn_mask.ndim == 2 else attn_mask[:, 0, 0]
     places = torch.arange(key.shape[1]) < shown.sum(-1, keepdim=True)
     return twice(query, key, value, places[:, None, None], scale)
@@ -72,7 +72,7 @@ OWN = {"sage": twice, "xformers": without_lse, "sage_varlen": lengths_only}
 
 
 def drawn(path, degrees, call, backend, compile_blocks=False):
-    """A picture, and how often the registered backend was called, for an LSE too."""
+    """Return an image, and how often the registered backend was called, in total and for an LSE."""
     torch._dynamo.reset()
     counts.update(calls=0, lse=0)
     pipe = DiffusionPipeline.from_pretrained(path)
@@ -102,14 +102,14 @@ def test_the_chosen_backend_runs(pool, folder_of, backend, method):
         if backend == "sage":
             assert seen["calls"] and (seen["lse"] > 0) == (method == "ring")
         if backend == "xformers":
-            assert (seen["calls"] > 0) == (method != "ring")  # which needs an LSE
+            assert (seen["calls"] > 0) == (method != "ring")  # the ring requires an LSE
 
 
-UNABLE = ("longcat_audio",)  # Diffusers' flex takes no mask over the keys of cross-attention, also without a wrap
+UNABLE = ("longcat_audio",)  # Diffusers' flex takes no key mask in cross-attention, even without a wrap
 
 
 def errors_of_all_classes(backend, degrees):
-    """Of all classes that run, with whatever masks they have, beside ``native`` on one rank."""
+    """Return the errors of all supported classes, with their masks, relative to the default backend on one rank."""
     call, found = {"num_inference_steps": 1}, {}
     for family in FAMILIES:
         if not matrix.refusal(family, "ulysses2"):
@@ -152,20 +152,20 @@ def by_backend(name, degrees):
 
 
 def running_backend(name):
-    """As Diffusers' context manager, for a backend whose package is absent."""
+    """Like Diffusers' context manager, for a backend without its package."""
     registry = attention_dispatch._AttentionBackendRegistry
     return replaced(registry, "_active_backend", attention_dispatch.AttentionBackendName(name))
 
 
 def test_kernels_that_take_lengths(pool):
-    """Shards of padded text are not at the end of what a rank attends to."""
+    """The padding of text shards is not at the end of the keys that a rank attends to."""
     expected = pool.run(1, by_backend, "sage", None)[0]
     for latents in pool.run(2, by_backend, "sage_varlen", {"ulysses_degree": 2}):
         assert matrix.error(latents, expected) <= matrix.TOLERANCE
 
 
 def graphs_of_flex(path, call):
-    """Graphs behind each of two calls, and functions that were compiled for it and are kept."""
+    """Return the number of graphs after each of two calls, and of compiled functions that are cached."""
     torch._dynamo.reset()
     counters.clear()
     pipe, found = DiffusionPipeline.from_pretrained(path), []
@@ -191,7 +191,7 @@ def test_flex_in_compiled_blocks_is_compiled(pool, folder_of):
 
 
 def given_windows():
-    """A backend's argument that says what attention over several ranks would lose."""
+    """Pass a backend argument that cannot be split over ranks."""
     q = torch.zeros(1, 4, 2, 8)
     module = torch.nn.Identity()
     module.forward = lambda x: attention_dispatch.dispatch_attention_fn(

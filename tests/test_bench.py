@@ -1,4 +1,4 @@
-"""The bench: what it counts, what it writes, and what it refuses."""
+"""The bench: its counts, its output, and its refusals."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def xdit(folder, *flags):
 
 @pytest.mark.matrix
 def test_bench_reports_what_configurations_cost(tmp_path):
-    """By counters that are known beforehand; PixArt has no peer in Diffusers."""
+    """The expected counts are known; Diffusers has no context parallelism for PixArt to compare with."""
     degrees = ("ulysses", "ring", "pipefusion_parallel", "tensor_parallel", "distrifusion")
     configs = [*(f"{name}_degree=2" for name in degrees), "use_cfg_parallel"]
     flags = ("--case", "tiny", "--configs", *configs, "--rounds", "1")
@@ -49,7 +49,9 @@ def test_bench_reports_what_configurations_cost(tmp_path):
     stream, layers = 128 * 32 * 4, 4
     assert [sent["all_to_all_single"] for sent in ulysses["sent"]] == [stream * layers] * 2
     assert [sent["send"] for sent in ring["sent"]] == [stream * layers] * 2
-    assert [sent["all_reduce"] for sent in tensor["sent"]] == [stream * layers * 3] * 2  # one for cross-attention
+    assert [sent["all_reduce"] for sent in tensor["sent"]] == [
+        stream * layers * 3
+    ] * 2  # one of them for cross-attention
     assert pipefusion["sent"][0]["send"] == stream > pipefusion["sent"][1]["send"]
     assert all(sum(sent.values()) < stream for sent in guidance["sent"])
     whole = run["serial"]["parameters"][0]
@@ -70,7 +72,7 @@ PREDICTS = """
 import sys
 from xfuser.bench import predict
 from xfuser.bench.command import main
-predict.MODELS = ("tiny",)  # in the place of four that take two minutes each
+predict.MODELS = ("tiny",)  # instead of four models that take two minutes each
 sys.exit(main(["--predict", "--rounds", "1", "--configs", "ulysses_degree=2", "distrifusion_degree=2"]))
 """
 
@@ -106,7 +108,7 @@ def test_bench_tells_what_compiled_blocks_bring(tmp_path):
 
 
 def quality_on_a_rank(folder, flags):
-    """``xdit quality`` as torchrun starts it, on one rank."""
+    """Run ``xdit quality`` as torchrun starts it, on one rank."""
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1"}
     os.chdir(folder)
     try:
@@ -117,9 +119,9 @@ def quality_on_a_rank(folder, flags):
 
 
 def test_quality_compares_pictures_with_serial(tmp_path, pool):
-    """The shipped pipeline: exact under what is exact, near under PipeFusion, and right about the prompt.
+    """The shipped pipeline equals serial under exact methods, is close under PipeFusion, and follows the prompt.
 
-    On black, since a single-precision SSIM of equal bright flat areas is not 1 to four digits.
+    The background is black, as the single-precision SSIM of equal bright flat areas is not 1 to four digits.
     """
     (tmp_path / "prompts.txt").write_text(
         "a red circle above a blue square on a black background\n\n two red squares on a black background \n"
@@ -139,7 +141,7 @@ def test_quality_compares_pictures_with_serial(tmp_path, pool):
 
 
 class Colours(torch.nn.Module):
-    """Stands for a network of features: mean colours of quarters."""
+    """Replaces a feature network: returns the mean colours of quarters."""
 
     def forward(self, x):
         return torch.nn.functional.adaptive_avg_pool2d(x.float() / 255, 2).flatten(1)
@@ -165,7 +167,7 @@ def test_measures_of_pictures(tmp_path):
 
 
 def collectives():
-    """Bytes that this rank sends, by operation; and whether waiting was seen."""
+    """Return the bytes that this rank sends, by operation, and whether waits were recorded."""
     x, world = torch.ones(12), dist.group.WORLD
     with traffic() as sent, waiting() as waits:
         dist.all_reduce(x)
@@ -196,7 +198,7 @@ def test_live_memory_knows_what_outlives_an_epoch():
 
 
 def against_diffusers():
-    """Flux by our Ulysses and by Diffusers' own."""
+    """Run Flux with Ulysses of xfuser and of Diffusers."""
     init_distributed_environment()
     workload = Workload(xFuserArgs(), "tiny-joint")
     (ulysses,) = configurations(["ulysses_degree=2"], [2], xFuserArgs())
@@ -221,7 +223,7 @@ CONFIGS = [
 
 
 def of_a_model(path):
-    """A pipeline of a folder, under configurations that divide weights and some that do not, in turn."""
+    """Run a saved pipeline under configurations that alternately shard weights and do not."""
     init_distributed_environment()
     size = {"height": 80, "width": 48, "no_use_resolution_binning": True, "max_sequence_length": 7}
     args = xFuserArgs(model=path, prompt=["a cat"], num_inference_steps=2, **size)
@@ -244,7 +246,7 @@ def names(texts, ranks=(2,), **base):
 
 
 def test_presets_follow_the_flags_of_the_library():
-    """Degrees that are added to the flags are in the presets without more ado."""
+    """New degree flags appear in the presets automatically."""
     assert {"ulysses_degree=2", "ring_degree=2", "pipefusion_parallel_degree=2"} <= set(names(["methods"]))
     assert "use_cfg_parallel ring_degree=2" in names(None, (4,)) and "use_cfg_parallel" in names(None, (2,))
     assert not any("data_parallel" in name for name in names(None, (2, 4)))

@@ -1,4 +1,4 @@
-"""A cache over several calls of a pipeline, beside what else is done to it; and the caches that are refused."""
+"""Caches over several calls of a pipeline and together with other features, and the caches that are refused."""
 
 import diffusers
 import numpy as np
@@ -38,7 +38,7 @@ def stop(pipe, step, timestep, values):
 
 
 def calls(path, degrees, config):
-    """A call, the same again, one of fewer steps, one that is aborted, and the first again."""
+    """Run a call, the same call again, one with fewer steps, one that is aborted, and the first one again."""
     pipe = fresh(path)
     pipe.transformer.enable_cache(config)
     wrapped = running.wrap(pipe, degrees)
@@ -60,7 +60,7 @@ def test_every_call_begins_anew(pool, folder_of, config):
 
 
 def beside(path, degrees, what):
-    """A picture of a cached pipeline that is compiled, offloaded, or has an adapter; and the share skipped."""
+    """Return an image of a cached pipeline that is compiled, offloaded, or has an adapter, and the skipped fraction."""
     torch._dynamo.reset()
     pipe = fresh(path)
     pipe.transformer.enable_cache(diffusers.FirstBlockCacheConfig(0.9) if what == "lora" else FIRST_BLOCK)
@@ -82,7 +82,7 @@ def test_beside_what_else_is_done(pool, folder_of, what):
 
 
 def by_flags(path, flags):
-    """A picture by flags; whether unwrap() gives back what was."""
+    """Return an image with these flags, and whether unwrap() restores the pipeline."""
     pipe = fresh(path)
     wrapped = running.wrap(pipe, flags)
     picture = drawn(wrapped)
@@ -92,7 +92,7 @@ def by_flags(path, flags):
 
 
 def enabled(path, degrees):
-    """A picture of a pipeline that had a cache before the wrap, and has it behind unwrap(): drawn by both."""
+    """Return images of a pipeline with a cache enabled before the wrap: wrapped, and after unwrap()."""
     pipe = fresh(path)
     pipe.transformer.enable_cache(FIRST_BLOCK)
     wrapped = running.wrap(pipe, degrees)
@@ -115,7 +115,7 @@ def test_flags_are_the_caches_of_diffusers(pool, folder_of):
 
 
 def agreed(path):
-    """Bytes that a call's forwards send in reductions: those of their decisions."""
+    """Return the bytes that a call's forwards send in reductions, which are those of their decisions."""
     pipe = fresh(path)
     pipe.transformer.enable_cache(FIRST_BLOCK)
     wrapped = running.wrap(pipe, {"ulysses_degree": 2})
@@ -195,7 +195,7 @@ SEA = diffusers.SeaCacheConfig(threshold=0.6)
 
 
 def cached_whole(path, name, degrees, config, images):
-    """A video of a pipeline that gives its caches a context, and how many blocks ran."""
+    """Return a video of a pipeline that gives its caches a context, and the number of blocks that ran."""
     pipe, ran = whole.loaded(path, name), []
     models = [model for key, model in pipe.components.items() if key.startswith("transformer") and model is not None]
     hooks = [

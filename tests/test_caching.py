@@ -1,4 +1,4 @@
-"""Caches under every method: what one rank skips, all skip, and the picture is the same."""
+"""Caches under every method: all ranks skip what one rank skips, and the image is the same."""
 
 import caches
 import pytest
@@ -110,7 +110,7 @@ def check_flagged(pool, family, ranks, flags, call, expected, skipped):
     for rank, results in enumerate(pool.run(ranks, caches.draw_flagged, family, flags, call)):
         for latents, own in results:
             if rank == 0 and flags.get("use_fbcache") and flags.get("pipefusion_parallel_degree") == 4:
-                assert not any(own.values())  # it has the first block alone
+                assert not any(own.values())  # this stage has only the first block
             else:
                 assert own.items() <= skipped.items()
             assert len(own) == len(skipped) or flags.get("use_cfg_parallel")

@@ -1,6 +1,6 @@
 """Random cases: every rank skips what serial skips, and the result is the same.
 
-``CACHING_CASES=500 pytest tests/test_caching_random.py`` runs as many.
+``CACHING_CASES=500 pytest tests/test_caching_random.py`` runs 500 cases.
 """
 
 import math
@@ -40,7 +40,7 @@ def test_all_ranks_skip_what_serial_skips(pool, data):
         "seed": data.draw(st.integers(0, 99)),
     }
     kind = data.draw(st.sampled_from(["FirstBlockCacheConfig"] * 4 + list(COUNTING)))
-    # One state for the two calls of a step is refused.
+    # A cache with one state for both calls of a step is refused.
     assume(not (kind == "PyramidAttentionBroadcastConfig" and CFG in degrees and call["guidance"] == "sequential"))
     options = COUNTING.get(kind)
     if options is None:

@@ -1,7 +1,7 @@
 """Models that are changed while they are wrapped: adapters (LoRA) and fused projections.
 
-What is wrapped computes what the changed model computes on one rank, and unwrap() gives everything back, or refuses
-with what to do before anything is changed.
+The wrapped model equals the changed model on one rank. unwrap() restores everything, or raises an error that says what
+to do before it changes anything.
 """
 
 from unittest import mock
@@ -16,12 +16,12 @@ from xfuser.core.tensor_parallel import structure
 
 FSDP = {"ulysses_degree": 2, "fully_shard_degree": 2}
 TENSOR = {"tensor_parallel_degree": 2}
-PIPED = {"pipefusion_parallel_degree": 2, "warmup_steps": 3}  # as many as there are
-everything = mock.patch.object(structure, "SMALLEST", 1)  # small layers, too
+PIPED = {"pipefusion_parallel_degree": 2, "warmup_steps": 3}  # all steps are warm-up steps
+everything = mock.patch.object(structure, "SMALLEST", 1)  # shard small layers as well
 
 
 def adapter(pipe, rank=2, layers=("attn.to_q", "attn.to_v"), seed=3):
-    """A LoRA for layers of a pipeline's transformer."""
+    """Return a LoRA for layers of a pipeline's transformer."""
     numbers, weights = torch.Generator().manual_seed(seed), {}
     for name, layer in pipe.transformer.named_modules():
         if name.endswith(layers) and name != "proj_out":
@@ -54,7 +54,7 @@ CHANGES = {
 
 
 def changed(path, degrees, call, change, only=None):
-    """Pictures of the changed and the restored model, what unwrap() said, and whether all weights are there again."""
+    """Return images of the changed and the restored model, unwrap()'s message, and whether all weights are restored."""
     pipe = fresh(path)
     lora, before = adapter(pipe), {name: x.clone() for name, x in pipe.transformer.state_dict().items()}
     do, undo = CHANGES[change]
@@ -70,7 +70,7 @@ def changed(path, degrees, call, change, only=None):
         wrapped.unwrap()
     except ValueError as error:
         told = str(error)
-        if picture is not None:  # nothing was changed by the refusal
+        if picture is not None:  # the refusal has changed nothing
             assert running.error(drawn(wrapped, call), picture) <= running.TOLERANCE
         if alone:
             undo(wrapped)
@@ -107,7 +107,7 @@ EVERYWHERE = ("to_q", "to_v", "to_out.0", "add_k_proj", "ff.net.0.proj", "ff.net
 
 
 def loads_late(path, degrees, call):
-    """Pictures with adapters that come, change, are fused and go behind the wrap, and whether all weights are there."""
+    """Load, change, fuse and unload adapters after the wrap; return images, and whether all weights are restored."""
     pipe = fresh(path)
     loras = {
         name: adapter(pipe, *more) for name, more in {"a": (2, EVERYWHERE), "b": (3,), "c": (2, EVERYWHERE, 7)}.items()
@@ -150,11 +150,11 @@ def test_adapters_come_and_go_behind_the_wrap(pool, folder_of, adapted, degrees)
     for pictures, changed_by in pool.run(2, loads_late, path, degrees, call):
         errors = [running.error(*pair) for pair in zip(pictures, adapted, strict=True)]
         assert max(errors) <= running.TOLERANCE
-        assert changed_by <= 1e-5  # fused and unfused
+        assert changed_by <= 1e-5  # fused equals unfused
 
 
 def fuses_late(path, call):
-    """What a pipeline in shares says to methods that fuse weights, and the picture and weights behind it."""
+    """Return the messages of a sharded pipeline's methods that fuse weights, and the image and weights after them."""
     pipe = fresh(path)
     before = {name: x.clone() for name, x in pipe.transformer.state_dict().items()}
     wrapped = running.wrap(pipe, FSDP)
@@ -179,7 +179,7 @@ def test_models_in_shares_refuse_to_fuse_weights(pool, folder_of):
 
 
 def loads_early(path, degrees, call):
-    """Adapted before the wrap; pictures with and without the adapter, and whether unwrap() gave all back."""
+    """Load adapters before the wrap; return images with and without them, and whether unwrap() restored everything."""
     pipe = fresh(path)
     pipe.load_lora_weights(adapter(pipe))
     wrapped = running.wrap(pipe, degrees)
@@ -193,7 +193,7 @@ def loads_early(path, degrees, call):
 
 @pytest.mark.parametrize("degrees", [TENSOR, FSDP])
 def test_adapters_that_are_there_before_the_wrap_are_divided(pool, folder_of, degrees):
-    """Tensor-parallel models may lose them while they are wrapped, too."""
+    """Adapters of tensor-parallel models can also be unloaded while the models are wrapped."""
     path, call = folder_of("flux"), tiny.call_of("flux", 1)
     bare, expected = running.bare(path, call), changed(path, None, call, "lora")
     for adapted, plain, after in pool.run(2, loads_early, path, degrees, call):

@@ -1,6 +1,6 @@
-"""Whole programs as a user starts them: xdit, the examples by torchrun, and how they fail.
+"""Whole programs as a user starts them: xdit, the examples under torchrun, and their failures.
 
-Starting processes that import torch and Diffusers costs seconds: most programs run in the ranks of the pool.
+Starting processes that import torch and Diffusers takes seconds, so most programs run in the ranks of the pool.
 """
 
 import io
@@ -51,7 +51,7 @@ def torchrun(folder, ranks, script, *flags):
 
 @contextmanager
 def program(folder, *arguments):
-    """Within the context, a program's folder and arguments, and what it prints; RANK is set as by a launcher."""
+    """Within the context, set a program's folder and arguments, and RANK as a launcher does, and capture its output."""
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as told:
         patch.chdir(folder)
         patch.setattr(sys, "argv", list(map(str, arguments)))
@@ -102,7 +102,7 @@ def test_xdit_draws_the_same_on_one_rank_two_and_four(pool, tmp_path, folder_of)
 
 
 def test_xdit_draws_a_preview_of_what_two_stages_draw(pool, tmp_path):
-    """PipeFusion on the shipped pipeline: four patches look the same on one rank and on two."""
+    """PipeFusion on the shipped pipeline: four patches give the same image on one rank and on two."""
     common = ("--prompt", "a red circle above a blue square", "--num_inference_steps", "4", "--num_pipeline_patch", "4")
     pool.run(1, xdit_in_rank, tmp_path, *common, "--output_dir", "one")
     pool.run(2, xdit_in_rank, tmp_path, *common, "--output_dir", "two", "--pipefusion_parallel_degree", "2")
@@ -125,7 +125,7 @@ VIDEO = (
 
 
 def test_xdit_saves_a_video(pool, tmp_path):
-    """On two ranks, as MP4; without the encoder's program, as GIF of as many frames."""
+    """On two ranks: as MP4, or as a GIF with the same number of frames if the encoder is not installed."""
     common = ("--model", whole.save("ltx", tmp_path), *VIDEO)
     degrees = ("--ulysses_degree", "2", "--use_parallel_vae", "--output_dir", "two")
     told, _ = pool.run(2, xdit_in_rank, tmp_path, *common, *degrees)
@@ -163,7 +163,7 @@ def test_every_example_is_tested():
 
 
 def edited(folder_of, tmp_path, changes):
-    """A pipeline folder whose model_index.json is changed."""
+    """Return a pipeline folder with a changed model_index.json."""
     folder = tmp_path / "model"
     folder.mkdir()
     index = json.loads(Path(folder_of("pixart_sigma"), "model_index.json").read_text())
@@ -189,7 +189,7 @@ def test_xdit_refuses_bad_input_once(tmp_path, monkeypatch, capsys, flags, messa
 
 
 def refused(folder, monkeypatch, capsys, *flags):
-    """What ``xdit`` says, run in this process; it must fail."""
+    """Run ``xdit`` in this process, and return its error; it must fail."""
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", ["xdit", *map(str, flags)])
     assert cli.main() == 1
@@ -210,7 +210,7 @@ def test_xdit_refuses_unknown_transformers_and_unets_before_loading(tmp_path, fo
 
 
 def test_ranks_fail_with_one_message(tmp_path, folder_of):
-    """Bad input under torchrun: rank 0 says it, the others are quiet."""
+    """Bad input under torchrun: only rank 0 prints the error."""
     flags = ("--model", folder_of("pixart_sigma"), "--prompt", "x", "--ulysses_degree", "3")
     done = torchrun(tmp_path, 2, ROOT / "examples/pixartsigma_example.py", *flags)
     assert done.returncode == 1 and done.stderr.count("\nValueError: ") == 1, done.stderr

@@ -1,4 +1,4 @@
-"""Compiled blocks: the picture is right under every method, graphs are counted, and unwrap() gives back what was."""
+"""Compiled blocks: images are right under every method, graphs are counted, and unwrap() restores the pipeline."""
 
 from dataclasses import replace
 
@@ -50,7 +50,7 @@ WAYS = (whole, in_place, blocks, replaced_blocks)
 
 
 def compiled_parts(pipe):
-    """The class and the compiled call of each module."""
+    """Return the class and the compiled call of each module."""
     return [(type(one).__name__, vars(one).get("_compiled_call_impl")) for one in pipe.transformer.modules()]
 
 
@@ -62,10 +62,10 @@ def fresh(path):
 
 
 def draw(path, degrees, call, way):
-    """A picture of a pipeline that was compiled and called before the wrap; whether it is compiled after unwrap()."""
+    """Return an image of a pipeline compiled and called before the wrap, and whether unwrap() leaves it compiled."""
     pipe = fresh(path)
     way(pipe)
-    pipe(**call, generator=running.seeded())  # compiled code is there, without hooks
+    pipe(**call, generator=running.seeded())  # compiles code without hooks
     given, before = pipe.transformer, compiled_parts(pipe)
     parallel = running.wrap(pipe, degrees)
     picture = running.array(parallel(**call, generator=running.seeded()))
@@ -97,7 +97,7 @@ def test_modules_that_are_compiled_in_place_or_within(pool, folder_of, way, meth
 
 
 def compiled_late(path, call):
-    """Compiled through the wrapper: pictures of its calls, and of a loop that calls what was compiled itself."""
+    """Compile through the wrapper; return images of its calls, and of a loop that calls the compiled model directly."""
     pipe = fresh(path)
     parallel = running.wrap(pipe, {"ulysses_degree": 2})
     plain = pipe.transformer
@@ -123,11 +123,11 @@ def test_what_is_compiled_behind_the_wrap_is_parallel_too(pool, folder_of):
     path, call = folder_of("sd3"), tiny.call_of("sd3")
     for picture, difference, seen in pool.run(2, compiled_late, path, call):
         assert running.error(picture, running.bare(path, call)) <= running.TOLERANCE
-        assert difference <= running.TOLERANCE and seen[0] in (7, 8)  # of 15 tokens
+        assert difference <= running.TOLERANCE and seen[0] in (7, 8)  # shards of 15 tokens
 
 
 def bare_loop(family):
-    """parallelize() of a compiled transformer with a plan: registered for the model's class, not the compiler's."""
+    """Call parallelize() on a compiled transformer; its plan is that of the model's class, not of the compiler's."""
     torch.manual_seed(0)
     model = FAMILIES[family].build()
     register = plan_of(model)
@@ -147,11 +147,11 @@ def test_a_compiled_transformer_in_a_loop(pool):
         assert difference <= running.TOLERANCE
 
 
-# Graphs: what is counted is the same with any backend; "eager" traces, "aot_eager" also takes what is traced apart into
+# The number of graphs is the same with any backend; "eager" only traces, "aot_eager" also decomposes the traced code to
 # functional operators, and neither compiles C++.
 
 COUNTED = ("flux", "pixart", "sd3", "wan", "qwen_image", "hunyuan_video", "ltx", "flux2", "z_image", "cogvideox")
-UNLIKE = ("flux", "sd3", "wan")  # under products of two methods, too, and those that leave a forward's tokens whole
+UNLIKE = ("flux", "sd3", "wan")  # also under products of two methods, CFG and data parallelism
 CELLS = [
     (family, method)
     for family in COUNTED
@@ -166,12 +166,12 @@ GRAPHS = {
     "hunyuan_video": 2,
     "sd3": 3,
     "wan_vace": 3,
-}  # classes; of SD3, blocks with and without attn2, and the last; of Wan VACE, the first of the hints, too
+}  # classes of blocks; SD3: with and without attn2, and the last one; Wan VACE: also the first block of the hints
 CALL = {"num_inference_steps": 4, "images": 2}
 
 
 def varied(name, changes):
-    """A family of the zoo, with other configuration or latents."""
+    """Return a family of the zoo with a changed configuration or other latents."""
     family = FAMILIES[name]
     return replace(
         family, config=family.config | changes.get("config", {}), latents=changes.get("latents", family.latents)
@@ -179,7 +179,7 @@ def varied(name, changes):
 
 
 def compiled_loop(family, degrees, backend):
-    """A wrapped loop whose transformer was compiled before the wrap."""
+    """Return a wrapped loop whose transformer was compiled before the wrap."""
     torch._dynamo.reset()
     counters.clear()
     loop = loop_of(family)
@@ -188,7 +188,7 @@ def compiled_loop(family, degrees, backend):
 
 
 def graphs_of(name, degrees, changes=({}, {}), backend="eager"):
-    """Latents of a call for each of the changes, by the transformer of the first; graphs and breaks behind each."""
+    """Call the transformer of the first change once for each change; return latents, and graphs and breaks so far."""
     families = [varied(name, one) for one in changes]
     pipe = compiled_loop(families[0], degrees, backend)
     called = [(pipe(family, **CALL), counters["stats"]["unique_graphs"]) for family in families]
@@ -218,7 +218,7 @@ OTHERS = [
 
 
 def breaks_of(name, degrees):
-    """Latents, graphs, and why graphs broke."""
+    """Return latents, the number of graphs, and the reasons of graph breaks."""
     pipe = compiled_loop(FAMILIES[name], degrees, "eager")
     return pipe(FAMILIES[name], **CALL), counters["stats"]["unique_graphs"], set(counters["graph_break"])
 
@@ -242,7 +242,7 @@ def test_graphs_do_not_depend_on_the_depth(pool):
 
 
 def graphs_by_text(path, degrees, calls):
-    """A picture for each length of the text, and the graphs and breaks behind it."""
+    """Return an image for each length of the text, and the graphs and breaks after it."""
     pipe = fresh(path)
     counters.clear()
     pipe.transformer = torch.compile(pipe.transformer, backend="aot_eager")
@@ -279,7 +279,7 @@ def test_inductor_draws_what_is_drawn_without_it(pool):
 
 
 def unlike(name):
-    """How far a compiled transformer that is not wrapped is off while a wrapped one is active."""
+    """Return the error of a compiled transformer that is not wrapped, while a wrapped one is active."""
     family = FAMILIES[name]
     wrapped, bare = compiled_loop(family, {"ulysses_degree": 2}, "aot_eager"), loop_of(family)
     before = bare(family, **CALL)
@@ -294,10 +294,10 @@ def test_models_that_are_not_wrapped_are_left_alone(pool):
 
 
 def broken(name):
-    """A call whose blocks a compiler fails on."""
+    """Run a call whose blocks fail to compile."""
 
     def fails(graph, inputs):
-        raise RuntimeError("no code today")
+        raise RuntimeError("cannot compile this graph")
 
     family = FAMILIES[name]
     return compiled_loop(family, {"ulysses_degree": 2}, fails)(family, **CALL)

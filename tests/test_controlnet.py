@@ -1,4 +1,4 @@
-"""ControlNets under PipeFusion: synchronous steps equal serial, the others the oracle, on any number of stages."""
+"""ControlNets under PipeFusion: synchronous steps equal serial, other steps equal the oracle, for all stage counts."""
 
 import controlled
 import diffusers
@@ -20,7 +20,7 @@ def path_of(folder_of, tmp_path_factory):
 
 
 def check(pool, ranks, path, kind, asked, expected):
-    """``expected``: one picture for each of the degrees asked for."""
+    """Compare with ``expected``: one image for each of the requested degrees."""
     for pictures in pool.run(ranks, controlled.drawn, path, kind, asked):
         for picture, reference in zip(pictures, expected, strict=True):
             assert running.error(picture, reference) <= running.TOLERANCE
@@ -30,7 +30,7 @@ def check(pool, ranks, path, kind, asked, expected):
 def test_patches_equal_the_oracle(pool, path_of, kind):
     path = path_of(kind)
     serial, two, three = (controlled.draw(path, kind, asked) for asked in (None, (2, 1), (3, 1)))
-    assert min(running.error(two, serial), running.error(three, serial)) > 1e-3  # staleness shows
+    assert min(running.error(two, serial), running.error(three, serial)) > 1e-3  # staleness has an effect
     asked = [degrees(2, 3, 4), degrees(2, 2, 1), degrees(2, 3, 1)]
     check(pool, 2, path, kind, asked, [serial, two, three])
     hybrids = [degrees(2, 2, 1, ulysses_degree=2), degrees(2, 3, 1, ring_degree=2)]

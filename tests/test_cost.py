@@ -1,4 +1,4 @@
-"""What the methods send, compute and hold: counted, not timed."""
+"""Communication, computation and memory of the methods: counted, not timed."""
 
 import pytest
 import running
@@ -34,7 +34,7 @@ def sent(degrees, batch):
 
 
 def output_bytes(ranks):
-    return (ranks - 1) * TOKENS // ranks * 2 * 2 * 8 * BYTES  # 2 x 2 pixels of 8 channels a token
+    return (ranks - 1) * TOKENS // ranks * 2 * 2 * 8 * BYTES  # 2 x 2 pixels of 8 channels per token
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -76,7 +76,7 @@ def test_activations_shrink_with_the_degree(pool, kind):
 
 
 def block_calls(path, degrees, call):
-    """Forwards of the first block, and rows that each had."""
+    """Return the batch entries of each forward of the first block."""
     pipe = running.loaded(path)
     rows = []
     block = pipe.transformer.transformer_blocks[0]
@@ -120,7 +120,7 @@ def pipefusion(patches, stages, **others):
 
 
 def wider(family, blocks=16, width=64):
-    """A tiny pipeline with a transformer that is large beside its embeddings."""
+    """Return a tiny pipeline with a transformer that is large relative to its embeddings."""
     torch.manual_seed(0)
     pipe = tiny.FAMILIES[family]()
     sizes = {"num_attention_heads": 4, "attention_head_dim": width // 4, "num_layers": blocks}
@@ -173,7 +173,7 @@ def test_pipefusion_sends_activations_once_a_hop(pool, stages):
     tokens, hidden, blocks, steps = 256, 64, 16, 6
     results = [sent for sent, _ in pool.run(stages, sent_by_pipeline, pipefusion(4, stages), steps)]
     hop, latents = tokens * hidden * BYTES, tokens * 2 * 2 * 4 * BYTES
-    # The first step is synchronous and the last one is made whole for all, so the latents of the others travel.
+    # The first step is synchronous, and all ranks get the last one's result, so only the other steps send latents.
     assert [sent.get("send") for sent in results] == [hop * steps] * (stages - 1) + [latents * (steps - 2)]
     by_ulysses = [sent for sent, _ in pool.run(stages, sent_by_pipeline, {"ulysses_degree": stages}, steps)]
     assert all(sent["send"] * blocks <= by_ulysses[0]["all_to_all_single"] * stages / 2 for sent in results)
@@ -211,6 +211,6 @@ def held_ahead_of_decoding(degrees):
 
 def test_pipefusion_holds_no_keys_and_values_when_the_vae_decodes(pool):
     (serial,) = pool.run(1, held_ahead_of_decoding, {})[0]
-    keys_and_values = 8 * 2 * (256 + 32) * 64 * BYTES  # of a stage's blocks; latents are kept in some places
+    keys_and_values = 8 * 2 * (256 + 32) * 64 * BYTES  # of a stage's blocks; some latents are also kept
     for (held,) in pool.run(2, held_ahead_of_decoding, pipefusion(4, 2)):
         assert held <= serial + keys_and_values / 2

@@ -53,7 +53,7 @@ def test_shares_are_even_to_one(total, parts):
 
 
 def limits_of_groups():
-    """Time limits of the groups of a configuration, for collectives on the CPU."""
+    """Return the timeouts of the groups of a configuration, for collectives on the CPU."""
     before, ending.TIME_LIMIT = ending.TIME_LIMIT, timedelta(minutes=33)
     try:
         join_groups(xFuserArgs(ulysses_degree=2).create_config()[0])
@@ -79,7 +79,7 @@ def collectives():
     group = distributed.get_world_group()
     rank, size = group.rank_in_group, group.world_size
     uneven = torch.arange(2.0 * (rank + 1)).reshape(rank + 1, 2) + 10 * rank
-    gathered = group.all_gather(uneven.T, dim=1)  # not contiguous, another length on each rank
+    gathered = group.all_gather(uneven.T, dim=1)  # not contiguous, with a different length on each rank
     expected = torch.cat([torch.arange(2.0 * (r + 1)).reshape(r + 1, 2) + 10 * r for r in range(size)]).T
     assert torch.equal(gathered, expected)
     parts = group.all_gather(torch.full((2, rank), float(rank)), dim=-1, separate_tensors=True)
@@ -163,7 +163,7 @@ def test_one_process_needs_no_launcher():
 
 @pytest.fixture
 def asked(monkeypatch):
-    """What touches one of four accelerators that torch believes to have, in order."""
+    """The calls that touch one of four fake accelerators, in order."""
     yield accelerator.install(monkeypatch)
     running.leave()
 
@@ -184,7 +184,7 @@ def test_a_rank_that_is_given_by_number_chooses_its_device(asked, monkeypatch):
     distributed.init_distributed_environment(world_size=4, rank=2)
     bound = {"device_id": torch.device("cuda", 2)}
     assert asked == [("set_device_index", 2), ("init_process_group", "nccl", bound | {"timeout": ending.TIME_LIMIT})]
-    assert devices.group_options(2, "gloo") == {}  # it is of no device
+    assert devices.group_options(2, "gloo") == {}  # gloo has no device
 
 
 def test_what_starts_ranks_touches_no_device(asked, monkeypatch):
@@ -203,8 +203,8 @@ def test_a_plan_touches_no_device(asked, monkeypatch, capsys):
     assert asked == []
 
 
-# A thread that asks for the interpreter's lock gets it when the main thread waits for something, and not before: what
-# gloo's threads still hold at the end, they hold while the interpreter shuts down.
+# With a long switch interval, a thread gets the interpreter's lock only when the main thread waits. So objects that
+# gloo's threads still hold at the end are held while the interpreter shuts down.
 PREPARED = """
 import atexit, os, signal, sys, time, torch, torch.distributed as dist
 from xfuser.core import distributed
@@ -299,7 +299,7 @@ CODES = {
     "after the other rank was killed": [0, -9],
     "after one rank failed": [1, 1],
     "after an error that one rank caught": [1, 0],
-}  # of the others: 0 and 0
+}  # all others: 0 and 0
 
 
 @pytest.mark.parametrize("end", ENDS)
@@ -321,7 +321,7 @@ def test_scripts_of_users_simply_end(name, monkeypatch):
 
 
 def of_rank_0():
-    """What a call draws from where ranks were given different things, by position and by name."""
+    """Return the inputs that a call uses if ranks pass different ones, by position and by name."""
     xFuserArgs(ulysses_degree=2).create_config()
     rank = dist.get_rank()
     generator, latents = torch.Generator().manual_seed(rank), torch.full((2, 3), float(rank))

@@ -1,4 +1,4 @@
-"""DistriFusion and naive patches of transformers: equal to what they are defined as, on any number of ranks."""
+"""DistriFusion and naive patches of transformers equal their definitions, on any number of ranks."""
 
 import pytest
 import running
@@ -18,7 +18,7 @@ def call_of(family, images=1, **changes):
 
 
 def defined(path, call, semantics, scheduler=None):
-    """What the bare pipeline draws within a context of the oracle."""
+    """Run the unwrapped pipeline within a context of the oracle."""
     pipe = running.loaded(path)
     original = pipe.scheduler
     pipe.scheduler = scheduler.from_config(original.config) if scheduler else original
@@ -49,7 +49,7 @@ def test_asynchronous_steps_equal_the_oracle(pool, folder_of, family, mode):
     serial = running.bare(path, call)
     for ranks, warmup in ((2, 1), (3, 2), (4, 0)):
         expected = defined(path, call, lambda pipe: oracle.distrifusion(pipe, ranks, warmup, mode != "no_sync"))  # noqa: B023
-        assert warmup == 2 or running.error(expected, serial) >= 1e-2  # staleness shows
+        assert warmup == 2 or running.error(expected, serial) >= 1e-2  # staleness has an effect
         check(pool, ranks, path, degrees(ranks, warmup, distrifusion_mode=mode), call, expected)
 
 
@@ -63,7 +63,7 @@ def test_hybrids_equal_the_oracle(pool, folder_of, family, hybrid, images):
 
 
 def test_guidance_in_two_calls_keeps_their_keys_apart(pool, folder_of):
-    """Flux' true guidance: each branch has the keys and values of its own last call, also on ranks of its own."""
+    """Flux' true guidance: each branch has the KV of its own previous call, also if it has its own ranks."""
     path = folder_of("flux", True)
     call = call_of("flux", 3, true_cfg_scale=3.0, negative_prompt=["an old fox"] * 3)
     expected = defined(path, call, lambda pipe: oracle.distrifusion(pipe, 2, 1))
@@ -90,7 +90,7 @@ def test_naive_patches_know_nothing_of_each_other(pool, folder_of, family, schem
 
 
 def test_a_second_picture_starts_anew(pool, folder_of):
-    """Also of another size: nothing is left of the first one's keys and values."""
+    """Nothing is left of the first image's KV, also if the second one has another size."""
     path = folder_of("sd3", True)
     calls = [call_of("sd3"), call_of("sd3", 2, height=48), call_of("sd3")]
     expected = [defined(path, call, lambda pipe: oracle.distrifusion(pipe, 2, 1)) for call in calls]

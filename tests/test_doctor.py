@@ -1,4 +1,4 @@
-"""What ``xdit doctor`` prints: here, and where there are GPUs."""
+"""The output of ``xdit doctor``, on this machine and with (fake) GPUs."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Code that brings its own forward: process groups, attention over shares, and tensor parallelism, as it calls them."""
+"""Process groups, attention over shards and tensor parallelism, as models with their own forward call them."""
 
 import inspect
 import subprocess
@@ -43,7 +43,7 @@ everywhere = pytest.mark.parametrize("place", PLACES)
 
 
 def start(**degrees):
-    """As a client's own main: its process group is there (the pool's), ours is made from it."""
+    """Initialise as a client does: its process group exists (the pool's), and ours is created from it."""
     init_distributed_environment(rank=dist.get_rank(), world_size=dist.get_world_size())
     initialize_model_parallel(**degrees)
 
@@ -68,18 +68,18 @@ def error(a, b):
 
 CASES = [  # tokens of each rank, query heads, key heads, joint tokens, strategy, dtype, causal
     ((5, 5, 5, 5), 4, 4, 0, "none", torch.float32, False),
-    ((5, 5, 6, 5), 4, 4, 0, "none", torch.float32, False),  # rank 0 as before, others not
+    ((5, 5, 6, 5), 4, 4, 0, "none", torch.float32, False),  # rank 0 has as many as before, but not all ranks do
     ((5, 3, 0, 7), 6, 2, 0, "none", torch.float32, True),
     ((3, 6, 2, 1), 3, 3, 4, "front", torch.float32, False),
     ((0, 2, 2, 5), 4, 1, 7, "rear", torch.float32, False),
     ((4, 4, 4, 4), 5, 5, 1, "rear", torch.bfloat16, False),
     ((4, 3, 4, 4), 4, 2, 3, "front", torch.float16, False),
-    ((2, 2, 2, 2), 4, 4, 0, "rear", torch.float32, False),  # nothing joint, but a strategy by habit
+    ((2, 2, 2, 2), 4, 4, 0, "rear", torch.float32, False),  # no joint tensors, but a strategy
 ]
 
 
 def parts_of(lengths, heads, kv_heads, text):
-    """Queries, keys and values of all ranks' tokens, and the joint ones."""
+    """Return queries, keys and values of all ranks' tokens, and the joint ones."""
     shapes = [(2, sum(lengths), h, 8) for h in (heads, kv_heads, kv_heads)]
     joint = [(2, text, h, 8) for h in (heads, kv_heads, kv_heads)] if text else []
     return [drawn(*shape, seed=i) for i, shape in enumerate(shapes)], [
@@ -88,7 +88,7 @@ def parts_of(lengths, heads, kv_heads, text):
 
 
 def expected_of(lengths, whole, joint, strategy, causal, scale, rank):
-    """What plain attention gives for this rank's tokens, with the joint ones beside them."""
+    """Return plain attention for this rank's tokens and the joint ones."""
     if not joint:
         return plain(*whole, causal, scale).split(lengths, dim=1)[rank]
     together = [torch.cat([a, b], dim=1) for a, b in zip(whole, joint, strict=True)]
@@ -97,7 +97,7 @@ def expected_of(lengths, whole, joint, strategy, causal, scale, rank):
 
 
 def attend_everywhere(degrees):
-    """The largest error of the layer and of USP for each case."""
+    """Return the largest error of the layer and of USP for each case."""
     start(**degrees)
     rank, ranks = get_sequence_parallel_rank(), get_sequence_parallel_world_size()
     layer = xFuserLongContextAttention()
@@ -167,7 +167,7 @@ def all_call_forms(degrees):
         xFuserLongContextAttention(2, 1, "basic", False, False)(None, q, key=k, value=v, causal=False),
     ]
     same = all(torch.equal(several[0], other) for other in several)
-    with torch.autocast(q.device.type, torch.bfloat16):  # as scaled_dot_product_attention, which casts its inputs
+    with torch.autocast(q.device.type, torch.bfloat16):  # casts inputs, as scaled_dot_product_attention does
         half = layer(None, q, k, v.bfloat16())
     same &= half.dtype == torch.bfloat16 and error(half, several[0]) <= TOLERANCE[torch.bfloat16]
     whole = [get_sp_group().all_gather(x, dim=1) for x in (q, k, v)]
@@ -219,7 +219,7 @@ def test_absent_kernels_are_replaced_and_told_once(caplog):
 
 
 def ring_function(degrees):
-    """The ring alone, with the all-to-alls of Ulysses around it, as in forwards that are written by hand."""
+    """Call only the ring, between the all-to-alls of Ulysses, as hand-written forwards do."""
     start(**degrees)
     sp = get_sp_group()
     lengths = [6] * sp.world_size
@@ -266,7 +266,7 @@ def test_ring_function_between_all_to_alls(pool, place):
 
 
 def refused(calls):
-    """The message of each call, which must be a ValueError."""
+    """Return the message of each call, which must raise a ValueError."""
     messages = []
     for call in calls:
         with pytest.raises(ValueError) as caught:
@@ -368,7 +368,7 @@ def test_import_alone_reaches_the_groups():
 
 UNDERSTOOD = [  # given; Ulysses and ring degree on four ranks
     ({"sequence_parallel_degree": 4, "ring_degree": 2, "ulysses_degree": 2}, (2, 2)),
-    ({"sequence_parallel_degree": 2, "ring_degree": 2, "ulysses_degree": 2}, (2, 2)),  # ulysses_degree once more
+    ({"sequence_parallel_degree": 2, "ring_degree": 2, "ulysses_degree": 2}, (2, 2)),  # ulysses_degree given twice
     ({"sequence_parallel_degree": 4}, (4, 1)),
     ({"sequence_parallel_degree": 4, "ulysses_degree": 4}, (4, 1)),
     ({"sequence_parallel_degree": 4, "ulysses_degree": 1, "ring_degree": 1}, (4, 1)),
@@ -518,7 +518,7 @@ def test_runtime_state(pool):
 
 def video_client(degrees):
     start(sequence_parallel_degree=dist.get_world_size(), **degrees)
-    model, x = clients.filled(clients.VideoModel()), drawn(2, 13, clients.WIDTH)  # 13 tokens: shares differ
+    model, x = clients.filled(clients.VideoModel()), drawn(2, 13, clients.WIDTH)  # 13 tokens: shards differ in length
     return error(clients.usp_dit_forward(model, x), model(x))
 
 
@@ -579,7 +579,7 @@ def test_worker_that_builds_groups_by_the_grid(pool, ranks, degrees):
 
 
 class SelfAttention(nn.Module):
-    """Stacked in one linear, in either order; with ``needs`` it cannot be called with the tokens alone."""
+    """Queries, keys and values from one linear, in either order; with ``needs``, the call requires ``factor``."""
 
     def __init__(self, width, heads, by_head=True, needs=False):
         super().__init__()
@@ -636,7 +636,7 @@ class Toy(nn.Module):
         super().__init__()
         self.attn1 = SelfAttention(8 * heads, heads, by_head, needs)
         self.attn2 = CrossAttention(8 * heads, heads)
-        self.ff = FeedForward(8 * heads, 21)  # divides by no number of ranks
+        self.ff = FeedForward(8 * heads, 21)  # not divisible by any number of ranks
         self.mlp = nn.Sequential(nn.Linear(8 * heads, 5), nn.SiLU(), nn.Linear(5, 8 * heads))
 
     def forward(self, x, text):
@@ -646,7 +646,7 @@ class Toy(nn.Module):
 
 
 def divided(toy, ranks, stacked=None):
-    """The error of a divided toy, and the largest part of the weights that a rank keeps."""
+    """Return the error of a sharded toy, and the largest fraction of the weights that a rank keeps."""
     from xfuser.core.distributed.parallel_state import (
         get_tensor_model_parallel_rank,
         get_tensor_model_parallel_world_size,

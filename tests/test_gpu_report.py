@@ -1,4 +1,4 @@
-"""The report of a machine with GPUs: it runs here, ticks nothing that has not run, and fails where a check does."""
+"""The GPU report: it runs without a GPU, ticks only paths that have run, and fails if a check fails."""
 
 import os
 import subprocess
@@ -30,7 +30,7 @@ def test_it_runs_here_and_ticks_nothing():
 
 
 def outcome(name, result):
-    """Of a check that returns this text, raises this error, or cannot run for this reason, which begins with a dash."""
+    """Return the outcome of a check that returns this text, raises this error, or cannot run ("-" and the reason)."""
 
     def run():
         if isinstance(result, Exception):
@@ -88,7 +88,7 @@ def test_time_of_messages_that_is_hidden():
 
 
 def by_the_host():
-    """What comes of the collectives that methods use, of tensors on a device that gloo does not know."""
+    """Return the results of the methods' collectives, for tensors on a device that gloo does not support."""
     with pretended():
         group, rank = dist.new_group(backend=f"cpu:gloo,{NAME}:gloo"), dist.get_rank()
         with Staged():
@@ -118,7 +118,7 @@ def test_collectives_go_by_the_host(pool):
 
 
 def shared(*cell):
-    """What a rank of the report draws that shares a device with others."""
+    """Return the result of a rank of the report that shares a device with others."""
     with pretended(f"cpu:gloo,{NAME}:gloo"):
         result, _ = ranks.drawn(*cell, torch.float32)
         destroy_distributed_environment()

@@ -1,4 +1,4 @@
-"""Guidance that looks at the whole prediction, or changes on the way, as serial; under PipeFusion, as the oracle."""
+"""Guidance that reads the whole prediction, or changes between steps, equals serial; under PipeFusion, the oracle."""
 
 import importlib
 from contextlib import ExitStack, contextmanager
@@ -26,7 +26,7 @@ RUN = [((2, 1), parts) for parts in PARTS] + [((3, 2), parts) for parts in list(
 
 
 def batched(pipe, scales):
-    """A callback that makes one call of two branches a call of one, or the other way around."""
+    """Return a callback that switches between batched guidance and calls of one branch."""
     both = {}
 
     def callback(pipe, step, timestep, values):
@@ -41,7 +41,7 @@ def batched(pipe, scales):
 
 
 def sequential(pipe, scales):
-    """A callback that makes two calls a step one, or the other way around."""
+    """Return a callback that switches between two calls per step and one."""
 
     def callback(pipe, step, timestep, values):
         pipe._guidance_scale = scales.get(step, pipe._guidance_scale)
@@ -51,7 +51,7 @@ def sequential(pipe, scales):
 
 
 NAMES = ["latents", "prompt_embeds", "pooled_prompt_embeds"]
-CASES = {  # pipeline, callback, scales behind some steps, guider, steps in which guidance begins or ends
+CASES = {  # pipeline, callback, scales set after some steps, guider, steps in which guidance begins or ends
     "sd3, ends": ("sd3", batched, {2: 1.0}, None, (3,)),
     "sd3, an interval": ("sd3", batched, {1: 1.0, 2: 4.0}, None, (2, 3)),
     "wan, scales": ("wan_i2v", sequential, {1: 3.0, 2: 2.5}, None, ()),
@@ -66,7 +66,7 @@ CASES = {  # pipeline, callback, scales behind some steps, guider, steps in whic
 
 @contextmanager
 def rescaling(pipe, module, patches, synchronous):
-    """Within the context, statistics for a patch are of patches up to it in this step, and behind it in the last."""
+    """Within the context, a patch's statistics use the patches up to it of this step, and later ones of the last."""
     module, plan = importlib.import_module(module), plan_of(pipe.transformer)
     original, before, step = module.rescale_noise_cfg, [], 0
 
@@ -89,7 +89,7 @@ def rescaling(pipe, module, patches, synchronous):
 
 
 class Norms:
-    """Norms of a prediction, one for each row of latents, as that row's patch sees them; they stand for one number."""
+    """Norms of a prediction, one for each row of latents as its patch computes it; replaces a single number."""
 
     def __init__(self, of_rows):
         self.of_rows = of_rows
@@ -106,12 +106,12 @@ class Norms:
 
 @contextmanager
 def normalizing(pipe, patches, synchronous):
-    """Within the context, norms for a patch are of patches up to it in this step, and behind it in the last."""
+    """Within the context, a patch's norms use the patches up to it of this step, and later ones of the last."""
     original, plan, seen = torch.linalg.vector_norm, plan_of(pipe.transformer), []
 
     def norm(x):
         dim, unit, _ = layout(pipe.transformer, plan, x)
-        seen.append(x)  # in turn of the prediction with the prompt, and of both together
+        seen.append(x)  # alternately the prediction with the prompt, and the combined one
         asynchronous = len(seen) > 2 * synchronous
         old, rows = seen[-3] if asynchronous else x, x.new_empty(x.shape[dim])
         for band in bands(len(rows) // unit, patches if asynchronous else 1):
@@ -126,7 +126,7 @@ def normalizing(pipe, patches, synchronous):
 
 
 def draw(path, case, asked, defined=None):
-    """The latents of a call; ``asked`` are degrees; ``defined``, patches and synchronous steps, is for the oracle."""
+    """Return the latents of a call under ``asked`` degrees, or of the oracle with ``defined`` patches and steps."""
     name, callback, scales, guider, starts = CASES[case]
     of_whole = name in whole.WHOLE
     pipe = whole.loaded(path, name) if of_whole else running.loaded(path, torch.float64)
@@ -187,7 +187,9 @@ def test_guidance_equals_serial(pool, path_of, case, method):
 @pytest.mark.parametrize("case", CASES)
 def test_patches_with_guidance_equal_the_oracle(pool, path_of, case, defined, parts):
     expected, (ranks, degrees) = reference(path_of(case), case, None, defined), PARTS[parts]
-    assert running.error(expected, reference(path_of(case), case, None)) > 10 * tolerance(case)  # staleness shows
+    assert running.error(expected, reference(path_of(case), case, None)) > 10 * tolerance(
+        case
+    )  # staleness has an effect
     asked = degrees | {"num_pipeline_patch": defined[0], "warmup_steps": defined[1]}
     for result in pool.run(ranks, draw, path_of(case), case, asked):
         assert running.error(result, expected) <= tolerance(case)

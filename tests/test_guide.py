@@ -1,4 +1,4 @@
-"""The tutorials run as printed, plans are checked, and what is not in a pipeline runs in parallel all the same."""
+"""The tutorials run as printed, plans are checked, and modules outside of pipelines run in parallel."""
 
 import runpy
 import subprocess
@@ -58,7 +58,7 @@ def test_pages_show_what_the_scripts_say():
 
 @pytest.fixture
 def kept_pool(monkeypatch):
-    """One pool for all checks of a test, as starting one costs seconds."""
+    """One pool for all checks of a test, as starting a pool takes seconds."""
     pool = RankPool(2)
     monkeypatch.setattr(pool, "close", lambda: None)
     monkeypatch.setattr("xfuser.testing.check.RankPool", lambda world: pool)

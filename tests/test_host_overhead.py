@@ -1,4 +1,4 @@
-"""What a wrapped call costs the host: counted, as seconds drift."""
+"""Host overhead of a wrapped call, counted in operators, as times vary."""
 
 import pytest
 import torch
@@ -11,12 +11,16 @@ from xfuser.bench.host_overhead import DEGREES, DOUBLE, SINGLE
 from xfuser.testing.loop import loop_of
 from xfuser.testing.zoo import FAMILIES
 
-MOST = {"Ulysses 2": 25, "ring 2": 19, "PipeFusion, a stage of 2": 46}  # operators more in a wrapped block
-NOTICED = 2  # operators more that would be noticed
+MOST = {
+    "Ulysses 2": 25,
+    "ring 2": 19,
+    "PipeFusion, a stage of 2": 46,
+}  # maximum of additional operators per wrapped block
+NOTICED = 2  # additional operators that the test must detect
 
 
 class Count(TorchDispatchMode):
-    """Operators that are dispatched within the context."""
+    """Counts the operators that are dispatched within the context."""
 
     def __init__(self):
         super().__init__()
@@ -28,7 +32,7 @@ class Count(TorchDispatchMode):
 
 
 def operators(model, scheduler):
-    """Of a forward that is not the first one."""
+    """Return the number of operators of a forward that is not the first one."""
     host_overhead.seconds(model, scheduler, 1)
     arguments = host_overhead.inputs()
     with torch.no_grad(), Count() as counted:
@@ -47,7 +51,7 @@ def test_operators_of_a_wrapped_block(name):
 
 
 def unhooked():
-    """What a wrap of one rank without degrees leaves in the way of a forward."""
+    """Return whether a wrap on one rank without degrees leaves all forwards as they are, without hooks."""
     pipe = loop_of(FAMILIES["flux"])
     modules = list(pipe.transformer.modules())
     before = [(module.forward, len(module._forward_pre_hooks), len(module._forward_hooks)) for module in modules]

@@ -1,4 +1,4 @@
-"""From the configuration to a pipeline's arguments and loading, and from its result to files."""
+"""Input and output: arguments of a pipeline's call, loading, and saving of results."""
 
 import logging
 
@@ -41,7 +41,7 @@ def test_guidance_can_be_switched_off_and_true_guidance_on():
     assert arguments("flux", **flux)["true_cfg_scale"] == 2.0
     assert arguments("flux", **flux, do_classifier_free_guidance=False)["true_cfg_scale"] == 1.0
     assert arguments("flux", prompt="a")["true_cfg_scale"] == 1.0
-    for parallel in (False, True):  # degrees never change the picture
+    for parallel in (False, True):  # degrees do not change the image
         assert arguments("flux", **flux, use_cfg_parallel=parallel)["true_cfg_scale"] == 2.0
 
 
@@ -67,7 +67,7 @@ def test_what_a_pipeline_does_not_take_is_refused(family, fields, message):
 
 
 def save_everything(path, folder):
-    """One rank's files of a batch of three, for each output type."""
+    """Save a batch of three for each output type; return this rank's files."""
     pipe = running.wrap(running.loaded(path), {"data_parallel_degree": 2, "ring_degree": 2})
     written = {}
     for kind in ("pil", "np", "pt", "latent"):
@@ -137,7 +137,7 @@ def test_guidance_ranks_without_guidance_are_warned_of(pool, folder_of):
 
 
 def test_a_file_is_there_whole_or_not_at_all(tmp_path):
-    """A picture that cannot be written leaves the one before it, and nothing else."""
+    """A failed write leaves the previous image, and no other file."""
     path = write_media(Image.new("RGB", (4, 4), (255, 0, 0)), str(tmp_path), "picture")
     with pytest.raises(OSError, match="HSV"):
         write_media(Image.new("HSV", (4, 4)), str(tmp_path), "picture")

@@ -1,4 +1,4 @@
-"""IP-adapters of transformers: image tokens attend once more, to keys that are no tokens of the sequence."""
+"""IP-adapters of transformers: image tokens attend again, to keys that are not tokens of the sequence."""
 
 import adapters
 import pytest
