@@ -49,9 +49,7 @@ def test_bench_reports_what_configurations_cost(tmp_path):
     stream, layers = 128 * 32 * 4, 4
     assert [sent["all_to_all_single"] for sent in ulysses["sent"]] == [stream * layers] * 2
     assert [sent["send"] for sent in ring["sent"]] == [stream * layers] * 2
-    assert [sent["all_reduce"] for sent in tensor["sent"]] == [
-        stream * layers * 3
-    ] * 2  # one of them for cross-attention
+    assert [sent["all_reduce"] for sent in tensor["sent"]] == [stream * layers * 3] * 2  # one for cross-attention
     assert pipefusion["sent"][0]["send"] == stream > pipefusion["sent"][1]["send"]
     assert all(sum(sent.values()) < stream for sent in guidance["sent"])
     whole = run["serial"]["parameters"][0]

@@ -187,9 +187,7 @@ def test_guidance_equals_serial(pool, path_of, case, method):
 @pytest.mark.parametrize("case", CASES)
 def test_patches_with_guidance_equal_the_oracle(pool, path_of, case, defined, parts):
     expected, (ranks, degrees) = reference(path_of(case), case, None, defined), PARTS[parts]
-    assert running.error(expected, reference(path_of(case), case, None)) > 10 * tolerance(
-        case
-    )  # staleness has an effect
+    assert running.error(expected, reference(path_of(case), case, None)) > 10 * tolerance(case)  # stale
     asked = degrees | {"num_pipeline_patch": defined[0], "warmup_steps": defined[1]}
     for result in pool.run(ranks, draw, path_of(case), case, asked):
         assert running.error(result, expected) <= tolerance(case)

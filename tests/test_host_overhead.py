@@ -11,11 +11,7 @@ from xfuser.bench.host_overhead import DEGREES, DOUBLE, SINGLE
 from xfuser.testing.loop import loop_of
 from xfuser.testing.zoo import FAMILIES
 
-MOST = {
-    "Ulysses 2": 25,
-    "ring 2": 19,
-    "PipeFusion, a stage of 2": 46,
-}  # maximum of additional operators per wrapped block
+MOST = {"Ulysses 2": 25, "ring 2": 19, "PipeFusion, a stage of 2": 46}  # additional operators per wrapped block
 NOTICED = 2  # additional operators that the test must detect
 
 
