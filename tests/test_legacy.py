@@ -1,4 +1,4 @@
-"""The interface of the first generation draws what the flags of the same method draw."""
+"""The interface of the first generation gives the same images as the flags of the same method."""
 
 import pytest
 import running

@@ -1,4 +1,4 @@
-"""Loading: each rank has and reads what it keeps, and damaged files are named before anybody waits."""
+"""Loading: each rank reads and holds only its share, and damaged files are reported before any rank waits."""
 
 import json
 import multiprocessing
@@ -32,7 +32,7 @@ def configs(path, **degrees):
 
 
 def draw(path, degrees, call, options=None):
-    """The picture of a pipeline that is loaded for the degrees, and the weights of its transformer once unwrapped."""
+    """Return an image of a pipeline loaded for these degrees, and its transformer's weights after unwrap()."""
     engine_config, _ = configs(path, **degrees)
     pipe = load_pipeline(engine_config, None, **options or {})
     pipe.set_progress_bar_config(disable=True)
@@ -44,7 +44,7 @@ def draw(path, degrees, call, options=None):
 
 
 def in_shards(path, folder, variant=None):
-    """A copy of a pipeline's folder with the transformer's weights in several files and an index."""
+    """Copy a pipeline's folder, with the transformer's weights in several files and an index."""
     copy = shutil.copytree(path, folder)
     (copy / WEIGHTS).unlink()
     transformer = running.loaded(path).transformer
@@ -58,7 +58,7 @@ def in_shards(path, folder, variant=None):
     [
         ("sd3", 2, {"pipefusion_parallel_degree": 2}),
         ("flux", 4, {"pipefusion_parallel_degree": 2, "ulysses_degree": 2}),
-        ("hunyuan_dit", 2, {"pipefusion_parallel_degree": 2}),  # long skips, and submodules that blocks lend
+        ("hunyuan_dit", 2, {"pipefusion_parallel_degree": 2}),  # long skips, and blocks that share submodules
         ("dit", 2, {"ulysses_degree": 2}),
         ("flux", 2, {"tensor_parallel_degree": 2}),
         ("hunyuan_dit", 4, {"tensor_parallel_degree": 2, "pipefusion_parallel_degree": 2}),
@@ -67,7 +67,7 @@ def in_shards(path, folder, variant=None):
 def test_loaded_for_its_degrees_a_pipeline_draws_as_before_and_is_whole_when_unwrapped(
     pool, folder_of, family, ranks, degrees
 ):
-    """Warm-up steps alone, in which PipeFusion is exact."""
+    """Only warm-up steps, in which PipeFusion is exact."""
     path, call = folder_of(family), tiny.call_of(family, 2)
     expected = running.bare(path, call)
     before = running.loaded(path).transformer.state_dict()
@@ -88,7 +88,7 @@ def test_shards_and_variants(pool, folder_of, tmp_path, variant):
 
 
 def from_pretrained_matches(path):
-    """The one-call class: the same weights, dtypes and configuration as Diffusers gives."""
+    """Check that from_pretrained() gives the same weights, dtypes and configuration as Diffusers."""
     absent = dict.fromkeys(("text_encoder", "tokenizer", "transformer_2"))
     config, _ = configs(path, ulysses_degree=2)
     ours = xfuser.xFuserWanPipeline.from_pretrained(path, config, torch.bfloat16, **absent).transformer
@@ -103,12 +103,12 @@ def from_pretrained_matches(path):
 
 
 def test_weights_are_those_that_diffusers_loads(pool, tmp_path):
-    """Of a class with parts that stay in float32."""
+    """The class has parts that stay in float32."""
     pool.run(2, from_pretrained_matches, whole.save("wan", tmp_path))
 
 
 def with_ignored(path, degrees):
-    """The weights of a folder's transformer once it is loaded and unwrapped, or why it is refused."""
+    """Return the weights of a folder's transformer after loading and unwrap(), or the error."""
     absent = dict.fromkeys(("text_encoder", "tokenizer", "transformer_2"))
     config, _ = configs(path, **degrees)
     try:
@@ -138,7 +138,7 @@ def test_keys_that_a_class_says_to_ignore_are_ignored(pool, tmp_path):
 
 
 def read_elsewhere(path):
-    """What a node's ranks read of files, whole and in parts, while the default device is another one."""
+    """Return tensors that a node's ranks read, whole and in parts, while the default device is not the CPU."""
     join_groups(configs(path, pipefusion_parallel_degree=2)[0])
     rank, world = get_world_group().rank_in_group, get_world_group()
     held = entries_of(f"{path}/{WEIGHTS}")
@@ -160,11 +160,11 @@ def test_files_are_read_to_the_cpu_whatever_the_default_device_is(pool, folder_o
             assert x.device.type == "cpu" and torch.equal(x, expected)
 
 
-# What a load costs, each rank in a process of its own
+# The cost of a load, with one process per rank
 
 
 def big(folder, path, layers=8, width=768):
-    """A pipeline whose transformer has about 180 MB in bfloat16, in four files."""
+    """Save a pipeline with a transformer of about 180 MB in bfloat16, in four files."""
     copy = shutil.copytree(path, folder)
     (copy / WEIGHTS).unlink()
     changes = {"num_layers": layers, "num_attention_heads": 12, "attention_head_dim": width // 12}
@@ -186,7 +186,7 @@ def big(folder, path, layers=8, width=768):
 
 
 def status(key):
-    """A figure of this process as the system tells it, in bytes."""
+    """Return a value of /proc for this process, in bytes."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
     return int(line.split()[1]) * 1024
 
@@ -199,8 +199,8 @@ def cost(rank, world, store, paths, degrees, answers):
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     try:
         small, large = (xFuserArgs(model=path, dtype="bfloat16", **degrees).create_config()[0] for path in paths)
-        load_pipeline(small)  # what is imported on the way is not what is asked
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+        load_pipeline(small)  # imports must not count
+        Path("/proc/self/clear_refs").write_text("5")  # reset the high-water mark
         before, read = status("VmRSS"), bytes_read()
         pipe = load_pipeline(large)
         share = sum(weight.nbytes for weight in pipe.transformer.parameters())
@@ -211,7 +211,7 @@ def cost(rank, world, store, paths, degrees, answers):
 
 
 def costs(world, tmp_path, paths, degrees):
-    """Each rank's high-water mark and share, in processes that begin with what the server has imported."""
+    """Return each rank's high-water mark and share, in processes forked from a server with the imports."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["xfuser.weights.loading", "transformers", "running"])
     answers = context.Queue()
@@ -235,7 +235,7 @@ def test_a_rank_needs_memory_for_its_share_and_one_file(tmp_path, folder_of):
     for method, world in (("pipefusion", 2), ("pipefusion", 4), ("tensor", 4)):
         for peak, share, _ in costs(world, tmp_path, paths, {f"{method}_parallel_degree": world}):
             assert share < 1.2 * sum(sizes) / world
-            assert 0.99 * share <= peak <= share + max(sizes)  # pages that were free already are not seen
+            assert 0.99 * share <= peak <= share + max(sizes)  # pages that were already free do not count
     read = sum(read for _, _, read in costs(2, tmp_path, paths, {"ulysses_degree": 2}))
     assert read <= 1.1 * sum(sizes)
 

@@ -1,4 +1,4 @@
-"""Every known transformer under every method equals serial; ``--matrix`` runs all cells, else some that cover them."""
+"""Every known transformer under every method equals serial; without ``--matrix``, only a covering set of cells runs."""
 
 import inspect
 from functools import partial
@@ -18,7 +18,7 @@ COVERING = ("ulysses2", "pipefusion2 M=3")
 PRESENT = [name for name, family in FAMILIES.items() if family.present]
 CELLS = [(family, method) for family in PRESENT for method in matrix.METHODS]
 RUN = [cell for cell in CELLS if not matrix.refusal(*cell)]
-SHORT = [(family, COVERING[number % 2]) for number, family in enumerate(PRESENT)]  # of each class, one or the other
+SHORT = [(family, COVERING[number % 2]) for number, family in enumerate(PRESENT)]  # one method per class
 SHORT = [cell if cell in RUN else (cell[0], COVERING[0]) for cell in SHORT]
 
 
@@ -40,12 +40,12 @@ def test_equals_serial(pool, family, method):
     assert matrix.cell(family, method, pool) <= matrix.TOLERANCES.get(family, matrix.TOLERANCE)
 
 
-NAMED = ("math", "flash")  # attention backends that take their own way to a kernel
+NAMED = ("math", "flash")  # attention backends with their own path to a kernel
 ROWS = ({}, {"use_cfg_parallel": True}, {"data_parallel_degree": 2}, {"tensor_parallel_degree": 2})
 
 
 def errors_by_backend(degrees):
-    """Of all classes, by name and backend, where each rank attends to all tokens itself."""
+    """Return the errors of all classes by name and backend, with methods whose ranks attend to all tokens."""
     call = {"num_inference_steps": 1}
     expected = {family: matrix.draw(family, None, call) for family in PRESENT}
     return {
@@ -63,7 +63,7 @@ def test_named_backends_take_the_masks_of_all_classes(pool, degrees):
 
 
 def deaf(family, degrees, call):
-    """A broken engine: every rank attends to its own tokens alone."""
+    """A broken engine: every rank attends only to its own tokens."""
     whole, summed = sequence.usp_attention, sequence.SequenceParallel._sum
     attend = partial(torch.nn.functional.scaled_dot_product_attention, enable_gqa=True)
     sequence.usp_attention = lambda q, k, v, *args, **kwargs: attend(q, k, v)

@@ -1,4 +1,4 @@
-"""Plans fit the classes that they describe, and what has none is refused."""
+"""Plans fit their classes, and classes without a plan are refused."""
 
 from functools import partial
 
@@ -60,7 +60,7 @@ def test_pipelines_without_a_plan_are_refused_before_any_group(make, message):
 
 
 def linears_of_text(family):
-    """Linears of a family's first block that see as many tokens as the text has, and not as the image."""
+    """Return the linears of a family's first block with as many input tokens as the text, and not the image."""
     loop, found, others, tokens = loop_of(family), set(), set(), []
     plan = plan_of(loop.transformer)
     block = blocks_of(loop.transformer, plan)[0].module
@@ -83,7 +83,7 @@ def linears_of_text(family):
 
 
 def test_linears_that_see_text_alone_are_named():
-    """Stages of PipeFusion are balanced by them: counted for the image's tokens, they would weigh many times more."""
+    """They balance the stages of PipeFusion: counted with the image's tokens, they would cost many times more."""
     families = {name: one for name, one in FAMILIES.items() if one.present and PLANS[one.cls].text}
     left = {name: linears_of_text(one) for name, one in families.items() if not PLANS[one.cls].unpiped}
     assert not {name: found for name, found in left.items() if found}

@@ -1,4 +1,4 @@
-"""Modular pipelines run as classic ones do: the same two lines, call, ``active()``, ``save`` and guiders."""
+"""Modular pipelines run like classic ones: the same two lines, call, ``active()``, ``save`` and guiders."""
 
 from dataclasses import replace
 
@@ -20,7 +20,7 @@ SIZE = {"height": 80, "width": 48, "num_inference_steps": 2}
 
 
 def assembled(blocks, classic):
-    """A modular pipeline with the components of a classic one."""
+    """Return a modular pipeline with the components of a classic one."""
     pipe, components = blocks.init_pipeline(), classic.components
     pipe.update_components(**{name: components[name] for name in pipe.component_names if components.get(name)})
     pipe.set_progress_bar_config(disable=True)
@@ -35,7 +35,7 @@ def flux(path):
 
 
 def minimax_h3(path):
-    """Behind its text encoder, and ahead of its VAEs: the steps that it consists of can be used alone."""
+    """Run only the steps after the text encoder and before the VAEs, which can be used separately."""
     from diffusers.modular_pipelines.minimax_h3.modular_blocks_minimax_h3 import MiniMaxH3CoreDenoiseStep
 
     family = FAMILIES["minimax_h3"]
@@ -59,7 +59,7 @@ def sdxl(path):
 
 
 def guided(blocks, classic):
-    """Behind the text encoder, with guidance by the guider of the blocks."""
+    """Run the steps after the text encoder, with the guider of the blocks."""
     del blocks.sub_blocks["text_encoder"]
     pipe = assembled(blocks, classic)
     rows = torch.Generator().manual_seed(1)
@@ -79,7 +79,7 @@ def qwen_image(path):
 
 
 def flux3(path, **more):
-    """Behind its text encoder; the two prompts differ in length."""
+    """Run the steps after the text encoder; the two prompts differ in length."""
     blocks, family = diffusers.Flux3AutoBlocks(), FAMILIES["flux3"]
     for name in ("prompt_upsampler", "text_encoder"):
         del blocks.sub_blocks[name]
@@ -117,7 +117,7 @@ def path_of(folder_of, tmp_path_factory):
 
 
 def drawn(name, path, degrees, **changes):
-    """What a modular pipeline draws, wrapped with these degrees, or bare where they are None."""
+    """Run a modular pipeline wrapped with these degrees, or unwrapped if they are None."""
     make, output = MAKERS[name]
     pipe, call = make(path)
     call |= {"output_type": "pt", "generator": torch.Generator().manual_seed(0)} | changes
@@ -150,7 +150,7 @@ def test_equals_serial(pool, path_of, name, ranks, degrees):
 
 
 def saved(path, folder):
-    """Files that a wrapped modular pipeline writes of results by name and of its state, and what ``active()`` gives."""
+    """Return the files of a wrapped modular pipeline for named results and for its state, and ``active()``'s result."""
     pipe, call = flux(path)
     wrapped = running.wrap(pipe, {"ulysses_degree": 2})
     files = []

@@ -1,4 +1,4 @@
-"""Pipelines of videos over U-Nets, and further ones of pictures, equal serial under the methods that serve them."""
+"""Video pipelines over U-Nets, and more image pipelines, equal serial under the methods that support them."""
 
 import more_unets
 import pytest

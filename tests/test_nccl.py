@@ -1,5 +1,6 @@
-"""Every method on a device that is as strict as a GPU under NCCL (``pretended``): nothing that it refuses, no deadlock,
-and nothing that the host waits for."""
+"""Every method on a device that is as strict as a GPU under NCCL (``pretended``).
+
+No operation is refused, there is no deadlock, and the host does not wait."""
 
 from collections import Counter
 
@@ -18,18 +19,18 @@ from xfuser.testing import matrix
 from xfuser.testing.loop import loop_of
 from xfuser.testing.zoo import FAMILIES
 
-READS = 2  # by the host, of tensors, in a step, or in a sub-step of PipeFusion
+READS = 2  # allowed reads of tensors by the host per step, or per sub-step of PipeFusion
 TOLERANCES = matrix.TOLERANCES | {"sana_wm": 1e-3}  # one rank on the device differs from the CPU by 4e-4
 UNLIKE = {"pixart", "sd3", "z_image", "cogvideox", "ltx2", "sana", "unet", "stable_audio"}
-ELSEWHERE = {"kandinsky6_sr"}  # its FlexAttention takes no device but torch's own
-FURTHER = [  # cells with masks over pairs, and long text, and of other calls
+ELSEWHERE = {"kandinsky6_sr"}  # its FlexAttention supports only torch's own devices
+FURTHER = [  # cells with masks over pairs and long text, and with other calls
     [("hunyuan_video_15", "pipefusion2 M=2 x ulysses2", {}), ("hunyuan_video_15", "ulysses2 x ring2", {})],
     [("flux", "cfg2", {"guidance": "sequential", "images": 3}), ("wan", "cfg2", {"guidance": "sequential"})],
 ]
 
 
 def of_all_classes(method):
-    """The cells of a method in the matrix; of four ranks, those of classes that are unlike each other."""
+    """Return the cells of a method in the matrix; for four ranks, only those of ``UNLIKE`` classes."""
     several = matrix.METHODS[method][0] > 2
     names = [name for name, family in FAMILIES.items() if family.present and name not in ELSEWHERE]
     names = [name for name in names if name in UNLIKE or not several]
@@ -37,7 +38,7 @@ def of_all_classes(method):
 
 
 def drawn(cells):
-    """What a rank draws on the device, cell by cell, and what was noted in the loop of each."""
+    """Return a rank's results on the device, cell by cell, and the records of each loop."""
     with pretended() as device:
         told = []
         for family, degrees, call in cells:
@@ -58,7 +59,7 @@ def drawn_one(device, family, degrees, call):
     with device.following(pipe.scheduler, blocks):
         result = parallel(family, **call)
     steps = range(device.step)
-    pipe.to("cpu")  # as offloading does
+    pipe.to("cpu")  # like offloading
     parallel.unwrap()
     assert {weight.device.type for weight in pipe.transformer.parameters()} == {"cpu"}
     noted = [
@@ -76,7 +77,7 @@ def drawn_one(device, family, degrees, call):
     ],
 )
 def test_nothing_that_nccl_refuses_and_nothing_to_wait_for(pool, cells):
-    """Of each class, as it is without the others: communicators are taken to be new."""
+    """Each class is checked separately: communicators count as new."""
     settings = [matrix.setting(family, method, **changes) for family, method, changes in cells]
     calls = [(cell[0], degrees, call) for cell, (_, degrees, call) in zip(cells, settings, strict=True)]
     told = zip(*pool.run(max(ranks for ranks, *_ in settings), drawn, calls), strict=True)
@@ -90,11 +91,11 @@ def test_nothing_that_nccl_refuses_and_nothing_to_wait_for(pool, cells):
         last = (call["num_inference_steps"] - 1) * degrees.get("num_pipeline_patch", 1)
         for ours in ([one for one in of_rank if one.is_ours] for of_rank in reads):
             assert max(Counter(one.step for one in ours).values(), default=0) <= READS, family
-            assert not [one for one in ours if one.step >= last], family  # what is read is known by then
+            assert not [one for one in ours if one.step >= last], family  # the last step reads no new values
 
 
 def alone(fault):
-    """What two ranks with a fault are told."""
+    """Return the errors of two ranks with a fault."""
     with pretended() as device:
         try:
             fault(device)
@@ -123,7 +124,7 @@ def of_different_sizes(device):
 
 
 def meet():
-    """Wait for the other rank: else one could be gone before the other has found it."""
+    """Wait for the other rank: otherwise a rank could leave before the other one connects to it."""
     store, rank = dist.distributed_c10d._get_default_store(), dist.get_rank()
     store.set(f"{rank} is here", b"")
     store.wait([f"{1 - rank} is here"])
@@ -185,7 +186,7 @@ def of_values(device):
 
 def test_orders_of_messages_are_compared(pool):
     programs = [one[0] for one in pool.run(2, alone, both_send_first)]
-    assert nccl.replay(programs)  # gloo has tags, and does both at once
+    assert nccl.replay(programs)  # gloo has tags, and runs both at the same time
     batched = [one[0] for one in pool.run(2, alone, of_two_lengths)]
     assert nccl.replay(batched) == []
     (kind, group, members, peer, ((sends, one, count), other)) = batched[0][1]
@@ -195,7 +196,7 @@ def test_orders_of_messages_are_compared(pool):
 
 
 def test_orders_of_collectives_are_compared():
-    """Two ranks that come to two groups' collectives in different orders, or to two collectives of one group."""
+    """Two ranks reach the collectives of two groups, or two collectives of one group, in different orders."""
     first, second = ("allreduce_", "a", (0, 1), None, 4), ("allreduce_", "b", (0, 1), None, 4)
     assert nccl.replay([[first, ("wait", 0), second, ("wait", 2)]] * 2) == []
     assert nccl.replay([[first, ("wait", 0), second, ("wait", 2)], [second, ("wait", 0), first, ("wait", 2)]])
@@ -206,7 +207,7 @@ def test_orders_of_collectives_are_compared():
 
 
 def test_a_communicator_is_made_by_all_its_members():
-    """Messages between two of three ranks, as the first thing on the group's communicator."""
+    """Messages between two of three ranks are the first operation on the group's communicator."""
     join, members = ("join", "g", (0, 1, 2), None, 0), (0, 1, 2)
     ends = [("messages", "g", members, None, [(kind, peer, 4)]) for kind, peer in (("send", 1), ("receive", 0))]
     assert nccl.replay([[join, ends[0]], [join, ends[1]], []])
@@ -221,7 +222,7 @@ def test_what_the_host_waits_for_is_counted(pool):
 
 
 def test_a_mask_that_changes_its_kind_is_refused():
-    """What the first one of its shape hides is taken of all: another one raises when the call ends."""
+    """All masks of a shape are treated like the first one: a different mask raises when the call ends."""
     masks = PairMasks("Linear")
     q, shown = torch.zeros(1, 1, 3, 4), torch.tensor([True, True, False]).view(1, 1, 1, 3)
     keys = shown & shown.mT

@@ -1,4 +1,4 @@
-"""Two nodes on one machine: namespaces that see each other over one link alone."""
+"""Two nodes on one machine: network namespaces that are connected by one link."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""Offloading by accelerate's and Diffusers' hooks, before the wrap and after it. The device is the CPU here."""
+"""Offloading with the hooks of accelerate and Diffusers, before and after the wrap. The device is the CPU."""
 
 import pytest
 import running
@@ -16,13 +16,13 @@ def modules(pipe):
 
 
 def models(pipe):
-    """As enable_model_cpu_offload() does."""
+    """Offload like enable_model_cpu_offload()."""
     for part in modules(pipe):
         cpu_offload_with_hook(part, CPU)
 
 
 def layers(pipe):
-    """As enable_sequential_cpu_offload() does."""
+    """Offload like enable_sequential_cpu_offload()."""
     for part in modules(pipe):
         cpu_offload(part, CPU, offload_buffers=len(part._parameters) > 0)
 
@@ -32,7 +32,7 @@ def groups(pipe):
 
 
 def draw(path, degrees, call, offload, first):
-    """A picture, and what unwrap() says without and with the hooks removed; or what the wrap says."""
+    """Return an image and unwrap()'s message, or the error of the wrap."""
     pipe = DiffusionPipeline.from_pretrained(path)
     pipe.set_progress_bar_config(disable=True)
     if first:

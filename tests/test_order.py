@@ -1,4 +1,4 @@
-"""No combination of methods deadlocks under NCCL's rules of order, which gloo's tags and threads would hide."""
+"""No combination of methods deadlocks under NCCL's ordering rules; gloo's tags and threads would hide a deadlock."""
 
 import copy
 from functools import cache
@@ -10,7 +10,7 @@ import tiny
 
 from xfuser import parallel
 
-STEPS = 3  # one that waits for all patches, the first that does not, and one behind it
+STEPS = 3  # a synchronous step, the first asynchronous one, and one after it
 COMBINATIONS = {
     "plain": {},
     "cfg2": {"use_cfg_parallel": True},
@@ -19,8 +19,8 @@ COMBINATIONS = {
     "dp2": {"data_parallel_degree": 2},
     "cfg2-ulysses2": {"use_cfg_parallel": True, "ulysses_degree": 2},
 }
-MORE = {4: ("plain", "ring2", "cfg2-ulysses2"), 8: ("plain",)}  # of more stages than two, what they may change
-# Without text or skips, PixArt sends a part of what Hunyuan-DiT does.
+MORE = {4: ("plain", "ring2", "cfg2-ulysses2"), 8: ("plain",)}  # with more than 2 stages, run only these
+# PixArt has no text or skips to send, so its messages are a subset of those of Hunyuan-DiT.
 CELLS = [("pixart_sigma", stages, "plain") for stages in (2, *MORE)]
 CELLS += [
     (family, stages, others)
@@ -32,7 +32,7 @@ CELLS += [
 
 @cache
 def made(family, stages):
-    """A tiny pipeline with two blocks for each stage."""
+    """Return a tiny pipeline with two blocks per stage."""
     blocks = max(4, 2 * stages)
     pipe = tiny.FAMILIES[family]()
     if family == "hunyuan_dit":
@@ -47,7 +47,7 @@ def made(family, stages):
 
 
 def pipeline_of(family, stages):
-    """The pipeline with a transformer of its own, as a rank gives the blocks of others away."""
+    """Return the pipeline with its own transformer, as each rank drops the blocks of other stages."""
     pipe = made(family, stages)
     return type(pipe)(**pipe.components | {"transformer": copy.deepcopy(pipe.transformer)})
 
@@ -86,7 +86,7 @@ def test_no_deadlock_with_a_callback(monkeypatch, stages):
 
 
 def test_the_replay_finds_deadlocks():
-    """Two ranks that both send first, on one communicator."""
+    """Two ranks both send first on one communicator."""
     send = [("send", "g", (0, 1), 1, 4), ("wait", 0), ("receive", "g", (0, 1), 1, 4), ("wait", 2)]
     other = [("send", "g", (0, 1), 0, 4), ("wait", 0), ("receive", "g", (0, 1), 0, 4), ("wait", 2)]
     assert nccl.replay([send, other])

@@ -1,4 +1,4 @@
-"""The package as a whole: imports, floors, and what the README says of it."""
+"""The package as a whole: imports, floors, and the README's statements."""
 
 import ast
 import importlib
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 SOURCES = sorted((ROOT / "xfuser").rglob("*.py"))
 LOW = {"call", "core", "models", "vae", "config", "methods", "weights", "pipeline_io"}
 ENGINE = LOW | {"parallel"}
-FLOORS = {  # every name at the top, and what it may import of the others
+FLOORS = {  # every name at the top of the package, and its allowed imports of others
     "core": set(),
     "models": set(),
     "vae": {"core"},
@@ -40,7 +40,7 @@ FLOORS = {  # every name at the top, and what it may import of the others
     "legacy": {"compat"},
     "model_executor": {"compat"},
 }
-OLD_PATHS = ("xfuser/core/long_ctx_attention/",)  # of what code written for the older engine imports from compat
+OLD_PATHS = ("xfuser/core/long_ctx_attention/",)  # import paths of the older engine, which import from compat
 
 
 def test_public_names_are_there():
@@ -52,13 +52,13 @@ def test_public_names_are_there():
 
 
 def test_the_torch_that_is_required_has_what_is_called():
-    """2.7 is the first with ``fully_shard(ignored_params=...)``."""
+    """2.7 is the first release with ``fully_shard(ignored_params=...)``."""
     assert "ignored_params" in inspect.signature(fully_shard).parameters
     assert '"torch>=2.7"' in (ROOT / "setup.py").read_text()
 
 
 def test_import_is_light():
-    """Neither Diffusers nor an optional package is loaded, and no process group is made."""
+    """The import loads neither Diffusers nor an optional package, and creates no process group."""
     code = (
         "import sys, xfuser, torch.distributed as dist; from xfuser.core.distributed import get_sp_group\n"
         "heavy = ('diffusers', 'transformers', 'flash_attn', 'yunchang')\n"
@@ -73,7 +73,7 @@ def part_of(path):
 
 
 def imported_parts(path):
-    """Names at the top of the package from which a file imports, wherever in the file."""
+    """Return the top-level names of the package from which a file imports anywhere."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module == "xfuser":
             yield from (alias.name if (ROOT / "xfuser" / alias.name).is_dir() else "__init__" for alias in node.names)
@@ -96,7 +96,7 @@ def test_lower_floors_import_no_higher_ones(part):
 
 
 def test_old_import_paths_are_nothing_but_imports():
-    """Thin re-exports: a docstring, one import from compat, and what it brings."""
+    """They are thin re-exports: a docstring, one import from compat, and the imported names."""
     olds = [path for path in SOURCES if str(path.relative_to(ROOT)).startswith(OLD_PATHS)]
     olds += [path for path in SOURCES if part_of(path) in ("logger", "legacy", "model_executor")]
     for path in olds:
@@ -105,7 +105,7 @@ def test_old_import_paths_are_nothing_but_imports():
 
 
 def test_no_line_names_a_device():
-    """Devices come from xfuser/core/device.py, which asks torch."""
+    """Device types come from xfuser/core/device.py, which gets them from torch."""
     for path in SOURCES:
         strings = [node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)]
         assert not [text for text in strings if isinstance(text, str) and text.startswith("cuda")], path
@@ -119,7 +119,7 @@ def test_tables_of_models_are_those_of_the_registry():
 
 @pytest.mark.parametrize("part", ["core", "methods"])
 def test_the_engine_has_no_branch_on_a_class(part):
-    """What it knows of models are their plans."""
+    """The engine knows models only by their plans."""
     for path in SOURCES:
         if path.relative_to(ROOT / "xfuser").parts[0] == part:
             assert not [name for name in PLANS if name in path.read_text()], path

@@ -1,4 +1,4 @@
-"""Every family under every method equals the bare pipeline with the same seed, on awkward shapes."""
+"""Every family under every method equals the unwrapped pipeline with the same seed, on awkward shapes."""
 
 import diffusers
 import numpy as np
@@ -25,7 +25,7 @@ METHODS = {
 }
 
 
-# One family takes every method, the others some that cover them: the matrix has the rest.
+# One family runs every method, the others a covering set: the matrix has the rest.
 COVERING = ("cfg2-ulysses2", "dp2-cfg2", "ring3")
 CELLS = [
     (family, method) for family in tiny.FAMILIES for method in METHODS
@@ -69,9 +69,9 @@ def test_several_images_per_prompt(pool, folder_of):
     ],
 )
 def test_scheduler(pool, folder_of, family, scheduler):
-    """Noise drawn within a step and several calls a step are the same on all ranks.
+    """Noise sampled within a step, and several calls per step, are the same on all ranks.
 
-    With a low guidance scale, as the first step of some amplifies rounding a hundredfold.
+    The guidance scale is low, as the first step of some schedulers amplifies rounding a hundredfold.
     """
     call = tiny.call_of(family, 1 if family == "sd3" else 3, guidance_scale=1.5)
     check(pool, folder_of(family), "dp2-cfg2", call, getattr(diffusers, scheduler))
@@ -80,13 +80,13 @@ def test_scheduler(pool, folder_of, family, scheduler):
 @pytest.mark.parametrize("method", ["cfg2", "cfg2-ring2", "dp2-cfg2"])
 @pytest.mark.parametrize("images", [1, 3])
 def test_sequential_guidance(pool, folder_of, method, images):
-    """Flux with true CFG calls its transformer twice a step."""
+    """Flux with true CFG calls its transformer twice per step."""
     call = tiny.call_of("flux", images, true_cfg_scale=2.5, negative_prompt=["a cat"] * images)
     check(pool, folder_of("flux"), method, call)
 
 
 def test_skip_layer_guidance(pool, folder_of):
-    """SD3 may add a second call of another batch size to some steps, which leaves out the first block."""
+    """SD3 may add a second call to some steps, with another batch size and without the first block."""
     call = tiny.call_of("sd3", 1, num_inference_steps=4, skip_guidance_layers=[0])
     call |= {"skip_layer_guidance_start": 0.2, "skip_layer_guidance_stop": 0.8}
     check(pool, folder_of("sd3"), "cfg2-ulysses2", call)
@@ -131,17 +131,17 @@ def test_inpaint(pool, folder_of, family):
 
 
 def test_controlnet(pool, folder_of):
-    """Residuals of a ControlNet arrive at full size, between the blocks."""
+    """Residuals of a ControlNet are added between the blocks at full size."""
     expected = running.controlnet(folder_of("sd3"), None)
     changed = running.error(expected, running.bare(folder_of("sd3"), tiny.call_of("sd3", 2)))
-    assert changed > 1e-3  # the ControlNet does something
+    assert changed > 1e-3  # the ControlNet has an effect
     for result in pool.run(4, running.controlnet, folder_of("sd3"), METHODS["cfg2-ulysses2"][1]):
         assert running.error(result, expected) <= running.TOLERANCE
 
 
 @pytest.mark.parametrize("method", ["ulysses2", "ring2", "ulysses2-ring2"])
 def test_self_attention_mask(pool, folder_of, method):
-    """A mask over image tokens, uneven among ranks, hides the last ones."""
+    """A mask over image tokens hides the last ones, which are uneven among ranks."""
     ranks, degrees = METHODS[method]
     expected = running.masked_forward(folder_of("pixart_sigma"), None)
     assert running.error(expected, running.masked_forward(folder_of("pixart_sigma"), None, hide=0)) > 1e-3

@@ -23,7 +23,7 @@ def animated(images):
     return more_unets.CALL | more_unets.prompts(images) | {"num_frames": 3}
 
 
-CLASSES = {  # the class, the layers that are perturbed, and a call's arguments
+CLASSES = {  # class, perturbed layers, and arguments of the call
     "pixart_sigma": ("PixArtSigmaPAGPipeline", ["blocks.1"], lambda images: tiny.call_of("pixart_sigma", images)),
     "sd3": ("StableDiffusion3PAGPipeline", ["blocks.1"], lambda images: tiny.call_of("sd3", images)),
     "hunyuan_dit": ("HunyuanDiTPAGPipeline", ["blocks.1"], lambda images: tiny.call_of("hunyuan_dit", images)),

@@ -1,4 +1,4 @@
-"""PipeFusion: synchronous steps equal serial, the others an independent oracle, on any number of stages."""
+"""PipeFusion: synchronous steps equal serial, other steps equal an independent oracle, for any number of stages."""
 
 import diffusers
 import numpy as np
@@ -48,7 +48,7 @@ def call_of(family, images=1, **changes):
 
 
 def scheduled(pipe, scheduler):
-    """The pipeline's scheduler, or another of the named class with changes to its configuration."""
+    """Return the pipeline's scheduler, or one of the named class with changes of its configuration."""
     if not scheduler:
         return pipe.scheduler
     name, changes = scheduler
@@ -58,7 +58,7 @@ def scheduled(pipe, scheduler):
 
 @running.remembered
 def displaced(path, call, patches, warmup, scheduler=None):
-    """What the oracle draws."""
+    """Return the oracle's result."""
     pipe = running.loaded(path)
     original = pipe.scheduler
     pipe.scheduler = scheduled(pipe, scheduler)
@@ -70,7 +70,7 @@ def displaced(path, call, patches, warmup, scheduler=None):
 
 
 def piped(path, asked, calls, scheduler=None):
-    """What the wrapped pipeline draws, or the bare one if nothing is asked: one picture a call."""
+    """Return one image per call, of the wrapped pipeline or of the unwrapped one without degrees."""
     pipe = running.loaded(path)
     original = pipe.scheduler
     pipe.scheduler = scheduled(pipe, scheduler)
@@ -102,7 +102,7 @@ def test_displaced_steps_equal_the_oracle_on_any_number_of_stages(pool, folder_o
     serial = running.bare(path, call)
     for patches, warmup in ((2, 1), (3, 2), (4, 1)):
         expected = displaced(path, call, patches, warmup)
-        assert warmup == 2 or running.error(expected, serial) >= 1e-2  # staleness shows
+        assert warmup == 2 or running.error(expected, serial) >= 1e-2  # staleness has an effect
         for stages in (1, 2):
             check(pool, stages, path, degrees(stages, patches, warmup), call, expected)
 
@@ -124,7 +124,7 @@ def test_hybrids_equal_the_oracle(pool, folder_of, family, hybrid):
 
 @pytest.mark.parametrize("hybrid", HYBRIDS)
 def test_preview_on_one_stage_combines_too(pool, folder_of, hybrid):
-    """M > 1 at degree 1, with another method on two ranks; patches are smaller than the group's shares."""
+    """M > 1 at degree 1, with another method on two ranks; patches are smaller than the group's shards."""
     path, call = folder_of("sd3", True), call_of("sd3", 2)
     check(pool, 2, path, degrees(1, 5, 1, **HYBRIDS[hybrid]), call, displaced(path, call, 5, 1))
 
@@ -146,7 +146,7 @@ def test_sequential_guidance(pool, folder_of, stages, images):
 
 @pytest.mark.parametrize(("family", "name", "changes"), SCHEDULERS, ids=[name for _, name, _ in SCHEDULERS])
 def test_scheduler(pool, folder_of, family, name, changes):
-    """State across steps, several evaluations a step, noise drawn in a step: as without patches."""
+    """State across steps, several evaluations per step, and noise sampled in a step work as without patches."""
     path, call = folder_of(family), call_of(family, guidance_scale=1.5)
     scheduler = (name, changes)
     (serial,) = piped(path, None, [call], scheduler)
@@ -155,7 +155,7 @@ def test_scheduler(pool, folder_of, family, name, changes):
 
 
 def generator_after(path, asked):
-    """The state of the caller's generator behind a call whose scheduler draws noise."""
+    """Return the state of the caller's generator after a call whose scheduler samples noise."""
     pipe = running.loaded(path)
     original = pipe.scheduler
     pipe.scheduler = diffusers.EulerAncestralDiscreteScheduler.from_config(original.config)
@@ -190,7 +190,7 @@ def test_thirty_steps_and_calls_of_other_shapes(pool, folder_of):
 
 
 def without_refresh(path, asked, call, stream):
-    """A broken engine: the first stage's buffers keep what the synchronous step left of one stream."""
+    """A broken engine: the first stage does not update one stream in its buffers after the synchronous step."""
     write, rows_of = KVBuffer._write, TokenShares.rows
     part = {}
 
@@ -254,7 +254,7 @@ def test_image_to_image_and_inpainting(pool, folder_of, family, inpaint):
 
 
 def watched(path, asked, interrupt_after=None):
-    """What a callback sees, what the progress bar shows, and the picture."""
+    """Return the callback's arguments, the progress bar's updates, and the image."""
     pipe, seen, shown = running.loaded(path), [], []
 
     def callback(pipe, step, timestep, values):
@@ -343,7 +343,7 @@ def test_unwrap_gives_every_stage_its_blocks_back(pool, folder_of):
 
 
 def with_adapter(path, adapter, fuse):
-    """Errors of pictures with LoRA layers that came after the wrap, wrapped and unwrapped; and what comes back."""
+    """Load a LoRA after the wrap; return images at each point, and whether unwrap() restores all weights."""
     pipe, call = running.loaded(path), call_of("flux")
     before, pictures = running.fingerprint(pipe), {}
 
@@ -396,7 +396,7 @@ def test_unwrap_gives_blocks_back_that_changed_after_the_wrap(pool, folder_of, f
 
 
 def changed_on_one(path):
-    """The message where a single rank has changed a block so that nobody else can have it; then all goes on."""
+    """Change a block on one rank so that it cannot be sent; return the error, then check that calls still work."""
     pipe, call = running.loaded(path), call_of("sd3", 2)
     before = running.fingerprint(pipe)
     parallel = running.wrap(pipe, degrees(2, 2, STEPS, data_parallel_degree=2))
@@ -421,7 +421,7 @@ def test_all_ranks_refuse_what_one_cannot_give(pool, folder_of):
 
 
 def refusals(path):
-    """Messages of what is refused ahead of the first step, and whether the pipeline still draws."""
+    """Return the messages of refusals before the first step, and whether the pipeline still works."""
     pipe = running.loaded(path)
     messages = {}
 
@@ -473,7 +473,7 @@ def test_more_stages_than_blocks_are_refused(pool, folder_of):
 
 
 def fails_then_works(path):
-    """An exception in a callback, on all ranks, with messages of other patches on their way; then another picture."""
+    """Raise in a callback on all ranks, with messages of other patches in flight; then generate another image."""
     parallel = running.wrap(running.loaded(path), degrees(2, 4, 1))
 
     def fail(*_):
@@ -512,7 +512,7 @@ def test_stages_agree_in_bfloat16(pool, folder_of):
 
 
 def small_patches(path):
-    """Kontext puts the tokens of a picture behind those of the latents; a modular pipeline does not say how many."""
+    """Kontext appends the tokens of an image to those of the latents; a modular pipeline does not pass their number."""
     pipe = assembled(diffusers.FluxKontextAutoBlocks(), running.loaded(path))
     parallel = running.wrap(pipe, degrees(1, 8, 1, ulysses_degree=2))
     try:
@@ -529,7 +529,7 @@ def test_patches_that_pictures_made_seem_larger_are_refused(pool, folder_of):
 
 
 def test_branches_of_different_text_length(pool, folder_of):
-    """Each of the two calls of a step has its own number of text tokens."""
+    """The two calls of a step have different numbers of text tokens."""
     path, generator = folder_of("flux", True), running.seeded()
     call = call_of("flux", 1, true_cfg_scale=2.5)
     call["negative_prompt_embeds"] = torch.randn(1, 4, tiny.TEXT, generator=generator)
@@ -540,7 +540,7 @@ def test_branches_of_different_text_length(pool, folder_of):
 
 
 def own_loop(path, asked):
-    """A denoising loop by hand, its schedule made before it is parallel."""
+    """A hand-written denoising loop that sets its schedule before it becomes parallel."""
     pipe = running.loaded(path)
     latents = torch.randn(1, 4, 10, 6, generator=running.seeded())
     text = torch.randn(1, 5, tiny.TEXT, generator=running.seeded())
@@ -577,7 +577,7 @@ def test_a_loop_of_ones_own(pool, folder_of):
 
 
 def two_wraps(first, second):
-    """A pipeline's blocks come back when groups have been made anew for another one."""
+    """Blocks of a pipeline are restored even if groups have been created again for another pipeline."""
     one, two = running.loaded(first), running.loaded(second)
     before = running.fingerprint(one)
     divided = running.wrap(one, degrees(2, 2, 1, ulysses_degree=2))

@@ -1,4 +1,4 @@
-"""PipeFusion of transformers with more than one chain of blocks: hints of a second one, modules between blocks."""
+"""PipeFusion of transformers with more than one chain of blocks: hints of a second chain, modules between blocks."""
 
 from dataclasses import replace
 
@@ -10,7 +10,7 @@ from xfuser.testing.loop import loop_of
 from xfuser.testing.zoo import FAMILIES
 
 PATCHES = {"num_pipeline_patch": 3, "warmup_steps": 1}
-CASES = {  # which blocks take hints, blocks of each stage
+CASES = {  # blocks that take hints, number of blocks per stage
     "none on a stage between": ([0, 5], [1, 2, 3]),
     "the first one on the second stage": ([0, 1, 3], [1, 5]),
     "none on the last stage": ([0, 2], [2, 2, 1, 1]),
@@ -18,7 +18,7 @@ CASES = {  # which blocks take hints, blocks of each stage
 
 
 def vace(layers):
-    """Wan VACE with six blocks, of which these take hints."""
+    """Return Wan VACE with six blocks, of which ``layers`` take hints."""
     known = FAMILIES["wan_vace"]
     return replace(known, config=known.config | {"num_layers": 6, "vace_layers": layers})
 
@@ -39,14 +39,14 @@ def test_hints_equal_the_oracle_wherever_they_are_added(pool, case):
     layers, stages = CASES[case]
     call = {"num_inference_steps": 3, "guidance": "sequential"}
     expected = displaced(layers, **call)
-    assert matrix.error(expected, drawn(layers, None, call)) >= 1e-3  # staleness shows
+    assert matrix.error(expected, drawn(layers, None, call)) >= 1e-3  # staleness has an effect
     degrees = PATCHES | {"pipefusion_parallel_degree": len(stages), "attn_layer_num_for_pp": stages}
     for result in pool.run(len(stages), drawn, layers, degrees, call):
         assert matrix.error(result, expected) <= matrix.TOLERANCE
 
 
 def weights(layers, stages):
-    """How many weights of either stack are on this stage; and those of the unwrapped model afterwards."""
+    """Return the number of weights of each stack on this stage, and in the unwrapped model afterwards."""
     pipe = loop_of(vace(layers))
     before = running.fingerprint(pipe)
     degrees = PATCHES | {"pipefusion_parallel_degree": len(stages), "attn_layer_num_for_pp": stages}
@@ -70,7 +70,7 @@ BETWEEN = {"consisid": "perceiver_cross_attention", "wan_animate": "face_adapter
 
 
 def runs(family, steps):
-    """How often this stage runs each of the modules between blocks."""
+    """Return how often this stage runs each of the modules between blocks."""
     pipe, counts = loop_of(FAMILIES[family]), {}
     for name, module in pipe.transformer.get_submodule(BETWEEN[family]).named_children():
         counts[name] = 0

@@ -1,4 +1,4 @@
-"""PipeFusion where the scheduler steps a part of the frames: the first one is a picture, as in image-to-video."""
+"""PipeFusion when the scheduler steps only some frames: the first frame is an image, as in image-to-video."""
 
 from dataclasses import replace
 
@@ -13,9 +13,9 @@ from xfuser.testing.loop import DenoisingLoop, loop_of
 from xfuser.testing.zoo import FAMILIES
 
 VIDEOS = {
-    "hunyuan_video": replace(FAMILIES["hunyuan_video"], latents=(4, 5, 10, 6)),  # a time of its own for the picture
+    "hunyuan_video": replace(FAMILIES["hunyuan_video"], latents=(4, 5, 10, 6)),  # the image has its own timestep
     "kandinsky5": FAMILIES["kandinsky5"],
-    "sana_video": FAMILIES["sana_video"],  # sums over patches, which are not known until the first step ends
+    "sana_video": FAMILIES["sana_video"],  # sums over patches, known only after the first step
     "wan": replace(FAMILIES["wan"], latents=(4, 5, 10, 6)),
 }
 TWO_STAGES = {"pipefusion_parallel_degree": 2, "num_pipeline_patch": 3}
@@ -28,7 +28,7 @@ RUN = {
 
 
 class Holding(DenoisingLoop):
-    """Keeps the first frame, or that at another place, and adds noise to it in each iteration."""
+    """Keeps the first frame, or the one at ``place``, and adds noise to it in each iteration."""
 
     @torch.no_grad()
     def __call__(self, family, seed=0, place=0):
@@ -65,7 +65,7 @@ def test_a_first_frame_that_does_not_step(pool, name):
     (ranks, degrees), serial, pipe = RUN[name], drawn(name, None), loop(name)
     with oracle.displaced(pipe, degrees["num_pipeline_patch"], 2 if name == "sana_video" else 1):
         expected = pipe(VIDEOS[name])
-    assert matrix.error(expected, serial) >= 1e-3  # staleness shows
+    assert matrix.error(expected, serial) >= 1e-3  # staleness has an effect
     for warmup, reference in ((1, expected), (4, serial)):
         for result in pool.run(ranks, drawn, name, degrees | {"warmup_steps": warmup}):
             assert matrix.error(result, reference) <= matrix.TOLERANCES.get(name, matrix.TOLERANCE)

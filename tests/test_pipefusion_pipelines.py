@@ -1,4 +1,4 @@
-"""PipeFusion of whole pipelines whose transformers see more than latents and text: equal to the oracle."""
+"""PipeFusion of whole pipelines whose transformers take more than latents and text equals the oracle."""
 
 from dataclasses import replace
 
@@ -52,8 +52,8 @@ def test_pipeline_equals_the_oracle(pool, path_of, case, defined, parts):
             assert running.error(result, reference) <= WHOLE[case].tolerance
 
 
-OF_BLOCKS = {  # families whose blocks take text of their own: latents, patches, synchronous steps
-    "hidream": ((4, 4, 8), 2, 1),  # 10 tokens lie behind those of the image
+OF_BLOCKS = {  # families whose blocks each take their own text: latents, patches, synchronous steps
+    "hidream": ((4, 4, 8), 2, 1),  # 10 tokens follow those of the image
     "bria_fibo": ((15, 8), 4, 1),
 }
 
@@ -70,7 +70,7 @@ def test_text_of_every_block(pool, name):
     pipe = loop_of(family)
     with oracle.displaced(pipe, patches, warmup):
         expected = pipe(family, images=2, guidance="sequential")
-    assert matrix.error(looped(name, None), expected) >= 100 * matrix.TOLERANCE  # staleness shows
+    assert matrix.error(looped(name, None), expected) >= 100 * matrix.TOLERANCE  # staleness has an effect
     degrees = {"pipefusion_parallel_degree": 4, "num_pipeline_patch": patches, "warmup_steps": warmup}
     for result in pool.run(4, looped, name, degrees):
         assert matrix.error(result, expected) <= matrix.TOLERANCE
@@ -78,7 +78,7 @@ def test_text_of_every_block(pool, name):
 
 @pytest.mark.parametrize("case", ["flux_kontext", "flux2", "qwen_image_edit"])
 def test_patches_that_have_fewer_tokens_than_ranks(pool, path_of, case):
-    """Pictures are more tokens than the latents, and are not counted among those of the patches."""
+    """Condition images have more tokens than the latents, and do not count as tokens of the patches."""
     path, changes = path_of(case), CASES[case]
     patches = rows_of(path, case) // 2 + 1
     expected = displaced(path, case, patches, 1, **changes)
@@ -92,7 +92,7 @@ def rows_of(path, case):
 
 
 def refused(path, case, patches):
-    """The message of the refusal, and how often the transformer was called ahead of it."""
+    """Return the message of the refusal, and the number of transformer calls before it."""
     calls = []
     hook = whole.loaded(path, case).transformer.register_forward_pre_hook(lambda *_: calls.append(1))
     degrees = {"pipefusion_parallel_degree": 1, "num_pipeline_patch": patches}

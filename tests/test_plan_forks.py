@@ -1,4 +1,4 @@
-"""Combinations that forks of the planning process count."""
+"""Combinations counted in forks of the planning process."""
 
 import multiprocessing
 import os
@@ -16,7 +16,7 @@ from xfuser.planner.table import plan
 
 
 def test_forks_count_what_one_process_counts(folder_of, monkeypatch):
-    """Also of PixArt-alpha, whose pipeline fails with the one step that most others are counted by."""
+    """Includes PixArt-alpha, whose pipeline fails with one step, by which most others are counted."""
     args, found = asked(folder_of("pixart_alpha"), {}), []
     for cores in (1, 2):
         monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)), raising=False)
@@ -29,7 +29,7 @@ def test_forks_count_what_one_process_counts(folder_of, monkeypatch):
 
 
 def forked(action):
-    """What an action returns in each of seven forks, which have two cores; the first result is this process's."""
+    """Return an action's results in seven forks on two cores; the first result is that of this process."""
     parent = os.getpid()
     return forks.each(lambda _: action() if os.getpid() != parent else None, [None] * 8, lambda _: True)[1:]
 
@@ -40,14 +40,14 @@ def test_forks_wait_for_no_threads_of_their_parent(monkeypatch):
     torch.set_num_threads(2)
     try:
         torch.ones(1 << 20).sum()
-        rows = forked(lambda: (signal.alarm(20), torch.ones(1 << 20).sum().item())[1])  # killed where it waits
+        rows = forked(lambda: (signal.alarm(20), torch.ones(1 << 20).sum().item())[1])  # killed if it waits
         assert rows == [1 << 20] * 7
     finally:
         torch.set_num_threads(threads)
 
 
 def test_killed_forks_end_the_plan(monkeypatch):
-    """Not one of them is waited for; nor do they go on when the plan itself is killed."""
+    """The plan waits for none of them, and they end when the plan itself is killed."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
     with pytest.raises(RuntimeError, match="was killed"):
         forked(lambda: os.kill(os.getpid(), signal.SIGKILL))
@@ -59,5 +59,5 @@ def test_killed_forks_end_the_plan(monkeypatch):
     os.close(begin)
     assert os.read(begun, 1) and os.read(begun, 1)
     planning.kill()
-    assert select.select([begun], [], [], 10)[0] and os.read(begun, 1) == b""  # none has it open
+    assert select.select([begun], [], [], 10)[0] and os.read(begun, 1) == b""  # no process has it open
     os.close(begun)

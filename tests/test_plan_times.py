@@ -1,4 +1,4 @@
-"""From what a plan counts to seconds: the times of operators, messages and stages on a machine."""
+"""From a plan's counts to seconds: the times of operators, messages and stages on a machine."""
 
 from dataclasses import replace
 
@@ -13,14 +13,14 @@ from xfuser.planner.machines import Constants, machine_of
 from xfuser.planner.rehearsal import alone_of, rehearse
 from xfuser.planner.trace import ATTENTION, MATMUL, MEMORY, Message, Operator, Tracer, Wait
 
-CONSTANTS = Constants(1e30, 0.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0)  # of a machine that is its data sheet
+CONSTANTS = Constants(1e30, 0.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0)  # a machine that equals its data sheet
 
 
 def test_the_longest_chain():
-    """A message hides behind what does not wait for it; a slow host holds a fast device."""
+    """A message overlaps with operators that do not wait for it; a slow host limits a fast device."""
     machine = replace(machine_of("CPU"), peak=1e9, synchronous=False, bandwidth=1e30, link=1e6, constants=CONSTANTS)
     product = Operator(MATMUL, 1e9, 0.0, False, (), ())  # a second
-    message, ready = Message(1, "send", (0, 1), 10**6), Wait(1)  # a second, too
+    message, ready = Message(1, "send", (0, 1), 10**6), Wait(1)  # one second each
     times = [
         Clock(machine).run(program_of(events)).device
         for events in ([message, product, ready], [message, ready, product], [product] * 3, [([product], 5)])
@@ -31,7 +31,7 @@ def test_the_longest_chain():
 
 
 def test_a_processor_moves_its_messages_itself():
-    """What it sends hides behind nothing; what it receives is the other's."""
+    """On a CPU, sends do not overlap with compute; receives cost nothing."""
     machine = replace(machine_of("CPU"), peak=1e9, bandwidth=1e30, link=1e6, constants=CONSTANTS)
     product = Operator(MATMUL, 1e9, 0.0, False, (), ())
     messages = [Message(1, "send", (0, 1), 10**6), Message(2, "recv", (0, 1), 10**6)]
@@ -40,7 +40,7 @@ def test_a_processor_moves_its_messages_itself():
 
 
 def test_activations_take_exponentials():
-    """Of a feed-forward's GELU, one of each number, also where a compiler fuses it."""
+    """A feed-forward's GELU takes one per number, also if a compiler fuses it."""
     machine = replace(machine_of("CPU"), bandwidth=1e30, units=1, clock=1e9, exps=0.5, constants=CONSTANTS)
     moves = [Operator(MEMORY, 0.0, scores, False, ((0, 8),), ((1, 8),)) for scores in (8e9, 0.0)]
     seconds = [Clock(machine).run(program_of(moves, fused)).device for fused in (False, True)]
@@ -52,7 +52,7 @@ def test_activations_take_exponentials():
 
 
 def test_the_slowest_stage_sets_the_pace(folder_of):
-    """Not the first one, which is the one that is counted; and what it computes is by its blocks."""
+    """The slowest stage may not be the first one, which is counted; its compute is estimated from its blocks."""
     machine = replace(machine_of("CPU"), peak=1e9, synchronous=False, bandwidth=1e30, constants=CONSTANTS)
     patch, whole = (program_of([Operator(MATMUL, 1e9, 0.0, False, (), ())] * count) for count in (1, 2))
     told = estimate(Counted(whole, [patch, patch], Parts({}), [1.0, 2.0], []), machine, 5, 1, False)
