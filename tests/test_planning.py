@@ -1,4 +1,4 @@
-"""What xdit plan foresees is what runs take, and what cannot fit is refused before it is loaded."""
+"""The predictions of xdit plan match actual runs, and models that cannot fit are refused before loading."""
 
 import gc
 import math
@@ -33,12 +33,12 @@ def asked(path, degrees, **changes):
 
 
 def taken(path, degrees):
-    """Bytes of a rank's weights, and the high-water mark of its other tensors in a call."""
+    """Return the bytes of a rank's weights, and the high-water mark of its other tensors in a call."""
     parallel = xDiTParallel(running.loaded(path), *asked(path, degrees).create_config())
     parts = [part for part in parallel.components.values() if isinstance(part, torch.nn.Module)]
     weights, call = sum(map(weight_of, parts)), parallel.call_arguments()
     peaks = []
-    for _ in range(2):  # messages that threads let go of late, and cycles that await their collection, may add to one
+    for _ in range(2):  # messages freed late by threads, and uncollected cycles, may add to one run
         gc.collect()
         with LiveMemory() as meter:
             parallel(**call)
@@ -61,7 +61,7 @@ def taken(path, degrees):
     ],
 )
 def test_what_is_foreseen_is_what_is_taken(pool, folder_of, family, ranks, degrees):
-    """By the rank that takes most: the peak of tensors, and weights, to 10 %."""
+    """For the rank with the most memory: the peak of tensors, and weights, within 10 %."""
     path = folder_of(family)
     with alone_of(ranks):
         memory = rehearse(*asked(path, degrees).checked())
@@ -110,7 +110,7 @@ def _parsed(path, flags):
 
 
 def test_xdit_plan_is_a_command(tmp_path):
-    done = xdit(tmp_path, "plan", "--world-size", "1", "--prompt", "a red circle")  # of the shipped pipeline
+    done = xdit(tmp_path, "plan", "--world-size", "1", "--prompt", "a red circle")  # the shipped pipeline
     assert done.returncode == 0 and "all degrees 1" in done.stdout and done.stderr == "", done.stderr
     with pytest.raises(ValueError, match="world_size=0 must be 1 or more"):
         main(["--world-size", "0"])
@@ -125,7 +125,7 @@ def too_much(path, degrees, memory):
 
 
 def test_what_cannot_fit_is_not_loaded(pool, folder_of):
-    """The stage that is too heavy is one rank's; all of them say so. With more stages it fits."""
+    """All ranks report weights that do not fit; with more stages, they fit."""
     path = folder_of("sd3")
     weights = sum(map(weight_of, (x for x in running.loaded(path).components.values() if hasattr(x, "parameters"))))
     memory = f"{0.95 * weights / 1e3:.3f}KB"
@@ -141,7 +141,7 @@ def test_sizes():
 
 
 FLUX = xFuserArgs(model="flux.1-dev", prompt="a", dtype="bf16", num_inference_steps=28)
-source = cache(lambda: source_of(FLUX))  # which rehearsals share
+source = cache(lambda: source_of(FLUX))  # shared by rehearsals
 
 
 def published_row(machine, compiled, **degrees):
@@ -150,7 +150,7 @@ def published_row(machine, compiled, **degrees):
 
 
 def test_a_published_model_is_counted_without_a_download():
-    """The products of Flux.1-dev at 1024 pixels that Diffusers' benchmark prints, 59,523 GFLOP, and its weights."""
+    """The matrix products of Flux.1-dev at 1024 pixels, 59,523 GFLOP in Diffusers' benchmark, and its weights."""
     told = published_row("H100", True).told
     flops = sum(_flops(told.steps[0, 0], MATMUL))
     assert flops == pytest.approx(59523e9, rel=1e-3)
@@ -166,7 +166,7 @@ def _flops(events, kind):
 
 
 def test_ranks_with_a_branch_of_guidance_compute_half():
-    """But for the first step of a pipeline that calls its transformer for each branch: both are run in it."""
+    """The first step of a pipeline that calls its transformer per branch is the exception: it runs both branches."""
     args = replace(FLUX, model="wan2.1-t2v-1.3b", height=160, width=96, num_frames=9)
     shared = source_of(args)
     told = [plan(args, ranks, None, False, [{"cfg": ranks}], shared)[0].told for ranks in (1, 2)]
@@ -175,7 +175,7 @@ def test_ranks_with_a_branch_of_guidance_compute_half():
 
 
 def test_weights_in_shards_travel_once_a_forward():
-    """Behind what is computed, over fast links; else steps wait for them. Each rank has its share of them."""
+    """Fast links hide them behind compute; over slow links, steps wait for them. Each rank holds its shard."""
     args = replace(FLUX, model="wan2.1-t2v-1.3b", height=160, width=96, num_frames=9)
     shared, rows = source_of(args), []
     for link, degree in (("nvlink", 1), ("nvlink", 2), ("1gbit", 2)):
@@ -193,7 +193,7 @@ def test_weights_in_shards_travel_once_a_forward():
 
 
 def test_divided_text_encoders_are_counted(folder_of):
-    """By the rows that divide weights; the others are refused as they are in a run."""
+    """Rows that shard weights count them; the others are refused, as in a run."""
     args = xFuserArgs(model=folder_of("sd3"), prompt="a", height=64, width=64, num_inference_steps=1)
     choices = [{"tensor": 2}, {"ulysses": 2}]
     whole, _ = plan(args, 2, choices=choices)
@@ -203,7 +203,7 @@ def test_divided_text_encoders_are_counted(folder_of):
 
 
 def test_stages_of_two_transformers_are_counted():
-    """Of Wan 2.2: half of both's blocks; the keys and values of one at a time, and none while the VAE decodes."""
+    """Wan 2.2: half of the blocks of both; the KV of one at a time, and no KV while the VAE decodes."""
     args = replace(FLUX, model="wan2.2-t2v-a14b", height=160, width=96, num_frames=33)
     told = plan(args, 2, None, False, [{"pipefusion": 2}], source_of(args))[0].told
     assert [told.weights[name] for name in ("transformer", "transformer_2")] == pytest.approx([14.3e9] * 2, rel=0.05)
@@ -213,7 +213,7 @@ def test_stages_of_two_transformers_are_counted():
 
 
 def test_a_model_with_whole_text_and_a_schedule_of_two_steps_is_counted():
-    """Mochi: its blocks take all of the text with every patch, and compute it with the first one alone."""
+    """Mochi: its blocks take the whole text with every patch, and compute it only with the first one."""
     args = replace(FLUX, model="mochi-1-preview", height=160, width=96, num_frames=7)
     ring, staged = plan(args, 2, None, False, [{"ring": 2}, {"pipefusion": 2}], source_of(args))
     assert {step for step, _ in ring.told.steps} == {0, 1}
@@ -222,7 +222,7 @@ def test_a_model_with_whole_text_and_a_schedule_of_two_steps_is_counted():
 
 
 def test_repeated_blocks_are_what_running_them_gives(folder_of, monkeypatch):
-    """Of a transformer with many blocks: operators, FLOPs, bytes and memory are the same with all blocks run."""
+    """For a transformer with many blocks, counts of FLOPs and memory are the same as when all blocks run."""
     args = asked(folder_of("flux"), {"pipefusion_parallel_degree": 2}, num_inference_steps=3)
     told = []
     for ends in (1, 100):
@@ -237,7 +237,7 @@ def test_repeated_blocks_are_what_running_them_gives(folder_of, monkeypatch):
 
 @pytest.mark.matrix
 def test_times_follow_from_the_machine():
-    """More ranks are faster, slow links hurt, a compiled step is not slower; parts sum up to the whole."""
+    """More ranks are faster, slow links are slower, a compiled step is not slower; the parts sum to the total."""
     one, fast = published_row("H100", True), published_row("H100", True, ulysses=4)
     eager, slow = published_row("H100", False, ulysses=4), published_row("L20", True, ulysses=4)
     staged = published_row("H100", True, pipefusion=2)
@@ -258,7 +258,7 @@ def test_nodes_have_links_of_their_own(spelling):
 
 
 def test_many_ranks_are_reached():
-    """There are choices for a thousand ranks, few of them, also by widening what was best of fewer."""
+    """There are a few choices for a thousand ranks, also by widening the best choices for fewer ranks."""
     assert all(math.prod(one.values()) == 1024 for one in choices_of(1024)) and 0 < len(choices_of(1024)) < 8
     best = Row("", {}, "", {"cfg": 1, "dp": 1, "pipefusion": 1, "ulysses": 32, "ring": 8, "tensor": 1})
     staged = replace(best, degrees=best.degrees | {"pipefusion": 2, "ring": 4})
@@ -312,7 +312,7 @@ def test_unknown_machines_and_bad_flags_are_refused(tmp_path, monkeypatch):
 
 
 def test_a_row_says_why_it_cannot_be_counted(folder_of, monkeypatch):
-    """A forward that looks at values, and one that fails otherwise, on two ranks alone."""
+    """One forward reads values; another one fails for other reasons, only on two ranks."""
     forward, args = SD3Transformer2DModel.forward, asked(folder_of("sd3"), {})
 
     @wraps(forward)

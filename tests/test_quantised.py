@@ -1,4 +1,4 @@
-"""Quantised transformers run under the methods that leave weights as they are."""
+"""Quantised transformers run under the methods that do not change weights."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ from xfuser.weights.loading import load_pipeline
 
 
 def draw(path, degrees, call):
-    """A picture of the wrapped pipeline, or the bare one's without degrees; or why there is none."""
+    """Return an image of the wrapped pipeline, or of the unwrapped one without degrees, or the error."""
     quantised = diffusers.QuantoConfig(weights_dtype="int8")
     options = {"subfolder": "transformer", "quantization_config": quantised, "torch_dtype": torch.float32}
     transformer = diffusers.SD3Transformer2DModel.from_pretrained(path, **options)
@@ -43,7 +43,7 @@ def test_quantised_transformers(pool, folder_of):
 
 
 def in_code(path, degrees, call):
-    """As :func:`draw`, of a transformer that was quantised once it was loaded."""
+    """Like :func:`draw`, with a transformer that is quantised after loading."""
     pipe = DiffusionPipeline.from_pretrained(path)
     pipe.set_progress_bar_config(disable=True)
     quantize(pipe.transformer, weights=qint8)
@@ -55,7 +55,7 @@ def in_code(path, degrees, call):
 
 
 def test_transformers_that_are_quantised_in_code(pool, folder_of):
-    """Nothing of Diffusers tells of it: the weights themselves do."""
+    """Diffusers does not record the quantisation; only the weights show it."""
     path, call = folder_of("sd3"), tiny.call_of("sd3", 2)
     (bare,) = pool.run(1, in_code, path, None, call)
     assert running.error(bare, running.bare(path, call)) > 1e-4

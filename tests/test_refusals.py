@@ -1,4 +1,4 @@
-"""What cannot be exact is refused during the call, and what goes wrong leaves nothing behind."""
+"""Calls that cannot be exact are refused, and errors leave no state behind."""
 
 from typing import ClassVar
 
@@ -20,7 +20,7 @@ def message_of(kind, action):
 
 
 def refusals(path):
-    """The messages of everything that a call refuses, and whether the pipeline works after each."""
+    """Return the messages of all refusals of a call, and whether the pipeline works after each."""
     call = tiny.call_of("sd3")
     pipe = running.loaded(path)
     parallel = running.wrap(pipe, {"ulysses_degree": 2})
@@ -53,7 +53,7 @@ def test_refusals_name_the_reason_and_leave_the_pipeline_working(pool, folder_of
 
 
 class Fused(torch.nn.Module):
-    """A block behind one module that does all of it, as packages of quantised kernels have them."""
+    """One module that computes a whole block, as in packages of quantised kernels."""
 
     def __init__(self, block):
         super().__init__()
@@ -64,7 +64,7 @@ class Fused(torch.nn.Module):
 
 
 class FusedFlux(diffusers.FluxTransformer2DModel):
-    """Has the plan of the class that it derives from, and not its blocks."""
+    """Has the plan of its base class, but different blocks."""
 
     def fuse(self):
         blocks = self.transformer_blocks
@@ -88,7 +88,7 @@ def of_another_layout(path, degrees):
 
 
 def test_blocks_without_the_planned_attention_are_refused(pool, folder_of):
-    """They would attend to each rank's own tokens, without an error."""
+    """They would silently attend only to each rank's own tokens."""
     for degrees in ({"ulysses_degree": 2}, {"ring_degree": 2}, {"distrifusion_degree": 2}, matrix.PIPED):
         for message in pool.run(2, of_another_layout, folder_of("flux"), degrees):
             assert "transformer_blocks.1 of FusedFlux, a Fused, has no attention module attn, which the plan" in message
@@ -96,7 +96,7 @@ def test_blocks_without_the_planned_attention_are_refused(pool, folder_of):
 
 
 class Merged(torch.nn.Module):
-    """A transformer whose context-parallel plan does not say that its blocks see pairs of tokens as one."""
+    """A transformer whose context-parallel plan does not describe that its blocks merge pairs of tokens."""
 
     _cp_plan: ClassVar = {"": {"hidden_states": ContextParallelInput(split_dim=1, expected_dims=3)}}
 
@@ -117,13 +117,13 @@ def unexplained(ranks):
 
 
 def test_lengths_that_diffusers_plan_does_not_explain_are_refused(pool):
-    """Also where all ranks have as many: 4 of 16 tokens, as pairs of the 8 that each has."""
+    """Equal lengths on all ranks are refused as well: 4 pairs of the 8 tokens on each rank, out of 16."""
     for message in pool.run(2, unexplained, 2):
         assert "attn attends to [4, 4] tokens on the ranks, which are neither shares of the [16] tokens" in message
 
 
 def fails_then_works(path):
-    """An exception between the two calls of sequential guidance, caught by the program, and then another picture."""
+    """Raise between the two calls of sequential guidance, catch the exception, and generate another image."""
     pipe = running.loaded(path)
     parallel = running.wrap(pipe, {"use_cfg_parallel": True})
     call = tiny.call_of("flux", 1, true_cfg_scale=2.0, negative_prompt="a cat")
@@ -149,7 +149,7 @@ def test_a_failed_call_does_not_poison_the_next(pool, folder_of):
 
 
 def reads_early(path, degrees):
-    """Each call's result is read as soon as it is there, before the second call is made."""
+    """Read the first call's result before the second call."""
     pipe = running.loaded(path)
     seen = []
     hook = pipe.transformer.register_forward_hook(lambda module, args, output: seen.append(output[0].double().sum()))

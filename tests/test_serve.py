@@ -1,4 +1,4 @@
-"""`xdit serve`: the unmodified OpenAI client draws what one rank draws, and faults stay with their requests."""
+"""`xdit serve`: the unmodified OpenAI client gets the same images as one rank, and faults fail only their requests."""
 
 import asyncio
 import base64
@@ -79,7 +79,7 @@ def pixels(data):
 
 @running.remembered
 def serial(prompt=PROMPT, seed=0, steps=STEPS, side=SIDE, binning=True):
-    """The picture that the bare pipeline draws alone."""
+    """Return the image of the unwrapped pipeline for a single prompt."""
     pipe = running.loaded(SHIPPED_PIPELINE)
     given = {"height": side, "width": side, "num_inference_steps": steps, "guidance_scale": 3.5}
     given["use_resolution_binning"] = binning
@@ -92,7 +92,7 @@ def same(drawn, expected):
 
 
 def in_thread(function, *args, **kwargs):
-    """Start a call; its future."""
+    """Start a call in a thread, and return its future."""
     pool = ThreadPoolExecutor(1)
     future = pool.submit(function, *args, **kwargs)
     pool.shutdown(wait=False)
@@ -100,7 +100,7 @@ def in_thread(function, *args, **kwargs):
 
 
 def drawing(client):
-    """A slow picture whose first step is done, as its events; to close them ends it."""
+    """Request a slow image, wait for its first step, and return the event stream; closing the stream cancels it."""
     events = client.images.generate(prompt=PROMPT, stream=True, extra_body={"num_inference_steps": faults.SLOW})
     next(event for event in events if event.step > 0)
     return events
@@ -137,7 +137,7 @@ def test_errors_say_what_is_allowed(client, fields, param, told):
 
 @pytest.mark.matrix
 def test_jobs_of_a_batch_that_the_pipeline_refuses_are_drawn_alone(served, client):
-    """So that one bad request does not fail the others."""
+    """One bad request must not fail the others."""
     ranks = served.ranks()
     assert len(draw(client, steps=faults.REFUSES_BATCHES, n=3, size="64x64")) == 3 and served.ranks() == ranks
 
@@ -155,12 +155,12 @@ def test_pictures_are_checked_before_they_are_accepted(client):
 
 @pytest.mark.matrix
 def test_pictures_of_a_batch_are_those_drawn_alone(served, client):
-    """Also one after the other: nothing of one request is seen in another."""
+    """The same holds for successive requests: no state of one request affects another."""
     blocking = drawing(client)
     calls, before = served.metric("xdit_batch_size_count"), served.metric("xdit_batch_size_sum")
     prompts = [PROMPT, "a green square", "a blue circle", PROMPT]
     others = [in_thread(draw, client, prompt, seed=seed) for seed, prompt in enumerate(prompts)]
-    until(lambda: served.health()["queue"] == 4, "four waiting pictures")
+    until(lambda: served.health()["queue"] == 4, "four waiting images")
     blocking.close()
     for seed, (prompt, other) in enumerate(zip(prompts, others, strict=True)):
         assert same(other.result(), serial(prompt, seed))
@@ -202,7 +202,7 @@ def test_a_cancelled_request_ends_within_a_step(served, client, by):
     else:
         events.close()
     assert same(draw(client, seed=5), serial(seed=5))
-    assert served.metric("xdit_steps_total") - before < faults.SLOW / 2 + STEPS  # a busy machine tells late
+    assert served.metric("xdit_steps_total") - before < faults.SLOW / 2 + STEPS  # a busy machine reports late
     assert served.metric("xdit_restarts_total") == 0
 
 
@@ -213,7 +213,7 @@ def test_a_cancelled_request_leaves_the_others_of_its_call(served, client):
     left = client.images.generate(
         prompt=PROMPT, stream=True, extra_body={"num_inference_steps": faults.SLOW, "seed": 2}
     )
-    until(lambda: served.health()["queue"] == 2, "two waiting pictures")
+    until(lambda: served.health()["queue"] == 2, "two waiting images")
     blocking.close()
     next(event for event in left if event.step > 0)
     left.close()
@@ -225,7 +225,7 @@ def test_a_cancelled_request_leaves_the_others_of_its_call(served, client):
 def test_a_full_queue_says_when_to_come_again(served, client):
     blocking = drawing(client)
     waiting = in_thread(draw, client, n=10)
-    until(lambda: served.health()["queue"] == 10, "ten waiting pictures")
+    until(lambda: served.health()["queue"] == 10, "ten waiting images")
     with pytest.raises(openai.RateLimitError) as error:
         draw(client, n=3)
     assert error.value.response.headers["retry-after"] and error.value.body["code"] == "rate_limit_exceeded"
@@ -253,16 +253,16 @@ def test_out_of_memory_halves_a_batch_and_refuses_what_is_alone(served, client):
 
 @pytest.mark.matrix
 def test_a_killed_rank_takes_its_call_and_nothing_else(served, client):
-    """The others of the queue survive, and what asked for it is drawn again."""
+    """Other requests in the queue survive, and a request with ``retry`` in the killed call is repeated."""
     blocking = drawing(client)
     lost, again = (
         in_thread(draw, client, steps=faults.SLOW, seed=seed, size="64x64", retry=seed == 1) for seed in range(2)
     )
-    until(lambda: served.health()["queue"] == 2, "two waiting pictures")
+    until(lambda: served.health()["queue"] == 2, "two waiting images")
     queued = in_thread(draw, client, seed=5)
-    until(lambda: served.health()["queue"] == 3, "three waiting pictures")
+    until(lambda: served.health()["queue"] == 3, "three waiting images")
     blocking.close()
-    until(lambda: served.health()["queue"] == 1, "two pictures that are drawn together")
+    until(lambda: served.health()["queue"] == 1, "two images in one batch")
     os.kill(served.ranks()[1], signal.SIGKILL)
     with pytest.raises(openai.APIStatusError) as error:
         lost.result()
@@ -291,7 +291,7 @@ def test_ctrl_c_ends_all(served, client):
 
 @pytest.mark.matrix
 def test_videos_are_jobs(tmp_path):
-    """With a picture to start from; the file is what a call of the bare pipeline gives."""
+    """The video starts from an image; the file equals the result of the unwrapped pipeline."""
     size = ("--height", 160, "--width", 96, "--num_frames", 9, "--num_inference_steps", STEPS)
     served = Served(tmp_path, "--model", whole.save("ltx_i2v", tmp_path), *size).ready()
     try:
@@ -323,7 +323,7 @@ def job(name, most=4, **settings):
 
 
 def test_no_shape_starves():
-    """Whatever comes behind it, a job waits for no more batches than there are jobs ahead of it."""
+    """A job waits for no more batches than there are jobs before it, independent of later jobs."""
     waiting = [job(f"small {i}", height=64) for i in range(6)] + [job("large", height=512)]
     batches = 0
     while True:
@@ -346,7 +346,7 @@ def test_what_a_batch_has_in_common():
 
 
 def server_of(*flags):
-    """One that does not run: no ranks are started."""
+    """Return a server that does not run: it starts no ranks."""
     args, options = command.parsed([*flags])
     return Server(args, options)
 
@@ -369,7 +369,7 @@ def test_unknown_words_and_videos_are_refused():
 
 
 async def asked(app, method, path, body=b"", kind="application/json"):
-    """The answer's messages to a client that leaves as soon as it has sent its request."""
+    """Return the response's messages to a client that disconnects right after its request."""
     scope = {"type": "http", "asgi": {"spec_version": "2.3"}, "method": method, "path": path, "query_string": b""}
     scope |= {"headers": [(b"content-type", kind.encode())], "server": ("localhost", 80), "scheme": "http"}
     received, sent = [{"type": "http.request", "body": body}], []
@@ -387,7 +387,7 @@ async def asked(app, method, path, body=b"", kind="application/json"):
 
 @pytest.fixture
 def accepting(tmp_path):
-    """A server that accepts requests, which nothing draws."""
+    """A server that accepts requests, but has no engine that runs them."""
     server = server_of("--output_dir", str(tmp_path))
     server.engine.abilities = {"pipeline": "PixArtSigmaPipeline", "videos": False, "pictures": False, "multiple": 16}
     server.engine.why = ""
@@ -465,15 +465,16 @@ def test_a_queue_holds_so_many():
 
 
 def test_a_rank_that_reads_nothing_is_started_anew(pool):
-    """A message that its connection does not take, as a rank that is stopped does not read, holds nothing up. Other
-    children of the process are left alone."""
+    """A stopped rank does not read, so its connection accepts no message; this must not block the server.
+
+    Other child processes are left alone."""
     before = pool.run(1, os.getpid)
 
     def launch(connections):
         with Connection(os.dup(connections[0].fileno())) as rank:
             rank.send(("ready", {"multiple": 16}))
             until(lambda: not engine.why, "an engine that is ready")
-            until(lambda: engine.why, "an engine that starts its ranks anew")
+            until(lambda: engine.why, "an engine that restarts its ranks")
 
     async def drawn(job):
         running = asyncio.create_task(engine.run())
@@ -492,7 +493,7 @@ def test_a_rank_that_reads_nothing_is_started_anew(pool):
 
 
 def test_a_pipeline_that_returns_another_number_of_images_ends_no_server():
-    """What it takes no batches of is drawn one by one."""
+    """Requests that the pipeline does not support as a batch run one by one."""
     stopped, counts = threading.Event(), []
 
     def launch(connections):
@@ -523,7 +524,7 @@ def test_a_pipeline_that_returns_another_number_of_images_ends_no_server():
 
 
 def test_what_takes_too_much_memory_is_refused():
-    """By the planner's count for that size, before it is accepted; the engine need not run for that."""
+    """The planner's count for the size decides before the request is accepted; the engine need not run."""
     server = server_of("--memory", "100MB", "--ulysses_degree", "2", "--no_use_resolution_binning")
     sizes = [{"height": side, "width": side, "num_frames": None, "num_inference_steps": 1} for side in (256, 1024)]
     server.ranks_for(sizes[0])
@@ -551,8 +552,8 @@ def test_what_cannot_be_served_is_told_in_one_line(tmp_path, monkeypatch):
 
 @pytest.mark.matrix
 def test_a_server_whose_ranks_do_not_start_ends(tmp_path, monkeypatch, request):
-    """And leaves nothing of its launcher."""
-    model, folder = tmp_path / "damaged", tempfile.TemporaryDirectory()  # a short name: there will be sockets
+    """It also leaves no processes of its launcher."""
+    model, folder = tmp_path / "damaged", tempfile.TemporaryDirectory()  # a short path, as it holds sockets
     request.addfinalizer(folder.cleanup)
     monkeypatch.setenv("TMPDIR", folder.name)
     shutil.copytree(SHIPPED_PIPELINE, model)

@@ -1,4 +1,4 @@
-"""`xdit serve --elastic`: calls on as many ranks as end them soonest, the same pictures, and a short fault run."""
+"""`xdit serve --elastic`: calls run on the ranks that end them soonest, images are the same, and a short fault run."""
 
 import asyncio
 
@@ -99,7 +99,7 @@ def test_degrees_of_a_team_divide_those_of_all():
 
 @pytest.mark.matrix
 def test_pictures_of_all_sizes_at_once_are_those_drawn_alone(elastic_served, client):
-    """On one rank or both; two at a time on a rank each, of which one is cancelled, and a batch behind them."""
+    """Calls on one rank or both; two at a time on one rank each, one of them cancelled; then a batch."""
     events = client.images.generate(
         prompt=test_serve.PROMPT, size="64x64", stream=True, extra_body={"num_inference_steps": faults.SLOW}
     )
@@ -109,7 +109,7 @@ def test_pictures_of_all_sizes_at_once_are_those_drawn_alone(elastic_served, cli
     assert elastic_served.metric('xdit_calls_total{ranks="1"}') >= 2
     sides, seeds = (64, 128, 256, 64, 96), range(5)
     drawn = [in_thread(draw, client, seed=seed, size=f"{side}x{side}") for seed, side in zip(seeds, sides, strict=True)]
-    until(lambda: elastic_served.health()["queue"] == 5, "five waiting pictures")
+    until(lambda: elastic_served.health()["queue"] == 5, "five waiting images")
     events.close()
     for seed, side, picture in zip(seeds, sides, drawn, strict=True):
         assert same(picture.result(), serial(seed=seed, side=side, binning=False))

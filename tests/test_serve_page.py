@@ -26,7 +26,7 @@ def browser():
 
 @pytest.mark.matrix
 def test_a_person_draws_and_cancels(browser, elastic_served):
-    """The last test with this server, which Ctrl-C ends."""
+    """This must be the last test with this server, as it ends the server with Ctrl-C."""
     try:
         browser.get(elastic_served.ready().url)
         wait = WebDriverWait(browser, PATIENCE, 0.05)

@@ -1,4 +1,4 @@
-"""The server on Ray Serve: replicas of engines, one of which is killed on the way."""
+"""The server on Ray Serve: replicas of engines, one of which is killed."""
 
 import os
 import signal
@@ -30,7 +30,7 @@ def cluster():
 
 
 def ranks():
-    """The processes of all replicas' ranks, by their replica: they are forked from a process that it starts."""
+    """Return the processes of all ranks by replica; they are forked from a process that the replica starts."""
     found = {}
     for process in psutil.Process().children(recursive=True):
         try:

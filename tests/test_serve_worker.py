@@ -1,4 +1,4 @@
-"""A rank of the server: a batch draws what each of its jobs would alone, and a cancelled one leaves nothing."""
+"""A rank of the server: a batch gives the same results as its jobs alone, and a cancelled batch leaves no state."""
 
 import io
 from multiprocessing import Pipe
@@ -26,7 +26,7 @@ def job(number: int, prompt: str = PROMPTS[0], **fields: Any) -> dict[str, Any]:
 
 
 def draws(path: str, batches: list[Any], cancelled: tuple[str, ...] = (), **degrees: Any) -> Any:
-    """How each batch ended; what is named is cancelled before the first one begins. On rank 0, what it sent besides."""
+    """Run batches, with ``cancelled`` jobs cancelled before the first one; return results and rank 0's messages."""
     args = xFuserArgs(model=path, max_sequence_length=7, no_use_resolution_binning="pixart" in path, **degrees)
     engine_config, inputs = args.create_config()
     pipe = load_pipeline(engine_config, inputs)
@@ -58,7 +58,7 @@ def latents(end: Any) -> list[torch.Tensor]:
     ],
 )
 def test_a_batch_is_what_its_jobs_are_alone(pool, folder_of, family, degrees):
-    """In latents, with prompts of different lengths; and before and behind it, each job alone."""
+    """Compare latents, with prompts of different lengths; each job also runs alone, before and after the batch."""
     jobs = [job(seed, prompt) for seed, prompt in enumerate(PROMPTS)]
     options = {"output_type": "latent"}
     (alone, _), *_ = pool.run(1, _draws_with, folder_of(family), [[one] for one in jobs], options)
@@ -90,7 +90,7 @@ def test_behind_a_cancelled_batch_the_next_is_as_ever(pool, folder_of, degrees):
 
 
 def test_a_picture_is_edited_and_previewed(pool, folder_of, tmp_path):
-    """Flux' latents are packed, and jobs with a picture are drawn from it."""
+    """Flux' latents are packed, and jobs with an image start from it."""
     picture = whole.picture()
     picture.save(tmp_path / "own.png")
     file = io.BytesIO()
@@ -112,8 +112,7 @@ def _pixels(data: bytes) -> np.ndarray:
 
 
 def _elastic(path: str, calls: list[Any], degrees: dict[str, Any]) -> Any:
-    """How each call ended on this rank's team of the size that it names, and the process groups ahead of and behind
-    them."""
+    """Run calls on this rank's team of the given size; return results, and the number of groups before and after."""
     options = {"max_sequence_length": 7, "no_use_resolution_binning": "pixart" in path, "output_type": "latent"}
     engine_config, inputs = xFuserArgs(model=path, **options, **degrees).create_config()
     elastic.check(engine_config)
@@ -141,7 +140,7 @@ def _elastic(path: str, calls: list[Any], degrees: dict[str, Any]) -> Any:
     ],
 )
 def test_teams_of_any_size_draw_the_same_and_make_no_groups(pool, folder_of, family, degrees):
-    """Four ranks: different pictures at a time on each, on pairs, on pairs of them, then one on all, then on each."""
+    """Four ranks run different jobs: one per rank, then two teams of two, then one job on all, then one per rank."""
     jobs = [job(seed, PROMPTS[seed % 3], negative_prompt="a") for seed in range(4)]
     alone = [[one] for one in jobs]
     (expected, _), *_ = pool.run(1, _draws_with, folder_of(family), alone, {"output_type": "latent"})
@@ -151,7 +150,7 @@ def test_teams_of_any_size_draw_the_same_and_make_no_groups(pool, folder_of, fam
 
 
 def check_teams(pool, ranks, path, jobs, calls, expected, degrees):
-    """That each call, of so many ranks and with jobs by their numbers for each team, is as expected."""
+    """Check the results of calls, each given as the ranks per team and the job numbers of each team."""
     batches = [(size, [[jobs[number] for number in team] for team in teams]) for size, teams in calls]
     for rank, (ends, before, behind, all_sizes) in enumerate(pool.run(ranks, _elastic, path, batches, degrees)):
         assert before == behind and all_sizes

@@ -1,4 +1,4 @@
-"""Weights that ranks share, or leave to one of them: pictures and embeddings are those of whole pipelines."""
+"""Weights sharded over ranks, or held by one rank: images and embeddings equal those of whole pipelines."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ ENCODERS = {"sd3": ("text_encoder", "text_encoder_2", "text_encoder_3"), "flux":
 
 
 def held(pipe, names):
-    """Bytes of weights that this rank has of these components."""
+    """Return the bytes of these components' weights on this rank."""
     found = 0
     for name in names:
         for weight in getattr(pipe, name).parameters():
@@ -30,7 +30,7 @@ def state(pipe):
 
 
 def draw(path, degrees, call, names, loads):
-    """Picture, share of the bytes of these components, and whether all weights are back after unwrap()."""
+    """Return an image, the fraction of these components' bytes held, and whether unwrap() restores all weights."""
     engine_config, _ = xFuserArgs(model=path, dtype="float32", **degrees).create_config()
     before = state(running.loaded(path))
     total = held(running.loaded(path), names)
@@ -74,7 +74,7 @@ def embeddings(path, mode, prompts):
 
 
 def test_embeddings_are_the_same(pool, folder_of):
-    """Of three encoders, for three prompts and what guides away from them."""
+    """Compare three encoders, for three prompts and their negative prompts."""
     path, prompts = folder_of("sd3"), [tiny.PROMPT, "the cat", "a green square"]
     expected = pool.run(2, embeddings, path, "replicate", prompts)[0]
     for mode in ("shard", "rank0", "offload"):
@@ -87,7 +87,7 @@ def test_embeddings_are_the_same(pool, folder_of):
     ("family", "ranks", "degrees"),
     [
         ("sd3", 4, {"use_cfg_parallel": True, "ulysses_degree": 2}),
-        ("hunyuan_dit", 2, {"ring_degree": 2}),  # blocks lend submodules to the forward
+        ("hunyuan_dit", 2, {"ring_degree": 2}),  # the forward also uses submodules of blocks
     ],
 )
 def test_a_transformer_in_shares(pool, folder_of, family, ranks, degrees, loads):
@@ -99,7 +99,7 @@ def test_a_transformer_in_shares(pool, folder_of, family, ranks, degrees, loads)
 
 
 def after_a_bare_call(path, call):
-    """A picture of shares that are made of a model that was called before, which leaves registries of hooks on it."""
+    """Shard a model after an unwrapped call, which leaves hook registries on it; return an image."""
     pipe = DiffusionPipeline.from_pretrained(path)
     pipe.set_progress_bar_config(disable=True)
     expected = running.array(pipe(**call, generator=running.seeded()))
@@ -128,7 +128,7 @@ def wrapped_one_after_the_other(path, call):
 
 
 def test_shares_behind_other_groups(pool, folder_of):
-    """Weights are made whole by the groups that are there, not by equal ones from before."""
+    """Weights are gathered over the current groups, not over earlier equal ones."""
     path, call = folder_of("sd3"), tiny.call_of("sd3")
     expected = running.bare(path, call)
     for pictures in pool.run(2, wrapped_one_after_the_other, path, call):
@@ -136,7 +136,7 @@ def test_shares_behind_other_groups(pool, folder_of):
 
 
 def saved(path, degrees, call, folder):
-    """Errors of pictures behind save_pretrained() and of what it wrote, the messages of parts, and weights compared."""
+    """Return errors of images after save_pretrained() and of what it saved, refusals, and whether weights match."""
     pipe, messages = running.loaded(path), []
     before, expected = state(pipe), running.array(pipe(**call, generator=running.seeded()))
     parallel = running.wrap(pipe, degrees)

@@ -1,4 +1,4 @@
-"""The pipeline that comes with the package draws what its prompts say, on one rank and on several."""
+"""The shipped pipeline generates images that match their prompts, on one rank and on several."""
 
 import sys
 from pathlib import Path
@@ -39,7 +39,7 @@ def test_distance_to_true_pictures_grows_with_what_is_wrong():
 
 
 def test_table_of_methods_tells_worse_pictures_from_serial_ones(tmp_path, pool):
-    """True pictures stand for serial ones, pictures that are off by some pixels for those of a method."""
+    """True images replace serial ones; images that are shifted by some pixels replace those of a method."""
     args = quality.parser().parse_args(["page", "--count", "6", "--steps", "1", "--work", str(tmp_path)])
     args.pipeline = "shapes-256"
     for method in (quality.SERIAL, "PipeFusion M = 4, W = 1"):
@@ -94,7 +94,7 @@ def test_pictures_show_what_their_prompts_say(pool, folder):
 
 
 def test_trained_weights_keep_parity(pool):
-    """In latents, and two steps: guidance and the decoder multiply the rounding of float32."""
+    """Compare latents after two steps, as guidance and the decoder amplify the rounding of float32."""
     call = {"prompt": "a red circle above a blue square", "num_inference_steps": 2, "output_type": "latent"}
     call |= {"height": 208, "width": 272, "max_sequence_length": 31}
     guided = {"use_cfg_parallel": True, "ring_degree": 2}
@@ -108,7 +108,7 @@ def test_trained_weights_keep_parity(pool):
 
 @both_pipelines
 def test_stale_keys_and_values_change_pictures_little(pool, folder):
-    """Trained weights feel PipeFusion's staleness, and draw nearly the same."""
+    """PipeFusion's staleness affects trained weights, but images are nearly the same."""
     call = {"prompt": "a red circle above a blue square", "output_type": "np", "num_inference_steps": 20} | FORMAT
     serial = running.bare(folder, call)
     degrees = {"pipefusion_parallel_degree": 2, "num_pipeline_patch": 4, "warmup_steps": 1}

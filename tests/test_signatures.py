@@ -1,7 +1,7 @@
-"""The operators of an accelerator, called on tensors without contents: their schemas, and what their kernels ask for.
+"""Operators of an accelerator, called on tensors without contents, to check schemas and kernel requirements.
 
-Tensors are on a CUDA device that is not there (``FakeTensorMode``), so schemas, shapes and dtypes are torch's own. What
-kernels refuse beyond that is what torch's choice of kernel looks at in sdp_utils.cpp.
+Tensors are on a fake CUDA device (``FakeTensorMode``), so schemas, shapes and dtypes are checked by torch. The other
+requirements of kernels are those that torch checks in sdp_utils.cpp to choose a kernel.
 """
 
 import types
@@ -41,8 +41,9 @@ METHODS = {
 
 
 class Unguarded(TorchFunctionMode):
-    """Four methods of ``torch.Tensor`` by their operators: a build without CUDA fails on these on a fake device, as
-    they ask for the device's guard in Python's bindings. It runs all others."""
+    """Replaces four methods of ``torch.Tensor`` by their operators.
+
+    Their Python bindings require the device guard, so they fail on a fake device in a build without CUDA."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is not torch.Tensor.__getitem__ or args[0].device.type == "cpu":
@@ -54,7 +55,7 @@ class Unguarded(TorchFunctionMode):
 
 
 class Kernels(TorchDispatchMode):
-    """Notes which kernels run (``ran``), and refuses what they refuse."""
+    """Records the kernels that run (``ran``), and checks their requirements."""
 
     def __init__(self, architecture=(9, 0)):
         super().__init__()
@@ -84,7 +85,7 @@ class Kernels(TorchDispatchMode):
 
 @contextmanager
 def on_gpu(architecture=(9, 0)):
-    """Within the context, torch has a GPU of this architecture, with tensors that have no contents."""
+    """Within the context, torch has a fake GPU of this architecture, with tensors without contents."""
     module = types.SimpleNamespace(get_device_capability=lambda: architecture)
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(kernels.devices, "device_type", lambda: "cuda"))
@@ -142,11 +143,11 @@ def test_grouped_queries_and_strided_heads_reach_the_kernel():
     ("backend", "head", "dtype", "masked", "architecture", "ran"),
     [
         ("cudnn", 128, torch.bfloat16, False, (9, 0), ["cudnn"]),
-        ("cudnn", 136, torch.bfloat16, False, (9, 0), ["flash"]),  # larger than it takes
+        ("cudnn", 136, torch.bfloat16, False, (9, 0), ["flash"]),  # larger than supported
         ("cudnn", 64, torch.float32, False, (9, 0), ["efficient"]),
         ("flash", 64, torch.bfloat16, True, (9, 0), ["efficient"]),
         ("flash", 264, torch.bfloat16, False, (9, 0), ["efficient"]),
-        ("auto", 33, torch.bfloat16, False, (9, 0), []),  # the plain one
+        ("auto", 33, torch.bfloat16, False, (9, 0), []),  # the math kernel
         ("auto", 64, torch.bfloat16, False, (10, 0), ["flash"]),
         ("auto", 64, torch.bfloat16, False, (7, 5), []),
         ("auto", 64, torch.float16, False, (7, 5), ["efficient"]),
@@ -161,7 +162,7 @@ def test_what_a_kernel_does_not_take_goes_to_the_next(backend, head, dtype, mask
 
 
 def test_flash_attn_3_is_for_hopper_alone():
-    """Its kernels are not built for what came later, and fail at their first launch."""
+    """Its kernels are not built for later architectures, and fail at their first launch."""
     kernel = kernels.KERNELS["flash_attn_3"]
     for architecture, takes in (((8, 0), False), ((9, 0), True), ((10, 0), False), ((12, 0), False)):
         with on_gpu(architecture):
@@ -173,7 +174,7 @@ def test_flash_attn_3_is_for_hopper_alone():
     [("flash_attn", flash_attn_2), ("flash_attn_interface", flash_attn_3), ("flash_attn_interface", flash_attn_3_beta)],
 )
 def test_the_packages_get_their_own_layout(package, function):
-    """``[B, S, H, D]``, contiguous, and an LSE ``[B, H, Sq]`` comes back, whatever else does."""
+    """They get contiguous ``[B, S, H, D]``; the LSE ``[B, H, Sq]`` is found among their results."""
     with installed(package, function), on_gpu():
         q, k, v = tensors(torch.bfloat16, 64, 5, 7)
         backend = "flash_attn" if package == "flash_attn" else "flash_attn_3"
@@ -182,7 +183,7 @@ def test_the_packages_get_their_own_layout(package, function):
 
 @pytest.mark.parametrize(("masked", "causal"), [(False, False), (True, False), (False, True)])
 def test_the_ring_calls_the_kernels(masked, causal):
-    """Rank 1 of 3, with shares of different lengths, of which one is empty."""
+    """Rank 1 of 3, with shards of different lengths, one of them empty."""
     dist.init_process_group("fake", rank=1, world_size=3, store=FakeStore())
     try:
         with on_gpu() as seen:

@@ -1,4 +1,4 @@
-"""Tensor parallelism equals serial for every class, alone and in products, divides what it says, and gives it back."""
+"""Tensor parallelism equals serial for every class and in combinations, shards the weights, and restores them."""
 
 import dataclasses
 from unittest import mock
@@ -24,7 +24,7 @@ from xfuser.testing.zoo import FAMILIES
 PRESENT = [name for name, family in FAMILIES.items() if family.present]
 CALL = {"images": 3, "num_inference_steps": 2}
 PIPED = {"pipefusion_parallel_degree": 2, "num_pipeline_patch": 2, "warmup_steps": 1}
-everything = mock.patch.object(structure, "SMALLEST", 1)  # small layers, too
+everything = mock.patch.object(structure, "SMALLEST", 1)  # shard small layers as well
 
 
 def tolerance(family):
@@ -37,7 +37,7 @@ def changed(family, changes):
 
 @everything
 def drawn(family, degrees, changes=None, call=CALL):
-    """The result, whether the weights were smaller meanwhile, and whether they are all there again."""
+    """Return the result, the fraction of weights held in the call, and whether all weights are restored."""
     pipe = loop_of(changed(family, changes))
     before = {name: weight.clone() for name, weight in pipe.transformer.state_dict().items()}
     kinds = [type(module) for module in pipe.transformer.modules()]
@@ -66,7 +66,7 @@ def check(pool, family, ranks, degrees, changes=None, call=CALL, most=0.7):
 
 @pytest.mark.parametrize("family", PRESENT)
 def test_two_ranks_equal_serial(pool, family):
-    """Three heads over two ranks, odd lengths, three rows of a batch with guidance."""
+    """Three heads over two ranks, odd lengths, three batch entries with guidance."""
     check(pool, family, 2, {"tensor_parallel_degree": 2})
 
 
@@ -88,7 +88,7 @@ def test_three_ranks_equal_serial(pool, family):
     ],
 )
 def test_other_layouts_equal_serial(pool, family, changes, ranks):
-    """Keys and values of several heads, pictures beside the text, gates, norms over all heads."""
+    """KV shared by several heads, images besides the text, gates, norms over all heads."""
     check(pool, family, ranks, {"tensor_parallel_degree": ranks}, changes)
 
 
@@ -118,7 +118,7 @@ def test_products_equal_serial(pool, family, product):
 @pytest.mark.parametrize("method", [{"distrifusion_degree": 2}, {"naive_patch_degree": 2, "split_scheme": "col"}])
 @pytest.mark.parametrize("family", ["pixart", "unet"])
 def test_parts_of_a_picture_are_as_with_whole_weights(pool, family, method):
-    """Methods that are not exact compute the same with divided weights."""
+    """Inexact methods give the same result with sharded weights."""
     call = CALL | {"num_inference_steps": 3}
     expected = pool.run(2, matrix.draw, family, method, call)[0]
     for result, kept, whole in pool.run(4, drawn, family, {"tensor_parallel_degree": 2} | method, None, call):
@@ -129,15 +129,15 @@ def test_parts_of_a_picture_are_as_with_whole_weights(pool, family, method):
 @pytest.mark.parametrize("scheme", ["col", "row"])
 @pytest.mark.parametrize("family", ["flux", "wan", "sana", "unet"])
 def test_other_schemes_equal_serial(pool, family, scheme):
-    """Four ranks and three heads: these schemes divide no heads."""
+    """Four ranks and three heads: these schemes do not split heads."""
     check(pool, family, 4, {"tensor_parallel_degree": 4, "split_scheme": scheme}, most=0.35)
 
 
-FOUR = {"num_attention_heads": 4, "cross_attention_dim": 32}  # divides evenly, so that no shape tells
+FOUR = {"num_attention_heads": 4, "cross_attention_dim": 32}  # divisible, so that no shape shows the error
 
 
 def headless():
-    """A broken engine: attention modules are not told how many heads they have left."""
+    """A broken engine: attention modules keep their full number of heads."""
     with mock.patch.object(division, "_set", lambda *args: None):
         return drawn("pixart", {"tensor_parallel_degree": 2}, FOUR)[0]
 
@@ -179,7 +179,7 @@ def meta(family, changes=None):
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("family", LARGE)
 def test_each_rank_keeps_its_part_of_the_weights(family, ranks):
-    """Of models as wide as real ones, with few layers: a part in ``ranks``, and a tenth of that more at most."""
+    """Models as wide as real ones, with few layers: each rank keeps 1 / ``ranks``, plus at most a tenth of that."""
     model = meta(family, LARGE[family])
     division = division_of(model, PLANS[FAMILIES[family].cls], ranks)
     shapes = {name: weight.shape for name, weight in model.named_parameters()}
@@ -195,7 +195,7 @@ def test_each_rank_keeps_its_part_of_the_weights(family, ranks):
 
 @everything
 def loaded(family):
-    """A model that was never whole: made on the meta device, divided there, and filled with what this rank keeps."""
+    """Build a model on the meta device, shard it there, and load only this rank's weights."""
     init_distributed_environment()
     initialize_model_parallel(tensor_parallel_degree=2)
     source = FAMILIES[family].build()
@@ -280,7 +280,7 @@ def test_text_encoders_equal_serial(pool, kind):
 @everything
 def whole_pipeline(path, degrees, call):
     pipe = running.loaded(path)
-    pipe(**call, generator=running.seeded())  # the first call leaves attributes behind
+    pipe(**call, generator=running.seeded())  # the first call adds attributes
     before = running.fingerprint(pipe)
     parallel = running.wrap(pipe, degrees)
     encoders = [getattr(pipe, name) for name in ("text_encoder", "text_encoder_2", "text_encoder_3")]
@@ -300,7 +300,7 @@ def test_a_pipeline_with_its_text_encoders_equals_serial(pool, folder_of):
 
 
 class Between(nn.Module):
-    """Has the linears of a feed-forward, and one more parameter, which nothing is known of."""
+    """Has the linears of a feed-forward, and one more, unknown parameter."""
 
     def __init__(self):
         super().__init__()
@@ -311,11 +311,11 @@ class Between(nn.Module):
 
 
 class Packed(nn.Linear):
-    """Keeps its weight in a layout of its own, as quantised layers do."""
+    """Keeps its weight in its own layout, as quantised layers do."""
 
 
 class Odd(nn.Module):
-    """An embedding that lends its weight to a head, and layers that are in no table."""
+    """An embedding that shares its weight with a head, and unknown layers."""
 
     def __init__(self):
         super().__init__()
@@ -365,7 +365,7 @@ def test_bad_values_are_refused(fields, message):
 
 
 def wrapped(pipe, **fields):
-    """The refusal of a wrap, which comes before a process group is made."""
+    """Return the error of a wrap, which must come before any process group is created."""
     with pytest.raises(ValueError) as refused:
         xDiTParallel(pipe, xFuserArgs(tensor_parallel_degree=4, **fields).checked(4)[0])
     assert not torch.distributed.is_initialized()

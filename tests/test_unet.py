@@ -1,4 +1,4 @@
-"""U-Nets: pipelines over them under the methods that serve them, and what those that do not support them say."""
+"""U-Nets: their pipelines under the methods that support them, and the errors of the other methods."""
 
 from contextlib import contextmanager, nullcontext
 
@@ -22,7 +22,7 @@ from xfuser.methods.unet.map_bands import MapBands, OnMaps
 
 CFG, DP = {"use_cfg_parallel": True}, {"data_parallel_degree": 2}
 ASYNCHRONOUS = [mode for mode in MODES if mode != "full_sync"]
-EDGES = {  # of the bands of 17 rows, of which 4 and 8 stay together
+EDGES = {  # edges of the bands of 17 rows; groups of 4 or 8 rows stay together
     ("sdxl", 2): [0, 12, 17],
     ("sdxl", 3): [0, 8, 16, 17],
     ("sd15", 2): [0, 16, 17],
@@ -40,7 +40,7 @@ def draw(path, degrees, call, changes):
 
 
 def defined(path, semantics, *call, **changes):
-    """What the bare pipeline draws within a context of the oracle."""
+    """Run the unwrapped pipeline within a context of the oracle."""
     with semantics(unets.loaded(path, "text").unet):
         return unets.draw(path, None, *call, **changes)
 
@@ -92,7 +92,7 @@ def synchronous(ranks, **others):
     ],
 )
 def test_waiting_steps_equal_serial(pool, path_of, name, ranks, degrees, images, kind, changes):
-    """Bands are uneven, and have a single row in the middle of the U-Net."""
+    """Bands are uneven, and have only one row in the middle of the U-Net."""
     check(pool, path_of(name), ranks, degrees, images, kind, **changes)
 
 
@@ -122,7 +122,7 @@ def test_hybrids_equal_the_definition(pool, path_of, hybrid):
 
 
 def test_a_second_picture_starts_anew(pool, path_of):
-    """Also of another size: nothing is left of the first one's rows."""
+    """Nothing is left of the first image's rows, also if the second one has another size."""
     calls = [unets.call_of(1, **LATENT), unets.call_of(2, height=64, width=96, num_inference_steps=1)]
     for first, second, third in pool.run(
         2, running.wrapped_calls, path_of("sdxl"), {"distrifusion_degree": 2}, [*calls, calls[0]]
@@ -132,7 +132,7 @@ def test_a_second_picture_starts_anew(pool, path_of):
 
 
 def guided_now_and_then(path, degrees):
-    """A callback drops the unconditional half of the batch behind the first step, and doubles it behind the next."""
+    """A callback drops the unconditional half of the batch after the first step, and doubles the batch afterwards."""
 
     def change(pipe, step, timestep, values):
         pipe._guidance_scale = 3.0 * (step > 0)
@@ -151,7 +151,7 @@ def test_a_batch_that_changes_waits_for_its_rows(pool, path_of):
 
 @contextmanager
 def pictures_of_their_own(unet, scheme):
-    """Naive patches by definition: each band goes through the U-Net alone."""
+    """Naive patches by definition: each band runs through the U-Net separately."""
     original, steps = unet.forward, []
 
     def forward(sample, *args, **kwargs):
@@ -175,7 +175,7 @@ def test_naive_patches_know_nothing_of_each_other(pool, path_of, scheme):
 
 
 def loaded_and_wrapped(path):
-    """By the classes that load and wrap in one call, of this package and of its first generation."""
+    """Use the classes that load and wrap in one call, of this package and of its first generation."""
     config = legacy.DistriConfig(height=136, width=104, mode="full_sync", warmup_steps=0)
     call = unets.call_of(2)
     pictures = []
@@ -210,7 +210,7 @@ def norm(x):
 
 
 def maps():
-    """A map in each of three steps; some rows of the last one have shrunk, so that a corrected variance is negative."""
+    """Return a map for each of three steps; small rows in the last one make a corrected variance negative."""
     drawn = [torch.randn(2, 6, sum(SIZES), 5, generator=torch.Generator().manual_seed(step)) for step in range(3)]
     drawn[1][:, :, :7] *= 6
     drawn[2][:, :, :7] *= 0.1
@@ -218,7 +218,7 @@ def maps():
 
 
 def leaf(mode, kind):
-    """What a leaf gives on this rank's band in a waiting step and two others, one after the other."""
+    """Return the results of a layer on this rank's band in a synchronous step and two steps after it."""
     call, rank, results = CallState(), dist.get_rank(), []
     staleness = Staleness(dist.group.WORLD, mode, call)
     for x in maps():
@@ -242,7 +242,7 @@ def leaf(mode, kind):
 
 
 def seen(step, rank, mode):
-    """The map that a rank works on: its own rows fresh, others as the mode has them."""
+    """Return the map that a rank uses: its own rows of this step, and others by the mode."""
     before = {"full_sync": step, "no_sync": 0}.get(mode, max(step - 1, 0))
     whole, own = maps()[before].clone(), share(SIZES, rank)
     whole[:, :, own.start : own.stop] = maps()[step][:, :, own.start : own.stop]
@@ -257,7 +257,7 @@ def band_of(whole, rank, halved=False):
 @pytest.mark.parametrize("kind", CONVOLUTIONS)
 @pytest.mark.parametrize("mode", ["corrected_async_gn", "no_sync", "full_sync"])
 def test_convolution(pool, kind, mode):
-    """Also where a band has fewer rows than a kernel reaches."""
+    """Includes bands with fewer rows than a kernel reaches."""
     for rank, results in enumerate(pool.run(3, leaf, mode, kind)):
         for step, result in enumerate(results):
             expected = band_of(CONVOLUTIONS[kind](seen(step, rank, mode)), rank, kind == "halving")
@@ -280,7 +280,7 @@ def moments(x):
 
 
 def moments_of(step, rank, mode):
-    """Mean and mean of squares by which a rank's group norm works in a step."""
+    """Return the mean and mean of squares of a rank's group norm in a step."""
     now, last = maps()[step], maps()[max(step - 1, 0)]
     own = moments(band_of(now, rank))
     if step == 0 or mode in ("sync_gn", "full_sync"):
@@ -329,7 +329,7 @@ def test_methods_over_tokens_and_stages_are_refused_before_any_group(path_of, de
 
 
 def refusals(path):
-    """What calls that cannot be served say, each leaving the pipeline as it was."""
+    """Return the errors of unsupported calls, each of which must leave the pipeline unchanged."""
     pipe, said = running.loaded(path), {}
 
     def refused(name, **changes):

@@ -24,7 +24,7 @@ from xfuser.vae.bands import Bands
 from xfuser.vae.engines import PROVEN, parallel_vae
 from xfuser.vae.parallelize import OnBands, compression
 
-SHAPES = {  # of latents
+SHAPES = {  # shapes of latents
     "AutoencoderKL": (2, 4, 7, 5),
     "AutoencoderKL without quant": (1, 4, 6, 3),
     "AutoencoderKLFlux2": (1, 4, 6, 4),
@@ -59,14 +59,14 @@ def make(name, dtype=torch.float32):
     torch.manual_seed(0)
     kind, *without = name.split(" without ")
     vae = tiny.coder(kind, **WITHOUT_QUANT if without else {}).eval().to(dtype)
-    if name == "AutoencoderKLAllegro":  # knows tiles alone: two of them, one below the other
+    if name == "AutoencoderKLAllegro":  # supports only tiles: two of them, one below the other
         vae.enable_tiling()
         vae.kernel, vae.stride = (8, 48, 48), (4, 16, 16)
     return vae
 
 
 def both_ways(name, shape=None, parallel=None, dtype=torch.float32, prepare=None):
-    """What a VAE decodes latents to, and encodes a picture to."""
+    """Return the results of a VAE that decodes latents, and encodes an image."""
     vae, shape = make(name, dtype), shape or (SHAPES | MORE_SHAPES)[name]
     if prepare:
         getattr(vae, prepare)()
@@ -110,7 +110,7 @@ NOISY = {"decoder_inject_noise": (True,) * 5, "timestep_conditioning": True}
 
 
 def of_noise(parallel):
-    """What a decoder that draws noise decodes to, and what is drawn behind it."""
+    """Return the result of a decoder that samples noise, and random numbers sampled after it."""
     torch.manual_seed(0)
     vae = tiny.coder("AutoencoderKLLTXVideo", **NOISY).eval()
     for name, weight in vae.named_parameters():
@@ -157,7 +157,7 @@ def plain_decoder():
 
 
 def batch_of(build, ranks):
-    """What six latents are decoded to over a group of ranks, or by one; and how many of them this rank decoded."""
+    """Decode six latents over a group of ranks or on one; return the images, and how many this rank decoded at once."""
     torch.manual_seed(0)
     vae, more = build()
     vae.eval()
@@ -216,7 +216,7 @@ def test_other_ways_to_draw_are_refused_by_name(pool, name):
         assert name.split()[0] in message and "use_parallel_vae" in message
 
 
-COINCIDENCES = {  # bands on two ranks that are as wide as they are high, and as there are channels
+COINCIDENCES = {  # bands on two ranks with equal width, height and channels
     "AutoencoderDC": ((1, 4, 4, 8), {"decoder_block_out_channels": (8, 8)}),
     "AutoencoderDC taller": ((1, 4, 8, 4), {"decoder_block_out_channels": (4, 8)}),
     "AutoencoderKLLTXVideo": ((1, 8, 2, 8, 16), {}),
@@ -254,7 +254,7 @@ def test_bands_of_one_row_and_fewer_rows_than_ranks(pool, ranks, shape):
 
 @pytest.mark.parametrize("prepare", ["enable_slicing", "enable_tiling"])
 def test_with_slicing_and_tiling(pool, prepare):
-    """Tiles are decoded in bands, each: equal to tiles on one device."""
+    """Each tile is decoded in bands, equal to tiles on one device."""
     shape = (2, 4, 70, 3) if prepare == "enable_tiling" else (2, 4, 7, 5)
     expected = both_ways("AutoencoderKL", shape, None, torch.float32, prepare)
     for result in pool.run(2, both_ways, "AutoencoderKL", shape, {}, torch.float32, prepare):
@@ -273,7 +273,7 @@ def test_half_precision_stays_within_its_rounding(pool, name, dtype, chunk_rows)
 
 
 def convolved(cases):
-    """The largest error over many geometries of convolutions, each on this rank's band."""
+    """Return the largest error over many convolution geometries, each on this rank's band."""
     worst = 0.0
     for seed, (spatial, rows, kernel, stride, padding, dilation, (mode, top, bottom), dim, chunk) in enumerate(cases):
         generator = torch.Generator().manual_seed(seed)
@@ -294,7 +294,7 @@ def convolved(cases):
             try:
                 expected = conv(nn.functional.pad(x, pads))
             except RuntimeError:
-                continue  # a kernel that is larger than its input
+                continue  # the kernel is larger than its input
             bands = Bands(dim, sizes, x.shape[-3 - dim], dist.group.WORLD)
             try:
                 with OnBands(bands, chunk):
@@ -314,7 +314,7 @@ GEOMETRY = st.tuples(
     st.integers(1, 3),  # stride
     st.integers(0, 3),  # padding
     st.integers(1, 2),  # dilation
-    st.one_of(  # the convolution's own padding, and rows of zeros around it by a pad of its own
+    st.one_of(  # padding mode, and rows of zeros that a separate pad adds
         st.tuples(st.just("zeros"), st.integers(0, 2), st.integers(0, 2)), st.just(("replicate", 0, 0))
     ),
     st.sampled_from([-1, -2]),
@@ -330,7 +330,7 @@ def test_convolutions_of_any_geometry(pool, cases, ranks):
 
 
 def wan_conv():
-    """A causal convolution that is given the frames before."""
+    """Return a causal convolution that gets the previous frames."""
     conv = WanCausalConv3d(4, 4, 3, padding=1)
     return lambda x: conv(x[:, :, 2:], x[:, :, :2])
 
@@ -339,7 +339,7 @@ def at_each_pixel(norm):
     return lambda x: norm(x.movedim(1, -1)).movedim(-1, 1)
 
 
-LEAVES = {  # a function of a map, made with random weights, and the map's shape
+LEAVES = {  # builder of a function of a map, with random weights, and the map's shape
     "Conv2d with groups": (lambda: nn.Conv2d(4, 8, 3, padding=1, groups=2), (2, 4, 9, 6)),
     "Conv2d with reflection": (lambda: nn.Conv2d(4, 4, 5, padding=2, padding_mode="reflect"), (2, 4, 9, 6)),
     "Conv2d with replication": (lambda: nn.Conv2d(4, 4, 5, padding=2, padding_mode="replicate"), (2, 4, 9, 6)),
@@ -371,7 +371,7 @@ LEAVES = {  # a function of a map, made with random weights, and the map's shape
 
 
 def leaf_errors(name, offset=0.0):
-    """The largest error of a leaf on bands of one to six rows, and with different numbers of rows at a time."""
+    """Return the largest error of a layer on bands of one to six rows, with different numbers of rows at a time."""
     make_leaf, shape = LEAVES[name]
     torch.manual_seed(0)
     leaf = make_leaf()
@@ -396,12 +396,12 @@ def test_leaves_on_uneven_bands(pool, name):
 
 @pytest.mark.parametrize("offset", [1e3, -1e4])
 def test_group_norm_is_stable_far_from_zero(pool, offset):
-    """Within the rounding of the values themselves: they are known to 6e-8 of the offset."""
+    """The error is within the rounding of the values, which is 6e-8 of the offset."""
     assert max(pool.run(3, leaf_errors, "GroupNorm", offset)) <= 3e-7 * abs(offset)
 
 
 def in_another_layout(chunk_rows):
-    """The error of weights, latents and pictures with channels last, and strided ones."""
+    """Return the errors with weights, latents and images in channels-last layout, and with strided ones."""
     vae, (decoded, encoded) = make("AutoencoderKL"), both_ways("AutoencoderKL")
     generator = running.seeded()
     latents = torch.randn(2, 4, 7, 5, generator=generator)
@@ -437,7 +437,7 @@ def test_mixed_types_fail_as_they_do_on_one_device(pool, chunk_rows):
 
 
 class Mixing(nn.Module):
-    """A coder with an operation that mixes rows unseen."""
+    """A coder with an operation that mixes rows and is not supported."""
 
     def __init__(self, operation):
         super().__init__()
@@ -512,7 +512,7 @@ def test_image_to_image_encodes_in_bands(pool, folder_of):
 
 
 def by_distvae(name):
-    """Errors of the other engine's decode and encode, and whether the VAE is as it was afterwards."""
+    """Return the errors of the other engine's decode and encode, and whether the VAE is restored."""
     vae, expected = make(name), both_ways(name)
     before = (vae.encoder, vae.decoder)
     latents = torch.randn(SHAPES[name], generator=running.seeded())
@@ -553,7 +553,7 @@ def halo_bytes(kernel, dilation, stride):
 @pytest.mark.parametrize(("kernel", "dilation", "stride"), [(1, 1, 1), (3, 1, 1), (5, 2, 1), (3, 1, 2)])
 def test_a_convolution_borrows_the_rows_that_it_reaches(pool, kernel, dilation, stride):
     reach = dilation * (kernel - 1) // 2
-    below_lends = max(0, reach - (stride - 1))  # the last row with a stride of 2 is not the last of the band
+    below_lends = max(0, reach - (stride - 1))  # with a stride of 2, the last centre is not the band's last row
     assert pool.run(2, halo_bytes, kernel, dilation, stride) == [reach, below_lends]
 
 

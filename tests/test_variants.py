@@ -1,4 +1,4 @@
-"""What pipelines pass to a class in more than one way: each way equals serial on shares of the tokens."""
+"""Different inputs that pipelines pass to the same class: each equals serial on shards of the tokens."""
 
 import copy
 import sys
@@ -20,7 +20,7 @@ USP = {"ulysses2": {"ulysses_degree": 2}, "ring2": {"ring_degree": 2}}
 
 
 def with_conditions(family, more, **config):
-    """A family with more arguments: ``more(rows, draw)``, and changes of its configuration."""
+    """Return a family with more arguments, ``more(rows, draw)``, and changes of its configuration."""
     known = FAMILIES[family]
     return replace(
         known,
@@ -34,12 +34,12 @@ def timed(family, timestep, **changes):
 
 
 def per_token(count):
-    """A time for each token, and none for the first ones, as where these are a picture to go on from."""
+    """Return a timestep for each token; it is 0 for the first ones, as in image-to-video, where they are the image."""
     return lambda t: t[:, None] * torch.cat([torch.zeros(7), torch.ones(count - 7)])
 
 
 def with_pictures(rows, draw):
-    """Every other row of the batch has a picture to go by, within its text."""
+    """Return inputs in which every other batch entry has an image within its text."""
     count = 20 + 1 + 15
     return {
         "input_ids": torch.arange(20).expand(rows, -1),
@@ -51,7 +51,7 @@ def with_pictures(rows, draw):
 
 
 def as_much_text(family, **more):
-    """As many text tokens as image tokens, evenly split."""
+    """Return a family with as many text tokens as image tokens, evenly split."""
 
     def text(rows, draw):
         one = {name: value(rows) for name, value in more.items()}
@@ -61,7 +61,7 @@ def as_much_text(family, **more):
 
 
 def frame_by_frame(frames):
-    """A mask under which no token attends to later frames."""
+    """Return a mask under which no token attends to later frames."""
     frame = torch.arange(frames * 15) // 15
     return (frame[:, None] >= frame).float()
 
@@ -114,7 +114,7 @@ VARIANTS = {
 }  # fmt: skip
 
 
-# What is not cut with the rows of a batch of two, or in another way.
+# Arguments that are not split with the rows of a batch of two, or that are split in another way.
 ROWS = {
     "omnigen, pictures": with_conditions("omnigen", with_pictures),
     "wan_vace, two blocks of control": FAMILIES["wan_vace"],
@@ -158,7 +158,7 @@ def draw_images(variant, degrees, images):
 
 
 def one_text_token(family):
-    """Within the context, the family's inputs have one text token."""
+    """Within the context, the family's inputs have only one text token."""
     return replaced(sys.modules[FAMILIES[family].conditions.__module__], "WORDS", 1)
 
 
@@ -185,13 +185,13 @@ def one_word_in_patches(family, degrees):
     "family", ["chroma", "cogvideox", "cogview3", "cogview4", "flux2", "hunyuan_video", "krea2", "sd3"]
 )
 def test_one_text_token_under_pipefusion(pool, family):
-    """It runs with patch 0 alone; an argument with one entry for it is not one that is the same for all tokens."""
+    """It runs only with patch 0; an argument with one entry for it is not the same for all tokens."""
     for ranks, degrees in ((2, {"num_pipeline_patch": 3}), (4, {"num_pipeline_patch": 2, "ulysses_degree": 2})):
         assert max(pool.run(ranks, one_word_in_patches, family, matrix.PIPED | degrees)) <= matrix.TOLERANCE
 
 
 def unplanned(family, degrees, variants=FAMILIES):
-    """The family's loop, were there no plan for its class."""
+    """Run the family's loop as if there were no plan for its class."""
     plan = registry.PLANS.pop(FAMILIES[family].cls)
     try:
         return matrix.draw_family(variants[family], degrees, {})
@@ -229,7 +229,7 @@ def test_pipefusion_of_a_class_without_a_plan_is_refused(pool):
 
 
 class WithSound(DenoisingLoop):
-    """Steps video and sound, each with a scheduler of its own."""
+    """Steps video and sound, each with its own scheduler."""
 
     @torch.no_grad()
     def __call__(self, family):
@@ -264,7 +264,7 @@ def test_a_copied_scheduler_steps_by_itself(pool):
 
 
 def called(pipe, degrees, call):
-    """What a call returns: wrapped with these degrees, bare where they are None; of the oracle where it is a tuple."""
+    """Return a call's result: wrapped with these degrees, unwrapped for None, of the oracle for a tuple."""
     pipe.set_progress_bar_config(disable=True)
     if degrees is None:
         return pipe(**call)
@@ -300,7 +300,7 @@ PIPELINES = {"sigmas by number": wan_pipeline, "results of the step before": cog
 
 
 def looks_back(name, degrees):
-    """Pipelines of video that look up what belongs to the step, or to the one before."""
+    """Run video pipelines that look up values of the current or the previous step."""
     pipe, latents = PIPELINES[name]()
     generator = torch.Generator().manual_seed(0)
     text, without = (torch.randn(1, WORDS, TEXT, generator=generator) for _ in range(2))

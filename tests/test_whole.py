@@ -1,4 +1,4 @@
-"""Whole pipelines of the model zoo equal themselves on one device; ``--matrix`` runs all of them under all methods."""
+"""Whole pipelines of the model zoo equal one device; ``--matrix`` runs all of them under all methods."""
 
 import pytest
 import running
@@ -13,7 +13,7 @@ from xfuser.vae.engines import PROVEN
 METHODS = {
     "ulysses2": {"ulysses_degree": 2, "use_parallel_vae": True},
     "cfg2": {"use_cfg_parallel": True},
-    "dp2": {"data_parallel_degree": 2},  # of what sequence parallelism refuses
+    "dp2": {"data_parallel_degree": 2},  # only for classes that sequence parallelism refuses
     "pipefusion2": {"pipefusion_parallel_degree": 2, "num_pipeline_patch": 2},
 }
 DEFAULT = {
@@ -31,7 +31,7 @@ DEFAULT = {
         "longcat_image_edit",
     },
 }  # fmt: skip
-REFUSED = {  # by PipeFusion, where the transformer's class is not refused
+REFUSED = {  # refused by PipeFusion, although it supports the transformer's class
     "skyreels_v2_forcing": "copy their scheduler",
     "hunyuan_image_guided": "does not support AdaptiveProjectedMixGuidance of HunyuanImagePipeline",
     "sana_sprint": "leave out its last timestep",
@@ -47,7 +47,7 @@ def path_of(tmp_path_factory):
 
 def degrees_of(name, method):
     degrees = dict(METHODS[method])
-    if method == "pipefusion2":  # synchronous throughout: equal to serial
+    if method == "pipefusion2":  # all steps synchronous, so equal to serial
         degrees["warmup_steps"] = whole.call_of(name)["num_inference_steps"]
     if "use_parallel_vae" in degrees:
         degrees["use_parallel_vae"] = type(WHOLE[name].vae()).__name__ in PROVEN
@@ -85,7 +85,7 @@ def test_pipeline_equals_serial(pool, path_of, name, method):
 
 ONE_FRAME = {"num_frames": 1}
 TWO, MASK = torch.stack([whole.rows(7), -whole.rows(7)]), torch.arange(7) < torch.tensor([[3], [7]])
-DISPLACED = {  # under PipeFusion, in asynchronous steps: changes of the call
+DISPLACED = {  # pipelines under PipeFusion with asynchronous steps: changes of the call
     "cosmos2": {},
     "wan": ONE_FRAME,
     "wan_vace": {},
@@ -122,13 +122,13 @@ def test_displaced_patches_equal_the_oracle(pool, path_of, name):
             for drawn, references in zip(results, expected.values(), strict=True):
                 for result, reference, exact in zip(drawn, references, serial, strict=True):
                     assert running.error(result, reference) <= WHOLE[name].tolerance
-                    assert running.error(reference, exact) > 10 * WHOLE[name].tolerance  # staleness shows
+                    assert running.error(reference, exact) > 10 * WHOLE[name].tolerance  # staleness has an effect
 
 
 def refused(path, name, degrees, changes):
     with pytest.raises(ValueError) as error:
         whole.draw(path, name, degrees, **changes)
-    whole.loaded.cache_clear()  # its blocks are divided
+    whole.loaded.cache_clear()  # its blocks are split over stages
     return str(error.value)
 
 
@@ -139,7 +139,7 @@ def test_pipefusion_refuses_by_name(pool, path_of, name):
 
 
 def test_guidance_with_calls_of_other_shapes(pool, path_of):
-    """The last window of a long video is shorter than the first, which showed that calls come in pairs."""
+    """The last window of a long video is shorter than the first one, which showed that calls come in pairs."""
     changes = {"num_frames": 17, "base_num_frames": 13, "overlap_history": 5, "ar_step": 0}
     path = path_of("skyreels_v2_forcing")
     expected = whole.draw(path, "skyreels_v2_forcing", None, **changes)
