@@ -1,6 +1,7 @@
 """Every method on a device that is as strict as a GPU under NCCL (``pretended``).
 
-No operation is refused, there is no deadlock, and the host does not wait."""
+No operation is refused, there is no deadlock, and the host does not wait.
+"""
 
 from collections import Counter
 

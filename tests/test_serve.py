@@ -467,7 +467,8 @@ def test_a_queue_holds_so_many():
 def test_a_rank_that_reads_nothing_is_started_anew(pool):
     """A stopped rank does not read, so its connection accepts no message; this must not block the server.
 
-    Other child processes are left alone."""
+    Other child processes are left alone.
+    """
     before = pool.run(1, os.getpid)
 
     def launch(connections):

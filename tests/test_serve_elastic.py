@@ -43,10 +43,10 @@ def test_calls_go_to_the_ranks_by_which_they_end_soonest():
     small, medium, large = [job(64)], [job(256)], [job(1024)]
     assert placed(small) == [(small, [0])] and placed(large) == [(large, [0, 1, 2, 3])]
     assert placed(medium) == [(medium, [0, 1, 2, 3])]
-    assert placed(*[medium] * 4) == [(medium, [rank]) for rank in range(4)], "the last would end later behind others"
+    assert placed(*[medium] * 4) == [(medium, [rank]) for rank in range(4)], "the last one would end later if it waited"
     assert placed(large, *[small] * 4) == [(large, [0, 1]), (small, [2]), (small, [3])]
-    assert placed([job(64, ranks={2: 0.0, 4: 0.0})])[0][1] == [0, 1], "where one rank lacks the memory"
-    assert placed([job(64, ranks={1: 9.0, 4: 1.0})])[0][1] == [0, 1, 2, 3], "by the planner"
+    assert placed([job(64, ranks={2: 0.0, 4: 0.0})])[0][1] == [0, 1], "one rank lacks the memory"
+    assert placed([job(64, ranks={1: 9.0, 4: 1.0})])[0][1] == [0, 1, 2, 3], "the planner's times"
 
 
 def test_a_large_picture_begins_though_small_ones_keep_coming():
@@ -60,7 +60,7 @@ def test_a_large_picture_begins_though_small_ones_keep_coming():
             for rank in ranks:
                 until[rank] = end
         now += 0.1
-    raise AssertionError("the large picture did not begin")
+    raise AssertionError("the large image did not begin")
 
 
 def test_the_planner_says_how_many_ranks_have_the_memory_and_how_long_they_take(monkeypatch):

@@ -43,7 +43,8 @@ METHODS = {
 class Unguarded(TorchFunctionMode):
     """Replaces four methods of ``torch.Tensor`` by their operators.
 
-    Their Python bindings require the device guard, so they fail on a fake device in a build without CUDA."""
+    Their Python bindings require the device guard, so they fail on a fake device in a build without CUDA.
+    """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is not torch.Tensor.__getitem__ or args[0].device.type == "cpu":
