@@ -23,5 +23,5 @@ BRIA_FIBO2 = ModelPlan(
     head=None,
     image="x",
     per_token={"attn_mask": Tokens(("image",)), "freqs_cis": Tokens(("image",)), "noise_mask": Tokens(("image",))},
-    unpiped="text comes ahead of the image in its sequence or behind it, as the lengths of a batch's prompts are",
+    unpiped="text comes before or after the image in the sequence, depending on the lengths of the batch's prompts",
 )

@@ -42,5 +42,5 @@ FRAMEPACK = replace(
     unbatched=(
         "indices_latents", "indices_latents_clean", "indices_latents_history_2x", "indices_latents_history_4x",
     ),
-    unpiped="frames of the past lie ahead of the latents' own as further tokens of the video, in several sizes",
+    unpiped="past frames, in several sizes, come before the latents' tokens as further tokens of the video",
 )  # fmt: skip

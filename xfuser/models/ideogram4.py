@@ -8,5 +8,5 @@ IDEOGRAM4 = ModelPlan(
     head="final_layer",
     per_token={"image_rotary_emb": Tokens(("image",)), "adaln_input": Tokens(("image",))},
     spread=("adaln_input",),
-    unpiped="text lies among the tokens that it is given as latents, of which the scheduler steps a part",
+    unpiped="the latents that it gets contain text tokens, and the scheduler steps only some of them",
 )

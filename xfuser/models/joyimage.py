@@ -11,7 +11,7 @@ JOYIMAGE_EDIT = ModelPlan(
     per_token={"image_rotary_emb": (Tokens(("image",), dim=0), Tokens(("text",), dim=0))},
     returns=("image", "text"),
     text_modules=("txt_mlp", "attn.txt_attn_qkv", "attn.txt_attn_proj"),
-    unpiped="pictures lie beside the latents as further tokens of the video",
+    unpiped="reference images are further tokens of the video, beside the latents",
 )
 
 JOYIMAGE_EDIT_PLUS = replace(

@@ -18,7 +18,7 @@ KANDINSKY6 = ModelPlan(
     unbatched=("visual_rope_pos",),
     returns=("image", "text"),
     frames=1,
-    unpiped="its blocks return nothing in the place of sound, where a call has none",
+    unpiped="its blocks return None for sound if a call has no sound",
 )
 
 KANDINSKY6_SR = ModelPlan(
@@ -26,6 +26,6 @@ KANDINSKY6_SR = ModelPlan(
     attention={},
     head=None,
     frames=1,
-    unsequenced="each block of 64 queries chooses its keys by averages of all blocks, with flex attention",
-    unpiped="each block of 64 queries chooses its keys by averages of all blocks, with flex attention",
+    unsequenced="each block of 64 queries selects its keys by averages of all blocks, with flex attention",
+    unpiped="each block of 64 queries selects its keys by averages of all blocks, with flex attention",
 )

@@ -10,5 +10,5 @@ LATTE = ModelPlan(
     attention={"attn1": ("image",)},
     carried={"temporal_transformer_blocks": {}},
     per_token={"timestep": Tokens(("image",), dim=0, within="temporal_transformer_blocks", rows=True)},
-    unpiped="blocks over space and blocks over time take turns, and tokens are laid out anew in between",
+    unpiped="spatial and temporal blocks alternate, and tokens are rearranged in between",
 )

@@ -10,5 +10,5 @@ MINIMAX_H3 = ModelPlan(
     unbatched=(
         "timestep", "timestep_indices", "token_tags", "position_ids", "video_indices", "audio_indices", "text_indices",
     ),
-    unpiped="it makes two outputs, and the pipeline may lay text, video and sound out in any order",
+    unpiped="it returns two outputs, and the pipeline may arrange text, video and sound in any order",
 )  # fmt: skip

@@ -15,5 +15,5 @@ NUCLEUS_MOE = ModelPlan(
     gathered={"transformer_blocks.*.img_mlp": ("hidden_states", "hidden_states_unmodulated")},
     row_lists=("img_shapes",),
     text_modules=("encoder_proj", "attn.add_k_proj", "attn.add_v_proj"),
-    unpiped="experts choose their tokens among all tokens of the image",
+    unpiped="experts select their tokens among all tokens of the image",
 )

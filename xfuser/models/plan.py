@@ -90,7 +90,7 @@ class ModelPlan:
         sound: argument of the forward with the latents of the second stream, if that is denoised, too: the forward's
             second output belongs to them.
         beside: arguments of the forward with reference images, whose tokens come after those of the latents.
-        by_number: arguments of the forward that make blocks pick tokens by their number, which fails on shares.
+        by_number: arguments of the forward that make blocks select tokens by index, which fails on shares.
         unbatched: arguments of the forward that have no batch dimension.
         batch_dims: arguments of the forward whose batch dimension is not the first, to that dimension.
         by_frame: arguments of the forward with an entry for each frame of each batch entry.

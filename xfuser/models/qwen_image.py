@@ -32,5 +32,5 @@ QWEN_IMAGE21 = ModelPlan(
     segments=("segments", "key_valid", "attention_mask"),
     by_number=("kv_cache",),
     row_lists=("img_shapes",),
-    unpiped="pictures and text lie ahead of the image in one sequence, in the order of the prompt",
+    unpiped="reference images and text come before the image in one sequence, in the order of the prompt",
 )

@@ -29,5 +29,5 @@ SANA_WM = ModelPlan(
     head=None,
     image="x",
     unsequenced="its attention is a recurrence from frame to frame, and averages each frame's tokens",
-    unpiped="its attention is a recurrence from frame to frame, which a patch cannot renew",
+    unpiped="its attention is a recurrence from frame to frame, which a patch cannot update",
 )

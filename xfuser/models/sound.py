@@ -46,7 +46,7 @@ ACE_STEP = ModelPlan(
     attention={"self_attn": ("image",)},
     head=None,
     per_token={"position_embeddings": Tokens(("image",), dim=0)},
-    unpiped="a token is two entries of the latents, of which the last one may lack the second",
+    unpiped="a token covers two entries of the latents, and the last token may have only one",
 )
 
 LONGCAT_AUDIO = ModelPlan(

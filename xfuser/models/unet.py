@@ -19,7 +19,7 @@ UNET = ModelPlan(
         "down_intrablock_additional_residuals",
     ),
     unsequenced="a U-Net works on maps of several resolutions, not on one sequence of tokens",
-    unpiped="a U-Net's blocks hand maps of several resolutions on to blocks far behind them, by skip connections",
+    unpiped="a U-Net's skip connections pass maps of several resolutions to much later blocks",
 )
 
 VIDEO_UNET = replace(

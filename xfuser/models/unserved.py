@@ -2,30 +2,30 @@
 
 UNSERVED: dict[str, str] = {
     "AnyFlowFARTransformer3DModel": (
-        "it writes keys and values of chunks of frames into a cache of the caller's, whose rows are not the batch's, by"
-        " their place in the sequence, and attends by blocks of flex attention"
+        "it writes keys and values of chunks of frames into the caller's cache, by their place in the sequence and not"
+        " by batch entry, and attends by blocks of flex attention"
     ),
     "Cosmos3OmniTransformer": (
-        "tokens that are read and tokens that are made are two sequences without a batch, of which the first is causal,"
-        " by a second attention in the same module"
+        "input tokens and generated tokens are two sequences without a batch, and the first one is causal, by a second"
+        " attention in the same module"
     ),
-    "DreamLiteTransformer2DModel": "it is a part of DreamLite's U-Net, and no denoiser",
-    "MiniMaxMusic3RVQDepthDecoder": "it decodes codes one after the other, and denoises nothing",
+    "DreamLiteTransformer2DModel": "it is a part of DreamLite's U-Net, not a denoiser",
+    "MiniMaxMusic3RVQDepthDecoder": "it decodes codes one after the other, and is not a denoiser",
     "PriorTransformer": (
-        "it makes one embedding, of a causal sequence as short as the prompt, in which no token is the image's"
+        "it computes one embedding, of a causal sequence as short as the prompt, without tokens of an image"
     ),
     "RFD4ProteinaTransformer": (
-        "it makes the structure of proteins: attention takes a bias for each pair of residues, and updates of these"
-        " biases look at all pairs"
+        "it generates structures of proteins: attention takes a bias for each pair of residues, and updates of these"
+        " biases depend on all pairs"
     ),
     "T5FilmDecoder": "its attention multiplies matrices itself, unscaled, and calls no `scaled_dot_product_attention`",
     "Transformer2DModel": (
         "it is a part of U-Nets; where it was a denoiser, Diffusers loads it as `PixArtTransformer2DModel` or"
         " `DiTTransformer2DModel`"
     ),
-    "TransformerTemporalModel": "it is a part of U-Nets for videos, and no denoiser",
+    "TransformerTemporalModel": "it is a part of U-Nets for videos, not a denoiser",
     "WanAnimate2Transformer3DModel": (
-        "it takes keys of a first forward from a cache of the caller's, packs them frame by frame, and attends by"
-        " blocks of flex attention"
+        "it takes keys of a first forward from the caller's cache, packs them frame by frame, and attends by blocks of"
+        " flex attention"
     ),
 }

@@ -30,7 +30,7 @@ ANYFLOW = replace(
     embed=None,
     per_token={"rotary_emb": Tokens(("image",), dim=2), "temb": Tokens(("image",))},
     frames=1,
-    unpiped="it takes the next step's time, which pipelines find by the number of the step",
+    unpiped="it takes the next step's time, which pipelines look up by the index of the step",
 )
 
 # Between blocks, each frame attends to the motion of its face.
