@@ -128,9 +128,12 @@ def test_the_openai_client_draws_what_one_rank_draws(served, client):
         ({"model": "dall-e-3"}, "model", "'faulty'"),
     ],
 )
-def test_errors_say_what_is_allowed(client, fields, param, told):
+def test_errors_say_what_is_allowed(served, client, fields, param, told):
+    counted = 'xdit_failures_total{code="%s"}' % ("model_not_found" if param == "model" else "invalid_value")
+    before = served.metric(counted)
     with pytest.raises((openai.BadRequestError, openai.NotFoundError)) as error:
         draw(client, **{"prompt": PROMPT} | fields)
+    assert served.metric(counted) == before + 1
     assert error.value.body["param"] == param and told in error.value.body["message"]
     assert error.value.body["type"] == "invalid_request_error"
 

@@ -28,8 +28,14 @@ def create_app(server: Server, alone: bool = True) -> FastAPI:
     app = FastAPI(title="xdit serve")
     app.add_exception_handler(Failure, lambda call, failure: refusal(failure))
     app.add_exception_handler(HTTPException, lambda call, e: refusal(Failure(e.status_code, e.detail, "invalid_value")))
+
+    def refuse(call: Call, error: Any) -> JSONResponse:
+        failure = invalid(error.errors())
+        server.engine.metrics.failures.labels(failure.code).inc()
+        return refusal(failure)
+
     for kind in (ValidationError, RequestValidationError):
-        app.add_exception_handler(kind, lambda call, error: refusal(invalid(error.errors())))
+        app.add_exception_handler(kind, refuse)
     _add_state(app, server)
     _add_images(app, server)
     if alone:

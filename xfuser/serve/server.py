@@ -80,8 +80,7 @@ async def picture_of(request: Request) -> bytes | None:
         return None
     data = await request.image[0].read()
     try:
-        with Image.open(io.BytesIO(data)) as picture:
-            picture.load()
+        await asyncio.to_thread(lambda: Image.open(io.BytesIO(data)).load())
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise Failure(400, f"the file is not an image that can be read: {error}", "invalid_value", "image") from error
     return data
