@@ -1,4 +1,4 @@
-"""The flags of a run, and the checked configuration made from them."""
+"""The flags of a run, and the configuration that they are checked and converted into."""
 
 from xfuser.config.args import xFuserArgs
 from xfuser.config.config import EngineConfig, InputConfig, ModelConfig, ParallelConfig, RuntimeConfig

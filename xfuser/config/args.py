@@ -1,4 +1,4 @@
-"""The flags: every field of one dataclass is a flag, with its help, group and type."""
+"""The flags: each field of one dataclass is a flag, with its help, group and type."""
 
 import argparse
 import importlib
@@ -37,13 +37,13 @@ TEXT_ENCODER_MODES = ("replicate", "shard", "rank0", "offload")
 PLANNER = "xfuser.planner.auto"
 SHIPPED = os.path.join(os.path.dirname(os.path.dirname(__file__)), "assets")
 SHIPPED_PIPELINE = os.path.join(SHIPPED, "shapes-256")
-SHIPPED_SIDE = 256  # pixels that the shipped pipelines were trained with
+SHIPPED_SIDE = 256  # image size in pixels that the shipped pipelines were trained with
 
 
 def shipped_folder(model: str | None) -> str | None:
-    """Folder of a pipeline that comes with the package, by that folder, its name, or None for the default one.
+    """Folder of a pipeline shipped with the package, given as its folder, its name, or None for the default pipeline.
 
-    None for any other model.
+    Returns None for any other model.
     """
     if not model:
         return SHIPPED_PIPELINE
@@ -62,80 +62,80 @@ _model, _runtime, _parallel, _input = (
 
 @dataclass
 class xFuserArgs:
-    """What a user may ask for; :meth:`create_config` checks it and turns it into configuration objects."""
+    """The options of a run; :meth:`create_config` checks them and converts them into configuration objects."""
 
     model: str | None = _model(
         None,
-        f"Folder or hub name of a Diffusers pipeline, or a shipped one: {', '.join(sorted(os.listdir(SHIPPED)))};"
-        " shapes-256 if not given.",
+        f"Folder or hub name of a Diffusers pipeline, or a shipped pipeline: {', '.join(sorted(os.listdir(SHIPPED)))};"
+        " default: shapes-256.",
     )
-    download_dir: str | None = _model(None, "Folder for what is downloaded from the hub.")
-    trust_remote_code: bool = _model(False, "Allow a pipeline's own code from the hub.")
+    download_dir: str | None = _model(None, "Folder for downloads from the hub.")
+    trust_remote_code: bool = _model(False, "Allow running a pipeline's own code from the hub.")
 
-    warmup_steps: int = _runtime(1, "Synchronous first steps of PipeFusion and DistriFusion; others ignore it.")
-    use_fbcache: bool = _runtime(False, "Cache steps: leave blocks out while the first one's output changes little.")
-    use_teacache: bool = _runtime(False, "Cache steps by TeaCache, for models whose coefficients are known.")
-    cache_threshold: float | None = _runtime(None, "Change below which a cache leaves blocks out; its own by default.")
+    warmup_steps: int = _runtime(1, "Synchronous warm-up steps of PipeFusion and DistriFusion; ignored otherwise.")
+    use_fbcache: bool = _runtime(False, "First-Block-Cache: skip blocks while the first block's output changes little.")
+    use_teacache: bool = _runtime(False, "TeaCache: skip blocks in some steps; for models with known coefficients.")
+    cache_threshold: float | None = _runtime(None, "Change below which a cache skips blocks; default: the cache's own.")
     rel_l1_thresh: float | None = _runtime(None, "Older name of --cache_threshold.")
-    use_parallel_vae: bool = _runtime(False, "Encode and decode with the rows of the image divided over ranks.")
-    vae_engine: str = _runtime("auto", "Parallel VAE: auto, native, or the package distvae.")
-    vae_split: str = _runtime("auto", "Parallel VAE: divide height, width, or auto, the longer one.")
-    vae_chunk_rows: str | int | None = _runtime(None, "Parallel VAE: rows computed at a time, or auto; bounds memory.")
-    use_torch_compile: bool = _runtime(False, "Compile the transformer's blocks, each class of blocks once.")
-    use_onediff: bool = _runtime(False, "Refused: OneDiff is no longer maintained.")
-    seed: int = _runtime(42, "Seed of the noise.")
-    output_type: str = _runtime("pil", "What the pipeline returns: pil, pt, np or latent.")
+    use_parallel_vae: bool = _runtime(False, "Divide VAE encoding and decoding over ranks by rows of the image.")
+    vae_engine: str = _runtime("auto", "Engine of the parallel VAE: auto, native, or distvae (a separate package).")
+    vae_split: str = _runtime("auto", "Dimension that the parallel VAE divides: height, width, or auto (the longer).")
+    vae_chunk_rows: str | int | None = _runtime(None, "Rows the parallel VAE computes at once, or auto; bounds memory.")
+    use_torch_compile: bool = _runtime(False, "Compile transformer blocks with torch.compile, once per block class.")
+    use_onediff: bool = _runtime(False, "Not supported: OneDiff is no longer maintained.")
+    seed: int = _runtime(42, "Random seed of the noise.")
+    output_type: str = _runtime("pil", "Output type of the pipeline: pil, pt, np or latent.")
     attention_backend: str = _runtime(
         "auto",
-        "Attention kernel: auto, sdpa, flash, efficient, cudnn, math, flash_attn, flash_attn_3, or the name of an"
-        " attention backend of Diffusers, such as flex or sage.",
+        "Attention kernel: auto, sdpa, flash, efficient, cudnn, math, flash_attn, flash_attn_3, or the name of a"
+        " Diffusers attention backend, such as flex or sage.",
     )
-    enable_model_cpu_offload: bool = _runtime(False, "Keep models on the CPU while they are not in use.")
-    enable_sequential_cpu_offload: bool = _runtime(False, "Keep layers on the CPU while they are not in use.")
-    enable_tiling: bool = _runtime(False, "Decode in tiles: less memory, close to the untiled image.")
-    enable_slicing: bool = _runtime(False, "Decode one image at a time: less memory.")
-    text_encoder: str = _runtime("replicate", f"Where text encoders are: {', '.join(TEXT_ENCODER_MODES)}.")
-    memory: str | None = _runtime(None, "Memory that a rank may use, such as 24GB; its accelerator's if not given.")
-    use_fp8_t5_encoder: bool = _runtime(False, "Store the T5 text encoder's weights in 8 bits.")
-    dtype: str = _runtime("auto", "Weights: float32, float16, bfloat16; auto is bfloat16 on a GPU, else float32.")
+    enable_model_cpu_offload: bool = _runtime(False, "Keep each model on the CPU while it is not in use.")
+    enable_sequential_cpu_offload: bool = _runtime(False, "Keep each layer on the CPU while it is not in use.")
+    enable_tiling: bool = _runtime(False, "Decode in tiles: needs less memory; the image is close to the untiled one.")
+    enable_slicing: bool = _runtime(False, "Decode one image at a time: needs less memory.")
+    text_encoder: str = _runtime("replicate", f"Placement of the text encoders: {', '.join(TEXT_ENCODER_MODES)}.")
+    memory: str | None = _runtime(None, "Memory that each rank may use, such as 24GB; default: the accelerator's.")
+    use_fp8_t5_encoder: bool = _runtime(False, "Store the T5 text encoder's weights in FP8.")
+    dtype: str = _runtime("auto", "Weight dtype: float32, float16, bfloat16; auto is bfloat16 on a GPU, else float32.")
 
-    auto: bool = _parallel(False, "Choose the degrees by plan, for the ranks that run: the fastest exact ones.")
-    allow_stale: bool = _parallel(False, "Let auto choose what draws a slightly different image, too.")
-    do_classifier_free_guidance: bool = _parallel(True, "Guide by the prompt (--no_... switches guidance off).")
-    use_cfg_parallel: bool = _parallel(False, "Compute guidance's two branches on two groups of ranks.")
+    auto: bool = _parallel(False, "Let the planner choose the fastest exact degrees for the number of ranks.")
+    allow_stale: bool = _parallel(False, "Let --auto also choose methods that change the image slightly.")
+    do_classifier_free_guidance: bool = _parallel(True, "Use classifier-free guidance (--no_... disables it).")
+    use_cfg_parallel: bool = _parallel(False, "Compute the two guidance branches on two groups of ranks.")
     use_split_batch: bool = _parallel(False, "Older name of --use_cfg_parallel.")
-    data_parallel_degree: int = _parallel(1, "Replicas over which the images are divided.")
-    ulysses_degree: int = _parallel(1, "Ranks that divide a sequence by attention heads.")
-    ring_degree: int = _parallel(1, "Ranks that divide a sequence by blocks of keys and values.")
-    pipefusion_parallel_degree: int = _parallel(1, "Stages into which the transformer's blocks are divided.")
+    data_parallel_degree: int = _parallel(1, "Data parallelism: replicas over which the images are divided.")
+    ulysses_degree: int = _parallel(1, "Ulysses: ranks that divide the sequence; in attention, the heads.")
+    ring_degree: int = _parallel(1, "Ring attention: ranks that divide the sequence and pass on keys and values.")
+    pipefusion_parallel_degree: int = _parallel(1, "PipeFusion: stages that the transformer's blocks are divided into.")
     num_pipeline_patch: int | None = _parallel(
-        None, "Patches of the image in PipeFusion; as many as stages if not given. Works on one rank, as a preview."
+        None, "PipeFusion: patches of the image; default: the number of stages. One rank can run several, as a preview."
     )
-    attn_layer_num_for_pp: list[int] | None = _parallel(None, "Blocks of each PipeFusion stage; balanced by time.", "+")
-    tensor_parallel_degree: int = _parallel(1, "Ranks that divide each layer's weights.")
-    tensor_parallel_text_encoder: bool = _parallel(False, "Divide the weights of the text encoders as well.")
-    distrifusion_degree: int = _parallel(1, "Ranks that each compute a part of the image, from stale activations.")
-    distrifusion_mode: str = _parallel(ASYNCHRONOUS, f"What DistriFusion waits for: {', '.join(MODES)}.")
-    naive_patch_degree: int = _parallel(1, "Ranks that each compute a part of the image alone; a baseline.")
+    attn_layer_num_for_pp: list[int] | None = _parallel(None, "PipeFusion: blocks per stage; balanced by default.", "+")
+    tensor_parallel_degree: int = _parallel(1, "Tensor parallelism: ranks that divide each layer's weights.")
+    tensor_parallel_text_encoder: bool = _parallel(False, "Tensor parallelism: also divide the text encoders' weights.")
+    distrifusion_degree: int = _parallel(1, "DistriFusion: ranks that divide the image and use stale activations.")
+    distrifusion_mode: str = _parallel(ASYNCHRONOUS, f"DistriFusion synchronization: {', '.join(MODES)}.")
+    naive_patch_degree: int = _parallel(1, "Naive patches (a baseline): ranks that compute parts of the image alone.")
     split_scheme: str | None = _parallel(
         None,
-        "Naive patches are cut by row (the default), col, or alternate (step by step). Tensor parallelism divides each"
-        " layer's outputs (col) or inputs (row); pairs of both if not given.",
+        "Naive patches: cut by row (default), col, or alternate (changes each step). Tensor parallelism: divide each"
+        " layer's outputs (col) or inputs (row); default: pairs of both.",
     )
     fully_shard_degree: int = _parallel(
-        1, "Ranks that divide the transformer's weights and gather them block by block: all of a replica, or 1."
+        1, "FSDP: ranks that shard the transformer's weights and gather them per block: 1, or all of a replica."
     )
 
-    height: int | None = _input(None, "Height of the image in pixels; the model's own if not given.")
-    width: int | None = _input(None, "Width of the image in pixels; the model's own if not given.")
-    num_frames: int | None = _input(None, "Frames of a video; the model's own if not given.")
-    prompt: str | list[str] = _input("", "What to draw; several prompts draw several images.", "*")
-    negative_prompt: str | list[str] = _input("", "What not to draw: one for all prompts, or one each.", "*")
-    no_use_resolution_binning: bool = _input(False, "Draw exactly the given size, not the nearest trained one.")
-    num_inference_steps: int = _input(20, "Denoising steps.")
-    max_sequence_length: int = _input(256, "Longest prompt in tokens.")
-    guidance_scale: float = _input(3.5, "Strength of the guidance by the prompt.")
-    img_file_path: str | None = _input(None, "Image to start from, for image-to-image pipelines.")
+    height: int | None = _input(None, "Height of the image in pixels; default: the model's own.")
+    width: int | None = _input(None, "Width of the image in pixels; default: the model's own.")
+    num_frames: int | None = _input(None, "Number of frames of a video; default: the model's own.")
+    prompt: str | list[str] = _input("", "What to generate; several prompts generate several images.", "*")
+    negative_prompt: str | list[str] = _input("", "What to avoid: one text for all prompts, or one for each.", "*")
+    no_use_resolution_binning: bool = _input(False, "Use the given size, not the nearest one seen in training.")
+    num_inference_steps: int = _input(20, "Number of denoising steps.")
+    max_sequence_length: int = _input(256, "Maximum length of a prompt in tokens.")
+    guidance_scale: float = _input(3.5, "Guidance scale: how closely to follow the prompt.")
+    img_file_path: str | None = _input(None, "Input image, for image-to-image pipelines.")
 
     @staticmethod
     def add_cli_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -157,15 +157,15 @@ class xFuserArgs:
 
     @classmethod
     def from_cli_args(cls, args: argparse.Namespace) -> "xFuserArgs":
-        """From a parsed namespace; attributes that it lacks keep their default."""
+        """Create the arguments from a parsed namespace; attributes that it lacks keep their default."""
         return cls(**{spec.name: getattr(args, spec.name, spec.default) for spec in fields(cls)})
 
     def create_config(self) -> tuple[EngineConfig, InputConfig]:
-        """Check everything, then join the run's process group; returns what :class:`xDiTParallel` takes.
+        """Check all options, then join the run's process group; returns the configurations for :class:`xDiTParallel`.
 
         Raises:
-            ValueError: for values that are wrong, do not fit together or the number of ranks, or ask for what is
-                not available. No process group exists then.
+            ValueError: values are invalid, do not fit each other or the number of ranks, or require something that is
+                not available. No process group is created then.
         """
         fail_together()
         if self.auto:
@@ -175,15 +175,15 @@ class xFuserArgs:
         return configs
 
     def _chosen(self) -> "xFuserArgs":
-        """These arguments with degrees chosen by plan, the same on all ranks."""
+        """These arguments with degrees chosen by the planner, the same on all ranks."""
         replace(self, fully_shard_degree=min(1, self.fully_shard_degree), tensor_parallel_text_encoder=False).checked()
         if not self.model:
-            raise ValueError("auto plans by the configurations of a pipeline: name it by model")
+            raise ValueError("auto plans by the configurations of a pipeline: name the pipeline by model")
         init_distributed_environment()
-        return importlib.import_module(PLANNER).chosen(self)  # by name: the planner runs the engine, which reads these
+        return importlib.import_module(PLANNER).chosen(self)  # by name: the planner imports this module
 
     def checked(self, world_size: int | None = None) -> tuple[EngineConfig, InputConfig]:
-        """As :meth:`create_config`, without touching process groups; any number of ranks where none is given."""
+        """As :meth:`create_config`, but without process groups; without ``world_size``, any number of ranks passes."""
         self._check_auto()
         if self.use_onediff:
             raise ValueError("use_onediff: OneDiff is no longer maintained, and is not supported; remove it")
@@ -193,7 +193,7 @@ class xFuserArgs:
         parallel = self._parallel_config()
         parallel.check(parallel.world_size if world_size is None else world_size)
         given = self._fields_of(InputConfig) | {"use_cfg_parallel": parallel.cfg_degree > 1}
-        if self.model and shipped_folder(self.model):  # without a name, the pipeline may be one that the caller has
+        if self.model and shipped_folder(self.model):  # without a name, it may be the caller's own pipeline
             given |= {name: SHIPPED_SIDE for name in ("height", "width") if given[name] is None}
         inputs = InputConfig(**given, use_resolution_binning=not self.no_use_resolution_binning)
         inputs.check()
@@ -261,14 +261,14 @@ class xFuserArgs:
         return self.rel_l1_thresh if self.cache_threshold is None else self.cache_threshold
 
     def _check_cache(self) -> None:
-        """Refuse caches that exclude each other, and thresholds that no cache goes by."""
+        """Raise a ValueError for caches that exclude each other, and for thresholds that no cache uses."""
         threshold = self._given_threshold
         if self.use_fbcache and self.use_teacache:
-            raise ValueError("use_fbcache and use_teacache are two ways to decide the same: remove one of them")
+            raise ValueError("use_fbcache and use_teacache exclude each other: remove one of them")
         if self.cache_threshold is not None and self.rel_l1_thresh not in (None, self.cache_threshold):
             raise ValueError(
-                f"cache_threshold={self.cache_threshold} and rel_l1_thresh={self.rel_l1_thresh} are the same flag: give"
-                " one of them"
+                f"cache_threshold={self.cache_threshold} and rel_l1_thresh={self.rel_l1_thresh} set the same value:"
+                " give one of them"
             )
         if threshold is not None and not (self.use_fbcache or self.use_teacache):
             raise ValueError(f"cache_threshold={threshold} requires use_fbcache or use_teacache: add one of them")
@@ -276,7 +276,7 @@ class xFuserArgs:
             raise ValueError(f"cache_threshold={threshold} must be a number of 0 or more")
 
     def _check_weights(self) -> None:
-        """Refuse options that put the same weights in different places."""
+        """Raise a ValueError for options that place the same weights differently."""
         offloads = ("enable_model_cpu_offload", "enable_sequential_cpu_offload")
         exclusive = [offloads]
         exclusive += [(name, "tensor_parallel_text_encoder") for name in ("use_fp8_t5_encoder", "text_encoder")]
@@ -299,15 +299,15 @@ class xFuserArgs:
         return getattr(self, name) != self.__dataclass_fields__[name].default
 
     def _fields_of(self, config: type) -> dict[str, Any]:
-        """The values of the fields that a configuration class has in common with this one."""
+        """The values of the fields that a configuration class shares with this class."""
         return {spec.name: getattr(self, spec.name) for spec in fields(config) if hasattr(self, spec.name)}
 
 
 def in_bytes(size: str) -> int:
-    """``"24GB"`` or ``"22.5 GiB"`` as a number of bytes.
+    """Parse ``"24GB"`` or ``"22.5 GiB"`` into a number of bytes.
 
     Raises:
-        ValueError: it is not a size.
+        ValueError: the text is not a size.
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT])(i?)B?", size, flags=re.IGNORECASE)
     if not found:
@@ -317,7 +317,7 @@ def in_bytes(size: str) -> int:
 
 
 def _item_type(hint: Any) -> type:
-    """What a flag's value is parsed as: the first plain type in the field's annotation."""
+    """The type that a flag's value is parsed as: the first plain type in the field's annotation."""
     while typing.get_args(hint):
         hint = typing.get_args(hint)[0]
     return hint
@@ -326,5 +326,5 @@ def _item_type(hint: Any) -> type:
 def _help(spec: Any) -> str:
     text = spec.metadata["help"]
     if spec.name == "attention_backend":
-        text += f" Here: {', '.join(available_backends())}."
+        text += f" Available here: {', '.join(available_backends())}."
     return text if spec.default in (None, "", False) else f"{text} (default: {spec.default})"

@@ -9,12 +9,12 @@ import torch
 
 ASYNCHRONOUS = "corrected_async_gn"  # DistriFusion's default
 MODES = {
-    ASYNCHRONOUS: "others' rows are stale, of the last step; group norms correct its moments by this rank's change",
-    "stale_gn": "others' rows are stale; group norms take others' stale moments and this rank's current ones",
-    "sync_gn": "others' rows are stale; group norms wait for current moments",
-    "separate_gn": "others' rows are stale; group norms see this rank's rows alone",
-    "no_sync": "others' rows stay those of the last synchronous step",
-    "full_sync": "every step waits for the others' rows: equal to one rank",
+    ASYNCHRONOUS: "other ranks' rows are of the previous step; group norms correct its moments by this rank's change",
+    "stale_gn": "other ranks' rows are stale; group norms use their stale moments and this rank's current ones",
+    "sync_gn": "other ranks' rows are stale; group norms wait for current moments",
+    "separate_gn": "other ranks' rows are stale; group norms use only this rank's rows",
+    "no_sync": "other ranks' rows remain those of the last synchronous step",
+    "full_sync": "every step waits for the other ranks' rows: equal to one rank",
 }
 OUTPUT_TYPES = ("pil", "pt", "np", "latent")
 
@@ -22,7 +22,7 @@ OUTPUT_TYPES = ("pil", "pt", "np", "latent")
 class Degree(NamedTuple):
     """The names of one degree of parallelism."""
 
-    field: str  # of ParallelConfig
+    field: str  # in ParallelConfig
     flag: str
     group: str  # argument of initialize_model_parallel
 
@@ -43,13 +43,13 @@ SPLIT_SCHEMES = {"tensor_parallel_degree": ("row", "col"), "naive_patch_degree":
 
 
 def check_count(name: str, value: Any) -> None:
-    """Raise a ValueError unless a value counts something."""
+    """Raise a ValueError unless a value is a positive integer."""
     if not isinstance(value, int) or value < 1:
         raise ValueError(f"{name}={value!r} must be a whole number of 1 or more")
 
 
 def check_known(name: str, value: Any, known: Iterable[Any]) -> None:
-    """Raise a ValueError unless a value is one of those that are known."""
+    """Raise a ValueError unless a value is one of the known values."""
     known = list(known)
     if value not in known:
         raise ValueError(f"{name}={value!r} is unknown; known are {', '.join(map(str, known))}")
@@ -76,13 +76,13 @@ class RuntimeConfig:
     warmup_steps: int = 1
     use_fbcache: bool = False
     use_teacache: bool = False
-    cache_threshold: float | None = None  # None: the cache's own
+    cache_threshold: float | None = None  # None: the cache's default
     use_parallel_vae: bool = False
     vae_engine: str = "auto"
     vae_split: str = "auto"
     vae_chunk_rows: int | str | None = None
     text_encoder: str = "replicate"
-    memory: int | None = None  # None: all of the accelerator's, which is known once the rank has chosen one
+    memory: int | None = None  # None: the accelerator's memory, known once the rank has selected its device
     use_fp8_t5_encoder: bool = False
     enable_model_cpu_offload: bool = False
     enable_sequential_cpu_offload: bool = False
@@ -116,12 +116,12 @@ class ParallelConfig:
 
     @property
     def sp_degree(self) -> int:
-        """Ranks that each have a part of an image's rows, by whatever method."""
+        """Number of ranks over which any method divides an image's rows."""
         return self.ulysses_degree * self.ring_degree * self.distrifusion_degree * self.naive_patch_degree
 
     @property
     def tensor_scheme(self) -> str | None:
-        """How tensor parallelism divides layers; None for pairs. Beside naive patches, ``split_scheme`` is theirs."""
+        """How tensor parallelism divides layers; None for pairs. With naive patches, ``split_scheme`` is theirs."""
         return self.split_scheme if self.naive_patch_degree == 1 else None
 
     @property
@@ -134,7 +134,7 @@ class ParallelConfig:
 
     @property
     def world_size(self) -> int:
-        """How many ranks the degrees take: their product."""
+        """Number of ranks: the product of the degrees."""
         return math.prod(self.degrees().values())
 
     @property
@@ -144,17 +144,17 @@ class ParallelConfig:
 
     @property
     def divides(self) -> bool:
-        """Whether a rank keeps a part of the transformer's weights."""
+        """Whether each rank keeps only a part of the transformer's weights."""
         return self.pp_degree * self.tp_degree * self.fully_shard_degree > 1
 
     @property
     def pipelined(self) -> bool:
-        """Whether PipeFusion is used, if only as a preview on one rank."""
+        """Whether PipeFusion is used, including as a preview on one rank."""
         return self.pp_degree > 1 or self.num_pipeline_patch > 1
 
     @property
     def patched(self) -> bool:
-        """Whether each rank computes a part of the image, from stale activations of the others, or none."""
+        """Whether each rank computes a part of the image, using stale activations of other ranks or none."""
         return self.distrifusion_degree > 1 or self.naive_patch_degree > 1
 
     def degrees(self) -> dict[str, int]:
@@ -162,7 +162,7 @@ class ParallelConfig:
         return {names.flag: getattr(self, names.field) for names in DEGREES.values()}
 
     def check(self, world_size: int) -> None:
-        """Raise a ValueError unless the degrees multiply to ``world_size``, and go together."""
+        """Raise a ValueError unless the degrees multiply to ``world_size`` and are compatible."""
         for flag, degree in self.degrees().items():
             check_count(flag, degree)
         check_count("num_pipeline_patch", self.num_pipeline_patch)
@@ -182,7 +182,7 @@ class ParallelConfig:
         self._check_weights()
 
     def _check_weights(self) -> None:
-        """The ranks of a replica compute the same blocks at the same time, unless they are stages of a pipeline."""
+        """Check the division of weights: ``fully_shard_degree`` needs ranks that run the same blocks together."""
         if self.tensor_parallel_text_encoder and self.tp_degree == 1:
             raise ValueError("tensor_parallel_text_encoder requires tensor_parallel_degree above 1")
         degree, replica = self.fully_shard_degree, self.world_size // self.dp_degree
@@ -197,7 +197,7 @@ class ParallelConfig:
                 raise ValueError(f"fully_shard_degree={degree} and {flag} both divide the weights: choose one")
 
     def _check_patches(self) -> None:
-        """DistriFusion and naive patches divide the rows as sequence parallelism does: they exclude each other."""
+        """Check the division of the image: DistriFusion, naive patches and other methods exclude each other."""
         check_known("distrifusion_mode", self.distrifusion_mode, MODES)
         degrees = self.degrees() | {"num_pipeline_patch": self.num_pipeline_patch}
         dividing = [f"{flag}={n}" for flag, n in degrees.items() if n > 1 and flag not in BESIDE_PATCHES]
@@ -225,7 +225,7 @@ class ParallelConfig:
 
 
 def legal_degrees(world_size: int) -> list[dict[str, int]]:
-    """The products of degrees that are this world size, by the names of the methods."""
+    """All combinations of degrees whose product is this world size, by method name."""
     divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
     found: list[dict[str, int]] = [{}]
     for method in (method for method in DEGREES if method not in PATCH_METHODS):
@@ -239,12 +239,12 @@ def legal_degrees(world_size: int) -> list[dict[str, int]]:
 
 
 def in_words(degrees: dict[str, int]) -> str:
-    """A product of degrees by the names of the methods."""
+    """A combination of degrees as text, by method name."""
     return " x ".join(f"{name} {n}" for name, n in degrees.items() if n > 1) or "all degrees 1"
 
 
 def legal_choices(world_size: int, limit: int = 16) -> str:
-    """The products of degrees for this world size, in words, the shortest first."""
+    """The combinations of degrees for this world size as text, the shortest first."""
     choices = sorted(map(in_words, legal_degrees(world_size)), key=len)
     more = f", and {len(choices) - limit} more" if len(choices) > limit else ""
     return "; ".join(choices[:limit]) + more
@@ -260,13 +260,13 @@ class EngineConfig:
 
     @property
     def world_size(self) -> int:
-        """How many ranks the degrees take: their product."""
+        """Number of ranks: the product of the degrees."""
         return self.parallel_config.world_size
 
 
 @dataclass(frozen=True)
 class InputConfig:
-    """What to draw. Sizes are in pixels; None leaves a value to the pipeline."""
+    """What to generate. Sizes are in pixels; None means the pipeline's default."""
 
     prompt: str | list[str] = ""
     negative_prompt: str | list[str] = ""
@@ -289,7 +289,7 @@ class InputConfig:
         return 1 if isinstance(self.prompt, str) else len(self.prompt)
 
     def check(self) -> None:
-        """Raise a ValueError for values that no pipeline takes."""
+        """Raise a ValueError for values that no pipeline accepts."""
         for name in ("height", "width", "num_frames", "num_inference_steps", "max_sequence_length"):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))

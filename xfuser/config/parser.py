@@ -1,4 +1,4 @@
-"""An argument parser that reads dashes and underscores in flags alike."""
+"""An argument parser that treats dashes and underscores in flags alike."""
 
 import argparse
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ class FlexibleArgumentParser(argparse.ArgumentParser):
     """``--ulysses-degree 2`` and ``--ulysses_degree=2`` are the same flag; bad input raises a ValueError."""
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
-        """As in argparse; flags may be written with hyphens in place of underscores."""
+        """As in argparse, but flags may be written with hyphens instead of underscores."""
         if args is None:
             import sys
 
@@ -17,7 +17,7 @@ class FlexibleArgumentParser(argparse.ArgumentParser):
         return super().parse_known_args([_with_underscores(arg) for arg in args], namespace)
 
     def error(self, message: str) -> NoReturn:
-        """Raise a ValueError, where argparse would end the process."""
+        """Raise a ValueError, where argparse would exit the process."""
         raise ValueError(f"{self.prog}: {message} (--help lists the flags)")
 
 
@@ -29,7 +29,7 @@ def _with_underscores(arg: str) -> str:
 
 
 class SwitchAction(argparse.Action):
-    """A flag ``--x`` that sets True, with its opposite ``--no_x`` that sets False."""
+    """A flag ``--x`` that sets True, and its opposite ``--no_x`` that sets False."""
 
     def __init__(self, option_strings: list[str], dest: str, default: bool = False, **kwargs: Any) -> None:
         flag = option_strings[0].removeprefix("--")
