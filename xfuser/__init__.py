@@ -1,4 +1,4 @@
-"""xfuser: existing Diffusers pipelines on many devices.
+"""xfuser: run existing Diffusers pipelines on many devices.
 
 engine_config, input_config = xFuserArgs.from_cli_args(args).create_config()
 pipe = xDiTParallel(pipe, engine_config, input_config)  # then call pipe(...) as before

@@ -1,10 +1,10 @@
-"""The state of one wrapped call: where it stands, and what methods want done at its ends.
+"""The state of one wrapped call: its current step, and the callbacks that methods register.
 
 A *step* is one entry of the scheduler's timesteps. PipeFusion divides it into M *sub-steps*, one for each patch; with
 all other methods a step has one sub-step. Within a sub-step the pipeline calls its transformer once or several times.
 
-Methods read where the call stands, put wrappers around the transformer's forward, and register what is to happen when
-the forwards of a sub-step are over or a new schedule is made. None of them counts for itself.
+Methods read the current step from this state, put wrappers around the transformer's forward, and register callbacks
+for the end of a sub-step's forwards and for a new schedule. No method counts steps itself.
 """
 
 import functools
@@ -18,35 +18,35 @@ from torch import Tensor, nn
 from xfuser.core.hooks import Arguments, Binder, replaced
 
 Forward = Callable[[Arguments], Any]
-Wrapper = Callable[[Forward, Arguments], Any]  # calls the forward with the arguments, or not
+Wrapper = Callable[[Forward, Arguments], Any]  # may call the forward with the arguments, or skip it
 
 
 class Arriving(Protocol):
-    """An output of the transformer that another rank computes and that is still on its way."""
+    """An output of the transformer that another rank computes and that has not been received yet."""
 
     def then(self, action: Callable[[], None], results: list[Tensor]) -> None:
-        """Call ``action``, which makes ``results`` of the output, once it is there."""
+        """Call ``action``, which computes ``results`` from the output, once the output has arrived."""
 
 
 class CallState:
-    """Where one wrapped call stands.
+    """The progress of one wrapped call.
 
     Args:
-        patches: M.
-        synchronous: number of first steps of each transformer that compute the whole image with fresh activations; one
-            in any case.
-        every_step_whole: whether every rank needs whole latents after each step.
-        compiled: whether blocks run compiled code, into which nothing can hook.
+        patches: M, the number of patches.
+        synchronous: number of warm-up steps: the first steps of each transformer, which compute the whole image with
+            fresh activations; at least one.
+        every_step_whole: whether every rank needs the whole latents after each step.
+        compiled: whether blocks run compiled code, which cannot be hooked.
 
     Attributes:
-        step, patch: of the sub-step that is running.
-        index: of the transformer's call that is running or was last, within the sub-step; -1 before the first one.
-        steps: number of steps; 0 as long as it is not known.
-        tokens: how the ranks share the tokens of the forward that is running; None outside of its blocks.
-        arriving: the output of the last forward, where another rank computes it.
-        gives: whether this rank gives rows of the forward's output; if not, another computes the same and gives them.
-        skips: whether blocks of the forward are left out, as its first stage decides; None where no cache may do so.
-        apart: whether the forward is of one branch of guidance, and other ranks compute the other at the same time.
+        step, patch: the current sub-step.
+        index: the current or last call of the transformer within the sub-step; -1 before the first call.
+        steps: number of steps; 0 while it is not known.
+        tokens: how the ranks share the tokens of the current forward; None outside its blocks.
+        arriving: the output of the last forward, if another rank computes it.
+        gives: whether this rank contributes rows to the forward's output; if not, another rank computes the same rows.
+        skips: whether the forward skips blocks, as decided by its first stage; None if no cache may skip them.
+        apart: whether this forward computes one guidance branch while other ranks compute the other branch.
     """
 
     def __init__(
@@ -60,38 +60,38 @@ class CallState:
         self.gives, self.apart = True, False
         self.skips: bool | None = None
         self._synchronous, self._every_step_whole = max(1, synchronous), every_step_whole
-        self._starts = {0}  # steps in which a transformer is called first
+        self._starts = {0}  # steps in which a transformer is called for the first time
         self._part: Callable[[Any], Any] | None = None
         self._wrappers: dict[nn.Module, list[Wrapper]] = {}
         self._at_forwards_end: list[Callable[[], None]] = []
         self._at_schedule: list[Callable[[], None]] = []
 
-    # What methods register.
+    # Registered by methods.
 
     def around(self, model: nn.Module, wrapper: Wrapper) -> None:
-        """Let ``wrapper`` run around the forward of a transformer, inside of the wrappers that are there already."""
+        """Run ``wrapper`` around the forward of a transformer, inside the wrappers registered before."""
         self._wrappers.setdefault(model, []).append(wrapper)
 
     def at_forwards_end(self, action: Callable[[], None]) -> None:
-        """Call ``action`` when the forwards of a sub-step are over, ahead of the scheduler's step."""
+        """Call ``action`` after the forwards of a sub-step, before the scheduler's step."""
         self._at_forwards_end.append(action)
 
     def at_schedule(self, action: Callable[[], None]) -> None:
-        """Call ``action`` when a schedule is about to be made: what comes next is the first step of another image."""
+        """Call ``action`` before a new schedule is made: the next step is then the first step of another image."""
         self._at_schedule.append(action)
 
     def computes(self, part: Callable[[Any], Any]) -> None:
-        """Say which part of an output this rank computes in a sub-step, as views."""
+        """Set ``part``, which returns views of the part of an output that this rank computes in a sub-step."""
         self._part = part
 
-    # What methods read.
+    # Read by methods.
 
     def part(self, output: Any) -> Any:
-        """Of an output, or of each tensor in it, what this rank computes in this sub-step."""
+        """The part of an output, or of each tensor in it, that this rank computes in this sub-step."""
         return output if self._part is None else self._part(output)
 
     def when_there(self, action: Callable[[], None], results: list[Tensor]) -> None:
-        """Call ``action``, which makes ``results`` of the last forward's output, once that output has arrived."""
+        """Call ``action``, which computes ``results`` from the last forward's output, once that output has arrived."""
         if self.arriving is None:
             action()
         else:
@@ -111,55 +111,55 @@ class CallState:
         return self.patch == self.patches - 1
 
     def ends_whole(self, step: int) -> bool:
-        """Whether every rank has the whole latents at the end of this step; if not, its patches travel singly."""
+        """Whether every rank has the whole latents at the end of this step; if not, its patches are sent one by one."""
         synchronous = self._is_synchronous(step) or self._is_synchronous(step + 1)
         return synchronous or self._every_step_whole or step >= self.steps - 1
 
     @property
     def whole(self) -> bool:
-        """Whether every rank has the whole latents now, between two sub-steps."""
+        """Whether every rank has the whole latents now, before the current sub-step."""
         return self.patch == 0 and (self.step == 0 or self.ends_whole(self.step - 1))
 
     def after(self, step: int, patch: int) -> tuple[int, int] | None:
-        """The sub-step behind this one, if it follows without a pause: patch by patch, each as soon as it is there."""
+        """The sub-step after this one, if its patch starts as soon as it arrives; None if ranks synchronize first."""
         if patch < self.patches - 1:
             return None if self._is_synchronous(step) else (step, patch + 1)
         return None if self.ends_whole(step) else (step + 1, 0)
 
     def extend(self, synchronous: int) -> None:
-        """Let at least so many first steps of each transformer be synchronous."""
+        """Make at least this many first steps of each transformer synchronous."""
         self._synchronous = max(self._synchronous, synchronous)
 
-    # What moves it on.
+    # Progress.
 
     def announce(self, steps: int, order: int) -> None:
-        """Note the number of steps of a schedule, ``order`` of which make one inference step.
+        """Set the number of steps of a schedule; ``order`` of them make one inference step.
 
         Raises:
-            ValueError: there are more synchronous steps than that.
+            ValueError: there are more synchronous steps than steps.
         """
         if self._synchronous >= steps + order:
             raise ValueError(
                 f"warmup_steps={self._synchronous // order} is more than the {-(-steps // order)} steps of this call:"
-                " use at most as many"
+                " use at most that many"
             )
         self.begin(steps)
 
     def begin(self, steps: int) -> None:
-        """Go to the first of so many steps."""
+        """Start at the first of this many steps."""
         self.step = self.patch = 0
         self.steps, self._starts = steps, {0}
 
     def start(self, step: int) -> None:
-        """Note that a transformer is called first in this step, from which on steps are synchronous, then."""
+        """Note that a transformer is first called in this step, so that synchronous steps start here."""
         self._starts.add(step)
 
     @contextmanager
     def running(self, scheduler: Any) -> Iterator[None]:
-        """Within the context, the transformers run inside their wrappers, and the scheduler moves this state on.
+        """Within the context, the transformers run inside their wrappers, and the scheduler advances this state.
 
         Raises:
-            RuntimeError: one of the transformers is in a wrapped call already.
+            RuntimeError: one of the transformers is already in a wrapped call.
         """
         with ExitStack() as stack:
             stack.enter_context(self._stepped_by(scheduler))
@@ -193,7 +193,7 @@ class CallState:
 
     @contextmanager
     def _stepped_by(self, scheduler: Any) -> Iterator[None]:
-        """Within the context, steps and schedules of a scheduler, or of a copy of it, are noticed."""
+        """Within the context, track the steps and schedules of a scheduler and of its copies."""
         if scheduler is None or not self._wrappers:
             yield
             return
@@ -206,7 +206,7 @@ class CallState:
     def _around(
         self, scheduler: Any, name: str, before: Callable[[], None], after: Callable[[], None] | None = None
     ) -> MethodType:
-        """A scheduler's method with actions around it; copies of the scheduler get one that is bound to them."""
+        """A scheduler's method with actions around it; in copies of the scheduler, it acts on the copy."""
         original, of_class = getattr(scheduler, name), getattr(type(scheduler), name)
 
         @functools.wraps(of_class)
@@ -230,7 +230,7 @@ class CallState:
             action()
 
     def _advance(self) -> None:
-        """To the next sub-step. Without patches, a step without a forward is of further latents, as of sound."""
+        """Go to the next sub-step. Without patches, ignore steps with no forward: they are of other latents (sound)."""
         if self.index < 0 and self.patches == 1:
             return
         self.index, self.patch = -1, self.patch + 1

@@ -1,4 +1,4 @@
-"""Import path of the interface of the engine's first generation, as scripts use it."""
+"""Import path of the first-generation engine's interface, kept for existing scripts."""
 
 from xfuser.compat.legacy import DistriConfig, PatchConv2d, __getattr__
 

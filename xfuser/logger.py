@@ -1,4 +1,4 @@
-"""Import path of the logger, as scripts use it."""
+"""Import path of the logger, kept for existing scripts."""
 
 from xfuser.core.logger import logger
 

@@ -1,4 +1,4 @@
-"""xDiTParallel: the story of a wrapped call."""
+"""xDiTParallel: wraps a pipeline and runs its calls on all ranks."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -50,16 +50,16 @@ class Method(Protocol):
     """One way to divide the work of a call's forwards."""
 
     def enter(self, call: CallState) -> AbstractContextManager[None]:
-        """Within the context, the forwards of this call are divided; what the method needs is registered with it."""
+        """Within the context, this method divides the call's forwards; it registers its wrappers with the call."""
 
 
 class xDiTParallel:
-    """A Diffusers pipeline whose calls run on all ranks, and return what the pipeline returns on one.
+    """A Diffusers pipeline whose calls run on all ranks, and return what the pipeline returns on one rank.
 
     The pipeline's own ``__call__`` runs on every rank. During a call, and only then, the forward of its transformer
-    is divided among the ranks by the methods that ``engine_config`` asks for; the pipeline is never modified, but for
-    weights that PipeFusion and tensor parallelism divide until :meth:`unwrap`. All other attributes are the pipeline's,
-    to read and to set.
+    is divided among the ranks by the methods that ``engine_config`` selects. The pipeline is not modified, except for
+    weights that PipeFusion and tensor parallelism divide until :meth:`unwrap`. All other attributes are read from and
+    set on the pipeline.
 
     Args:
         pipe: a Diffusers pipeline with a transformer that has a plan (``xfuser.models``).
@@ -69,7 +69,7 @@ class xDiTParallel:
         ValueError: the pipeline has no such transformer, or the degrees do not fit the number of ranks.
 
     Attributes:
-        cache_use: what caches left out in the last call.
+        cache_use: block computations that caches skipped in the last call.
     """
 
     def __init__(self, pipe: Any, engine_config: EngineConfig, input_config: InputConfig | None = None) -> None:
@@ -92,7 +92,7 @@ class xDiTParallel:
         own["_sp"] = get_sp_group()
 
     def _place(self) -> None:
-        """Put the weights where the configuration asks for them."""
+        """Place the weights as the configuration requires."""
         self.__dict__["_placement"] = placement = Placement(self._pipe, self.engine_config)
         self.__dict__["_pipefusion"] = placement.pipefusion
 
@@ -110,10 +110,10 @@ class xDiTParallel:
         return self._output
 
     def active(self) -> AbstractContextManager[None]:
-        """Within the context the transformer's forward is parallel, also in a denoising loop that the caller writes.
+        """Within the context, the transformer's forward is parallel, including in a denoising loop of the caller.
 
-        With PipeFusion, the loop must go through the ``timesteps`` of the pipeline's scheduler, and step with it; each
-        timestep comes once for every patch, and latents are current behind the last of them.
+        With PipeFusion, the loop must iterate over the ``timesteps`` of the pipeline's scheduler and call its ``step``.
+        Each timestep occurs once per patch, and the latents are current after the last patch.
         """
         self._check_usable()
         return self._running(self._new_call(every_step_whole=True))
@@ -140,11 +140,11 @@ class xDiTParallel:
             yield
 
     def _take_out_compiled(self, stack: ExitStack) -> None:
-        """Until the stack closes, the components are what was compiled; from now on their blocks are compiled."""
+        """Replace compiled components by their originals until the stack closes; compile their blocks from now on."""
         self.__dict__["_compiler"] = stack.enter_context(uncompiled(self._pipe, self._taking_part())) or self._compiler
 
     def _methods(self) -> list[Method]:
-        """What divides this call's forwards, in the order of the wrappers around them: the outermost first."""
+        """The methods that divide this call's forwards, in the order of their wrappers, the outermost first."""
         models, parallel = planned_models(self._pipe, bool(self._pipefusion)), self.engine_config.parallel_config
         parts = {name: self._part_of(model) for name, (model, _) in models.items()} if parallel.patched else {}
         self.__dict__["cache_use"] = CacheUse()
@@ -160,17 +160,17 @@ class xDiTParallel:
         methods += stacks_of(self._pipe, models.values(), self._sp, self._backend, self._pipefusion)
         if methods:
             methods.insert(0, Refusals([model for model, _ in models.values()]))
-        compiled = self._compiled_blocks(models) if self._compiler else []  # blocks' own code, inside of all hooks
+        compiled = self._compiled_blocks(models) if self._compiler else []  # the blocks' own code, inside all hooks
         return [*added, *compiled, *caches, *methods]
 
     def _compiled_blocks(self, models: dict[str, tuple[nn.Module, ModelPlan]]) -> list[Method]:
-        """The compiled code of the blocks, which lasts as long as the wrap."""
+        """The compiled blocks, which are kept as long as the wrap."""
         for name in [name for name in models if name not in self._blocks]:
             self._blocks[name] = CompiledBlocks(*models[name], self._compiler, self._pipe)
         return list(self._blocks.values())
 
     def _sequence(self, model: nn.Module, plan: ModelPlan, part: DistriFusion | NaivePatches | None) -> Method:
-        """What shards the tokens, or the rows of a U-Net's maps."""
+        """The method that shards the tokens, or the rows of a U-Net's maps."""
         if plan.context:
             return ContextParallel(model, plan, self._sp, self._backend)
         if not plan.blocks:
@@ -178,7 +178,7 @@ class xDiTParallel:
         return SequenceParallel(model, plan, self._sp, self._backend, self._pipefusion, part)
 
     def _part_of(self, model: nn.Module) -> DistriFusion | NaivePatches:
-        """What ranks that compute a part of the image each see of the others' parts."""
+        """The method by which each rank computes a part of the image: it defines what a rank sees of other parts."""
         parallel = self.engine_config.parallel_config
         if parallel.naive_patch_degree > 1:
             return NaivePatches(parallel.split_scheme or "row")
@@ -187,7 +187,7 @@ class xDiTParallel:
     def save(self, directory: str, prefix: str = "xfuser") -> list[str]:
         """Write the last call's images (PNG), videos (MP4, or GIF without an encoder) or latents (safetensors).
 
-        Each one is written by the first rank of the data-parallel replica that it belongs to, as
+        The first rank of the data-parallel replica that an item belongs to writes it as
         ``{prefix}_result_{degrees}_{index}``. Returns the paths that this rank wrote.
         """
         if self._output is None:
@@ -200,13 +200,13 @@ class xDiTParallel:
         return [write_media(media[index], directory, f"{name}_{index}") for index in mine]
 
     def call_arguments(self) -> dict[str, Any]:
-        """The keyword arguments that ``input_config`` stands for, as this pipeline takes them."""
+        """``input_config`` as keyword arguments of this pipeline's call."""
         return pipeline_arguments(self._pipe, self.input_config)
 
     def unwrap(self) -> Any:
-        """Give the pipeline back as it was before; this wrapper cannot be used afterwards.
+        """Return the pipeline as it was before the wrap; this wrapper cannot be used afterwards.
 
-        Ranks that hold shards of the weights give them to each other: all must call it, and have the memory for all.
+        Ranks that hold shards of the weights gather them: all ranks must call it, with memory for the full weights.
         """
         pipe = self._pipe
         self._placement.restore()
@@ -215,10 +215,10 @@ class xDiTParallel:
         return pipe
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """As the pipeline's own, with the full weights.
+        """Call the pipeline's ``save_pretrained`` with the full weights.
 
-        Where ranks hold shards of the weights, all must call it, and have the memory for all, as for :meth:`unwrap`:
-        the first rank writes, and then each goes back to its shard.
+        Where ranks hold shards of the weights, all must call it, with memory for the full weights, as for
+        :meth:`unwrap`: the first rank writes the files, and then each rank goes back to its shard.
         """
         self._check_usable()
         if not self._placement.divided:
@@ -234,13 +234,13 @@ class xDiTParallel:
             written = world.broadcast_object(written)
             self._place()
         if not written:
-            raise RuntimeError("save_pretrained() failed on the first rank, which tells why")
+            raise RuntimeError("save_pretrained() failed on the first rank, which reports the cause")
 
     def enable_sequential_cpu_offload(self, *args: Any, **kwargs: Any) -> None:
-        """As the pipeline's own; refused where the wrap itself keeps weights elsewhere."""
+        """Call the pipeline's method; raise a ValueError where the wrap itself moves weights."""
         if self._placement.keeps_elsewhere:
             raise ValueError(
-                "enable_sequential_cpu_offload() says where weights are, and so do fully_shard_degree and text_encoder:"
+                "enable_sequential_cpu_offload() excludes fully_shard_degree and text_encoder, which also move weights:"
                 " remove one of them, or call enable_model_cpu_offload()"
             )
         self._pipe.enable_sequential_cpu_offload(*args, **kwargs)
@@ -263,8 +263,8 @@ class xDiTParallel:
             setattr(self._pipe, name, value)
 
     def _vae_contexts(self) -> list[AbstractContextManager[None]]:
-        """What divides the VAE's work: images over all ranks, or, with the parallel VAE, images over replicas and the
-        rows of each image over the ranks of a replica."""
+        """Contexts that divide the VAE's work: images over all ranks; with the parallel VAE, images over replicas and
+        the rows of each image over the ranks of a replica."""
         vae, runtime = getattr(self._pipe, "vae", None), self.engine_config.runtime_config
         if vae is None:
             return []
@@ -287,43 +287,43 @@ class xDiTParallel:
 
     def _check_usable(self) -> None:
         if self._pipe is None:
-            raise RuntimeError("the pipeline was unwrapped: wrap it again, or call it itself")
+            raise RuntimeError("the pipeline was unwrapped: wrap it again, or call the pipeline itself")
         if self._sp is not get_sp_group():
-            raise RuntimeError("the process groups were made anew since this wrap: wrap the pipeline again")
+            raise RuntimeError("the process groups were replaced after this wrap: wrap the pipeline again")
 
 
 class Loop:
-    """A transformer, and the scheduler of the caller's loop if it has one, with the interface of a pipeline."""
+    """A transformer and the optional scheduler of the caller's loop, with the interface of a pipeline."""
 
     def __init__(self, transformer: nn.Module, scheduler: Any) -> None:
         self.transformer, self.scheduler = transformer, scheduler
 
     @property
     def components(self) -> dict[str, Any]:
-        """As those of a pipeline."""
+        """The components by name, as in a pipeline."""
         return {"transformer": self.transformer, "scheduler": self.scheduler}
 
 
 def parallelize(
     transformer: nn.Module, plan: ModelPlan | None, engine_config: EngineConfig, scheduler: Any = None
 ) -> xDiTParallel:
-    """Make a transformer's forward parallel within ``with parallelize(...).active():``, and nowhere else.
+    """Make a transformer's forward parallel, only within ``with parallelize(...).active():``.
 
     Args:
         transformer: any module built of blocks that a plan can describe; the same weights on every rank.
-        plan: of this transformer; None for one whose class has a plan.
+        plan: the plan of this transformer; None if its class is registered with a plan.
         engine_config: from ``xFuserArgs.create_config()``.
-        scheduler: of Diffusers' kind. PipeFusion, DistriFusion and guidance in two calls a step learn from it where a
-            step ends. Within ``active()``, take it from what this returns: ``parallel.scheduler``.
+        scheduler: a Diffusers scheduler. PipeFusion, DistriFusion and guidance with two calls per step use it to
+            detect the end of a step. Within ``active()``, use the returned object's ``parallel.scheduler``.
 
     Raises:
-        ValueError: there is no plan, or the degrees do not fit it or the number of ranks.
+        ValueError: no plan exists, or the degrees do not fit the plan or the number of ranks.
     """
     if plan is not None:
         set_plan(transformer, plan)
     parallel = engine_config.parallel_config
     if scheduler is None and (parallel.pipelined or parallel.patched):
         raise ValueError(
-            "PipeFusion, DistriFusion and naive patches go by the scheduler's steps: give parallelize() the scheduler"
+            "PipeFusion, DistriFusion and naive patches need the scheduler's steps: give parallelize() the scheduler"
         )
     return xDiTParallel(Loop(transformer, scheduler), engine_config)

@@ -1,4 +1,4 @@
-"""Classes that load a Diffusers pipeline and wrap it in one call: ``xFuserFluxPipeline`` for ``FluxPipeline``, ..."""
+"""Classes that load and wrap a Diffusers pipeline in one call: ``xFuserFluxPipeline`` for ``FluxPipeline``, ..."""
 
 from dataclasses import replace
 from functools import cache
@@ -16,7 +16,7 @@ PREFIX = "xFuser"
 
 
 class LoadedPipeline(xDiTParallel):
-    """A wrapped pipeline of one Diffusers class, which subclasses name."""
+    """A wrapped pipeline of one Diffusers class; subclasses set ``pipeline_class``."""
 
     pipeline_class: Any
 
@@ -28,16 +28,16 @@ class LoadedPipeline(xDiTParallel):
         torch_dtype: torch.dtype | None = None,
         **components: Any,
     ) -> "LoadedPipeline":
-        """Load a pipeline to this rank's device, and wrap it.
+        """Load a pipeline onto this rank's device, and wrap it.
 
         Args:
-            pretrained_model_name_or_path: a folder, or a name on the hub.
+            pretrained_model_name_or_path: a folder, or a hub name.
             engine_config: from ``xFuserArgs.create_config()``.
-            torch_dtype: of the weights; that of the configuration by default.
-            components: parts to use in place of those in the folder, and other arguments of Diffusers.
+            torch_dtype: dtype of the weights; the dtype of the configuration by default.
+            components: components that replace those in the folder, and other arguments of Diffusers.
 
         Raises:
-            ValueError: as :func:`xfuser.load_pipeline` and :class:`xfuser.xDiTParallel`.
+            ValueError: see :func:`xfuser.load_pipeline` and :class:`xfuser.xDiTParallel`.
         """
         model = replace(engine_config.model_config, model=str(pretrained_model_name_or_path))
         if torch_dtype is not None:
@@ -46,10 +46,10 @@ class LoadedPipeline(xDiTParallel):
         return cls(pipe, engine_config)
 
     def prepare_run(self, input_config: InputConfig, steps: int = 3) -> None:
-        """Draw once with few steps and throw the image away, so that later calls find everything made.
+        """Run one call with few steps and discard its output, so that later calls need no setup.
 
-        There are more steps than asked for where the warm-up of PipeFusion or DistriFusion is longer, and never one
-        alone, which some pipelines take for a request of another way to draw.
+        The call has more steps than given if the warm-up of PipeFusion or DistriFusion is longer, and always at least
+        two, as some pipelines treat a single step as another mode.
         """
         runtime, parallel = self.engine_config.runtime_config, self.engine_config.parallel_config
         steps = max(steps, 2, runtime.warmup_steps + 1 if parallel.pipelined or parallel.patched else 0)
@@ -62,7 +62,7 @@ def pipeline_class(name: str) -> type[LoadedPipeline]:
     """``xFuser<Name>Pipeline`` for any ``<Name>Pipeline`` of Diffusers.
 
     Raises:
-        AttributeError: Diffusers has none of that name.
+        AttributeError: Diffusers has no pipeline of that name.
     """
     wrapped = getattr(diffusers, name.removeprefix(PREFIX))
     return type(name, (LoadedPipeline,), {"pipeline_class": wrapped, "__doc__": f"A wrapped ``{wrapped.__name__}``."})

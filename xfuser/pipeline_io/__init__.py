@@ -1,1 +1,1 @@
-"""What goes into a pipeline's call, and what comes out of it."""
+"""The inputs and outputs of a pipeline's call."""

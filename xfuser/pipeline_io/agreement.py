@@ -1,4 +1,4 @@
-"""Every rank calls a pipeline with rank 0's random states, and tensors such as latents."""
+"""Make all ranks call a pipeline with rank 0's random states and tensors, such as latents."""
 
 import copy
 import hashlib
@@ -12,14 +12,14 @@ from xfuser.core.distributed import get_world_group
 
 
 def shared_arguments(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """Give every rank rank 0's states of torch's default generators and of the generators in the arguments, and its
-    values of the tensors in them. Only tensors that differ are sent.
+    """Copy rank 0's random states and tensors to all ranks: the states of torch's default generators and of the
+    generators in the arguments, and the values of the tensors in them. Only tensors that differ are sent.
 
-    Returns the arguments, with new tensors in the place of those that differed. So it is with tensors in the state of a
-    modular pipeline.
+    Returns the arguments, in which new tensors replace those that differed. Tensors in the state of a modular pipeline
+    are treated alike.
 
     Raises:
-        ValueError: on all ranks, if they were given different generators or tensors of different shapes.
+        ValueError: on all ranks, if they were given different generators, or tensors of different shapes or dtypes.
     """
     world = get_world_group()
     states = {name: x for name, x in kwargs.items() if isinstance(getattr(x, "values", None), dict)}
@@ -48,17 +48,17 @@ def shared_arguments(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[s
 
 
 def _refuse_differences(given: list[dict[str, str]]) -> None:
-    """Raise a ValueError unless all ranks have the same arguments, each described by its name."""
+    """Raise a ValueError unless all ranks give the same kinds of arguments; ``given`` has them by name, per rank."""
     for rank, theirs in enumerate(given):
         differ = [name for name in sorted(theirs | given[0]) if theirs.get(name) != given[0].get(name)]
         if differ:
             told = [f"{name} is {given[0].get(name)} on rank 0, {theirs.get(name)} on rank {rank}" for name in differ]
             raise ValueError(
-                f"the ranks call the pipeline with different tensors or generators ({'; '.join(told)}): give all ranks"
-                " arguments of the same shapes and types"
+                f"the ranks call the pipeline with different tensors or generators ({'; '.join(told)}): on all ranks,"
+                " pass arguments of the same shapes and types"
             )
 
 
 def _digest(x: torch.Tensor) -> bytes:
-    """Tells values of one shape apart."""
+    """A hash of a tensor's values."""
     return hashlib.blake2b(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy(), digest_size=16).digest()

@@ -1,4 +1,4 @@
-"""From the input configuration to the arguments of a pipeline's call."""
+"""Convert the input configuration to the arguments of a pipeline's call."""
 
 import inspect
 from dataclasses import fields
@@ -17,9 +17,9 @@ def pipeline_arguments(pipe: Any, inputs: InputConfig) -> dict[str, Any]:
     """Keyword arguments for ``pipe(...)``.
 
     Raises:
-        ValueError: something is given that this pipeline does not take, or a prompt is missing.
+        ValueError: the pipeline does not take one of the given inputs, or a prompt is missing.
     """
-    takes = getattr(getattr(pipe, "blocks", None), "input_names", None)  # of a modular pipeline
+    takes = getattr(getattr(pipe, "blocks", None), "input_names", None)  # modular pipelines
     takes = takes or inspect.signature(type(pipe).__call__).parameters
     given = {name: getattr(inputs, name) for name in PLAIN}
     if "video_length" in takes:
@@ -31,14 +31,14 @@ def pipeline_arguments(pipe: Any, inputs: InputConfig) -> dict[str, Any]:
     for name, value in given.items():
         if name not in takes and value is not None and value != defaults.get(name):
             raise ValueError(f"{type(pipe).__name__} takes no {name} (given: {value!r}); remove it")
-    if "clean_caption" in takes:  # as the pipeline itself decides, without the warning
+    if "clean_caption" in takes:  # the pipeline's own choice, without its warning
         arguments["clean_caption"] = is_bs4_available() and is_ftfy_available()
     arguments["generator"] = torch.Generator("cpu").manual_seed(inputs.seed)
     return arguments
 
 
 def _subject(pipe: Any, inputs: InputConfig, takes: Any) -> dict[str, Any]:
-    """Prompts, or, in class-conditional pipelines, class labels."""
+    """Prompts, or class labels for class-conditional pipelines."""
     prompts, negative = (
         [text] if isinstance(text, str) else list(text) for text in (inputs.prompt, inputs.negative_prompt)
     )
@@ -61,8 +61,8 @@ def _subject(pipe: Any, inputs: InputConfig, takes: Any) -> dict[str, Any]:
 def _guidance(inputs: InputConfig, takes: Any) -> dict[str, Any]:
     """Scales of classifier-free guidance; 1 switches it off.
 
-    Where ``guidance_scale`` is the input of a distilled model, guidance is ``true_cfg_scale``, and runs if there is a
-    negative prompt.
+    Where ``guidance_scale`` is an input of a distilled model, ``true_cfg_scale`` is the guidance scale, and guidance
+    runs only with a negative prompt.
     """
     guided = inputs.do_classifier_free_guidance
     if "true_cfg_scale" not in takes:

@@ -1,4 +1,4 @@
-"""Images, videos and latents to files."""
+"""Write images, videos and latents to files."""
 
 import io
 import os
@@ -18,10 +18,10 @@ FRAMES_PER_SECOND = 16
 
 
 def media_of(output: Any) -> list[Any]:
-    """One entry per image or video of what a pipeline returned: PIL images, arrays ``[H, W, C]``, lists of frames,
-    or tensors.
+    """One entry per image or video of a pipeline's output: PIL images, arrays ``[H, W, C]``, lists of frames, or
+    tensors.
 
-    Modular pipelines return what they were asked for by name: that alone, or several in a dict, or all of their state.
+    Modular pipelines return the outputs requested by name: a single output, several in a dict, or their whole state.
     """
     for name in ("images", "frames", "videos"):
         found = output.get(name) if isinstance(output, dict) else getattr(output, name, None)
@@ -31,14 +31,14 @@ def media_of(output: Any) -> list[Any]:
 
 
 def png(image: Image.Image) -> bytes:
-    """An image encoded as PNG, fast rather than small."""
+    """Encode an image as PNG, for speed rather than size."""
     file = io.BytesIO()
     image.save(file, "PNG", compress_level=1)
     return file.getvalue()
 
 
 def check_writable(directory: str) -> None:
-    """Raise a ValueError where files cannot be written into a folder, which need not exist; nothing is made."""
+    """Raise a ValueError if files cannot be written to a folder, which need not exist and is not created."""
     nearest = os.path.abspath(directory)
     while not os.path.lexists(nearest):
         nearest = os.path.dirname(nearest)
@@ -50,9 +50,9 @@ def check_writable(directory: str) -> None:
 
 
 def write_media(item: Any, directory: str, name: str) -> str:
-    """Write one image, video or latent into ``directory``, made if needed; returns the path.
+    """Write one image, video or latent into ``directory``, created if needed; returns the path.
 
-    Characters of ``name`` that are not safe in file names become ``_``. No incomplete file is left.
+    Characters of ``name`` that are unsafe in file names become ``_``. No incomplete file is left.
     """
     os.makedirs(directory, exist_ok=True)
     path = os.path.join(directory, re.sub(r"[^\w.-]+", "_", name).lstrip("."))
@@ -66,7 +66,7 @@ def write_media(item: Any, directory: str, name: str) -> str:
 
 
 def write_whole(path: str, write: Callable[[str], Any]) -> str:
-    """Let ``write`` make a file of another name, which gets its own once it is complete; returns the path."""
+    """Let ``write`` create a temporary file, and rename it to ``path`` once complete; returns the path."""
     folder, name = os.path.split(path)
     unfinished = os.path.join(folder, f".{os.getpid()}_{name}")
     try:
@@ -103,8 +103,8 @@ def _write_video(frames: list[Image.Image], path: str) -> str:
         from diffusers.utils import export_to_video
 
         return write_whole(f"{path}.mp4", lambda unfinished: export_to_video(frames, unfinished, fps=FRAMES_PER_SECOND))
-    except (AttributeError, ImportError, OSError) as error:  # the first one is Diffusers' for "no ffmpeg"
-        logger.info("no video encoder (%s): a GIF is written", error)
+    except (AttributeError, ImportError, OSError) as error:  # Diffusers raises AttributeError without ffmpeg
+        logger.info("no video encoder (%s): writing a GIF", error)
     delay = 1000 // FRAMES_PER_SECOND
     options = {"save_all": True, "append_images": frames[1:], "duration": delay, "loop": 0}
     return write_whole(f"{path}.gif", lambda unfinished: frames[0].save(unfinished, **options))
