@@ -1,1 +1,1 @@
-"""Where weights are: checkpoint files, modules without weights, shards, offload, and all of them for one pipeline."""
+"""Weights: checkpoint files, modules without weights, shards, offload, and their placement for a pipeline."""

@@ -1,5 +1,4 @@
-"""The weights in a folder's safetensors files: checked by their headers, and read once per node by the ranks that
-keep them."""
+"""Read the weights in a folder's safetensors files: check their headers, and read each tensor once per node."""
 
 import json
 import os
@@ -20,11 +19,11 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 
-Part = tuple[int, tuple[range, ...]] | None  # a dimension, and the ranges of it that are kept, joined; None for all
+Part = tuple[int, tuple[range, ...]] | None  # a dimension, and its ranges to keep and concatenate; None for all
 
 
 class Entry(NamedTuple):
-    """A tensor in a file: where its bytes begin."""
+    """A tensor in a file; its bytes begin at ``start``."""
 
     path: str
     start: int
@@ -32,17 +31,17 @@ class Entry(NamedTuple):
     dtype: torch.dtype
 
     def read(self) -> Tensor:
-        """The tensor, in memory of its own."""
+        """Read the tensor into newly allocated memory."""
         x = _blank(self.shape, self.dtype)
         if x.numel():
-            with open(self.path, "rb") as file:  # not mapped: pages of a map count as this process's memory
+            with open(self.path, "rb") as file:  # not mapped: mapped pages would count as this process's memory
                 file.seek(self.start)
                 file.readinto(x.view(-1).view(torch.uint8).numpy())
         return x
 
 
 def entries_of(path: str) -> dict[str, Entry]:
-    """What a safetensors file holds, by name, from its header alone. One that is truncated raises a ValueError."""
+    """The tensors of a safetensors file by name, read from its header. A truncated file raises a ValueError."""
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -62,10 +61,10 @@ def entries_of(path: str) -> dict[str, Entry]:
 
 
 def checkpoint(folder: str, stem: str, variant: str | None = None) -> dict[str, Entry] | None:
-    """The tensors of ``{stem}.safetensors``, or of the files in its index; None where there is neither.
+    """The tensors of ``{stem}.safetensors``, or of the files in its index; None if neither exists.
 
-    A variant, such as fp16, is taken where there is one. A file that is missing or truncated, or lacks a tensor that
-    the index says it has, raises a ValueError.
+    The files of a variant, such as fp16, are preferred. A file that is missing or truncated, or lacks a tensor that
+    the index assigns to it, raises a ValueError.
     """
     for ending in (f".{variant}", "") if variant else ("",):
         index = os.path.join(folder, f"{stem}.safetensors.index{ending}.json")
@@ -94,9 +93,9 @@ def _indexed(index: str) -> dict[str, Entry]:
 
 
 def checked(held: dict[str, Entry], expected: dict[str, Tensor], cls: type[nn.Module]) -> dict[str, Entry]:
-    """A checkpoint for a state dict, without the surplus tensors that the model's class says to ignore.
+    """A checkpoint for a state dict, without the unexpected tensors that the model's class ignores.
 
-    A tensor that is missing, otherwise surplus, or of another shape raises a ValueError.
+    A tensor that is missing, unexpected and not ignored, or of another shape raises a ValueError.
     """
     ignored, kind = getattr(cls, "_keys_to_ignore_on_load_unexpected", None) or (), cls.__name__
     surplus = [name for name in held if name not in expected and not any(re.search(one, name) for one in ignored)]
@@ -118,7 +117,7 @@ def _named(names: list[str]) -> str:
 
 
 def node_group(world: GroupCoordinator, backend: str) -> GroupCoordinator:
-    """The ranks that run on one machine; every rank of the world must call it."""
+    """The group of ranks on this machine; every rank of the world must call this."""
     hosts = world.all_gather_object(socket.gethostname())
     ranks = [[rank for rank, host in enumerate(hosts) if host == one] for one in dict.fromkeys(hosts)]
     return GroupCoordinator(ranks, world.local_rank, backend)
@@ -127,15 +126,15 @@ def node_group(world: GroupCoordinator, backend: str) -> GroupCoordinator:
 def read_shared(
     held: dict[str, Entry], kept: dict[str, Part], node: GroupCoordinator, cast: Callable[[str, Tensor], Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Read what the ranks of a node keep: each tensor by one of those that keep it, who sends the others their parts.
+    """Read the tensors that the ranks of a node keep: one rank reads each tensor, and sends the others their parts.
 
     Args:
         held: the checkpoint, the same on every rank.
-        kept: by name, which part of a tensor this rank keeps; those that it lacks are not kept.
-        node: the ranks that read together; every one must exhaust the iterator.
-        cast: from a tensor's name and itself to the dtype and device that it is sent and kept in.
+        kept: by name, the part of each tensor that this rank keeps; it does not keep tensors that are not named.
+        node: the ranks that read together; every rank must exhaust the iterator.
+        cast: converts a tensor, given its name, to the dtype and device in which it is sent and kept.
 
-    A rank has no more in memory than its own parts and the tensor that it reads or receives.
+    A rank holds in memory only its own parts and the tensor that it is reading or receiving.
     """
     wanted = node.all_gather_object(kept)
     for number, (name, entry) in enumerate(held.items()):
@@ -148,7 +147,7 @@ def read_shared(
 def _distributed(
     entry: Entry, parts: dict[int, Part], reader: int, node: GroupCoordinator, cast: Callable[..., Tensor]
 ) -> Tensor:
-    """This rank's part of a tensor that ``reader`` reads; ``parts`` are those of all that keep it."""
+    """This rank's part of a tensor that ``reader`` reads; ``parts`` has the parts of all ranks that keep it."""
     rank = node.rank_in_group
     if len(parts) == node.world_size and not any(parts.values()):
         return node.broadcast(cast(entry.read() if rank == reader else _blank(entry.shape, entry.dtype)), reader)
@@ -157,14 +156,14 @@ def _distributed(
         node.irecv(x, reader).wait()
         return x
     x = cast(entry.read())
-    sent = {one: _cut(x, part) for one, part in parts.items() if one != reader}  # alive until the sends are done
+    sent = {one: _cut(x, part) for one, part in parts.items() if one != reader}  # kept alive until the sends finish
     for work in [node.isend(part, one) for one, part in sent.items()]:
         work.wait()
     return _cut(x, parts[rank])
 
 
 def _blank(shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """A tensor to receive into, on the CPU whatever the program's default device is."""
+    """A tensor to receive into, on the CPU regardless of the default device."""
     return torch.empty(shape, dtype=dtype, device="cpu")
 
 
@@ -174,5 +173,5 @@ def kept_of(shape: torch.Size, part: Part) -> torch.Size:
 
 
 def _cut(x: Tensor, part: Part) -> Tensor:
-    """A part of a tensor, as a tensor of its own: a view would keep all of it in memory."""
+    """A copy of a part of a tensor: a view would keep the whole tensor in memory."""
     return x if part is None else torch.cat([x.narrow(part[0], one.start, len(one)) for one in part[1]], part[0])

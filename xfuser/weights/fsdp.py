@@ -1,4 +1,4 @@
-"""Weights of which each rank holds a shard, gathered for the time of a block's forward: FSDP (arXiv 2304.11277)."""
+"""FSDP (arXiv 2304.11277): each rank holds a shard of the weights, which are gathered for each block's forward."""
 
 import copy
 from collections.abc import Iterable
@@ -17,12 +17,12 @@ from xfuser.models.plan import ModelPlan, blocks_of
 
 Shape = tuple[torch.Size, torch.dtype]
 
-FUSING = ("fuse_qkv_projections", "fuse_lora", "unfuse_lora")  # methods that need weights in full
-_SHARDS = "_xfuser_shards"  # where a copy keeps what it is a copy of
+FUSING = ("fuse_qkv_projections", "fuse_lora", "unfuse_lora")  # methods that need the full weights
+_SHARDS = "_xfuser_shards"  # attribute of a copy that holds its Shards
 
 
 def outermost_lists(module: nn.Module) -> list[nn.Module]:
-    """The entries of a module's ModuleLists, without those within them, and those that are None."""
+    """The entries of a module's outermost ModuleLists, except None."""
     found: list[nn.Module] = []
     for child in module.children():
         found += child.children() if isinstance(child, nn.ModuleList) else outermost_lists(child)
@@ -30,13 +30,13 @@ def outermost_lists(module: nn.Module) -> list[nn.Module]:
 
 
 def shapes_of(module: nn.Module) -> list[Shape]:
-    """Shape and dtype of a module's parameters, in their order."""
+    """Shape and dtype of each of a module's parameters, in order."""
     return [(weight.shape, weight.dtype) for weight in module.parameters()]
 
 
 def free_weights(module: nn.Module, device: torch.device) -> None:
-    """Let a module's parameters hold nothing: they keep their dtype, and are on this device."""
-    new: dict[int, nn.Parameter] = {}  # one that several modules have stays one
+    """Replace a module's parameters by empty ones of the same dtype on this device."""
+    new: dict[int, nn.Parameter] = {}  # keeps parameters shared that several modules share
     for owner in module.modules():
         for key, old in owner._parameters.items():
             if old is not None:
@@ -45,32 +45,32 @@ def free_weights(module: nn.Module, device: torch.device) -> None:
 
 
 def is_freed(module: nn.Module) -> bool:
-    """Whether :func:`free_weights` was called on a module, and it has no weights since."""
+    """Whether a module's weights were freed by :func:`free_weights`, and not restored since."""
     return all(not weight.numel() for weight in module.parameters())
 
 
 class Shards:
     """A copy of a module (``copy``) in which each rank of a group holds some rows of the weights.
 
-    The caller leaves the module itself without weights; :meth:`restore` gives it them back.
+    The caller frees the weights of the module itself; :meth:`restore` puts them back.
 
     Args:
         module: its weights may be on the meta device, or freed.
-        plan: of a transformer, whose blocks are sharded; of other modules, the entries of ModuleLists are. Every rank
-            keeps all other weights in full, and those of the modules that the plan calls lent, which work outside of
-            their block.
-        shapes: of the module's parameters in full, with their dtypes.
+        plan: the plan of a transformer, whose blocks are sharded; None for other modules, whose ModuleList entries are
+            sharded. Every rank keeps all other weights in full, and also the weights of modules in ``plan.lent``,
+            which are used outside their block.
+        shapes: shapes and dtypes of the module's full parameters.
 
     Raises:
-        ValueError: the module has hooks of Diffusers.
+        ValueError: the module has Diffusers hooks.
     """
 
     def __init__(self, module: nn.Module, group: GroupCoordinator, plan: ModelPlan | None, shapes: list[Shape]) -> None:
         kind = type(module).__name__
         registries = (getattr(part, "_diffusers_hook", None) for part in module.modules())
-        if any(registry is not None and registry.hooks for registry in registries):  # a call leaves empty ones behind
+        if any(registry is not None and registry.hooks for registry in registries):  # a call leaves empty registries
             raise ValueError(
-                f"{kind} has hooks of Diffusers, which cannot be copied: wrap the pipeline first, then add them"
+                f"{kind} has Diffusers hooks, which cannot be copied: wrap the pipeline first, then add them"
             )
         self.module, self._group = module, group
         blank = [nn.Parameter(torch.empty(*shape, dtype=dtype, device="meta"), False) for shape, dtype in shapes]
@@ -94,29 +94,29 @@ class Shards:
 
     @property
     def degree(self) -> int:
-        """Number of ranks that the weights are sharded over."""
+        """Number of ranks over which the weights are sharded."""
         return self._group.world_size
 
     def rows(self) -> dict[str, range | None]:
-        """Name of each parameter, to the rows of it that this rank holds; None for all."""
+        """The rows of each parameter that this rank holds, by parameter name; None for all rows."""
         rank = self._group.rank_in_group
         parameters = self.copy.named_parameters()
         return {name: share(self._sizes(x), rank) if isinstance(x, DTensor) else None for name, x in parameters}
 
     def _sizes(self, x: DTensor) -> list[int]:
-        """Rows that each rank holds: all but the last ones as many."""
+        """Number of rows that each rank holds: equal on all ranks except the last ones."""
         size = -(-len(x) // self.degree)
         return [max(0, min(size, len(x) - size * rank)) for rank in range(self.degree)]
 
     def fill(self, name: str, x: torch.Tensor) -> None:
-        """Give the copy its rows of a parameter."""
+        """Set the copy's rows of a parameter."""
         prefix, _, key = name.rpartition(".")
         old = self.copy.get_submodule(prefix)._parameters[key]
         if isinstance(old, DTensor):
             like = {"shape": old.shape, "stride": old.stride()}
             x = DTensor.from_local(x, old.device_mesh, old.placements, run_check=False, **like)
         new = nn.Parameter(x, requires_grad=False)
-        for module in self.copy.modules():  # one that several modules have stays one
+        for module in self.copy.modules():  # several modules may share the parameter
             for other, weight in module._parameters.items():
                 if weight is old:
                     module._parameters[other] = new
@@ -125,39 +125,39 @@ class Shards:
         return {name: weight.shape for name, weight in self.copy.named_parameters()}
 
     def take(self, weights: Iterable[torch.Tensor]) -> None:
-        """Keep this rank's rows of full weights, one for each parameter, and free those of the module."""
+        """Keep this rank's rows of full weights, given one per parameter, and free the module's weights."""
         for (name, rows), x in zip(self.rows().items(), weights, strict=True):
             self.fill(name, x if rows is None else x[rows.start : rows.stop].clone())
         free_weights(self.module, self._group.device)
 
     def changes(self) -> list[str]:
-        """How the copy's parameters differ from those of the module, which cannot take them then."""
+        """Changes of the copy's parameters since it was made, with which the module cannot be restored."""
         kind, before, now = type(self.module).__name__, self._shapes, self._shapes_now()
         found = [f"{kind} has got {name!r}" for name, shape in now.items() if before.get(name) != shape]
         return found + [f"{kind} has lost {name!r}" for name in before if name not in now]
 
     @torch.no_grad()
     def restore(self) -> nn.Module:
-        """The module, with its weights in full; all ranks of the group must call it, and have the memory."""
+        """The module with its full weights; all ranks of the group must call this, with memory for them."""
         for part in self.copy.modules():
             if isinstance(part, FSDPModule):
                 part.reshard()
         free_weights(self.module, self._group.device)
         for old, new in zip(self.module.parameters(), self.copy.parameters(), strict=True):
             if isinstance(new, DTensor):
-                # Not new.full_tensor(): what it keeps of equal meshes outlives their process groups.
+                # Not new.full_tensor(): the state that it caches for equal meshes outlives their process groups.
                 new = self._group.all_gather(new.to_local(), dim=0, sizes=self._sizes(new))
             old.data = new.data
         return self.module
 
 
 def shards_of(module: nn.Module) -> Shards | None:
-    """What a module is the sharded copy of, if it is one."""
+    """The :class:`Shards` of a module that is a sharded copy; None for other modules."""
     return vars(module).get(_SHARDS)
 
 
 def shard(module: nn.Module, plan: ModelPlan, group: GroupCoordinator) -> Shards:
-    """Shard a transformer's blocks; each rank keeps its rows of the weights that it has, and frees the others."""
+    """Shard a transformer's blocks: each rank keeps its rows of the weights, and frees the rest."""
     shards = Shards(module, group, plan, shapes_of(module))
     shards.take(weight.detach().to(group.device) for weight in list(module.parameters()))
     return shards

@@ -1,4 +1,4 @@
-"""Loading a pipeline as the configuration says."""
+"""Load a pipeline as configured."""
 
 import inspect
 import os
@@ -23,7 +23,7 @@ from xfuser.weights.placement import join_groups
 from xfuser.weights.skeleton import Folder, divided_transformers, freed_encoders, read
 from xfuser.weights.text_encoders import PREFIX, text_encoders
 
-PATIENCE = timedelta(days=7)  # of ranks that wait for a download
+PATIENCE = timedelta(days=7)  # timeout of ranks that wait for a download
 LEFT_TO_DIFFUSERS = ("quantization_config", "device_map", "custom_pipeline", "use_flashpack")  # arguments
 DTYPE_ARGUMENT = "dtype" if Version(diffusers.__version__) >= Version("0.40") else "torch_dtype"
 
@@ -34,16 +34,16 @@ def load_pipeline(
     pipeline_class: Any = DiffusionPipeline,
     **components: Any,
 ) -> Any:
-    """The pipeline of ``engine_config.model_config``, in its dtype, on this rank's device or offloaded from it.
+    """Load the pipeline of ``engine_config.model_config`` in the configured dtype, to this rank's device or offloaded.
 
-    Of the transformer, a rank reads what it keeps under the degrees of ``engine_config``, with which the pipeline must
-    be wrapped then; ranks of one machine read each file once between them. All ranks must call this.
+    Each rank loads only the part of the transformer that it keeps under the degrees of ``engine_config``; the pipeline
+    must then be wrapped with the same degrees. The ranks of a machine read each file once. All ranks must call this.
 
-    ``components`` take the place of those in the folder, or are arguments of Diffusers, such as ``variant``. With
+    ``components`` replace components of the folder, or are arguments of Diffusers, such as ``variant``. With
     ``input_config.img_file_path``, a text-to-image pipeline becomes its image-to-image variant.
 
     Raises:
-        ValueError: the pipeline is not found or not supported, its files are damaged, or it lacks what the
+        ValueError: the pipeline is not found or not supported, its files are damaged, or it lacks something that the
             configuration requires. Ranks do not wait for each other then.
     """
     model, runtime = engine_config.model_config, engine_config.runtime_config
@@ -58,7 +58,7 @@ def load_pipeline(
                 options |= _parts(engine_config, pipeline_class, options)
             with _turn() if model.trust_remote_code else nullcontext():
                 pipe = pipeline_class.from_pretrained(model.model, **options)
-    except (OSError, ImportError) as error:  # the second is a quantiser's package
+    except (OSError, ImportError) as error:  # ImportError: a quantiser's package is missing
         raise ValueError(f"model={model.model!r} is not a Diffusers pipeline that can be loaded: {error}") from error
     planned_models(pipe)
     if input_config and input_config.img_file_path:
@@ -73,14 +73,14 @@ def load_pipeline(
 
 
 def _turn() -> FileLock:
-    """Held by one process of a machine at a time: Diffusers copies a pipeline's own code into a folder that all share,
+    """A lock that one process of a machine holds at a time: Diffusers copies a pipeline's own code into a shared folder
     and runs it there."""
     os.makedirs(HF_MODULES_CACHE, exist_ok=True)
     return FileLock(os.path.join(HF_MODULES_CACHE, "xfuser.lock"))
 
 
 def _parts(engine_config: EngineConfig, pipeline_class: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """The components that this package loads itself."""
+    """The components that this package loads itself, by name."""
     parallel, runtime = engine_config.parallel_config, engine_config.runtime_config
     path = _fetched(engine_config.model_config.model, pipeline_class, options)
     check_folder(path, divides=parallel.divides)
@@ -101,7 +101,7 @@ def _parts(engine_config: EngineConfig, pipeline_class: Any, options: dict[str, 
 
 
 def _check_memory(model: str, size: int, memory: int) -> None:
-    """Refuse on all ranks what is too much for one."""
+    """Raise a ValueError on all ranks if the weights of any rank exceed ``memory``."""
     worst = max(get_world_group().all_gather_object(size))
     if worst > memory:
         sizes = f"the weights of {model!r} that a rank keeps are {worst / 1e9:.2f} GB, memory={memory / 1e9:.2f} GB"
@@ -110,11 +110,11 @@ def _check_memory(model: str, size: int, memory: int) -> None:
 
 
 def _fetched(model: str, pipeline_class: Any, options: dict[str, Any]) -> str:
-    """The folder of a pipeline; what is on the hub alone is fetched by one rank of a machine, ahead of the others."""
+    """The folder of a pipeline. If it is only on the hub, one rank per machine downloads it before the others go on."""
     if os.path.isdir(model):
         return model
     world = get_world_group()
-    waiting = dist.new_group(backend="gloo", timeout=PATIENCE)  # other groups wait for less long than a download takes
+    waiting = dist.new_group(backend="gloo", timeout=PATIENCE)  # a download may exceed other groups' timeouts
     if world.local_rank > 0:
         dist.barrier(waiting)
     try:
@@ -147,7 +147,7 @@ def _store_t5_in_fp8(pipe: Any, dtype: torch.dtype) -> None:
     encoders = [part for part in pipe.components.values() if type(part).__name__ == "T5EncoderModel"]
     if not encoders:
         raise ValueError(f"use_fp8_t5_encoder: {type(pipe).__name__} has no T5 text encoder")
-    # T5 reads the dtype of "wo" itself; norms and embeddings are small and sensitive.
+    # T5 reads the dtype of "wo" itself; norms and embeddings are small and sensitive to precision.
     precise = [r"\bwo$", "norm", "shared", "embed", "relative_attention_bias"]
     for encoder in encoders:
         apply_layerwise_casting(
@@ -157,7 +157,7 @@ def _store_t5_in_fp8(pipe: Any, dtype: torch.dtype) -> None:
 
 def _place(pipe: Any, engine_config: EngineConfig) -> None:
     runtime, device = engine_config.runtime_config, devices.device(get_world_group().local_rank)
-    if runtime.text_encoder in ("shard", "offload"):  # the wrap puts these where they belong, one after the other
+    if runtime.text_encoder in ("shard", "offload"):  # the wrap places the text encoders, one at a time
         for name in pipe.components.keys() - text_encoders(pipe).keys():
             part = getattr(pipe, name)
             if isinstance(part, torch.nn.Module):

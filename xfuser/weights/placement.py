@@ -1,4 +1,4 @@
-"""Where the weights of a pipeline are while it is wrapped: divided by PipeFusion, tensor parallelism or shards."""
+"""Placement of a wrapped pipeline's weights: divided by PipeFusion, tensor parallelism or FSDP."""
 
 from contextlib import ExitStack
 from typing import Any
@@ -22,17 +22,17 @@ USE_OTHERS = "Use Ulysses, ring, CFG or data parallelism"
 
 
 class Placement:
-    """The weights of a pipeline, divided as the configuration says until :meth:`restore`.
+    """The weights of a pipeline, divided as configured until :meth:`restore`.
 
-    It makes the process groups of the configuration, or uses those that are there if they are the same. Where the
-    configuration does not fit the pipeline or the number of ranks, it raises a ValueError before it makes any.
+    Creates the process groups of the configuration, or reuses existing ones of the same degrees. If the configuration
+    does not fit the pipeline or the number of ranks, raises a ValueError before any group is created.
     """
 
     def __init__(self, pipe: Any, engine_config: EngineConfig) -> None:
         self._pipe, self._engine = pipe, engine_config
         parallel, runtime = engine_config.parallel_config, engine_config.runtime_config
         refuse_quantised(self._rearranged())
-        advice = "wrap the pipeline first, then call enable_sequential_cpu_offload() or what else holds them"
+        advice = "wrap the pipeline first, then call enable_sequential_cpu_offload() or another offload"
         refuse_offloaded(self._rearranged(), advice)
         stages = pipeline_split(planned_models(pipe), type(pipe).__name__, parallel)
         _check_tensor(pipe, parallel)
@@ -43,7 +43,7 @@ class Placement:
         self._shards = _shards(pipe, parallel.fully_shard_degree)
         self.pipefusion = PipeFusion(pipe, groups.get_pp_group(), stages) if stages else None
         self._tensor: TensorParallel | None = None
-        if parallel.tp_degree > 1:  # behind PipeFusion, which leaves the blocks of other stages out
+        if parallel.tp_degree > 1:  # after PipeFusion, which removes other stages' blocks
             models, group = _tensor_models(pipe, parallel), groups.get_tp_group()
             self._tensor = TensorParallel(models, group, parallel.tensor_scheme, pipe)
         if self.pipefusion:
@@ -62,9 +62,9 @@ class Placement:
             self._guards.enter_context(replaced(module, "save_pretrained", refusal(f"{problem}: {advice}")))
 
     def restore(self) -> None:
-        """Give each rank all weights again; all ranks must call it, and have the memory.
+        """Restore all weights on each rank; all ranks must call this, with memory for them.
 
-        All raise a ValueError, with nothing done, if blocks were changed and cannot be given to other ranks.
+        If blocks were changed so that other ranks cannot get them, all ranks raise a ValueError, and nothing is done.
         """
         refuse_offloaded(self._rearranged(), "call remove_all_hooks() before unwrap()")
         if self.pipefusion and (problems := list(filter(None, self._world.all_gather_object(self.pipefusion.check())))):
@@ -74,7 +74,7 @@ class Placement:
         divided += [self._encoders] if self._engine.runtime_config.text_encoder == "shard" else []
         if divided:
             refuse_changed([change for one in divided for change in one.changes()], self._world)
-        self._guards.close()  # ahead of what they may be around
+        self._guards.close()  # first, as they may wrap the methods restored below
         if self._tensor:
             self._tensor.restore()
         if self.pipefusion:
@@ -90,7 +90,7 @@ class Placement:
 
     @property
     def keeps_elsewhere(self) -> bool:
-        """Whether it moves weights to and from the device itself."""
+        """Whether this placement itself moves weights to and from the device."""
         return bool(self._shards) or self._engine.runtime_config.text_encoder != "replicate"
 
     def _rearranged(self) -> list[nn.Module]:
@@ -102,7 +102,7 @@ class Placement:
 
 
 def join_groups(engine_config: EngineConfig) -> None:
-    """Make the groups that the configuration asks for, or use those that are there if they are the same."""
+    """Create the process groups of the configuration, or reuse existing ones of the same degrees."""
     parallel = engine_config.parallel_config
     parallel.check(groups.launched_world_size())
     groups.init_distributed_environment()
@@ -118,7 +118,7 @@ def pipeline_split(
 ) -> dict[str, list[int]]:
     """Number of blocks of each stage, for each of a pipeline's transformers; empty without PipeFusion.
 
-    A ValueError says that a method does not support them, or that their blocks are divided in another way already.
+    Raises a ValueError if a method does not support them, or if their blocks are already divided in another way.
     """
     stubs = {name: divided(model, plan) for name, (model, plan) in models.items()}
     if any(stub.held for ones in stubs.values() for stub in ones):
@@ -142,11 +142,11 @@ def _check_methods(model: nn.Module, plan: ModelPlan, parallel: ParallelConfig) 
     kind = type(model).__name__
     check_methods(kind, plan, parallel.sequenced, parallel.pipelined, parallel.patched)
     if parallel.sequenced or parallel.pipelined or parallel.patched:
-        attentions_of(model, plan)  # refuses blocks of another layout
+        attentions_of(model, plan)  # raises for blocks of another layout
 
 
 def _tensor_models(pipe: Any, parallel: ParallelConfig) -> list[tuple[nn.Module, ModelPlan | None]]:
-    """What tensor parallelism divides: the transformers, and the text encoders if they are to be."""
+    """The modules that tensor parallelism divides: the transformers, and the text encoders if configured."""
     if parallel.tp_degree == 1:
         return []
     encoders = text_encoders(pipe).values() if parallel.tensor_parallel_text_encoder else ()
@@ -156,7 +156,7 @@ def _tensor_models(pipe: Any, parallel: ParallelConfig) -> list[tuple[nn.Module,
 
 
 def _check_tensor(pipe: Any, parallel: ParallelConfig) -> None:
-    """Refuse what tensor parallelism cannot divide, before a process group is made."""
+    """Raise a ValueError for modules that tensor parallelism cannot divide, before a process group is created."""
     plans = {id(model): plan for model, plan in _tensor_models(pipe, parallel)}
     for part in pipe.components.values():
         if isinstance(part, nn.Module):
@@ -167,7 +167,7 @@ def _check_tensor(pipe: Any, parallel: ParallelConfig) -> None:
 
 
 def _shards(pipe: Any, degree: int) -> dict[str, Shards]:
-    """Shards the pipeline's transformers, unless they were loaded so."""
+    """Shard the pipeline's transformers, unless they were loaded as shards."""
     found: dict[str, Shards] = {}
     for name, (model, plan) in planned_models(pipe).items():
         loaded = shards_of(model)
@@ -176,5 +176,5 @@ def _shards(pipe: Any, degree: int) -> dict[str, Shards]:
             raise ValueError(f"this {kind} was loaded for fully_shard_degree={loaded.degree}: wrap it with that")
         if degree > 1:
             found[name] = loaded or shard(model, plan, groups.get_replica_group())
-            vars(pipe)[name] = found[name].copy  # registers nothing
+            vars(pipe)[name] = found[name].copy  # without registering a component
     return found

@@ -1,4 +1,4 @@
-"""Transformers that are built without weights, and get those that this rank keeps."""
+"""Build transformers without weights, and load only the weights that this rank keeps."""
 
 import inspect
 import json
@@ -25,14 +25,14 @@ from xfuser.weights.fsdp import Shards, free_weights, shapes_of
 from xfuser.weights.placement import pipeline_split
 from xfuser.weights.text_encoders import PREFIX
 
-Place = tuple[nn.Module, str]  # a module, and the name of one of its tensors
+Place = tuple[nn.Module, str]  # a module and the name of one of its tensors
 
 LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
 STEMS = {"diffusers": SAFETENSORS_WEIGHTS_NAME.removesuffix(".safetensors"), "transformers": "model"}  # of weight files
 
 
 def skeleton(build: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
-    """The module that ``build`` makes, with parameters that have shapes alone; buffers are as they would be."""
+    """The module returned by ``build``, with parameters on the meta device and ordinary buffers."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -43,14 +43,14 @@ def skeleton(build: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
 
 
 def components_of(folder: str) -> dict[str, tuple[str, str]]:
-    """The parts of a pipeline's folder that have configurations: library and class by name."""
+    """The components in a pipeline's folder: library and class by name."""
     with open(os.path.join(folder, "model_index.json"), encoding="utf-8") as file:
         index = json.load(file)
     return {name: tuple(part) for name, part in index.items() if isinstance(part, list) and len(part) == 2 and part[0]}
 
 
 def component(folder: str, name: str, dtype: torch.dtype) -> nn.Module | None:
-    """A component of a pipeline's folder, without weights; None for one that has none."""
+    """Build a component of a pipeline's folder without weights; None if it is not a module."""
     library, kind = components_of(folder)[name]
     cls, part = getattr(LIBRARIES.get(library), kind, None), os.path.join(folder, name)
     if not (inspect.isclass(cls) and issubclass(cls, nn.Module)):
@@ -58,20 +58,20 @@ def component(folder: str, name: str, dtype: torch.dtype) -> nn.Module | None:
     if library == "diffusers":
         return skeleton(lambda: cls.from_config(cls.load_config(part)), dtype)
     module = skeleton(lambda: cls(cls.config_class.from_pretrained(part)), dtype)
-    module.tie_weights()  # a skeleton's parameters are all its own
+    module.tie_weights()  # a skeleton's parameters are not tied
     return module
 
 
 class Folder(NamedTuple):
-    """A pipeline's folder, and the arguments of Diffusers for loading it."""
+    """A pipeline's folder and the Diffusers arguments for loading it."""
 
     path: str
-    dtypes: Any  # of all components, or by name
+    dtypes: Any  # one dtype for all components, or a dict by name
     variant: str | None
-    given: set[str]  # components that are not to be loaded from it
+    given: set[str]  # components not to be loaded from the folder
 
     def of(self, name: str) -> str:
-        """Path of a component's folder."""
+        """The path of a component's folder."""
         return os.path.join(self.path, name)
 
     def dtype(self, name: str) -> torch.dtype:
@@ -84,13 +84,13 @@ class Folder(NamedTuple):
         return {name: kind for name, kind in components_of(self.path).items() if name not in self.given}
 
     def check_files(self) -> None:
-        """Raise a ValueError for weights that are missing or truncated."""
+        """Raise a ValueError if weight files are missing or truncated."""
         for name in components_of(self.path):
             for stem in STEMS.values():
                 checkpoint(self.of(name), stem, self.variant)
 
     def bytes_beside(self, left_out: tuple[str, ...]) -> int:
-        """Bytes of the components to load, without transformers and those whose names begin with one of these."""
+        """Bytes of the components to load, except transformers and names that begin with one of ``left_out``."""
         size = 0
         for name, (library, kind) in self.to_load().items():
             if not name.startswith(left_out) and not is_known(getattr(diffusers, kind, object)):
@@ -100,11 +100,11 @@ class Folder(NamedTuple):
 
 
 def divided_transformers(folder: Folder, parallel: ParallelConfig) -> dict[str, "Load"]:
-    """The transformers of a pipeline's folder, divided for this rank, to be read; every rank must call it.
+    """The transformers of a pipeline's folder, divided for this rank, ready to be read; every rank must call this.
 
-    Blocks of other PipeFusion stages are stubs. Quantised weights, and those that are not in safetensors files, are
-    left to Diffusers. A checkpoint that does not fit its configuration, or degrees that do not fit the transformers,
-    raise a ValueError on all ranks before they talk to each other.
+    Blocks of other PipeFusion stages are stubs. Diffusers loads quantised weights and weights outside safetensors
+    files. A checkpoint that does not fit its configuration, or degrees that do not fit the transformers, raise a
+    ValueError on all ranks before they communicate.
     """
     loads: dict[str, Load] = {}
     for name, (library, kind) in folder.to_load().items():
@@ -123,7 +123,7 @@ def divided_transformers(folder: Folder, parallel: ParallelConfig) -> dict[str, 
 
 
 def read(loads: dict[str, "Load"], device: torch.device) -> dict[str, nn.Module]:
-    """The transformers with the weights that this rank keeps; a file is read once per node. Every rank must call it."""
+    """Read the weights that this rank keeps, each tensor once per node; every rank must call this."""
     node = node_group(get_world_group(), "gloo" if device.type == "cpu" else dist.get_backend())
     for load in loads.values():
         load.run(node, device)
@@ -133,7 +133,7 @@ def read(loads: dict[str, "Load"], device: torch.device) -> dict[str, nn.Module]
 
 
 def freed_encoders(folder: Folder, device: torch.device) -> dict[str, nn.Module]:
-    """The text encoders of a pipeline's folder without weights, for ranks that leave them to another."""
+    """The text encoders of a pipeline's folder without weights, for ranks that do not load them."""
     found: dict[str, nn.Module] = {}
     for name, (library, _) in folder.to_load().items():
         if name.startswith(PREFIX) and library == "transformers":
@@ -143,7 +143,7 @@ def freed_encoders(folder: Folder, device: torch.device) -> dict[str, nn.Module]
 
 
 class Load:
-    """A transformer without weights, and its checkpoint: :meth:`divide`, then :meth:`run`."""
+    """A transformer without weights and its checkpoint: call :meth:`divide`, then :meth:`run`."""
 
     def __init__(self, model: nn.Module, held: dict[str, Entry], dtype: torch.dtype) -> None:
         self.model, self.plan = model, plan_of(model)
@@ -154,7 +154,7 @@ class Load:
             weight.data = weight.data.to(self._floating(name))
 
     def divide(self, layers: list[int] | None, parallel: ParallelConfig) -> None:
-        """Leave what this rank keeps: the blocks of its stage, if there are ``layers``, and parts of tensors."""
+        """Reduce to what this rank keeps: its stage's blocks (given ``layers``, their counts) and parts of tensors."""
         parts: dict[Place, Part] = {}
         if layers:
             divide(self.model, self.plan, layers, get_pp_group().rank_in_group)
@@ -172,12 +172,12 @@ class Load:
         self._kept = {name: parts.get(self._places[name]) for name in self._held if self._places[name][0] in modules}
 
     def size(self) -> int:
-        """Bytes that this rank keeps."""
+        """Number of bytes that this rank keeps."""
         kept = {name: kept_of(self._held[name].shape, part) for name, part in self._kept.items()}
         return sum(shape.numel() * self._dtype_of(name).itemsize for name, shape in kept.items())
 
     def run(self, node: GroupCoordinator, device: torch.device) -> None:
-        """Read what this rank keeps; all ranks of the node must call it."""
+        """Read the tensors that this rank keeps; all ranks of the node must call this."""
 
         def cast(name: str, x: torch.Tensor) -> torch.Tensor:
             return x.to(device, self._dtype_of(name))
@@ -194,13 +194,13 @@ class Load:
         return self._floating(name) if stored.is_floating_point else stored
 
     def _floating(self, name: str) -> torch.dtype:
-        """What Diffusers stores floating-point tensors in: some parts of some classes stay precise."""
+        """The dtype in which Diffusers stores a floating-point tensor; some classes keep modules in float32."""
         precise = set(getattr(self.model, "_keep_in_fp32_modules", None) or ())
         return torch.float32 if precise & set(name.split(".")) else self._dtype
 
 
 def _places(model: nn.Module) -> dict[str, Place]:
-    """The module that has a tensor, and its name there, by the name that checkpoints have for it."""
+    """The owner module and local name of each tensor, by its name in checkpoints."""
     return {
         f"{prefix}.{key}" if prefix else key: (owner, key)
         for prefix, owner in model.named_modules()

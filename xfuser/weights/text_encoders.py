@@ -1,4 +1,4 @@
-"""Where the text encoders' weights are: on every rank, sharded over them, on one rank, or off the device."""
+"""Placement of the text encoders' weights: on every rank, sharded over the ranks, on one rank, or offloaded."""
 
 from contextlib import ExitStack
 from functools import wraps
@@ -12,23 +12,24 @@ from xfuser.core.distributed import GroupCoordinator
 from xfuser.core.hooks import replaced
 from xfuser.weights.fsdp import Shards, free_weights, is_freed, shapes_of
 
-PREFIX = "text_encoder"  # of the names that components have in Diffusers' pipelines
+PREFIX = "text_encoder"  # of text encoders' component names in Diffusers pipelines
 
 
 def text_encoders(pipe: Any) -> dict[str, nn.Module]:
-    """The text encoders of a pipeline, by the names of components."""
+    """The text encoders of a pipeline, by component name."""
     parts = pipe.components.items()
     return {name: part for name, part in parts if name.startswith(PREFIX) and isinstance(part, nn.Module)}
 
 
 class TextEncoders:
-    """A pipeline's text encoders, placed as ``mode`` says until :meth:`restore`; embeddings are the same in all modes.
+    """A pipeline's text encoders, placed by ``mode`` until :meth:`restore`; embeddings are the same in all modes.
 
     Args:
-        mode: ``replicate``, every rank has them; ``shard``, each has a shard of their blocks; ``rank0``, the first rank
-            has them, and sends the others what they return; ``offload``, they are on the device while they encode.
-        group: the ranks of the run, which encode the same prompts. In the modes shard and rank0, ranks other than the
-            first may have encoders that are freed already.
+        mode: ``replicate``: every rank holds them. ``shard``: each rank holds a shard of their blocks. ``rank0``: the
+            first rank holds them and sends their outputs to the others. ``offload``: they are on the device only while
+            they encode.
+        group: the ranks of the run, which encode the same prompts. In the modes shard and rank0, the encoders of ranks
+            other than the first may already be freed.
 
     Raises:
         ValueError: the pipeline has no text encoder, or was loaded for another mode.
@@ -42,7 +43,7 @@ class TextEncoders:
         if mode != "replicate" and not encoders:
             raise ValueError(f"text_encoder={mode!r}: {type(pipe).__name__} has no text encoder; remove it")
         if mode in ("replicate", "offload") and (freed := [name for name, one in encoders.items() if is_freed(one)]):
-            problem = f"{type(pipe).__name__} was loaded with {freed[0]} on the first rank alone"
+            problem = f"{type(pipe).__name__} was loaded with {freed[0]} on the first rank only"
             raise ValueError(f"text_encoder={mode!r}: {problem}; wrap it with the text_encoder that it was loaded with")
         if mode == "replicate" or (mode != "offload" and group.world_size == 1):
             return
@@ -51,11 +52,11 @@ class TextEncoders:
             place(name, encoder)
 
     def changes(self) -> list[str]:
-        """How sharded encoders differ from those that they were made of."""
+        """Changes of the sharded encoders' parameters since they were sharded."""
         return [change for shards in self._shards for change in shards.changes()]
 
     def restore(self) -> None:
-        """Give every rank all weights again; all ranks must call it, and have the memory."""
+        """Restore all weights on every rank; all ranks must call this, with memory for them."""
         self._stack.close()
 
     def _shard(self, name: str, encoder: nn.Module) -> None:
@@ -64,11 +65,11 @@ class TextEncoders:
         blank = list(shards.copy.parameters())
         given = [weight.detach() for weight in encoder.parameters()] if self._group.is_first_rank else blank
         shards.take(self._from_first(x, like.shape, like.dtype) for x, like in zip(given, blank, strict=True))
-        vars(self._pipe)[name] = shards.copy  # registers nothing
+        vars(self._pipe)[name] = shards.copy  # without registering a component
         self._stack.callback(lambda: vars(self._pipe).update({name: shards.restore()}))
 
     def _leave_to_first(self, _: str, encoder: nn.Module) -> None:
-        """The first rank's encoder has weights; what it returns is what all others return."""
+        """Keep weights only on the first rank, whose outputs are broadcast to the other ranks."""
         forward, group = encoder.forward, self._group
 
         @wraps(forward)
@@ -96,7 +97,7 @@ class TextEncoders:
         return self._group.broadcast(x.to(self._group.device))
 
     def _offload(self, _: str, encoder: nn.Module) -> None:
-        """Keep the weights on the CPU. The parameters, empty, are on the device, as pipelines ask them where to run."""
+        """Keep the weights on the CPU, and empty parameters on the device: pipelines run on the parameters' device."""
         weights = list(encoder.parameters())
         held = [weight.detach().cpu() for weight in weights]
         forward = encoder.forward
