@@ -1,4 +1,4 @@
-"""Parallel VAE: decode and encode with the rows of the image divided over ranks, equal to one device."""
+"""Parallel VAE: decode and encode with the image's rows divided over ranks; results equal those of one device."""
 
 from xfuser.vae.parallelize import parallelize_vae
 

@@ -1,4 +1,4 @@
-"""Bands: which rows (or columns) of a feature map each rank holds, and how ranks exchange some of them."""
+"""Bands: the rows (or columns) of a feature map that each rank holds, and their exchange between ranks."""
 
 from collections.abc import Callable
 from functools import partial
@@ -10,36 +10,36 @@ from torch import Tensor
 from xfuser.core.distributed.group_coordinator import all_gather_parts
 from xfuser.core.distributed.utils import share
 
-Piece = tuple[int, Tensor]  # some rows of a map, and the first one's number; rows count from the top of the full map
+Piece = tuple[int, Tensor]  # the number of the first row, counted from the top of the full map, and the rows
 
 
 class Bands:
     """The heights of all ranks' bands during one forward of an encoder or decoder.
 
-    Every rank runs the same operations, so each knows the others' heights without messages. Where columns are divided,
-    what is called rows and heights here are columns and widths.
+    Every rank runs the same operations, so each knows the others' heights without communication. Where columns are
+    divided, "rows" and "heights" mean columns and widths.
 
     Args:
-        dim: the dimension of ``[..., H, W]`` that is divided, -2 or -1.
+        dim: the divided dimension of ``[..., H, W]``, -2 or -1.
         sizes: rows of the input that each rank of ``group`` holds, each 1 or more.
         across: length of the input's other dimension.
     """
 
-    owner = "parallel VAE"  # what an error names, and what it advises
+    owner = "parallel VAE"  # the subject of an error, and its advice
     advice = "Run this VAE without use_parallel_vae"
 
     def __init__(self, dim: int, sizes: list[int], across: int, group: dist.ProcessGroup) -> None:
         self.dim, self.group, self.rank, self.ranks = dim, group, dist.get_rank(group), len(sizes)
         self._sizes = sizes
-        self.area = (sizes[self.rank], across)  # of this rank's band, behind the last convolution
-        self.frames: int | None = None  # behind it, if it was one of videos
+        self.area = (sizes[self.rank], across)  # of this rank's band after the last convolution
+        self.frames: int | None = None  # number of frames after it, for videos
 
     def refusal(self, problem: str) -> ValueError:
-        """The error that names the model, the problem and what to change."""
+        """An error that names the owner, the problem and the change to make."""
         return ValueError(f"{self.owner}: {problem}. {self.advice}")
 
     def sizes(self, height: int, where: str) -> list[int]:
-        """The heights of all bands where this rank's is ``height``: as at the last operation, or all scaled alike."""
+        """The heights of all bands, given this rank's: as after the last operation, or all scaled by one factor."""
         before = self._sizes[self.rank]
         if height != before:
             by_a_factor = height and (height % before == 0 or before % height == 0)
@@ -49,13 +49,13 @@ class Bands:
         return self._sizes
 
     def now(self, sizes: list[int], x: Tensor) -> None:
-        """Note the heights behind an operation that may have changed them; ``x`` is its result here."""
+        """Set the heights after an operation that may have changed them; ``x`` is its result on this rank."""
         self._sizes = sizes
         self.area = (sizes[self.rank], x.shape[-3 - self.dim])
         self.frames = x.shape[2] if x.dim() == 5 else None
 
     def holds_map(self, x: Tensor) -> bool:
-        """Whether the last two dimensions are those of a feature map, at the last one's scale or another."""
+        """Whether the last two dimensions are those of a feature map, at the current scale or another."""
         return x.dim() >= 3 and self._has_area(x.shape)
 
     def _has_area(self, size: list[int]) -> bool:
@@ -63,9 +63,9 @@ class Bands:
         return size[self.dim] * across == size[-3 - self.dim] * height
 
     def of_map(self, size: list[int], where: str) -> tuple[range | None, list[int]]:
-        """This rank's rows of a map whose band here has this size, and the size of the full map.
+        """This rank's rows of a map whose band has this size here, and the size of the full map.
 
-        None, and the same size, where it has no rows and columns.
+        Returns None and the same size if it has no rows and columns.
         """
         if len(size) < 2:
             return None, size
@@ -77,7 +77,7 @@ class Bands:
         return share(sizes, self.rank), full
 
     def rows_of(self, x: Tensor) -> int | None:
-        """The dimension that the rows are along: also where channels are last, or the pixels are one dimension."""
+        """The dimension of the rows, also if channels are last or pixels are flattened; None if there are no rows."""
         height, width = self.area if self.dim == -2 else self.area[::-1]
         if x.dim() >= 4:
             ends = [end for end in (-1, -2) if x.shape[end - 1] * width == x.shape[end] * height]
@@ -85,15 +85,15 @@ class Bands:
         return next((dim for dim in range(1, x.dim()) if x.shape[dim] == height * width), None)
 
     def piece(self, x: Tensor, sizes: list[int]) -> Piece:
-        """This rank's band as a piece, where the bands of all ranks have these heights."""
+        """This rank's band as a piece, given the heights of all ranks' bands."""
         return share(sizes, self.rank).start, x
 
     def stop(self, piece: Piece) -> int:
-        """The row behind a piece's last."""
+        """The number of the row after a piece's last row."""
         return piece[0] + piece[1].shape[self.dim]
 
     def cut(self, pieces: list[Piece], rows: range) -> Tensor:
-        """These rows, of pieces that have them all between them."""
+        """These rows, from pieces that together hold all of them."""
         parts = []
         for piece in sorted(pieces, key=lambda piece: piece[0]):
             if overlap := common(range(piece[0], self.stop(piece)), rows):
@@ -101,8 +101,8 @@ class Bands:
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=self.dim)
 
     def halo(self, pieces: list[Piece], sizes: list[int], needs: list[range]) -> list[Piece]:
-        """What other ranks hold of the rows that this one needs; ``needs`` has those of every rank, ``pieces`` this
-        rank's band."""
+        """The rows that this rank needs and other ranks hold; ``needs`` has the rows that each rank needs, ``pieces``
+        this rank's band."""
         own, need = share(sizes, self.rank), needs[self.rank]
         above, below = self.borrow(partial(self.cut, pieces), pieces[0][1], sizes, needs)
         both = [(need.start, above), (max(own.stop, need.start), below)]
@@ -111,9 +111,9 @@ class Bands:
     def borrow(
         self, own_rows: Callable[[range], Tensor], like: Tensor, sizes: list[int], needs: list[range]
     ) -> tuple[Tensor | None, Tensor | None]:
-        """As :meth:`halo`, the rows above this rank's own and those below; ``own_rows`` gives rows of this rank's band.
+        """As :meth:`halo`: the rows above and below this rank's band; ``own_rows`` returns rows of this rank's band.
 
-        Only rows that are needed are sent, also between ranks that are not neighbours. ``like`` is a part of the map.
+        Only needed rows are sent, including between ranks that are not neighbours. ``like`` is a part of the map.
         """
         held = [share(sizes, rank) for rank in range(self.ranks)]
         ranks = dist.get_process_group_ranks(self.group)
@@ -129,30 +129,30 @@ class Bands:
                 received[other] = like.new_empty(shape)
                 ops.append(dist.P2POp(dist.irecv, received[other], ranks[other], self.group))
         for work in dist.batch_isend_irecv(ops) if ops else []:
-            work.wait()  # on NCCL by the stream of computation, on which the rows are joined and convolved
+            work.wait()  # on NCCL, only the compute stream waits, on which the rows are joined and convolved
         above = [x for rank, x in received.items() if rank < self.rank]
         below = [x for rank, x in received.items() if rank > self.rank]
         return tuple(torch.cat(parts, dim=self.dim) if parts else None for parts in (above, below))
 
     def gather(self, x: Tensor, sizes: list[int], dim: int) -> Tensor:
-        """All ranks' parts, one after the other."""
+        """Concatenate all ranks' parts."""
         if self.ranks == 1:
             return x
         return torch.cat(all_gather_parts(x, dim % x.dim(), sizes, self.group), dim=dim)
 
     def joined(self, moments: Tensor, eps: float) -> Tensor:
-        """Moments of the full map from those of this rank's band, as :func:`join_moments` has them."""
+        """Moments of the full map from those of this rank's band, in the format of :func:`join_moments`."""
         return join_moments(self.gather(moments.unsqueeze(0), [1] * self.ranks, 0))
 
 
 def common(a: range, b: range) -> range:
-    """The numbers that are in both ranges."""
+    """The intersection of two ranges."""
     return range(max(a.start, b.start), max(a.start, b.start, min(a.stop, b.stop)))
 
 
 def join_moments(moments: Tensor) -> Tensor:
-    """The moments of all parts together, ``[1 + 2 n]`` from ``[parts, 1 + 2 n]``: pixels, means, variances, with
-    the same constant in each."""
+    """Combine the moments of all parts, ``[parts, 1 + 2 n]`` to ``[1 + 2 n]``: pixel count, means, variances. Each
+    variance may include the same constant."""
     pixels = moments[:, :1]
     means, variances = moments[:, 1:].chunk(2, dim=1)
     weights = pixels / pixels.sum()

@@ -1,10 +1,10 @@
-"""Feature maps that are computed a few rows at a time, when something needs them.
+"""Feature maps that are computed lazily, a few rows at a time.
 
-With ``chunk_rows``, convolutions, norms, activations and the like only note what they would do. Rows of a map are then
-computed straight from the rows of maps that are held, through all operations in between, so that these never exist in
-full. A norm reads its input once more, for its moments: that is the price in time. Held are sums of two maps, which
-are what the blocks of a VAE hand on, and maps that are much smaller than what they are computed from; as the rows of
-a new one are computed, those of the old one are freed. Operations that are not supported get the full band.
+With ``chunk_rows``, convolutions, norms, activations and similar operations are only recorded. Rows of a map are then
+computed directly from the rows of held maps, through all operations in between, so that intermediate maps never exist
+in full. The cost is time: a norm computes its input twice, once for its moments. Held are sums of two maps, which are
+the outputs of a VAE's blocks, and maps that are much smaller than the maps they are computed from. While the rows of a
+new held map are computed, those of the old one are freed. Unsupported operations get the full band.
 """
 
 import weakref
@@ -25,31 +25,31 @@ from xfuser.vae.functions import SUMS
 
 
 def same_rows(rows: range) -> range:
-    """The input rows of an operation that works row by row."""
+    """The input rows of a row-wise operation: the output rows."""
     return rows
 
 
 @dataclass(eq=False)
 class Map:
-    """A feature map, of which this rank has a band: rows are held, or computed from those of other maps."""
+    """A feature map of which this rank has a band: its rows are held, or computed from rows of other maps."""
 
-    sizes: list[int]  # rows of each rank's band
-    like: Tensor  # shape and type of this rank's band, on the meta device
+    sizes: list[int]  # number of rows of each rank's band
+    like: Tensor  # shape and dtype of this rank's band, on the meta device
     device: torch.device  # where it is computed
-    inputs: list["Map"] = field(default_factory=list)  # what it is computed from
-    needs: Callable[[range], range] = same_rows  # from rows to the rows of each input that they are computed from
-    compute: Callable[[range, list[Tensor]], Tensor] | None = None  # makes rows from these rows of each input
-    workspace: int = 0  # bytes that computing the band at once takes besides its own
-    is_sum: bool = False  # of two maps
-    pieces: list[Piece] | None = None  # what is held
+    inputs: list["Map"] = field(default_factory=list)  # maps that it is computed from
+    needs: Callable[[range], range] = same_rows  # from output rows to the rows needed of each input
+    compute: Callable[[range, list[Tensor]], Tensor] | None = None  # computes rows from the needed rows of each input
+    workspace: int = 0  # extra bytes needed to compute the band at once
+    is_sum: bool = False  # sum of two maps
+    pieces: list[Piece] | None = None  # rows that are held
 
     def hold(self, pieces: list[Piece]) -> None:
-        """Take these pieces for the map's rows; what it was computed from is no longer needed."""
+        """Hold these pieces as the map's rows, and drop its inputs, which are no longer needed."""
         self.pieces, self.inputs, self.compute = pieces, [], None
 
     def beneath(self, end: "Map | None" = None) -> list["Map"]:
-        """This map and those that it is computed from, each behind all that need it; without ``end`` and what only
-        that needs."""
+        """This map and the maps that it is computed from, each after all maps that need it; without ``end`` and maps
+        that only ``end`` needs."""
         found: dict[Map, None] = {}
 
         def visit(one: Map) -> None:
@@ -62,11 +62,11 @@ class Map:
         return list(found)[::-1]
 
     def held(self) -> list["Map"]:
-        """Those of :meth:`beneath` whose rows are held."""
+        """The maps of :meth:`beneath` whose rows are held."""
         return [x for x in self.beneath() if x.pieces is not None]
 
     def wanted(self, rows: range) -> dict["Map", range]:
-        """The rows of this map and of those beneath that ``rows`` are computed from."""
+        """The rows of this map and of the maps beneath from which ``rows`` are computed."""
         maps = self.beneath()
         wanted = {self: rows}
         for one in maps:
@@ -78,20 +78,20 @@ class Map:
 
 
 class DeferredMap(Tensor):
-    """Stands for a :class:`Map` in the code of a VAE."""
+    """A tensor that represents a :class:`Map` in the code of a VAE."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
     def __new__(cls, deferral: "Deferral", map: Map) -> "DeferredMap":
-        """A tensor in the map's shape, without memory."""
+        """A tensor with the map's shape and no storage."""
         return Tensor._make_wrapper_subclass(cls, map.like.shape, dtype=map.like.dtype, device=map.device)
 
     def __init__(self, deferral: "Deferral", map: Map) -> None:
         self._deferral, self.map = deferral, map
 
     def band(self) -> Tensor:
-        """This rank's rows."""
+        """This rank's band, computed now."""
         band = self._deferral.band(self.map)
         if hasattr(self, "_row_padding"):
             band = band.view_as(band)
@@ -104,35 +104,35 @@ class DeferredMap(Tensor):
 
 
 def computed(values: Any) -> Any:
-    """The same values, with this rank's bands in the place of deferred maps."""
+    """The same values, with deferred maps replaced by this rank's bands."""
     return tree_map(lambda x: x.band() if isinstance(x, DeferredMap) else x, values)
 
 
 class Deferral:
-    """What is deferred during one forward of an encoder or decoder.
+    """The deferred maps of one forward of an encoder or decoder.
 
     Args:
-        chunk_rows: rows that are computed at a time; ``"auto"``: as many as need a quarter of the free memory.
+        chunk_rows: number of rows to compute at a time; ``"auto"`` uses as many as need a quarter of the free memory.
     """
 
     def __init__(self, bands: Bands, chunk_rows: int | str) -> None:
         self._bands, self._chunk_rows = bands, chunk_rows
         self._numbers = count()
-        self._handles = weakref.WeakValueDictionary[int, DeferredMap]()  # in the order that all ranks make them in
+        self._handles = weakref.WeakValueDictionary[int, DeferredMap]()  # in creation order, the same on all ranks
 
     def defer(self, map: Map) -> DeferredMap:
-        """A tensor in place of this map, which is computed when its rows are needed."""
+        """A tensor that represents this map, which is computed when its rows are needed."""
         handle = DeferredMap(self, map)
         self._handles[next(self._numbers)] = handle
         return handle
 
     def settle(self) -> None:
-        """Compute all that the code of the VAE still has."""
+        """Compute all deferred maps that the VAE's code still references."""
         for handle in list(self._handles.values()):
             handle.band()
 
     def map_of(self, x: Tensor, where: str) -> Map:
-        """The map behind a tensor, for an operation that mixes rows; sums beneath it are held from now on."""
+        """The map of a tensor, for an operation that mixes rows; sums beneath it are computed and held."""
         if not isinstance(x, DeferredMap):
             sizes = self._bands.sizes(x.shape[self._bands.dim], where)
             return Map(sizes, x.to("meta"), x.device, pieces=[self._bands.piece(x, sizes)])
@@ -142,7 +142,7 @@ class Deferral:
         return x.map
 
     def parts(self, map: Map) -> Iterator[Tensor]:
-        """This rank's band, some rows at a time; held from now on, where that takes little."""
+        """This rank's band, a few rows at a time; the map is held from now on if it is small."""
         own, *beneath = [x.like.numel() // x.sizes[self._bands.rank] * sum(x.sizes) for x in (map, *map.held())]
         if map.pieces is None and 2 * own <= sum(beneath):
             self._hold(map)
@@ -150,7 +150,7 @@ class Deferral:
             yield part
 
     def pointwise(self, function: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
-        """A function that treats all rows alike, of deferred maps and what has no rows. With others: of the bands."""
+        """Apply a row-wise function to deferred maps and tensors without rows; with other tensors, to the bands."""
         values, spec = tree_flatten((args, kwargs))
         places = [place for place, x in enumerate(values) if isinstance(x, DeferredMap)]
         inputs = [values[place].map for place in places]
@@ -160,7 +160,7 @@ class Deferral:
         if not alike or not all(x.dim() < -dim or (x.shape[dim] == 1 and 1 not in sizes) for x in others):
             return function(*computed(args), **computed(kwargs))
         for place in places:
-            values[place] = None  # a deferred map ends with the last mention of it in the VAE's code
+            values[place] = None  # a deferred map lives as long as the VAE's code references it
 
         def compute(_: range, parts: list[Tensor], device: str | None = None) -> Tensor:
             filled = [x.to(device) if device and isinstance(x, Tensor) else x for x in values]
@@ -174,7 +174,7 @@ class Deferral:
         return self.defer(Map(sizes, like, inputs[0].device, inputs, compute=compute, is_sum=is_sum))
 
     def upsampled(self, x: DeferredMap, *args: Any, **kwargs: Any) -> Tensor:
-        """``interpolate`` with ``mode="nearest"``: each row several times."""
+        """``interpolate`` with ``mode="nearest"``, which repeats each row."""
         map, factor = x.map, kwargs.get("scale_factor")
         if args or kwargs.get("size") is not None or factor not in (2, 4, 8):
             return F.interpolate(x.band(), *args, **kwargs)
@@ -209,7 +209,7 @@ class Deferral:
         return share(map.sizes, self._bands.rank)
 
     def _parts(self, map: Map, last: bool = False) -> Iterator[tuple[range, Tensor]]:
-        """A band's rows, from the first to the last; if for the ``last`` time, maps beneath are freed on the way."""
+        """Yield a band's rows in order; if this is the ``last`` use, free rows of maps beneath on the way."""
         own, held = self._own(map), map.held()
         wanted = [map.wanted(share(map.sizes, rank)) for rank in range(self._bands.ranks)]
         halos = {x: self._bands.halo(x.pieces, x.sizes, [each[x] for each in wanted]) for x in held}

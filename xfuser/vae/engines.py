@@ -1,4 +1,4 @@
-"""The two ways to run a VAE in parallel: this package's own, and the package ``distvae``."""
+"""The two parallel VAE engines: the native one, and the package ``distvae``."""
 
 import copy
 import importlib.util
@@ -11,7 +11,7 @@ from torch.nn import Module
 from xfuser.vae.parallelize import check_values, coders_of, parallelize_vae
 
 ENGINES = ("auto", "native", "distvae")
-PROVEN = {  # classes that the native engine is tested with
+PROVEN = {  # VAE classes tested with the native engine
     "AsymmetricAutoencoderKL", "AutoencoderDC", "AutoencoderKL", "AutoencoderKLAllegro", "AutoencoderKLCogVideoX",
     "AutoencoderKLFlux2", "AutoencoderKLHunyuanImage", "AutoencoderKLHunyuanImageRefiner",
     "AutoencoderKLHunyuanVideo", "AutoencoderKLHunyuanVideo15", "AutoencoderKLKVAE", "AutoencoderKLKVAEVideo",
@@ -21,12 +21,12 @@ PROVEN = {  # classes that the native engine is tested with
 
 
 def available_engines() -> list[str]:
-    """The engines that can be used here."""
+    """The engines available on this machine."""
     return [engine for engine in ENGINES if engine != "distvae" or _installed()]
 
 
 def check_engine(engine: str, split: str, chunk_rows: int | str | None) -> None:
-    """Raise a ValueError for values that no engine takes."""
+    """Raise a ValueError for values that no engine supports."""
     if engine not in ENGINES:
         raise ValueError(f"vae_engine={engine!r} is unknown; known are {', '.join(ENGINES)}")
     check_values(split, chunk_rows)
@@ -34,7 +34,7 @@ def check_engine(engine: str, split: str, chunk_rows: int | str | None) -> None:
         raise ValueError("vae_engine='distvae': the package distvae is not installed (pip install distvae)")
     if engine == "distvae" and (split == "width" or chunk_rows is not None):
         given = f"vae_split={split!r}, vae_chunk_rows={chunk_rows!r}"
-        raise ValueError(f"vae_engine='distvae' divides height, in one chunk ({given}): use vae_engine='native'")
+        raise ValueError(f"vae_engine='distvae' divides height only, in one chunk ({given}): use vae_engine='native'")
 
 
 @contextmanager
@@ -43,8 +43,8 @@ def parallel_vae(
 ) -> Iterator[None]:
     """Within the context, a VAE's encoder and decoder run on all ranks of a group.
 
-    ``engine="auto"`` is ``"native"`` for classes that are tested with it, and for others ``"distvae"`` where that is
-    installed; the other arguments are those of :func:`parallelize_vae`.
+    ``engine="auto"`` selects ``"native"`` for classes tested with it, and ``"distvae"`` for others if it is installed,
+    else ``"native"``. The other arguments are those of :func:`parallelize_vae`.
 
     Raises:
         ValueError: the engine does not support the VAE's class.
@@ -60,10 +60,10 @@ def parallel_vae(
 
 
 def _by_distvae(vae: Module, group: ProcessGroup, stack: ExitStack) -> None:
-    from distvae.vae import parallelize_decoder, parallelize_encoder  # optional, and loads much
+    from distvae.vae import parallelize_decoder, parallelize_encoder  # optional, and slow to import
 
     coders = coders_of(vae)
-    for name, coder in coders.items():  # it takes modules apart: give it copies, that have the same weights
+    for name, coder in coders.items():  # distvae modifies modules: give it copies that share the weights
         stack.callback(setattr, vae, name, coder)
         setattr(vae, name, copy.deepcopy(coder, {id(x): x for x in (*coder.parameters(), *coder.buffers())}))
     if "decoder" in coders:

@@ -1,4 +1,4 @@
-"""Functions of torch, by what they do to the rows of a feature map."""
+"""Functions of torch, grouped by their effect on the rows of a feature map."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ def _named(names: str, *owners: Any) -> set[Any]:
     return {getattr(owner, name) for owner in owners for name in names.split()}
 
 
-PADDING = (F.pad, torch.conv2d, torch.conv3d)  # know of row padding that is left to a convolution
+PADDING = (F.pad, torch.conv2d, torch.conv3d)  # handle row padding that is left to a convolution
 POOLING = (F.avg_pool2d, F.avg_pool3d, F.max_pool2d, F.max_pool3d)
 NOISE = {torch.rand: torch.rand, torch.rand_like: torch.rand, torch.randn: torch.randn, torch.randn_like: torch.randn}
 SUMS = {torch.add} | _named("__add__ __radd__ add", Tensor)
@@ -22,19 +22,19 @@ POINTWISE = (  # treat all rows alike
     | _named("__mul__ __rmul__ __sub__ __truediv__ contiguous", Tensor)
     | {torch.clone, torch.relu}
 )
-ABOUT = {  # tell of a tensor without its values
+ABOUT = {  # query a tensor's properties, not its values
     torch.is_floating_point,
     Tensor.is_cuda.__get__,
     *_named("dim element_size is_floating_point numel size", Tensor),
     *(attribute.__get__ for attribute in _named("device dtype ndim requires_grad shape", Tensor)),
 }
 DEFERRING = ABOUT | POINTWISE | {F.group_norm, F.interpolate, F.pad, torch.conv2d, torch.conv3d}
-MOVES = _named("movedim moveaxis permute swapaxes swapdims transpose", torch, Tensor)  # of dimensions
-KEEPING = {  # names: take rows along as they are, or show it by their result's shape
+MOVES = _named("movedim moveaxis permute swapaxes swapdims transpose", torch, Tensor)  # reorder dimensions
+KEEPING = {  # names: keep rows as they are, or show a change by the result's shape
     *("__getitem__", "cat", "clone", "concat", "contiguous", "expand", "flatten", "permute", "repeat", "reshape"),
     *("squeeze", "to", "transpose", "unsqueeze", "view"),
 }
-REDUCTIONS = (  # mix rows where the dimension of rows is among theirs
+REDUCTIONS = (  # mix rows if they reduce the dimension of rows
     _named("layer_norm rms_norm", F)
     | {torch.linalg.vector_norm, torch.std_mean, torch.var_mean}
     | _named("amax amin argmax argmin argsort cumprod logsumexp max mean median min", torch, Tensor)
@@ -50,7 +50,7 @@ REFUSED = (  # may mix rows, and have no version for bands
 
 
 def changes_in_place(func: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether a call changes one of its arguments."""
+    """Whether a call modifies one of its arguments."""
     name = getattr(func, "__name__", "")
     named_so = name == "__setitem__" or name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
     return named_so or bool(kwargs.get("inplace")) or "out" in kwargs

@@ -1,4 +1,4 @@
-"""The operations that mix rows, on bands."""
+"""Operations that mix rows, implemented on bands."""
 
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -14,11 +14,11 @@ from xfuser.vae.bands import Bands, Piece, join_moments
 from xfuser.vae.deferred import Deferral, DeferredMap, Map, computed
 from xfuser.vae.functions import KEEPING
 
-SDPA = F.scaled_dot_product_attention  # the real one: a wrapped call puts another function in its place
+SDPA = F.scaled_dot_product_attention  # the original: a wrapped call replaces it in torch
 
 
 class RowPadding(NamedTuple):
-    """Padding of the full map's first and last rows that was requested, and is left to the next convolution."""
+    """Requested padding of the full map's rows, which the next convolution will apply."""
 
     top: int = 0
     bottom: int = 0
@@ -27,50 +27,50 @@ class RowPadding(NamedTuple):
 
 
 def padding_of(x: Tensor) -> RowPadding | None:
-    """The rows of padding that a map has been given, None where it has none."""
+    """The pending row padding of a map; None if it has none."""
     return getattr(x, "_row_padding", None)
 
 
 def keep_padding(bands: Bands, function: Any, before: list[Tensor], after: Any) -> Tensor:
-    """Hand padding on to the result of an operation that leaves rows as they are; ``before`` are the maps it joins."""
+    """Pass pending padding on to the result of an operation that keeps rows; ``before`` are its input maps."""
     name, paddings = function.__name__, {padding_of(x) for x in before}
     keeps = name in KEEPING and isinstance(after, Tensor) and all(after.shape[-2:] == x.shape[-2:] for x in before)
     if not keeps or len(paddings) > 1:
-        raise bands.refusal(f"{name} behind a padding of rows is not supported")
+        raise bands.refusal(f"{name} after a padding of rows is not supported")
     (after._row_padding,) = paddings
     return after
 
 
 class Window(NamedTuple):
-    """Which rows of its input the output rows of a convolution are computed from; all count from the full map's top."""
+    """The input rows that a convolution's output rows are computed from, counted from the full map's top."""
 
     height: int  # rows of the full input
-    step: int  # input rows from one output row to the next
-    reach: int  # rows that are needed behind an output row's first
+    step: int  # input rows between two output rows (stride)
+    reach: int  # input rows needed after an output row's first one
     padding: RowPadding
 
     @property
     def keeps_height(self) -> bool:
-        """Whether the output has as many rows as the input."""
+        """Whether the output has as many rows as the input, with equal padding above and below."""
         return self.step == 1 and 2 * self.padding.top == 2 * self.padding.bottom == self.reach
 
     def outputs(self, sizes: list[int]) -> list[range]:
-        """The output rows of each rank: those whose first input row lies in its band."""
+        """The output rows of each rank: those whose first input row is in its band."""
         count = (self.height + self.padding.top + self.padding.bottom - self.reach - 1) // self.step + 1
         edges = [-(-share(sizes, rank).start // self.step) for rank in range(len(sizes))] + [count]
         return [range(a, b) for a, b in pairwise(min(edge, count) for edge in edges)]
 
     def needs(self, rows: range) -> range:
-        """The input rows of output rows; what lies outside of the map is padding."""
+        """The input rows of these output rows; rows outside the map are padding."""
         first = rows.start * self.step - self.padding.top
         return range(first, first + (len(rows) - 1) * self.step + self.reach + 1)
 
     def outside(self, rows: range) -> tuple[int, int]:
-        """How many of these input rows lie above the map, and how many below it."""
+        """The number of these input rows above the map, and the number below it."""
         return max(0, -rows.start), max(0, rows.stop - self.height)
 
     def inside(self, rows: range) -> range:
-        """Input rows within the map: one at least, and those that a padding copies."""
+        """The input rows within the map, at least one, including rows that padding copies."""
         needed = self.needs(rows)
         above, below = self.outside(needed)
         start, stop = max(0, needed.start), min(self.height, needed.stop)
@@ -81,7 +81,7 @@ class Window(NamedTuple):
         return range(start, min(self.height, max(stop, start + 1)))
 
     def padded(self, x: Tensor, dim: int, rows: range) -> Tensor:
-        """The rows that output rows need, from those inside of the map."""
+        """The input rows of these output rows, padded from the rows inside the map."""
         needed, held = self.needs(rows), self.inside(rows)
         above, below = self.outside(needed)
         if above or below:
@@ -94,17 +94,17 @@ class Window(NamedTuple):
 
 
 class Operations:
-    """Each takes what its namesake in ``torch.nn.functional`` takes, of bands.
+    """Operations on bands, with the signatures of their namesakes in ``torch.nn.functional``.
 
     Args:
-        deferral: notes what is to be computed later; None to compute all at once.
+        deferral: records operations to compute them later; None to compute all of them at once.
     """
 
     def __init__(self, bands: Bands, deferral: Deferral | None) -> None:
         self._bands, self._deferral = bands, deferral
 
     def pad(self, x: Tensor, pad: Any, mode: str = "constant", value: float | None = None) -> Tensor:
-        """Pads the other dimensions at once, and leaves the rows to the next convolution."""
+        """Pad the other dimensions at once, and leave the rows to the next convolution."""
         bands, deferral, before = self._bands, self._deferral, padding_of(x)
         if not bands.holds_map(x) and not before:
             return F.pad(*computed((x, pad, mode, value)))
@@ -119,7 +119,7 @@ class Operations:
             raise bands.refusal("padding of two dimensions with different values is not supported")
         if mode == "circular" and pads_rows:
             raise bands.refusal("padding of rows with mode='circular' is not supported")
-        if mode != "constant":  # takes as many entries as there are spatial dimensions
+        if mode != "constant":  # these modes require entries for all spatial dimensions
             pad = (pad + [0] * 6)[: 2 * (x.dim() - 2)]
         if deferral:
             x = deferral.defer(deferral.map_of(x, "pad"))
@@ -133,7 +133,7 @@ class Operations:
     def convolution(
         self, function: Any, x: Tensor, weight: Tensor, bias=None, stride=1, padding=0, dilation=1, groups=1
     ) -> Tensor:
-        """``conv2d`` or ``conv3d``. A rank computes the output rows whose first input row lies in its band."""
+        """``conv2d`` or ``conv3d``. Each rank computes the output rows whose first input row is in its band."""
         bands, deferral, dim, spatial = self._bands, self._deferral, self._bands.dim, weight.dim() - 2
         stride, dilation = _each(stride, spatial), _each(dilation, spatial)
         if padding == "same":
@@ -169,7 +169,7 @@ class Operations:
         return result
 
     def group_norm(self, x: Tensor, num_groups: int, weight=None, bias=None, eps: float = 1e-5) -> Tensor:
-        """``group_norm`` by the moments of all bands, joined as by Chan, Golub and LeVeque (1979)."""
+        """``group_norm`` by the moments of all bands, combined as in Chan, Golub and LeVeque (1979)."""
         batch, channels = x.shape[:2]
         dtype = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
         source = None
@@ -182,7 +182,7 @@ class Operations:
         of_channels = torch.stack([moments, self._bands.joined(moments, eps)])[:, 1:].view(2, 2, batch, num_groups)
         (mean, variance), (full_mean, full_variance) = of_channels.repeat_interleave(channels // num_groups, dim=3)
         scale, shift = full_variance.rsqrt(), torch.zeros_like(mean)
-        if source is None:  # from what is normal by this band's moments to what is normal by those of all
+        if source is None:  # from normalization by this band's moments to that by all bands'
             shift, scale = (mean - full_mean) * scale, variance.sqrt() * scale
         if weight is not None:
             scale, shift = scale * weight.double(), shift * weight.double()
@@ -199,13 +199,13 @@ class Operations:
         return self._deferral.defer(Map(source.sizes, source.like, source.device, [source], compute=compute))
 
     def pooling(self, function: Any, x: Tensor, kernel_size, stride=None, padding=0, *args, **kwargs) -> Tensor:
-        """``avg_pool2d`` and its like, of windows that lie side by side, none of them on two bands."""
+        """``avg_pool2d`` and similar, for adjacent windows, each within one band."""
         name, dim = function.__name__, self._bands.dim
         values = (kernel_size, stride or kernel_size, padding, kwargs.get("dilation", 1))
         kernel, step, padded, dilation = (_each(value, 3 if "3d" in name else 2)[dim] for value in values)
         sizes = self._bands.sizes(x.shape[dim], name)
         if kernel != step or padded or dilation > 1 or any(size % step for size in sizes):
-            raise self._bands.refusal(f"{name} of windows that lie on two bands is not supported")
+            raise self._bands.refusal(f"{name} of windows across two bands is not supported")
         result = function(x, kernel_size, stride, padding, *args, **kwargs)
         self._bands.now([size // step for size in sizes], result)
         return result
@@ -213,10 +213,10 @@ class Operations:
     def attention(
         self, query: Tensor, key: Tensor, value: Tensor, attn_mask=None, dropout_p=0.0, is_causal=False, **options
     ) -> Tensor:
-        """``scaled_dot_product_attention`` of this band's tokens to those of all, ``[..., S, D]``.
+        """``scaled_dot_product_attention`` from this band's tokens to all bands' tokens, ``[..., S, D]``.
 
-        Tokens are pixels, of one frame or of several, one after the other; attention over the frames of one pixel needs
-        no other rank. A mask may tell frames apart, not pixels.
+        Tokens are the pixels of one frame or of several frames in order; attention over the frames of one pixel needs
+        no other rank. A mask may differ between frames, not between pixels.
         """
         bands, (height, width) = self._bands, self._bands.area
         tokens, pixels, sizes = key.shape[-2], height * width, bands.sizes(height, "attention")
@@ -232,15 +232,15 @@ class Operations:
         if attn_mask is not None:
             firsts = torch.arange(frames, device=key.device) * pixels
             if not torch.equal(attn_mask, attn_mask[..., firsts.repeat_interleave(pixels)]):
-                raise bands.refusal("an attention mask that tells pixels apart is not supported")
+                raise bands.refusal("an attention mask that differs between pixels is not supported")
             attn_mask = attn_mask[..., torch.cat([firsts.repeat_interleave(size * width) for size in sizes])]
         key, value = gather_together(key, value, key.dim() - 2, [frames * size * width for size in sizes], bands.group)
         return SDPA(query, key, value, attn_mask, dropout_p, **options)
 
     def matmul(self, a: Tensor, b: Tensor) -> Tensor:
-        """``matmul`` in linear attention: over all pixels, summed over the bands, or of each pixel.
+        """``matmul`` in linear attention: over all pixels, with a sum over the bands, or for each pixel.
 
-        Sums over pixels are of keys and values, as in Sana's autoencoder (arXiv 2410.10733).
+        Sums over pixels are products of keys and values, as in Sana's autoencoder (arXiv 2410.10733).
         """
         height, width = self._bands.area
         pixels = height * width
@@ -256,21 +256,21 @@ class Operations:
 
 
 def _window(bands: Bands, sizes: list[int], step: int, reach: int, own: int, before: RowPadding | None) -> Window:
-    """The window of a convolution that pads ``own`` rows with zeros, besides the padding ``before`` it."""
+    """The window of a convolution that pads ``own`` rows with zeros, after the pending padding ``before``."""
     before = before or RowPadding()
     if own and (before.mode != "constant" or before.value):
         raise bands.refusal("padding rows by a pad and by a convolution is not supported")
     padding = before._replace(top=before.top + own, bottom=before.bottom + own)
     window = Window(sum(sizes), step, reach, padding)
     if not all(window.outputs(sizes)):
-        raise bands.refusal(f"{window.height} rows are too few for {bands.ranks} ranks: some would have none left")
+        raise bands.refusal(f"{window.height} rows are too few for {bands.ranks} ranks: some ranks would have none")
     return window
 
 
 def _from_the_middle(bands: Bands, compute: Any, band: Piece, halo: list[Piece], reach: int) -> Tensor:
-    """The convolution that keeps the height: of the band itself, without a copy, then again for the rows at its edges.
+    """A convolution that keeps the height: convolve the band without a copy, then recompute the rows at its edges.
 
-    The first and the last ``reach`` rows lack what other ranks hold; they are computed from thin bands.
+    The first and last ``reach`` rows need rows of other ranks; they are computed from thin bands with the halo.
     """
     (first, x), dim = band, bands.dim
     height, result = x.shape[dim], compute(x, reach)
@@ -288,7 +288,7 @@ def _output_shape(x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation
 
 
 def _by_own_moments(x: Tensor, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
-    """What is normal by a part's own moments; and these, float64: pixels, means, variances with eps in them."""
+    """A part normalized by its own moments, and the moments in float64: pixels, means, variances plus eps."""
     pixels = x[0, 0].numel()
     normal, mean, rstd = torch.native_group_norm(x.contiguous(), None, None, *x.shape[:2], pixels, num_groups, eps)
     mean, rstd = mean.double().reshape(-1), rstd.double().reshape(-1)

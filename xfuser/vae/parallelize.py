@@ -1,8 +1,8 @@
-"""Parallel VAE: the encoder and the decoder of any VAE of Diffusers, on bands of rows.
+"""Parallel VAE: run the encoder and decoder of any Diffusers VAE on bands of rows.
 
-Nothing of the VAE is replaced. While its encoder or decoder runs, a ``TorchFunctionMode`` takes the place of the few
-functions that mix rows (``operations.py``); all others work on a band as they do on a full image. What would mix
-rows unseen is refused by name. The idea of patches that exchange halos is DistVAE's (in xDiT, arXiv 2411.01738).
+No module of the VAE is replaced. While its encoder or decoder runs, a ``TorchFunctionMode`` replaces the few functions
+that mix rows (``operations.py``); all others work on a band as on a full image. Unsupported functions that may mix rows
+raise an error with their name. Patches that exchange halos are from DistVAE (in xDiT, arXiv 2411.01738).
 """
 
 from collections.abc import Callable
@@ -24,12 +24,12 @@ from xfuser.vae.deferred import Deferral, DeferredMap, computed
 from xfuser.vae.operations import SDPA, Operations, keep_padding, padding_of
 
 CODERS = ("encoder", "decoder")
-ROWS = "_dimension_of_rows"  # attribute of a map whose dimensions were moved
+ROWS = "_dimension_of_rows"  # attribute of a map whose dimensions were reordered
 SPLITS = ("auto", "height", "width")
 
 
 class OnBands(TorchFunctionMode):
-    """While active, functions that mix rows work on bands."""
+    """While active, functions that mix rows operate on bands."""
 
     def __init__(self, bands: Bands, chunk_rows: int | str | None) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class OnBands(TorchFunctionMode):
 
     def _refuse_mixing(self, func: Any, args: tuple, kwargs: dict) -> None:
         if func in functions.REFUSED or (func in functions.REDUCTIONS and self._mixes_rows(func, *args, **kwargs)):
-            raise self._bands.refusal(f"{func.__name__} may mix the rows of the image, which lie on different ranks")
+            raise self._bands.refusal(f"{func.__name__} may mix the rows of the image, which are on different ranks")
         if func is F.interpolate and kwargs.get("mode", "nearest") not in ("nearest", "nearest-exact"):
             raise self._bands.refusal(f"interpolation with mode={kwargs['mode']!r} mixes rows, which is not supported")
 
@@ -85,8 +85,8 @@ class OnBands(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _follow_rows(self, func: Any, args: tuple, kwargs: dict, inputs: list[Tensor], result: Any) -> None:
-        """Note which dimension rows are along, where dimensions were moved: shapes tell channels from columns only
-        where they differ."""
+        """Record the dimension of the rows where dimensions were reordered: shapes distinguish channels from columns
+        only where their sizes differ."""
         if func in functions.MOVES:
             (x,) = inputs
             rows = getattr(x, ROWS, None)
@@ -103,7 +103,7 @@ class OnBands(TorchFunctionMode):
                 setattr(y, ROWS, rows)
 
     def _drawn(self, function: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """Noise: all ranks draw that of the full map, as one device does, and keep their rows of it."""
+        """Noise: all ranks draw the noise of the full map, as one device does, and keep their own rows."""
         like = args[0] if args and isinstance(args[0], Tensor) else kwargs.pop("input", None)
         size = like.shape if like is not None else kwargs.pop("size", None) or args
         size = list(size[0] if len(size) == 1 and not isinstance(size[0], int) else size)
@@ -115,12 +115,12 @@ class OnBands(TorchFunctionMode):
         return noise if own is None else noise.narrow(self._bands.dim, own.start, len(own))
 
     def refuse_draw(self, operator: str) -> None:
-        """Raise a ValueError where an operator is about to draw random numbers for this rank's rows alone."""
+        """Raise a ValueError if an operator is about to draw random numbers only for this rank's rows."""
         if not self._draws:
-            raise self._bands.refusal(f"{operator} draws other random numbers on each rank, which is not supported")
+            raise self._bands.refusal(f"{operator} draws different random numbers on each rank, which is not supported")
 
     def _mixes_rows(self, func: Any, x: Tensor, *args: Any, **kwargs: Any) -> bool:
-        """Whether a norm, a sum or the like over a feature map goes over its rows."""
+        """Whether a reduction over a feature map, such as a norm or a sum, mixes its rows."""
         rows = getattr(x, ROWS, None)
         rows = self._bands.rows_of(x) if rows is None else rows
         if rows is None:
@@ -130,7 +130,7 @@ class OnBands(TorchFunctionMode):
         place = 1 if func.__name__ in ("norm", "topk", "vector_norm") else 0
         dims = kwargs.get("dim", args[place] if len(args) > place else None)
         if isinstance(dims, Tensor) or "other" in kwargs:
-            return False  # the larger, or smaller, of two in each place
+            return False  # elementwise maximum or minimum of two tensors
         if dims is None or isinstance(dims, bool):
             return True
         return any(dim % x.dim() == rows for dim in ([dims] if isinstance(dims, int) else dims))
@@ -139,22 +139,22 @@ class OnBands(TorchFunctionMode):
 def parallelize_vae(
     vae: nn.Module, group: dist.ProcessGroup | None = None, split: str = "auto", chunk_rows: int | str | None = None
 ) -> Callable[[], None]:
-    """Let a VAE encode and decode on all ranks of a group, each with a band of rows; every rank gets the full result.
+    """Run a VAE's encoder and decoder on all ranks of a group, each on a band of rows; all get the full result.
 
     Args:
-        vae: any VAE of Diffusers with an ``encoder`` and a ``decoder`` that take ``[B, C, H, W]`` or
-            ``[B, C, T, H, W]``. Its weights are the same on all ranks, and so are its inputs.
-        group: the ranks; all by default.
-        split: ``"height"``, ``"width"``, or ``"auto"``: the longer one.
+        vae: any Diffusers VAE with an ``encoder`` and a ``decoder`` that take ``[B, C, H, W]`` or
+            ``[B, C, T, H, W]``. Its weights and inputs must be the same on all ranks.
+        group: the ranks; all ranks by default.
+        split: ``"height"``, ``"width"``, or ``"auto"`` for the longer one.
         chunk_rows: output rows (columns, if those are split) that a convolution computes at a time, which bounds its
-            workspace; also useful on one rank. ``"auto"``: as many as need a quarter of the free memory.
+            workspace; also useful on one rank. ``"auto"`` uses as many rows as need a quarter of the free memory.
 
     Returns:
-        A function that undoes it.
+        A function that restores the VAE.
 
     Raises:
-        ValueError: the VAE has neither an encoder nor a decoder, or is parallel already; or a wrong value. During a
-            call: an operation that mixes rows is not supported.
+        ValueError: the VAE has neither an encoder nor a decoder, or is already parallel, or a value is invalid. During
+            a call: an operation that mixes rows is not supported.
     """
     check_values(split, chunk_rows)
     coders = coders_of(vae)
@@ -175,12 +175,12 @@ def parallelize_vae(
 
 
 def coders_of(vae: nn.Module) -> dict[str, nn.Module]:
-    """The encoder and the decoder of a VAE, as far as it has them."""
+    """The encoder and decoder of a VAE by name, without those that it lacks."""
     return {name: coder for name in CODERS if isinstance(coder := getattr(vae, name, None), nn.Module)}
 
 
 def check_values(split: str, chunk_rows: int | str | None) -> None:
-    """Raise a ValueError for values that :func:`parallelize_vae` does not take."""
+    """Raise a ValueError for values that :func:`parallelize_vae` does not support."""
     if split == "frames":
         raise ValueError("vae_split='frames': VAEs go through frames one after the other; use height, width or auto")
     if split not in SPLITS:
@@ -190,7 +190,7 @@ def check_values(split: str, chunk_rows: int | str | None) -> None:
 
 
 def compression(vae: nn.Module) -> int:
-    """Rows of an image that become one row of latents, or a multiple of them where a class does not tell."""
+    """Image rows per row of latents, or a multiple of that number if the class does not report it."""
     for name in ("spatial_compression_ratio", "scale_factor_spatial"):
         if found := getattr(vae, name, None) or getattr(vae.config, name, None):
             return int(found)
@@ -209,7 +209,7 @@ def _on_bands(
         dim = -1 if split == "width" or (split == "auto" and x.shape[-1] > x.shape[-2]) else -2
         rows = x.shape[dim]
         if 1 < ranks > rows // unit:
-            return original(x, *args, **kwargs)  # too few rows to divide: every rank computes them all
+            return original(x, *args, **kwargs)  # too few rows to divide: every rank computes all of them
         sizes = [size * unit for size in split_sizes(rows // unit, ranks)]
         sizes[-1] += rows % unit
         band = share(sizes, rank)
@@ -220,6 +220,6 @@ def _on_bands(
         output = computed(output)
         first, *caches = output if isinstance(output, tuple) else (output,)
         full = bands.gather(first, bands.sizes(first.shape[dim], "the output"), dim)
-        return (full, *caches) if isinstance(output, tuple) else full  # caches of convolutions stay with their bands
+        return (full, *caches) if isinstance(output, tuple) else full  # each rank keeps its convolution caches
 
     return forward
