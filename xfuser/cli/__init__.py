@@ -1,1 +1,1 @@
-"""``xdit`` and its commands."""
+"""The ``xdit`` command and its subcommands."""

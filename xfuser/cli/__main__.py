@@ -1,4 +1,4 @@
-"""``python -m xfuser.cli``: what ``xdit`` is, for launchers that start a module."""
+"""``python -m xfuser.cli``: the same as ``xdit``, for launchers that start a module."""
 
 import sys
 

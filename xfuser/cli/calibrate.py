@@ -1,19 +1,19 @@
-"""``xdit plan --calibrate``: measure this machine on all of its ranks, and keep what was found."""
+"""``xdit plan --calibrate``: measure this machine with one rank per device, and store the results."""
 
 import os
 
 from xfuser.core import device as devices
 from xfuser.core.distributed import destroy_distributed_environment, get_world_group, init_distributed_environment
 
-LEAST = 2  # ranks on a CPU: links are measured between them
+LEAST = 2  # ranks on a CPU: links are measured between two ranks
 
 
 def run(arguments: list[str]) -> int:
-    """Run the command, or, within a launched one, this rank's part; returns the exit code."""
+    """Launch the ranks, or, on a launched rank, run its part; returns the exit code."""
     if "RANK" not in os.environ:
         from xfuser.cli.main import launch
 
-        least = LEAST if devices.device_type() == "cpu" else 1  # a rank has an accelerator of its own
+        least = LEAST if devices.device_type() == "cpu" else 1  # each rank has its own accelerator
         return launch(max(least, devices.device_count()), ["plan", *arguments])
     from xfuser.planner.calibrate import measure
     from xfuser.planner.machines import keep

@@ -1,4 +1,4 @@
-"""``xdit doctor``: what is here, what is used, what is missing and what that costs, and whether two ranks agree."""
+"""``xdit doctor``: report what is installed, used and missing, and test that two ranks agree with one."""
 
 import argparse
 import platform
@@ -14,7 +14,7 @@ from xfuser.config.config import DEGREES
 from xfuser.core import compiler, device as devices
 from xfuser.core.attention.kernels import AUTO, KERNELS, available_backends
 
-PACKAGES = {  # and what one does without where it is missing
+PACKAGES = {  # package: consequence if it is missing
     "diffusers": "nothing works",
     "transformers": "pipelines with text encoders cannot be loaded",
     "accelerate": "no offloading to the CPU",
@@ -28,9 +28,9 @@ PATIENCE = 60  # seconds
 
 
 def main(arguments: list[str]) -> int:
-    """Print the report, which is meant to be pasted; returns 1 where the ranks of the self-test do not agree."""
+    """Print a report to paste into an issue; returns 1 if the self-test fails."""
     parser = argparse.ArgumentParser(prog="xdit doctor", description=__doc__)
-    parser.add_argument("--no_test", action="store_true", help="Leave the self-test of two ranks out.")
+    parser.add_argument("--no_test", action="store_true", help="Skip the self-test on two ranks.")
     asked = parser.parse_args(arguments)
     for title, lines in (("Here", here()), ("Used", used()), ("Missing", missing())):
         print(f"## {title}\n\n" + "\n".join(f"- {line}" for line in lines or ["nothing"]) + "\n")
@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> int:
 
 
 def here() -> list[str]:
-    """What is installed, and the accelerators."""
+    """The installed packages and the accelerators."""
     count = torch.accelerator.device_count() if devices.device_type() != "cpu" else 0
     return [
         f"Python {platform.python_version()}, {platform.platform()}",
@@ -57,7 +57,7 @@ def here() -> list[str]:
 
 
 def installed(name: str) -> str | None:
-    """The version of an installed package, None where it is not installed."""
+    """The version of a package; None if it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -65,7 +65,7 @@ def installed(name: str) -> str | None:
 
 
 def used() -> list[str]:
-    """Kernels, backends and methods of this machine."""
+    """The kernels, backends and methods used on this machine."""
     first = next(name for name in AUTO if KERNELS[name].missing() is None)
     compiles = compiler.missing()
     return [
@@ -77,7 +77,7 @@ def used() -> list[str]:
 
 
 def missing() -> list[str]:
-    """What is not here, and what it costs."""
+    """The missing packages and devices, and the consequences."""
     lines = [f"{name}: {cost}" for name, cost in PACKAGES.items() if not installed(name)]
     if devices.device_type() == "cpu":
         return ["an accelerator: ranks share the cores of this machine, and no kernel of a GPU runs", *lines]
@@ -87,7 +87,7 @@ def missing() -> list[str]:
 
 
 def topology() -> str:
-    """How the GPUs are linked, as their driver tells; empty without one."""
+    """The links between GPUs as reported by ``nvidia-smi``; empty if it is not installed."""
     if not shutil.which(TOPOLOGY[0]):
         return ""
     done = subprocess.run(TOPOLOGY, capture_output=True, text=True, timeout=PATIENCE)
@@ -95,7 +95,7 @@ def topology() -> str:
 
 
 def self_test() -> tuple[str, bool]:
-    """Two ranks draw what one rank draws, by Ulysses: what came of it in words, and whether they agree."""
+    """Compare an image of two ranks (Ulysses) with that of one rank; returns a report and whether they agree."""
     from xfuser.testing import matrix
     from xfuser.testing.gpu.ranks import Pools, drawn
 

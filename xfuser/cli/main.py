@@ -1,4 +1,4 @@
-"""``xdit``: an image from a prompt, on as many ranks as the degrees multiply to; ``xdit COMMAND`` for the rest."""
+"""``xdit`` generates images from a prompt on the ranks that the degrees require; ``xdit COMMAND`` runs a command."""
 
 import importlib
 import os
@@ -24,7 +24,7 @@ COMMANDS = {
     "plan": "xfuser.cli.plan:main",
     "quality": "xfuser.bench.quality_command:main",
     "serve": "xfuser.serve.command:main",
-}  # functions that take the rest of the arguments, and return the exit code
+}  # functions that take the remaining arguments and return the exit code
 
 
 def main() -> int:
@@ -56,13 +56,13 @@ def main() -> int:
 
 
 def parser() -> FlexibleArgumentParser:
-    """All flags of the library, and where to save."""
+    """A parser with all flags of the library, and ``--output_dir``."""
     flags = FlexibleArgumentParser(
         prog="xdit",
-        description="Draw an image from a prompt, on as many processes as the product of the degrees.",
+        description="Generate images from prompts. The number of processes is the product of the degrees.",
         epilog='Example: xdit --prompt "a red circle above a blue square" --ulysses_degree 2.'
-        f" Other commands, with a --help of their own: {', '.join(f'xdit {name}' for name in COMMANDS)}."
-        " Without --model, the pipeline that comes with the package draws; the words that it knows are:"
+        f" Other commands, each with its own --help: {', '.join(f'xdit {name}' for name in COMMANDS)}."
+        " Without --model, the pipeline shipped with the package is used; its prompts may contain the words:"
         f" {', '.join(known_words())}.",
     )
     flags.add_argument("--output_dir", default="results", help="Folder for the images (default: results).")
@@ -70,7 +70,7 @@ def parser() -> FlexibleArgumentParser:
 
 
 def named(path: str) -> Callable[..., Any]:
-    """A function as ``module:function``."""
+    """Import the function named by ``module:function``."""
     module, _, function = path.partition(":")
     return getattr(importlib.import_module(module), function)
 
@@ -82,13 +82,13 @@ def launch(ranks: int, arguments: list[str]) -> int:
 
 
 def run(arguments: list[str]) -> None:
-    """On a rank: this command."""
+    """Run this command on a rank."""
     sys.argv[1:] = arguments
     sys.exit(main())
 
 
 def start(ranks: int, function: str, *arguments: Any) -> int:
-    """Call ``module:function`` in a process for each rank, by torchrun's launcher; returns the exit code."""
+    """Call ``module:function`` in one process per rank with torchrun's launcher; returns the exit code."""
     import logging
 
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
@@ -100,7 +100,7 @@ def start(ranks: int, function: str, *arguments: Any) -> int:
     nodes = {"min_nodes": 1, "max_nodes": 1, "nproc_per_node": ranks, "run_id": uuid.uuid4().hex}
     rendezvous = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
     options = {"max_restarts": 0, "monitor_interval": 0.1, "start_method": "forkserver"}
-    with tempfile.TemporaryDirectory() as folder:  # the launcher leaves folders there
+    with tempfile.TemporaryDirectory() as folder:  # the launcher leaves log folders behind
         config = LaunchConfig(**nodes, **rendezvous, **options, logs_specs=DefaultLogsSpecs(log_dir=folder))
         try:
             elastic_launch(config, call)(function, *arguments)
@@ -110,7 +110,7 @@ def start(ranks: int, function: str, *arguments: Any) -> int:
 
 
 def call(path: str, *arguments: Any) -> Any:
-    """On a rank: call a function as ``module:function``, and print what it raises."""
+    """Call ``module:function`` on a rank, and print the traceback of an exception."""
     try:
         return named(path)(*arguments)
     except Exception:
@@ -119,9 +119,9 @@ def call(path: str, *arguments: Any) -> Any:
 
 
 def prepare(args: xFuserArgs) -> tuple[Any, dict[str, Any]]:
-    """The wrapped pipeline on this rank, and the arguments of its call."""
+    """The wrapped pipeline on this rank, and the arguments for its call."""
     from xfuser.parallel import xDiTParallel
-    from xfuser.weights.loading import load_pipeline  # these load Diffusers, which the launching process does not need
+    from xfuser.weights.loading import load_pipeline  # these import Diffusers, which the launcher does not need
 
     engine_config, input_config = args.create_config()
     pipe = xDiTParallel(load_pipeline(engine_config, input_config), engine_config, input_config)
@@ -129,7 +129,7 @@ def prepare(args: xFuserArgs) -> tuple[Any, dict[str, Any]]:
 
 
 def draw(pipe: Any, call: dict[str, Any], directory: str) -> None:
-    """One rank's part: call and save; rank 0 prints paths, time and memory."""
+    """Call the pipeline and save the images on this rank; rank 0 prints paths, time and memory."""
     devices.synchronize()
     start = time.perf_counter()
     pipe(**call)

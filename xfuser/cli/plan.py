@@ -1,4 +1,4 @@
-"""``xdit plan``: which degrees of parallelism a number of ranks can be put to, what each takes, and how long."""
+"""``xdit plan``: list the degrees of parallelism possible on a number of ranks, with their memory and time."""
 
 import argparse
 import os
@@ -17,12 +17,12 @@ from xfuser.planner.report import explain, left_out, name_of, ranked, table
 from xfuser.planner.scale import best_of, choices_of, with_groups
 from xfuser.planner.table import COLUMNS, OBJECTIVES, Row, plan
 
-# Flags of times.
+# Flags that need --gpus.
 TIMED = ("links", "nodes", "node_link", "objective", "compile", "exact", "explain", "scale", "picture")
 
 
 def main(arguments: list[str]) -> int:
-    """Print what every legal combination of degrees takes; returns 1 where memory is given and none fits."""
+    """Print memory and time of each legal combination of degrees; returns 1 if none fits into the memory."""
     flags = parser()
     options = flags.parse_args(arguments)
     check(options, [name for name, value in vars(options).items() if value != flags.get_default(name)])
@@ -34,14 +34,14 @@ def main(arguments: list[str]) -> int:
     if options.gpus:
         return _with_times(options, args, *machines_of(options))
     if options.world_size is None:
-        raise ValueError("give --gpus, such as 8xL40, or --world_size for the memory alone")
+        raise ValueError("give --gpus, such as 8xL40, or --world_size for memory only")
     if options.world_size < 1:
         raise ValueError(f"world_size={options.world_size} must be 1 or more")
     return _memory_alone(args, options.world_size)
 
 
 def check(options: argparse.Namespace, given: list[str]) -> None:
-    """Refuse those of the given flags that would change nothing, with a ValueError."""
+    """Raise a ValueError for given flags that have no effect or exclude each other."""
 
     def refuse(names: Iterable[str], why: str) -> None:
         if found := [name for name in given if name in names]:
@@ -67,7 +67,7 @@ def check(options: argparse.Namespace, given: list[str]) -> None:
 
 
 def call_of(options: argparse.Namespace, steps_given: bool) -> xFuserArgs:
-    """The arguments of the run, with what is not given as it usually is."""
+    """The arguments of the planned run, with usual values for those that are not given."""
     args = xFuserArgs.from_cli_args(options)
     if (name := named(args.model)) and not steps_given:
         args = replace(args, num_inference_steps=published()[name]["call"]["steps"])
@@ -77,12 +77,12 @@ def call_of(options: argparse.Namespace, steps_given: bool) -> xFuserArgs:
 
 
 def machines_of(options: argparse.Namespace) -> tuple[int, Machine]:
-    """How many ranks ``--gpus`` of all nodes are, and the machine."""
+    """The number of ranks on all nodes, and the machine."""
     count, name = devices_of(options.gpus)
     if options.nodes < 1:
         raise ValueError(f"nodes={options.nodes} must be 1 or more")
     rate = in_bytes_a_second(options.node_link) if options.node_link else None
-    several = options.nodes > 1 or (options.scale and count > 1)  # nodes of so many
+    several = options.nodes > 1 or (options.scale and count > 1)  # nodes of this size
     node = count if several else max(NODE, count)
     return count * options.nodes, machine_of(name, options.links, node, rate)
 
@@ -127,7 +127,7 @@ def _with_times(options: argparse.Namespace, args: xFuserArgs, ranks: int, machi
 
 
 def _draw(kind: str, path: str, *what: Any) -> None:
-    """An image, or why there is none: the table says the same."""
+    """Draw the picture and print its path, or print the reason if that fails: the table shows the same."""
     from xfuser.planner import picture
 
     try:
@@ -157,25 +157,25 @@ def _scale(
 
 
 def parser() -> FlexibleArgumentParser:
-    """The flags of ``xdit plan``: those of ``xdit``, the machine, and what is asked of it."""
+    """The flags of ``xdit plan``: those of ``xdit``, the machine, and the output."""
     flags = FlexibleArgumentParser(
         prog="xdit plan",
-        description="List the legal combinations of degrees of parallelism with the memory that a rank needs and, with"
-        " --gpus, the time of a call, by the pipeline's configuration alone; the fastest first. The other flags are"
-        " those that the run is to have; degrees are not given, and --fully_shard_degree above 1 means all ranks of a"
-        f" replica. Known without a download: {', '.join(published())}.",
+        description="List the legal combinations of degrees of parallelism with the memory that each rank needs and,"
+        " with --gpus, the time of a call, the fastest first. Only the pipeline's configuration is read. The other"
+        " flags are those of the planned run, without degrees; --fully_shard_degree above 1 means all ranks of a"
+        f" replica. Models that need no download: {', '.join(published())}.",
         epilog="Example: xdit plan --model flux.1-dev --gpus 4xH100 --compile",
     )
-    flags.add_argument("--world_size", type=int, metavar="N", help="Number of ranks, for the memory alone.")
-    flags.add_argument("--gpus", metavar="NxNAME", help="Devices of a node, such as 8xL40.")
-    flags.add_argument("--links", metavar="KIND", help="pcie, nvlink or a rate such as 64GB; else the data sheet's.")
-    flags.add_argument("--nodes", type=int, default=1, metavar="N", help="Nodes of so many --gpus (default: 1).")
-    flags.add_argument("--node_link", metavar="RATE", help="Of a node to others, such as 100gbit (the default).")
-    flags.add_argument("--objective", default="latency", help=f"{', '.join(OBJECTIVES)} (default: latency).")
-    flags.add_argument("--compile", action="store_true", help="Blocks are compiled, as by --use_torch_compile.")
-    flags.add_argument("--exact", action="store_true", help="Leave out what draws a slightly different image.")
-    flags.add_argument("--explain", metavar="CONFIG", help="Where each number of a row is from; 'best' for the first.")
-    flags.add_argument("--scale", nargs="+", type=int, metavar="N", help="The best configuration of each rank count.")
-    flags.add_argument("--picture", metavar="FILE", default="plan.png", help="PNG file of it (default: plan.png).")
-    flags.add_argument("--calibrate", action="store_true", help="Measure this machine, and keep its constants.")
+    flags.add_argument("--world_size", type=int, metavar="N", help="Number of ranks; lists memory only.")
+    flags.add_argument("--gpus", metavar="NxNAME", help="Number and name of the devices of a node, such as 8xL40.")
+    flags.add_argument("--links", metavar="KIND", help="pcie, nvlink, or a rate such as 64GB; else the data sheet's.")
+    flags.add_argument("--nodes", type=int, default=1, metavar="N", help="Nodes that each have --gpus (default: 1).")
+    flags.add_argument("--node_link", metavar="RATE", help="Rate between nodes, such as 100gbit (the default).")
+    flags.add_argument("--objective", default="latency", help=f"Sort by {', '.join(OBJECTIVES)} (default: latency).")
+    flags.add_argument("--compile", action="store_true", help="Plan for compiled blocks, as with --use_torch_compile.")
+    flags.add_argument("--exact", action="store_true", help="Omit methods that change the image slightly.")
+    flags.add_argument("--explain", metavar="CONFIG", help="Explain the numbers of a row; 'best' means the first.")
+    flags.add_argument("--scale", nargs="+", type=int, metavar="N", help="Show the best row for each rank count.")
+    flags.add_argument("--picture", metavar="FILE", default="plan.png", help="PNG chart (default: plan.png).")
+    flags.add_argument("--calibrate", action="store_true", help="Measure this machine, and store its constants.")
     return xFuserArgs.add_cli_args(flags)

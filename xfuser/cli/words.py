@@ -1,4 +1,4 @@
-"""The words that a shipped pipeline was trained with: it draws nothing sensible for any other."""
+"""The words that a shipped pipeline was trained with; other words give no sensible image."""
 
 import difflib
 import json
@@ -29,7 +29,7 @@ def check_words(folder: str, *prompts: str | list[str]) -> None:
     if unknown:
         raise ValueError(
             f"the shipped pipeline does not know the word{'s' * (len(unknown) > 1)} {', '.join(unknown)}:"
-            " xdit --help lists all that it knows; --model takes other pipelines"
+            " xdit --help lists all known words; --model selects other pipelines"
         )
 
 
