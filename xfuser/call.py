@@ -121,7 +121,7 @@ class CallState:
         return self.patch == 0 and (self.step == 0 or self.ends_whole(self.step - 1))
 
     def after(self, step: int, patch: int) -> tuple[int, int] | None:
-        """The sub-step after this one, if its patch starts as soon as it arrives; None if ranks synchronize first."""
+        """The sub-step after this one, if it starts as soon as its patch arrives; None otherwise."""
         if patch < self.patches - 1:
             return None if self._is_synchronous(step) else (step, patch + 1)
         return None if self.ends_whole(step) else (step + 1, 0)
@@ -136,7 +136,7 @@ class CallState:
         """Set the number of steps of a schedule; ``order`` of them make one inference step.
 
         Raises:
-            ValueError: there are more synchronous steps than steps.
+            ValueError: the schedule has fewer steps than must be synchronous.
         """
         if self._synchronous >= steps + order:
             raise ValueError(

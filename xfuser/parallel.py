@@ -69,7 +69,7 @@ class xDiTParallel:
         ValueError: the pipeline has no such transformer, or the degrees do not fit the number of ranks.
 
     Attributes:
-        cache_use: block computations that caches skipped in the last call.
+        cache_use: counts of block computations that caches ran and skipped in the last call.
     """
 
     def __init__(self, pipe: Any, engine_config: EngineConfig, input_config: InputConfig | None = None) -> None:
@@ -178,7 +178,7 @@ class xDiTParallel:
         return SequenceParallel(model, plan, self._sp, self._backend, self._pipefusion, part)
 
     def _part_of(self, model: nn.Module) -> DistriFusion | NaivePatches:
-        """The method by which each rank computes a part of the image: it defines what a rank sees of other parts."""
+        """The method by which each rank computes a part of the image: naive patches or DistriFusion."""
         parallel = self.engine_config.parallel_config
         if parallel.naive_patch_degree > 1:
             return NaivePatches(parallel.split_scheme or "row")
@@ -263,8 +263,8 @@ class xDiTParallel:
             setattr(self._pipe, name, value)
 
     def _vae_contexts(self) -> list[AbstractContextManager[None]]:
-        """Contexts that divide the VAE's work: images over all ranks; with the parallel VAE, images over replicas and
-        the rows of each image over the ranks of a replica."""
+        """Contexts that divide the VAE's work: images over all ranks, or, with the parallel VAE, images over replicas,
+        and the rows of each image over the ranks of a replica."""
         vae, runtime = getattr(self._pipe, "vae", None), self.engine_config.runtime_config
         if vae is None:
             return []

@@ -1,4 +1,4 @@
-"""``xdit plan --calibrate``: measure this machine with one rank per device, and store the results."""
+"""``xdit plan --calibrate``: measure this machine on all of its ranks, and store the results."""
 
 import os
 

@@ -116,7 +116,7 @@ class xFuserArgs:
     tensor_parallel_text_encoder: bool = _parallel(False, "Tensor parallelism: also divide the text encoders' weights.")
     distrifusion_degree: int = _parallel(1, "DistriFusion: ranks that divide the image and use stale activations.")
     distrifusion_mode: str = _parallel(ASYNCHRONOUS, f"DistriFusion synchronization: {', '.join(MODES)}.")
-    naive_patch_degree: int = _parallel(1, "Naive patches (a baseline): ranks that compute parts of the image alone.")
+    naive_patch_degree: int = _parallel(1, "Naive patches (a baseline): ranks that compute image parts independently.")
     split_scheme: str | None = _parallel(
         None,
         "Naive patches: cut by row (default), col, or alternate (changes each step). Tensor parallelism: divide each"
@@ -178,7 +178,7 @@ class xFuserArgs:
         """These arguments with degrees chosen by the planner, the same on all ranks."""
         replace(self, fully_shard_degree=min(1, self.fully_shard_degree), tensor_parallel_text_encoder=False).checked()
         if not self.model:
-            raise ValueError("auto plans by the configurations of a pipeline: name the pipeline by model")
+            raise ValueError("auto requires model: it plans from the configuration of a pipeline")
         init_distributed_environment()
         return importlib.import_module(PLANNER).chosen(self)  # by name: the planner imports this module
 

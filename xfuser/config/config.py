@@ -91,7 +91,7 @@ class RuntimeConfig:
 
     @property
     def caches(self) -> bool:
-        """Whether a flag asks for a cache of steps."""
+        """Whether a flag enables a cache."""
         return self.use_fbcache or self.use_teacache
 
 
@@ -139,7 +139,7 @@ class ParallelConfig:
 
     @property
     def sequenced(self) -> bool:
-        """Whether ranks have shards of a sequence of tokens."""
+        """Whether ranks hold shards of the token sequence."""
         return self.ulysses_degree * self.ring_degree > 1
 
     @property
@@ -176,7 +176,7 @@ class ParallelConfig:
         if layers and (len(layers) != stages or not all(isinstance(count, int) and count > 0 for count in layers)):
             raise ValueError(
                 f"attn_layer_num_for_pp={list(layers)} must name the blocks of each of the {stages} stages of"
-                f" pipefusion_parallel_degree={stages}: as many numbers, each 1 or more"
+                f" pipefusion_parallel_degree={stages}: one number per stage, each 1 or more"
             )
         self._check_patches()
         self._check_weights()

@@ -12,11 +12,10 @@ from xfuser.core.distributed import get_world_group
 
 
 def shared_arguments(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """Copy rank 0's random states and tensors to all ranks: the states of torch's default generators and of the
-    generators in the arguments, and the values of the tensors in them. Only tensors that differ are sent.
+    """Copy rank 0's random states and tensors to all ranks; returns the arguments with the copied tensors.
 
-    Returns the arguments, in which new tensors replace those that differed. Tensors in the state of a modular pipeline
-    are treated alike.
+    The states are those of torch's default generators and of generators in the arguments. The tensors are those in the
+    arguments, including the state of a modular pipeline; only tensors that differ are sent and replaced.
 
     Raises:
         ValueError: on all ranks, if they were given different generators, or tensors of different shapes or dtypes.

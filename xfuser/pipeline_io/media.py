@@ -18,8 +18,7 @@ FRAMES_PER_SECOND = 16
 
 
 def media_of(output: Any) -> list[Any]:
-    """One entry per image or video of a pipeline's output: PIL images, arrays ``[H, W, C]``, lists of frames, or
-    tensors.
+    """One entry per image or video of an output: PIL images, arrays ``[H, W, C]``, lists of frames, or tensors.
 
     Modular pipelines return the outputs requested by name: a single output, several in a dict, or their whole state.
     """

@@ -101,8 +101,7 @@ class Bands:
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=self.dim)
 
     def halo(self, pieces: list[Piece], sizes: list[int], needs: list[range]) -> list[Piece]:
-        """The rows that this rank needs and other ranks hold; ``needs`` has the rows that each rank needs, ``pieces``
-        this rank's band."""
+        """The rows that this rank needs from other ranks; ``needs`` has every rank's needs, ``pieces`` this band."""
         own, need = share(sizes, self.rank), needs[self.rank]
         above, below = self.borrow(partial(self.cut, pieces), pieces[0][1], sizes, needs)
         both = [(need.start, above), (max(own.stop, need.start), below)]
@@ -151,8 +150,10 @@ def common(a: range, b: range) -> range:
 
 
 def join_moments(moments: Tensor) -> Tensor:
-    """Combine the moments of all parts, ``[parts, 1 + 2 n]`` to ``[1 + 2 n]``: pixel count, means, variances. Each
-    variance may include the same constant."""
+    """Combine the moments of all parts, ``[parts, 1 + 2 n]`` to ``[1 + 2 n]``: pixel count, means, variances.
+
+    All variances may include the same constant.
+    """
     pixels = moments[:, :1]
     means, variances = moments[:, 1:].chunk(2, dim=1)
     weights = pixels / pixels.sum()

@@ -2,9 +2,9 @@
 
 With ``chunk_rows``, convolutions, norms, activations and similar operations are only recorded. Rows of a map are then
 computed directly from the rows of held maps, through all operations in between, so that intermediate maps never exist
-in full. The cost is time: a norm computes its input twice, once for its moments. Held are sums of two maps, which are
-the outputs of a VAE's blocks, and maps that are much smaller than the maps they are computed from. While the rows of a
-new held map are computed, those of the old one are freed. Unsupported operations get the full band.
+in full. The cost is time: a norm computes its input twice, once for its moments. Two kinds of maps are held: sums of
+two maps, which are the outputs of a VAE's blocks, and maps much smaller than those they are computed from. While the
+rows of a new held map are computed, those of the old one are freed. Unsupported operations get the full band.
 """
 
 import weakref
@@ -48,8 +48,7 @@ class Map:
         self.pieces, self.inputs, self.compute = pieces, [], None
 
     def beneath(self, end: "Map | None" = None) -> list["Map"]:
-        """This map and the maps that it is computed from, each after all maps that need it; without ``end`` and maps
-        that only ``end`` needs."""
+        """This map and all maps it is computed from, consumers first; without ``end`` and what only ``end`` needs."""
         found: dict[Map, None] = {}
 
         def visit(one: Map) -> None:

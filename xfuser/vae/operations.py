@@ -45,7 +45,7 @@ class Window(NamedTuple):
     """The input rows that a convolution's output rows are computed from, counted from the full map's top."""
 
     height: int  # rows of the full input
-    step: int  # input rows between two output rows (stride)
+    step: int  # stride: input rows from one output row to the next
     reach: int  # input rows needed after an output row's first one
     padding: RowPadding
 

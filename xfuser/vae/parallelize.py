@@ -85,8 +85,7 @@ class OnBands(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _follow_rows(self, func: Any, args: tuple, kwargs: dict, inputs: list[Tensor], result: Any) -> None:
-        """Record the dimension of the rows where dimensions were reordered: shapes distinguish channels from columns
-        only where their sizes differ."""
+        """Record the dimension of rows after a reordering: shapes alone do not show it if two sizes are equal."""
         if func in functions.MOVES:
             (x,) = inputs
             rows = getattr(x, ROWS, None)

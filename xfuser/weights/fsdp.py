@@ -36,7 +36,7 @@ def shapes_of(module: nn.Module) -> list[Shape]:
 
 def free_weights(module: nn.Module, device: torch.device) -> None:
     """Replace a module's parameters by empty ones of the same dtype on this device."""
-    new: dict[int, nn.Parameter] = {}  # keeps parameters shared that several modules share
+    new: dict[int, nn.Parameter] = {}  # parameters that modules share stay shared
     for owner in module.modules():
         for key, old in owner._parameters.items():
             if old is not None:

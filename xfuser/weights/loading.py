@@ -34,7 +34,7 @@ def load_pipeline(
     pipeline_class: Any = DiffusionPipeline,
     **components: Any,
 ) -> Any:
-    """Load the pipeline of ``engine_config.model_config`` in the configured dtype, to this rank's device or offloaded.
+    """Load the pipeline of ``engine_config.model_config`` in its dtype, to this rank's device or offloaded from it.
 
     Each rank loads only the part of the transformer that it keeps under the degrees of ``engine_config``; the pipeline
     must then be wrapped with the same degrees. The ranks of a machine read each file once. All ranks must call this.
@@ -73,8 +73,7 @@ def load_pipeline(
 
 
 def _turn() -> FileLock:
-    """A lock that one process of a machine holds at a time: Diffusers copies a pipeline's own code into a shared folder
-    and runs it there."""
+    """A lock for one process per machine: Diffusers copies a pipeline's own code to a shared folder and runs it."""
     os.makedirs(HF_MODULES_CACHE, exist_ok=True)
     return FileLock(os.path.join(HF_MODULES_CACHE, "xfuser.lock"))
 
@@ -106,7 +105,7 @@ def _check_memory(model: str, size: int, memory: int) -> None:
     if worst > memory:
         sizes = f"the weights of {model!r} that a rank keeps are {worst / 1e9:.2f} GB, memory={memory / 1e9:.2f} GB"
         plan = f"xdit plan --model {model} --world_size {get_world_group().world_size}"
-        raise ValueError(f"{sizes}: `{plan}` lists what the degrees and --text_encoder change")
+        raise ValueError(f"{sizes}: `{plan}` shows how the degrees and --text_encoder change this")
 
 
 def _fetched(model: str, pipeline_class: Any, options: dict[str, Any]) -> str:

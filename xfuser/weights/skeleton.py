@@ -32,7 +32,7 @@ STEMS = {"diffusers": SAFETENSORS_WEIGHTS_NAME.removesuffix(".safetensors"), "tr
 
 
 def skeleton(build: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
-    """The module returned by ``build``, with parameters on the meta device and ordinary buffers."""
+    """The module returned by ``build``, with parameters on the meta device and real buffers."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
