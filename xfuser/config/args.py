@@ -264,7 +264,7 @@ class xFuserArgs:
         """Raise a ValueError for caches that exclude each other, and for thresholds that no cache uses."""
         threshold = self._given_threshold
         if self.use_fbcache and self.use_teacache:
-            raise ValueError("use_fbcache and use_teacache exclude each other: remove one of them")
+            raise ValueError("use_fbcache and use_teacache are two ways to decide the same: remove one of them")
         if self.cache_threshold is not None and self.rel_l1_thresh not in (None, self.cache_threshold):
             raise ValueError(
                 f"cache_threshold={self.cache_threshold} and rel_l1_thresh={self.rel_l1_thresh} set the same value:"

@@ -29,7 +29,7 @@ class DistriFusion:
     def enter(self, call: CallState) -> Iterator[None]:
         """Within the context, the forwards of each step store what the next step needs."""
         self._staleness = staleness = Staleness(self._group, self._mode, call)
-        call.around(self._model, staleness.wrapper)
+        call.around(self._model, staleness.layer)
         call.at_schedule(staleness.restart)
         try:
             yield

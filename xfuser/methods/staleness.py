@@ -42,7 +42,7 @@ class Staleness:
         self._kept.clear()
         self._shapes.clear()
 
-    def wrapper(self, forward: Forward, arguments: Arguments) -> Any:
+    def layer(self, forward: Forward, arguments: Arguments) -> Any:
         """The outer wrapper of the transformer's forward: sees full arguments, even if another rank computes it."""
         self._seen: dict[str, int] = {}
         shapes = [x.shape for x in tree_leaves(arguments) if isinstance(x, Tensor)]

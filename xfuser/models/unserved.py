@@ -12,7 +12,7 @@ UNSERVED: dict[str, str] = {
     "DreamLiteTransformer2DModel": "it is a part of DreamLite's U-Net, not a denoiser",
     "MiniMaxMusic3RVQDepthDecoder": "it decodes codes one after the other, and is not a denoiser",
     "PriorTransformer": (
-        "it computes one embedding, of a causal sequence as short as the prompt, without tokens of an image"
+        "it makes one embedding, of a causal sequence as short as the prompt, without tokens of an image"
     ),
     "RFD4ProteinaTransformer": (
         "it generates structures of proteins: attention takes a bias for each pair of residues, and updates of these"
