@@ -166,6 +166,10 @@ def test_a_causal_layer_stays_causal_with_flash_attn_3(pool):
     ],
 )
 def test_kernels_are_those_of_the_architecture(architecture, dtype, kernel):
+    assert chosen(architecture, dtype) == kernel
+
+
+def chosen(architecture, dtype):
     """The choice of kernel depends only on the architecture and the dtype, so it is tested without an accelerator."""
     x = types.SimpleNamespace(device=torch.device("cuda"), dtype=dtype, shape=(1, 2, 9, 64))
     capability = mock.Mock(get_device_capability=lambda: architecture)
@@ -173,7 +177,11 @@ def test_kernels_are_those_of_the_architecture(architecture, dtype, kernel):
         mock.patch.object(kernels.devices, "device_type", lambda: "cuda"),
         mock.patch.object(torch, "get_device_module", lambda kind: capability),
     ):
-        assert kernels._kernel_for(x, x, x, None, "auto") == kernel
+        return kernels._kernel_for(x, x, x, None, "auto")
+
+
+def test_no_kernel_of_an_accelerator_is_given_float64():
+    assert chosen((9, 0), torch.float32) == "efficient" and chosen((9, 0), torch.float64) == "math"
 
 
 @pytest.mark.parametrize("name", HERE)

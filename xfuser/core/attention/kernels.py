@@ -142,7 +142,8 @@ def _cudnn_takes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
 
 
 def _efficient_takes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
-    return _on_accelerator(q, k, v) and (q.dtype != torch.bfloat16 or devices.has_architecture(AMPERE))
+    known = q.dtype in (torch.float32, *HALF)
+    return known and _on_accelerator(q, k, v) and (q.dtype != torch.bfloat16 or devices.has_architecture(AMPERE))
 
 
 def _needs_accelerator() -> str | None:
