@@ -36,6 +36,8 @@ def install(monkeypatch, count=4):
         get_rng_state=touch("get_rng_state", torch.get_rng_state()),
         set_rng_state=touch("set_rng_state"),
         max_memory_allocated=touch("max_memory_allocated", 0),
+        memory_reserved=touch("memory_reserved", BYTES // 4),
+        memory_allocated=touch("memory_allocated", BYTES // 8),
     )
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))

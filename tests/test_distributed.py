@@ -187,6 +187,10 @@ def test_a_rank_that_is_given_by_number_chooses_its_device(asked, monkeypatch):
     assert devices.group_options(2, "gloo") == {}  # gloo has no device
 
 
+def test_memory_that_torch_keeps_for_further_tensors_is_free(asked):
+    assert devices.free_memory() == accelerator.BYTES // 2 + accelerator.BYTES // 8
+
+
 def test_what_starts_ranks_touches_no_device(asked, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     xFuserArgs(ulysses_degree=2).checked()

@@ -168,5 +168,7 @@ def total_memory() -> int | None:
 def free_memory() -> int:
     """Bytes that can be allocated now: on the accelerator or, on the CPU, in the machine's memory."""
     if _working_type() != "cpu":
-        return torch.get_device_module(device_type()).mem_get_info()[0]
+        module = torch.get_device_module(device_type())
+        # What torch's allocator keeps of freed tensors is in use to the device, but not to the next tensor.
+        return module.mem_get_info()[0] + module.memory_reserved() - module.memory_allocated()
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
