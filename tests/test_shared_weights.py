@@ -1,5 +1,7 @@
 """Weights sharded over ranks, or held by one rank: images and embeddings equal those of whole pipelines."""
 
+import types
+
 import numpy as np
 import pytest
 import running
@@ -10,6 +12,7 @@ from torch import nn
 
 from xfuser import xDiTParallel, xFuserArgs
 from xfuser.weights.loading import load_pipeline
+from xfuser.weights.text_encoders import TextEncoders
 
 ENCODERS = {"sd3": ("text_encoder", "text_encoder_2", "text_encoder_3"), "flux": ("text_encoder", "text_encoder_2")}
 
@@ -80,6 +83,15 @@ def test_embeddings_are_the_same(pool, folder_of):
     for mode in ("shard", "rank0", "offload"):
         for told in pool.run(2, embeddings, path, mode, prompts):
             assert all(np.array_equal(x, y) for x, y in zip(told, expected, strict=True))
+
+
+def test_buffers_of_an_offloaded_encoder_are_on_the_device(monkeypatch):
+    """The device here is meta, to which weights cannot be moved: the encoder has buffers only."""
+    monkeypatch.setattr("xfuser.weights.text_encoders.is_freed", lambda module: False)
+    encoder, device = nn.Sequential(nn.BatchNorm1d(4, affine=False)), torch.device("meta")
+    pipe = types.SimpleNamespace(components={"text_encoder": encoder})
+    TextEncoders(pipe, "offload", types.SimpleNamespace(world_size=1, device=device))
+    assert {x.device for x in encoder.buffers()} == {device}
 
 
 @pytest.mark.parametrize("loads", [False, True], ids=["wrapped", "loaded"])

@@ -118,6 +118,8 @@ class TextEncoders:
             finally:
                 free()
 
+        for part in encoder.modules():  # buffers stay on the device: they are small
+            part._buffers.update({key: x.to(self._group.device) for key, x in part._buffers.items() if x is not None})
         free(self._group.device)
         self._stack.callback(fill)
         self._stack.enter_context(replaced(encoder, "forward", call))
