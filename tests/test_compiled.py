@@ -9,8 +9,10 @@ import torch
 import torch._inductor.config
 from diffusers import DiffusionPipeline
 from torch._dynamo.utils import counters
+from torch._inductor.utils import get_first_incompatible_cudagraph_node
 
 from xfuser import parallelize, xDiTParallel, xFuserArgs
+from xfuser.core.attention import operator
 from xfuser.models.registry import PLANS, plan_of
 from xfuser.testing import matrix
 from xfuser.testing.loop import loop_of
@@ -307,6 +309,14 @@ def test_blocks_that_cannot_be_compiled_run_eagerly(pool):
     expected = matrix.reference("pixart", {}, CALL)
     for latents in pool.run(2, broken, "pixart"):
         assert matrix.error(latents, expected) <= matrix.TOLERANCE
+
+
+@pytest.mark.skipif(not hasattr(torch.Tag, "cudagraph_unsafe"), reason="this release of torch has no such tag")
+def test_no_cuda_graph_records_what_differs_by_block_and_step():
+    for one in (operator.attend, operator.run):
+        graph = torch.fx.Graph()
+        graph.output(graph.call_function(one))
+        assert get_first_incompatible_cudagraph_node(torch.fx.GraphModule({}, graph)).target is one
 
 
 def test_a_missing_compiler_is_told_ahead_of_all():

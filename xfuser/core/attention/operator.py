@@ -70,12 +70,18 @@ def _fake_run(x: Tensor, others: list[Tensor], names: list[str], place: str) -> 
     return x.new_empty(x.shape)
 
 
+# A CUDA graph would replay the kernels of one run, and not run the operators' code again.
+_outside_of_cuda_graphs = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
+
 _library = torch.library.Library("xfuser", "DEF")
-_library.define("attend(Tensor q, Tensor k, Tensor v, Tensor? mask, float? scale, str place, str backend) -> Tensor")
+_library.define(
+    "attend(Tensor q, Tensor k, Tensor v, Tensor? mask, float? scale, str place, str backend) -> Tensor",
+    tags=_outside_of_cuda_graphs,
+)
 _library.impl("attend", _attend, "CompositeExplicitAutograd")
 torch.library.register_fake("xfuser::attend", _fake, lib=_library)
 
-_library.define("run(Tensor x, Tensor[] others, str[] names, str place) -> Tensor")
+_library.define("run(Tensor x, Tensor[] others, str[] names, str place) -> Tensor", tags=_outside_of_cuda_graphs)
 _library.impl("run", _run, "CompositeExplicitAutograd")
 torch.library.register_fake("xfuser::run", _fake_run, lib=_library)
 
