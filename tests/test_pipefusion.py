@@ -1,5 +1,7 @@
 """PipeFusion: synchronous steps equal serial, other steps equal an independent oracle, for any number of stages."""
 
+from unittest import mock
+
 import diffusers
 import numpy as np
 import parts
@@ -8,6 +10,7 @@ import running
 import tiny
 import torch
 from test_modular import assembled
+from torch.distributed import distributed_c10d as c10d
 
 from xfuser.core.attention.kv_buffer import KVBuffer
 from xfuser.methods.tokens import TokenShares
@@ -485,8 +488,14 @@ def fails_then_works(path):
     with pytest.raises(RuntimeError, match="in step 1"):
         parallel(**call_of("sd3"), generator=running.seeded())
     hook.remove()
-    picture = running.array(parallel(**call_of("sd3"), generator=running.seeded()))
-    parallel.unwrap()
+    channels = [channel._group for channel in parallel._pipefusion._channels.values()]
+    abort = mock.patch.object(c10d, "_abort_process_group", wraps=c10d._abort_process_group)
+    with abort as aborted, mock.patch.object(torch.distributed, "get_backend", lambda group: "nccl"):
+        picture = running.array(parallel(**call_of("sd3"), generator=running.seeded()))
+    assert [call.args[0] for call in aborted.mock_calls] == channels  # as NCCL's could not be destroyed
+    with abort as aborted:
+        parallel.unwrap()
+    assert not aborted.called
     return picture
 
 

@@ -41,10 +41,14 @@ def is_made_here(group: dist.ProcessGroup | None) -> bool:
     return group is not None and group in _made
 
 
-def end_group(group: dist.ProcessGroup) -> None:
-    """Destroy a process group, unless destroying the default group has already done so."""
+def end_group(group: dist.ProcessGroup, unfinished: bool = False) -> None:
+    """Destroy a process group, unless destroying the default group has already done so.
+
+    ``unfinished``: operations may be in flight that never complete. NCCL must abort these: it would wait for them.
+    """
     if group in dist.distributed_c10d._world.pg_map:
-        dist.destroy_process_group(group)
+        aborts = unfinished and dist.get_backend(group) == dist.Backend.NCCL
+        (dist.distributed_c10d._abort_process_group if aborts else dist.destroy_process_group)(group)
 
 
 def end_at_exit(forget: Callable[[], None]) -> None:

@@ -87,9 +87,9 @@ class Channel:
         while self._sent and self._sent[0][0] <= self._substep - age:
             self._sent.popleft()[2].wait()
 
-    def close(self) -> None:
-        """Release the communicator, even if messages are in flight on it."""
-        end_group(self._group)
+    def close(self, unfinished: bool) -> None:
+        """Release the communicator; ``unfinished``: messages may be in flight on it that no rank will receive."""
+        end_group(self._group, unfinished)
 
 
 def routes_of(plan: ModelPlan, chains: list[Chain], takers: set[int]) -> set[Route]:

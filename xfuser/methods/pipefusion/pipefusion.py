@@ -134,7 +134,7 @@ class PipeFusion:
 
     def _close_channels(self) -> None:
         for channel in self._channels.values():
-            channel.close()
+            channel.close(self._failed)
         self._channels, self._failed = {}, False
 
     def remember(self) -> None:
