@@ -28,7 +28,9 @@ OF_SDPA = ("attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 WITH_LSE = {
     "_native_math": "math", "_native_flash": "flash", "_native_efficient": "efficient", "_native_cudnn": "cudnn",
 }  # fmt: skip
-WITHOUT_LSE = ("flex", "flash_varlen", "_flash_varlen_3", "sage_varlen")  # although they accept return_lse
+WITHOUT_LSE = (  # although they accept return_lse: they return none, or that of a packed batch
+    "flex", "flash_varlen", "flash_varlen_hub", "_flash_varlen_3", "_flash_3_varlen_hub", "flash_4_hub", "sage_varlen",
+)  # fmt: skip
 KEYS = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
 
 
@@ -123,7 +125,7 @@ def run_with_lse(
     if name not in WITHOUT_LSE and "return_lse" in _parameters(_function(name)):
         try:
             result = _call(name, q, k, v, mask, scale, return_lse=True)
-            if isinstance(result, tuple):
+            if isinstance(result, tuple) and isinstance(result[1], Tensor):
                 out, lse = result[:2]
                 return out.transpose(1, 2), lse.float() if lse.shape[1] == q.shape[1] else lse.mT.float()
             why = "it returned none"
