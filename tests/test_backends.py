@@ -154,6 +154,21 @@ def test_backends_that_return_none_or_a_packed_lse_leave_the_ring_to_others(name
     assert torch.allclose(out, attention(q, q, q), atol=1e-5) and lse.shape == (1, 3, 5)
 
 
+@pytest.mark.parametrize("heads", [3, 5])
+def test_an_lse_of_any_layout_is_of_each_head_and_query(heads):
+    """FlashAttention 3 in Diffusers returns [B, S, H], other functions [B, H, S]."""
+
+    def transposed(query, key, value, attn_mask=None, scale=None, return_lse=False, _parallel_config=None):
+        out, lse = twice(query, key, value, return_lse=True)
+        return out / 2, lse.mT
+
+    q, k = torch.randn(2, 1, heads, 5, 8)
+    with registered("_flash_3", transposed):
+        out, lse = attention_with_lse(q, k, k, backend="_flash_3")
+    assert torch.allclose(out, attention(q, k, k), atol=1e-5)
+    assert torch.allclose(lse, (q @ k.mT * 8**-0.5).logsumexp(-1), atol=1e-5)
+
+
 def test_unknown_and_missing_backends_are_refused():
     with pytest.raises(ValueError, match="attention_backend='fast': unknown; here there are auto, sdpa, flash"):
         xFuserArgs(attention_backend="fast").checked(1)
