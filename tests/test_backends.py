@@ -1,12 +1,14 @@
 """Attention backends of Diffusers: the chosen one computes each rank's local attention, under every method."""
 
 import math
+import types
 from contextlib import contextmanager
 
 import pytest
 import running
 import tiny
 import torch
+import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from diffusers.models import attention_dispatch
 from torch._dynamo.utils import counters
@@ -14,7 +16,7 @@ from torch._dynamo.utils import counters
 from xfuser import xFuserArgs
 from xfuser.core.attention import dispatch
 from xfuser.core.attention.intercept import intercepted
-from xfuser.core.attention.kernels import attention, attention_with_lse
+from xfuser.core.attention.kernels import additive, attention, attention_with_lse
 from xfuser.core.hooks import replaced
 from xfuser.testing import matrix
 from xfuser.testing.zoo import FAMILIES
@@ -167,6 +169,23 @@ def test_an_lse_of_any_layout_is_of_each_head_and_query(heads):
         out, lse = attention_with_lse(q, k, k, backend="_flash_3")
     assert torch.allclose(out, attention(q, k, k), atol=1e-5)
     assert torch.allclose(lse, (q @ k.mT * 8**-0.5).logsumexp(-1), atol=1e-5)
+
+
+def added(q, k, v, bias, dropout, scale):
+    """As the kernel of xformers: the bias is added, and its rows are aligned to 8 elements."""
+    assert not any(step % 8 for step in bias.stride()[:-1])
+    return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), bias, scale=scale).transpose(1, 2)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 1, 5), (1, 1, 1, 5), (2, 1, 8, 8)])
+@pytest.mark.parametrize("kind", [torch.bool, torch.float32])
+def test_xformers_gets_masks_that_hide_keys(monkeypatch, shape, kind):
+    xops = types.SimpleNamespace(memory_efficient_attention=added)
+    monkeypatch.setattr(attention_dispatch, "xops", xops, raising=False)
+    q, k, shown = torch.randn(2, 3, 8, 8), torch.randn(2, 3, shape[3], 8), torch.rand(shape) > 0.3
+    shown[..., 0] = True
+    mask = additive(shown, kind) if kind.is_floating_point else shown
+    assert torch.allclose(attention(q, k, k, mask, backend="xformers"), attention(q, k, k, shown), atol=1e-5)
 
 
 def test_unknown_and_missing_backends_are_refused():

@@ -160,6 +160,11 @@ def _call(name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale
         raise ValueError(f"the attention backend {name!r} does not support masks, and this model has one: use 'native'")
     if mask is not None and "varlen" in name:
         k, v, mask = _kept_first(k, v, mask)
+    if mask is not None and name == "xformers":  # it converts and aligns [B, S]; to others it gives booleans as 0 and 1
+        if mask.shape[1:3] == (1, 1):
+            mask = mask[:, 0, 0].expand(k.shape[0], -1)
+        elif mask.dtype == torch.bool:
+            mask = torch.where(mask, 0.0, -torch.inf)
     if name == "flex" and asked.compiled:  # without a compiler, flex holds all scores at once
         function = _compiled(function)
     given = {"attn_mask": mask, "scale": scale, **more}
