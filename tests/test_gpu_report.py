@@ -130,3 +130,24 @@ def test_ranks_share_a_device(pool, method):
     count, degrees, call = matrix.setting("flux", method)
     expected = matrix.reference("flux", degrees, call)
     assert max(matrix.error(one, expected) for one in pool.run(count, shared, "flux", degrees, call)) < matrix.TOLERANCE
+
+
+@pytest.mark.parametrize(("count", "most"), [(1, 4), (4, 2), (8, 4)])
+def test_no_check_takes_more_ranks_than_there_are(monkeypatch, count, most):
+    """On machines with so many GPUs, in the short form and the full one."""
+    asked = []
+
+    class Pool:
+        def __init__(self, size):
+            self.size = size
+
+        def run(self, ranks, *job):
+            asked.append(ranks)
+            assert ranks <= self.size
+            return [0.5 if job[0] is speed.hidden else {"seconds": 1.0, "peak": 1, "sent": 1, "element": 2}] * ranks
+
+    monkeypatch.setattr(speed.devices, "device_type", lambda: "cuda")
+    pools = ranks.Pools(count, most)
+    vars(pools).update(shared=Pool(most), own=Pool(min(most, count)))
+    found = [outcome_of(check) for check in speed.checks(pools, most == 2)]
+    assert "failed" not in {one.status for one in found} and max(asked) == min(most, count)

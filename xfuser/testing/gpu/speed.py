@@ -90,13 +90,13 @@ def _wan(size: Size) -> tuple[nn.Module, dict[str, Tensor]]:
 def checks(pools: Pools, short: bool) -> Iterator[Check]:
     """Yield checks of serial, Ulysses, the ring and Diffusers' Ulysses; the CPU runs small sizes as a smoke test."""
     on_cpu = devices.device_type() == "cpu"
-    ranks = 2 if on_cpu else max(1, min(4, pools.count))
+    ranks = 2 if on_cpu else max(1, min(pools.most, pools.count))
     for size in SMALL if on_cpu else SIZES:
         if not (short and size is SMALL[1]):
             yield Check("speed", f"{size.model}, {ranks} ranks", partial(_compared, pools, size, ranks))
     missing = pools.missing(True, 2)
     for flag in OVERLAPPED:
-        run = partial(_overlap, pools, SIZES[0], {flag: max(2, min(4, pools.count))})
+        run = partial(_overlap, pools, SIZES[0], {flag: max(2, min(pools.most, pools.count))})
         yield Check("overlap", f"Flux, {flag}", run, missing)
 
 
