@@ -38,6 +38,7 @@ def install(monkeypatch, count=4):
         max_memory_allocated=touch("max_memory_allocated", 0),
         memory_reserved=touch("memory_reserved", BYTES // 4),
         memory_allocated=touch("memory_allocated", BYTES // 8),
+        reset_peak_memory_stats=touch("reset_peak_memory_stats"),
     )
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))

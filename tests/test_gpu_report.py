@@ -5,11 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import accelerator
 import pytest
 import torch
 import torch.distributed as dist
 from pretended import NAME, pretended
 
+from xfuser.core import device as devices
 from xfuser.core.distributed import destroy_distributed_environment
 from xfuser.testing import matrix
 from xfuser.testing.gpu import ranks, speed
@@ -151,3 +153,13 @@ def test_no_check_takes_more_ranks_than_there_are(monkeypatch, count, most):
     vars(pools).update(shared=Pool(most), own=Pool(min(most, count)))
     found = [outcome_of(check) for check in speed.checks(pools, most == 2)]
     assert "failed" not in {one.status for one in found} and max(asked) == min(most, count)
+
+
+def test_a_peak_of_memory_is_of_one_job(monkeypatch):
+    """The ranks of a pool run one job after the other, and a device counts the peak of all of them."""
+    asked = accelerator.install(monkeypatch)
+    ranks.forget()
+    assert devices.peak_memory() == 0 and [name for name, *_ in asked] == [
+        "reset_peak_memory_stats",
+        "max_memory_allocated",
+    ]

@@ -158,6 +158,12 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def restart_peak_memory() -> None:
+    """Count :func:`peak_memory` from here on; does nothing on the CPU, whose peak is that of the process."""
+    if _working_type() != "cpu":
+        torch.get_device_module(device_type()).reset_peak_memory_stats()
+
+
 def total_memory() -> int | None:
     """The accelerator's memory in bytes; None without an accelerator, as ranks then share the machine's memory."""
     if device_type() == "cpu":

@@ -1,5 +1,6 @@
 """Checks of methods on several ranks that share one device (gloo), or that have one device each (its own backend)."""
 
+import gc
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -98,6 +99,12 @@ def on_device() -> Iterator[torch.device]:
         yield device
 
 
+def forget() -> None:
+    """Free what earlier jobs of this process have left, and count the peak of memory anew."""
+    gc.collect()
+    devices.restart_peak_memory()
+
+
 def drawn(
     family: str, degrees: dict[str, Any], call: dict[str, Any], dtype: torch.dtype
 ) -> tuple[list[torch.Tensor], int]:
@@ -131,6 +138,7 @@ def _draw(
 def shipped(flags: dict[str, Any]) -> tuple[torch.Tensor, int]:
     """On a rank: return the image of the shipped pipeline, loaded with these flags, and the peak memory."""
     with on_device():
+        forget()
         args = xFuserArgs(prompt=[PROMPT], num_inference_steps=2, dtype="fp32", output_type="pt", **flags)
         engine, inputs = args.create_config()
         parallel = xDiTParallel(load_pipeline(engine, inputs), engine, inputs)

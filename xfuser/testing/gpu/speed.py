@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from xfuser import parallelize, xDiTParallel, xFuserArgs
 from xfuser.core import device as devices
 from xfuser.core.meters import traffic
-from xfuser.testing.gpu.ranks import Pools, on_device
+from xfuser.testing.gpu.ranks import Pools, forget, on_device
 from xfuser.testing.gpu.report import Check
 from xfuser.testing.loop import DenoisingLoop
 from xfuser.testing.zoo.family import Family
@@ -137,6 +137,7 @@ def _ready(size: Size, way: dict[str, int] | str | None) -> Iterator[Any]:
         model = model.to(dtype).eval()
         arguments = {name: x if name.endswith("_ids") else x.to(dtype) for name, x in arguments.items()}
         forward = partial(model, **arguments, return_dict=False)
+        forget()  # the model was built in float32
         with _divided(model, way):
             for _ in range(2):
                 forward()
