@@ -5,6 +5,7 @@ import math
 from dataclasses import replace
 from functools import cache, wraps
 
+import accelerator
 import pytest
 import running
 import torch
@@ -17,7 +18,7 @@ from xfuser.config.args import in_bytes
 from xfuser.config.config import legal_degrees
 from xfuser.core.distributed import get_world_group
 from xfuser.core.meters import LiveMemory
-from xfuser.planner import repeats
+from xfuser.planner import auto, repeats
 from xfuser.planner.machines import keep, machine_of, sheet_of
 from xfuser.planner.rehearsal import alone_of, rehearse, weight_of
 from xfuser.planner.report import left_out
@@ -373,3 +374,17 @@ def test_auto_chooses_alike_on_all_ranks(pool, folder_of):
         source_of(replace(FLUX, fully_shard_degree=0))
     with pytest.raises(ValueError, match="allow_stale requires auto"):
         asked("x", {"allow_stale": True}).checked()
+
+
+@pytest.mark.parametrize("node", [1, 2])
+def test_auto_plans_for_the_devices_and_nodes_that_are_here(monkeypatch, node):
+    """A data sheet has 80 GiB, and nodes of eight; here a device has 2 GiB, and torchrun says how large nodes are."""
+    accelerator.install(monkeypatch)
+    monkeypatch.setattr(accelerator, "NAME", "NVIDIA H100 80GB HBM3")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(node))
+    monkeypatch.setenv("XFUSER_CACHE", "/nowhere")
+    asked, needs = [], dict.fromkeys(COLUMNS, 0)
+    large, small = (Row(name, needs | {"peak": peak}) for name, peak in (("large", 3 << 30), ("small", 1 << 30)))
+    monkeypatch.setattr(auto, "plan", lambda *given, **_: asked.append(given[2]) or [large, small])
+    assert auto.choice(FLUX, 2)["reason"].startswith("small, ")
+    assert asked[0].name == "H100" and asked[0].node == node

@@ -66,9 +66,10 @@ def choice(args: xFuserArgs, ranks: int) -> dict:
     """Return the degrees of the fastest configuration for this number of ranks on this machine, and the reason."""
     name = devices.device_name()
     machine = calibrated(name) or machine_of("CPU" if devices.device_type() == "cpu" else name)
+    machine = replace(machine, node=int(os.environ.get("LOCAL_WORLD_SIZE", machine.node)))
     stale, compiled = args.allow_stale, args.use_torch_compile
     args = replace(args, auto=False, allow_stale=False, use_torch_compile=False)
-    memory = in_bytes(args.memory) if args.memory else machine.memory
+    memory = in_bytes(args.memory) if args.memory else devices.total_memory()  # a data sheet's is a little more
     rows = plan(args, ranks, machine, compiled, choices_of(ranks), exact=not stale)
     good, rest = ranked(rows, "latency", memory)
     if not good:
