@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+from unittest.mock import MagicMock
 
 import openai
 import psutil
@@ -50,6 +51,21 @@ def deploy(**options):
     from xfuser.serve.ray_app import build
 
     serve.run(build({"height": test_serve.SIDE, "width": test_serve.SIDE} | options), name="xdit")
+
+
+@pytest.mark.parametrize(("has", "needs"), [({"GPU": 4.0}, {"CPU": 2, "GPU": 2}), ({}, {"CPU": 2})])
+def test_gpus_of_other_machines_are_asked_for(monkeypatch, has, needs):
+    import ray
+
+    from xfuser.serve import ray_app
+
+    given = {}
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0} | has)
+    monkeypatch.setattr(ray_app.serve, "deployment", lambda kind, **options: given.update(options) or MagicMock())
+    ray_app.build({"ulysses_degree": 2})
+    assert given["placement_group_bundles"] == [needs]
+    assert given["ray_actor_options"] == {"num_cpus": 2, "num_gpus": needs.get("GPU", 0)}
 
 
 @pytest.mark.matrix

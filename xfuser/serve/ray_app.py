@@ -3,6 +3,7 @@
 import asyncio
 from argparse import Namespace
 
+import ray
 from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
@@ -57,7 +58,9 @@ def build(options: dict[str, str]) -> Application:
     args, own = parsed(arguments)
     check(args, own)
     ranks = args.checked()[0].world_size
-    needs = {"CPU": ranks} if devices.device_type() == "cpu" else {"CPU": ranks, "GPU": ranks}
+    # The machine that deploys may have no accelerator, or hide them: within Ray, all machines count.
+    has_gpus = devices.device_type() != "cpu" or (ray.is_initialized() and "GPU" in ray.cluster_resources())
+    needs = {"CPU": ranks, "GPU": ranks} if has_gpus else {"CPU": ranks}
     deployment = serve.deployment(
         Replica,
         num_replicas=replicas,
