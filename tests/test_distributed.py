@@ -200,6 +200,17 @@ def test_what_starts_ranks_touches_no_device(asked, monkeypatch):
     assert asked == []
 
 
+def test_more_ranks_than_accelerators_are_refused(asked, monkeypatch, capsys):
+    monkeypatch.delenv("RANK", raising=False)
+    for command in (["--prompt", "a red circle"], ["bench", "--ranks", "8", "--configs"]):
+        flags = ["ulysses_degree=8"] if "bench" in command else ["--ulysses_degree", "8"]
+        monkeypatch.setattr(sys, "argv", ["xdit", *command, *flags])
+        assert cli.main() == 1
+        told = capsys.readouterr().err
+        assert told == "xdit: ValueError: 8 ranks need as many accelerators (here: 4): give smaller degrees\n"
+    assert asked == []
+
+
 def test_a_plan_touches_no_device(asked, monkeypatch, capsys):
     command = ["xdit", "plan", "--world_size", "1", "--num_inference_steps", "2", "--dtype", "fp32"]
     monkeypatch.setattr(sys, "argv", command)

@@ -77,6 +77,7 @@ def named(path: str) -> Callable[..., Any]:
 
 def launch(ranks: int, arguments: list[str]) -> int:
     """Start this command once per rank; returns the exit code."""
+    devices.check_ranks(ranks)
     devices.preload("xfuser.parallel", "xfuser.weights.loading")
     return start(ranks, "xfuser.cli.main:run", arguments)
 

@@ -69,6 +69,12 @@ def device_count() -> int:
     return max(1, torch.accelerator.device_count()) if device_type() != "cpu" else 1
 
 
+def check_ranks(ranks: int) -> None:
+    """Raise a ValueError for more ranks on this machine than accelerators: NCCL refuses two ranks on one."""
+    if device_type() != "cpu" and ranks > device_count():
+        raise ValueError(f"{ranks} ranks need as many accelerators (here: {device_count()}): give smaller degrees")
+
+
 def device(local_rank: int) -> torch.device:
     """The device of the rank with this index on its node; the CPU without an accelerator."""
     kind = _working_type()

@@ -100,6 +100,7 @@ class Server:
     def __init__(self, args: xFuserArgs, options: Namespace) -> None:
         self.args, self.options = args, options
         self.config, self.inputs = args.checked()
+        devices.check_ranks(self.config.world_size)
         self.model = os.path.basename(self.config.model_config.model.rstrip("/"))
         self._sizes = elastic.sizes_of(self.config.world_size, options.elastic)
         launch = partial(start, self.config.world_size, WORKER, args, options.elastic)
