@@ -347,6 +347,23 @@ def test_a_machine_is_known_by_the_name_that_its_driver_tells(told, sheet):
     assert sheet_of(told) == sheet
 
 
+@pytest.mark.covering
+@pytest.mark.parametrize(
+    ("name", "mebibytes"),
+    [
+        ("L40S", 46068),
+        ("A10", 23028),
+        ("L4", 23034),
+        ("T4", 15360),
+        ("H100", 81559),
+        ("B200", 183359),
+        ("B300", 275040),
+    ],
+)
+def test_a_data_sheet_has_no_more_memory_than_the_driver_tells(name, mebibytes):
+    assert machine_of(name).memory / 2**20 == pytest.approx(mebibytes, rel=6e-3)
+
+
 @pytest.mark.matrix
 def test_the_ranking_explains_itself(folder_of, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -63,7 +63,8 @@ class Machine:
         units, clock: number of processors, each of which computes one tile of a matrix product at a time, and their
             cycles per second.
         cache: bytes of the cache that the processors share.
-        bandwidth: bytes per second of the memory; ``memory``: its size in bytes, None if all ranks share it.
+        bandwidth: bytes per second of the memory; ``memory``: its size in bytes as the driver tells it, None if all
+            ranks share it.
         link, node_link: one-way bytes per second of a device within its node, and of a node to other nodes.
         kernels: the fraction of the peak that the attention kernels' instructions can reach; ``overlaps``: whether
             these kernels compute products and exponentials at the same time.
@@ -210,7 +211,7 @@ def _of_sheet(name: str, links: str | None, constants: dict[str, Constants] | No
     kind = links if links in KINDS else sheet["links"]
     link = sheet["link_gb_s"] * 1e9 if kind == sheet["links"] else KINDS[kind]
     reached = (constants or constants_of())[kind]
-    held = sheet["memory_gib"] and sheet["memory_gib"] * 2**30
+    held = sheet["memory_gib"] and int(sheet["memory_gib"] * 2**30)
     more = {name: sheet[name] for name in ("kernels", "power", "exps", "wide", "synchronous") if name in sheet}
     return Machine(
         name=found, peak=sheet["peak_tflops"] * 1e12, units=sheet["units"], clock=sheet["gigahertz"] * 1e9,
