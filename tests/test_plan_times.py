@@ -69,6 +69,15 @@ def test_a_measured_peak_is_reached_whatever_the_power():
     assert machine.reached == 1 > machine_of("H100").reached
 
 
+@pytest.mark.parametrize(("name", "tera"), [("A100", 19.5), ("H100", 67), ("RTX 4090", 82.6), ("L4", 30.3)])
+def test_products_in_32_bits_are_computed_without_tensor_cores(name, tera):
+    """By torch's default; convolutions use TF32."""
+    machine = replace(machine_of(name), constants=replace(CONSTANTS, matmul=NO_LIMIT), bandwidth=1e30, clock=1e30)
+    product = Operator(MATMUL, tera * 1e12, 0.0, True, (), ())
+    seconds = [Clock(machine).run(program_of([x])).device for x in (product, product._replace(convolution=True))]
+    assert seconds == pytest.approx([1, tera * 1e12 / (machine.peak / 2)], rel=0.02)
+
+
 def test_convolutions_are_slower_than_other_products():
     machine = replace(machine_of("CPU"), peak=1e9, bandwidth=1e30, constants=replace(CONSTANTS, convolution=0.25))
     one = Operator(MATMUL, 1e9, 0.0, False, (), ())

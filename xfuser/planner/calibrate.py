@@ -35,7 +35,7 @@ def measure() -> Machine:
         name=devices.device_name(), peak=peak, units=1, clock=small / CACHED, cache=0.0 if is_cpu else 40e6,
         bandwidth=large, memory=devices.total_memory(), link=min(rate, large), constants=constants,
         kernels=_attention(device, dtype) / peak, exps=_activations(device, dtype) * CACHED / (EXPS * small),
-        wide=1.0 if is_cpu else 0.5, node=NODE, synchronous=is_cpu,
+        wide=1.0 if is_cpu else _products(device, torch.float32) / peak, node=NODE, synchronous=is_cpu,
     )  # fmt: skip
     return _of_slowest(machine)
 

@@ -24,6 +24,7 @@ KINDS = {"pcie": 32e9, "nvlink": 300e9}  # kinds of links, and their usual one-w
 HEADS = 32  # attention kernels exist for head sizes that are multiples of this; other sizes are padded
 EXPS = 16  # exponentials per cycle that a processor computes
 COMPILED = 1 / 6  # host time per operator in compiled code, relative to eager mode
+TF32 = 0.5  # speed of convolutions in 32 bits, relative to 16: by default, torch rounds their inputs, but not products'
 BETWEEN_NODES = 2  # time until a message starts between nodes, relative to within a node
 
 
@@ -59,7 +60,7 @@ class Machine:
     """A kind of device, in nodes.
 
     Attributes:
-        peak: FLOP/s of dense matrix products in 16 bits; ``wide``: the fraction of it in 32 bits.
+        peak: FLOP/s of dense matrix products in 16 bits; ``wide``: the fraction of it in 32 bits, without TF32.
         units, clock: number of processors, each of which computes one tile of a matrix product at a time, and their
             cycles per second.
         cache: bytes of the cache that the processors share.
@@ -112,7 +113,8 @@ class Machine:
 
     def seconds(self, run: "Operators") -> np.ndarray:
         """Device seconds of each operator: the longer of its arithmetic and its memory traffic."""
-        known, peak = self.constants, self.peak * np.where(run.wide > 0, self.wide, 1.0)
+        wide = np.where(run.convolutions > 0, max(self.wide, TF32), self.wide)
+        known, peak = self.constants, self.peak * np.where(run.wide > 0, wide, 1.0)
         moved = np.maximum(
             run.missed[:, self.cache_column] / (known.memory * self.bandwidth), run.bytes / (CACHED * self.cycles)
         )
