@@ -1,11 +1,14 @@
 """From a plan's counts to seconds: the times of operators, messages and stages on a machine."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
+import accelerator
 import pytest
 import torch
 from test_planning import asked
 
+from xfuser.planner import calibrate
 from xfuser.planner.calibrate import NO_LIMIT
 from xfuser.planner.cost import LINKS, Clock, fuse, program_of
 from xfuser.planner.estimate import Counted, Parts, estimate
@@ -76,6 +79,25 @@ def test_products_in_32_bits_are_computed_without_tensor_cores(name, tera):
     product = Operator(MATMUL, tera * 1e12, 0.0, True, (), ())
     seconds = [Clock(machine).run(program_of([x])).device for x in (product, product._replace(convolution=True))]
     assert seconds == pytest.approx([1, tera * 1e12 / (machine.peak / 2)], rel=0.02)
+
+
+def measured(monkeypatch, **figures):
+    """What a calibration of one rank with an accelerator comes to, with these results of its measurements."""
+    accelerator.install(monkeypatch)
+    monkeypatch.setattr(accelerator, "NAME", "NVIDIA GeForce RTX 4090")
+    monkeypatch.setattr(calibrate, "get_world_group", lambda: SimpleNamespace(local_rank=0, world_size=1))
+    monkeypatch.setattr(calibrate, "_of_slowest", lambda machine: machine)
+    rates = {"_products": 1.5e14, "_copies": 9e11, "_host": 1e-5, "_convolutions": 5e13} | figures
+    for name, rate in ({"_attention": 1e14, "_activations": 1e11} | rates).items():
+        monkeypatch.setattr(calibrate, name, lambda device, kind, rate=rate: rate(kind) if callable(rate) else rate)
+    return calibrate.measure()
+
+
+def test_a_cache_that_outruns_the_host_is_not_slower_than_the_memory(monkeypatch):
+    """Small copies are issued one after the other, and a fast GPU waits for the host between them."""
+    machine = measured(monkeypatch, _copies=lambda elements: 3e12 if elements < 1 << 24 else 4e12)
+    copy = Operator(MEMORY, 0.0, 0.0, False, ((0, int(2e9)),), ((1, int(2e9)),))
+    assert Clock(machine).run(program_of([copy])).device == pytest.approx(1e-3 + machine.constants.host, rel=0.05)
 
 
 def test_convolutions_are_slower_than_other_products():
