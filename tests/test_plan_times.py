@@ -100,6 +100,13 @@ def test_a_cache_that_outruns_the_host_is_not_slower_than_the_memory(monkeypatch
     assert Clock(machine).run(program_of([copy])).device == pytest.approx(1e-3 + machine.constants.host, rel=0.05)
 
 
+def test_one_rank_alone_measures_no_links(monkeypatch):
+    """It has those of the data sheet; they are not as fast as its memory."""
+    machine, sheet = measured(monkeypatch), machine_of("RTX 4090")
+    message = Message(1, "all_gather", (0, 1), 10**9)
+    assert machine.link_seconds(message) == pytest.approx(sheet.link_seconds(message))
+
+
 def test_convolutions_are_slower_than_other_products():
     machine = replace(machine_of("CPU"), peak=1e9, bandwidth=1e30, constants=replace(CONSTANTS, convolution=0.25))
     one = Operator(MATMUL, 1e9, 0.0, False, (), ())

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from xfuser.core import device as devices
 from xfuser.core.distributed import get_world_group
-from xfuser.planner.machines import CACHED, EXPS, NODE, Constants, Machine
+from xfuser.planner.machines import CACHED, EXPS, NODE, Constants, Machine, links_of
 from xfuser.planner.trace import Operator, Tracer
 
 SECONDS = 0.5  # minimum total time of a measurement
@@ -29,7 +29,7 @@ def measure() -> Machine:
     small, large = (_copies(device, 1 << bits) for bits in ((18, 22) if is_cpu else (22, 28)))
     small = max(small, large)  # a cache is no slower than the memory: where it seems so, it outran the host
     host = _host(device, dtype)
-    start, rate = _links(device) if group.world_size > 1 else (0.0, large)
+    start, rate = _links(device) if group.world_size > 1 else links_of(devices.device_name()) or (0.0, large)
     convolution = _convolutions(device, dtype) / peak
     constants = Constants(NO_LIMIT, 0.0, convolution, 1.0, 1.0, host, start, 0.0)
     machine = Machine(

@@ -227,6 +227,14 @@ def constants_of() -> dict[str, Constants]:
     return {kind: Constants(**values) for kind, values in shipped()["constants"].items()}
 
 
+def links_of(name: str) -> tuple[float, float] | None:
+    """Seconds until a message starts, and bytes per second after that, by the data sheet of a device; None without."""
+    if sheet_of(name) is None:
+        return None
+    sheet = _of_sheet(name, None, None)
+    return sheet.constants.start, sheet.constants.link * sheet.link
+
+
 def _plain(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower().replace("geforce", ""))
 
