@@ -16,7 +16,7 @@ from xfuser.planner.trace import Operator, Tracer
 SECONDS = 0.5  # minimum total time of a measurement
 QUEUED = 20  # actions queued at a time on an accelerator
 NO_LIMIT = math.inf  # FLOPs per joule: the measured peak already includes the power limit
-EXCHANGES = 100  # repetitions when measuring links, the same on all ranks
+EXCHANGES = 100  # repetitions when measuring links, the same on all ranks; a tenth for large messages of a GPU
 BLOCKS = 12  # in the transformer that is timed for the host cost per operator
 
 
@@ -131,14 +131,15 @@ def _links(device: torch.device) -> tuple[float, float]:
 
     rows, weight = torch.randn(512, 512, device=device), torch.randn(512, 512, device=device)
 
-    def exchange(count: int) -> float:
+    def exchange(count: int, times: int) -> float:
         """Mean seconds of two collectives, each after a product; both send ``ranks - 1`` times this many elements."""
         x, y = torch.zeros(ranks * count, device=device), torch.empty(ranks * count, device=device)
         half = torch.zeros(ranks * count // 2, device=device)
         both = (lambda: dist.all_to_all_single(y, x), lambda: dist.all_reduce(half))
-        taken = [devices.seconds_of(lambda one=one: (rows @ weight, one()), EXCHANGES) for one in both]
-        return max(0.0, sum(taken) / 2 - devices.seconds_of(lambda: rows @ weight, EXCHANGES))
+        taken = [devices.seconds_of(lambda one=one: (rows @ weight, one()), times) for one in both]
+        return max(0.0, sum(taken) / 2 - devices.seconds_of(lambda: rows @ weight, times))
 
     little, much = 256, 1 << (20 if device.type == "cpu" else 26)
-    short, long = exchange(little), exchange(much)
+    # On a GPU, each of the large ones sends up to 2 GB: over PCIe, a hundred would take a minute.
+    short, long = exchange(little, EXCHANGES), exchange(much, EXCHANGES if device.type == "cpu" else EXCHANGES // 10)
     return short, 4 * (ranks - 1) * (much - little) / max(long - short, 1e-9)
