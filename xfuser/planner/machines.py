@@ -258,11 +258,11 @@ def devices_of(spec: str) -> tuple[int, str]:
     """Split ``"8xL40"`` into a number and a name; without a number, it is 1.
 
     Raises:
-        ValueError: the number is 0, or there is no name.
+        ValueError: the number is 0 or behind the name, or there is no name.
     """
     found = re.fullmatch(r"(?:(\d+) ?[xX] ?)?(.+)", spec.strip())
     count = int(found[1] or 1) if found else 0
-    if count < 1:
+    if count < 1 or re.search(r"\d ?x\d+$", found[2].lower()):  # "H100x4"
         raise ValueError(f"gpus={spec!r}: give a number and a name, such as 8xL40")
     return count, found[2]
 
