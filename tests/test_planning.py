@@ -300,6 +300,8 @@ def test_unknown_machines_and_bad_flags_are_refused(tmp_path, monkeypatch):
         ),
         (["--gpus", "2xH100", "--node_link", "100gbit"], "node_link='100gbit' requires several nodes"),
         (["--gpus", "2xH100", "--explain", "ring 3"], "explain='ring 3' is unknown"),
+        (["--gpus", "37xH100"], "37 ranks: Ulysses and ring, up to 32 each, and CFG do not multiply"),
+        (["--gpus", "H100", "--scale", "1", "37"], "37 ranks: Ulysses and ring"),
         (["--gpus", "H100x4"], "gpus='H100x4': give a number and a name, such as 8xL40"),
         (["--world_size", "2", "--exact"], "exact=True requires --gpus"),
         (["--calibrate"], "changes nothing about a calibration"),

@@ -14,11 +14,18 @@ MOST = {"cfg": 2, "ulysses": 32, "ring": 32, "pipefusion": 1, "tensor": 1, "dp":
 
 
 def choices_of(ranks: int) -> list[dict[str, int]]:
-    """The combinations to count: all for few ranks; only Ulysses and ring, with or without CFG, for many."""
+    """The combinations to count: all for few ranks; only Ulysses and ring, with or without CFG, for many.
+
+    Raises:
+        ValueError: there are none, as for a prime number of ranks above 32.
+    """
     legal = legal_degrees(ranks)
     if ranks <= FEW:
         return legal
-    return [one for one in legal if all(n <= MOST[method] for method, n in one.items())]
+    found = [one for one in legal if all(n <= MOST[method] for method, n in one.items())]
+    if not found:
+        raise ValueError(f"{ranks} ranks: Ulysses and ring, up to 32 each, and CFG do not multiply to this number")
+    return found
 
 
 def best_of(
