@@ -6,6 +6,7 @@ import sys
 import time
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import accelerator
 import pytest
@@ -14,9 +15,10 @@ import torch
 import torch.distributed as dist
 
 from xfuser import xFuserArgs
+from xfuser.bench import timeline
 from xfuser.bench.exits import SCRIPTS, exit_codes
 from xfuser.cli import main as cli
-from xfuser.core import device as devices, distributed
+from xfuser.core import device as devices, distributed, meters
 from xfuser.core.distributed import RankGenerator, ending
 from xfuser.core.distributed.utils import split_sequence_group, split_sizes
 from xfuser.pipeline_io.agreement import shared_arguments
@@ -209,6 +211,19 @@ def test_more_ranks_than_accelerators_are_refused(asked, monkeypatch, capsys):
         told = capsys.readouterr().err
         assert told == "xdit: ValueError: 8 ranks need as many accelerators (here: 4): give smaller degrees\n"
     assert asked == []
+
+
+def test_a_timeline_of_an_accelerator_is_refused(asked, monkeypatch, capsys, tmp_path):
+    """The host does not know when it computes; nor are the times of asynchronous steps told."""
+    monkeypatch.delenv("RANK", raising=False)
+    flags = ["--output_dir", str(tmp_path), "--timeline", str(tmp_path / "time.png"), "--configs", "ulysses_degree=2"]
+    monkeypatch.setattr(sys, "argv", ["xdit", "bench", *flags])
+    assert cli.main() == 1 and "timeline shows when ranks compute on CPUs" in capsys.readouterr().err
+    assert asked == []
+    method = SimpleNamespace(_pipefusion=True)
+    monkeypatch.setattr(timeline.SequenceParallel, "_wrapper", lambda method, forward, arguments: "computed")
+    with timeline.timeline(meters.Waiting()) as spans:
+        assert timeline.SequenceParallel._wrapper(method, None, None) == "computed" and not spans
 
 
 def test_a_plan_touches_no_device(asked, monkeypatch, capsys):

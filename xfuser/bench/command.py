@@ -10,6 +10,7 @@ from typing import Any
 from xfuser.bench.configurations import GROUPS, PRESETS, Configuration, configurations
 from xfuser.bench.files import write_json
 from xfuser.config import FlexibleArgumentParser, xFuserArgs
+from xfuser.core import device as devices
 from xfuser.core.distributed.failure import fail_together
 from xfuser.pipeline_io.media import check_writable
 
@@ -181,6 +182,10 @@ def check_outputs(options: argparse.Namespace) -> None:
 
     check_writable(options.output_dir)
     check_writable(os.path.dirname(options.timeline or "") or ".")
+    if options.timeline and devices.device_type() != "cpu":
+        raise ValueError(
+            "timeline shows when ranks compute on CPUs: an accelerator computes later than the host issues"
+        )
     extra("matplotlib", "a plot")
     if options.against:
         from xfuser.bench.workload import check_peer

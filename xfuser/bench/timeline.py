@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
+from xfuser.core import device as devices
 from xfuser.core.meters import Waiting
 from xfuser.methods.sequence import SequenceParallel
 
@@ -14,12 +15,15 @@ Span = dict[str, float]  # stage, step, patch, start, end: a sub-step on one sta
 
 @contextmanager
 def timeline(waits: Waiting) -> Iterator[list[Span]]:
-    """Record the sub-steps of a PipeFusion call in the context, each from the arrival of its tokens."""
+    """Record the sub-steps of a PipeFusion call in the context, each from the arrival of its tokens.
+
+    On an accelerator the host only issues them, at other times: nothing is recorded.
+    """
     spans: list[Span] = []
     wrapper = SequenceParallel._wrapper
 
     def spanned(method: SequenceParallel, forward: Any, arguments: Any) -> Any:
-        if method._pipefusion is None:
+        if method._pipefusion is None or devices.device_type() != "cpu":
             return wrapper(method, forward, arguments)
         start, before = time.perf_counter(), len(waits.waits)
         output = wrapper(method, forward, arguments)
