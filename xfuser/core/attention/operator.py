@@ -70,8 +70,10 @@ def _fake_run(x: Tensor, others: list[Tensor], names: list[str], place: str) -> 
     return x.new_empty(x.shape)
 
 
-# A CUDA graph would replay the kernels of one run, and not run the operators' code again.
-_outside_of_cuda_graphs = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
+try:  # A CUDA graph would replay the kernels of one run, and not run the operators' code again.
+    _outside_of_cuda_graphs = (torch.Tag.cudagraph_unsafe,)
+except AttributeError:  # an older torch
+    _outside_of_cuda_graphs = ()
 
 _library = torch.library.Library("xfuser", "DEF")
 _library.define(

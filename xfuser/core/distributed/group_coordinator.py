@@ -36,8 +36,10 @@ class GroupCoordinator:
         self.device = devices.device(local_rank)
         self.ranks, self.device_group = own_group(group_ranks, torch_distributed_backend)
         self.cpu_group = self.device_group
-        if self.device.type != "cpu" and dist.get_backend(self.device_group) == devices.backend():
-            _, self.cpu_group = own_group(group_ranks, "gloo")
+        backend = dist.get_backend(self.device_group)
+        if self.device.type != "cpu" and backend != "gloo":
+            if backend == devices.backend():  # others also support the CPU
+                _, self.cpu_group = own_group(group_ranks, "gloo")
             connect(self.device_group, self.device)
         self.world_size = len(self.ranks)
         self.rank_in_group = self.ranks.index(self.rank)
@@ -325,6 +327,4 @@ def _described(tensor_dict: dict[str, Any]) -> dict[str, Any]:
 
 
 def _pad_rows(x: Tensor, rows: int) -> Tensor:
-    if x.shape[0] == rows:
-        return x
-    return torch.cat([x, x.new_zeros(rows - x.shape[0], *x.shape[1:])])
+    return x if x.shape[0] == rows else torch.cat([x, x.new_zeros(rows - x.shape[0], *x.shape[1:])])
