@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from pretended import NAME, pretended
 
+from xfuser.bench.workload import own_parallelism_runs_here
 from xfuser.core import device as devices
 from xfuser.core.distributed import destroy_distributed_environment
 from xfuser.testing import matrix
@@ -153,6 +154,15 @@ def test_no_check_takes_more_ranks_than_there_are(monkeypatch, count, most):
     vars(pools).update(shared=Pool(most), own=Pool(min(most, count)))
     found = [outcome_of(check) for check in speed.checks(pools, most == 2)]
     assert "failed" not in {one.status for one in found} and max(asked) == min(most, count)
+
+
+def test_diffusers_own_parallelism_opens_on_accelerators(monkeypatch):
+    """It divides by their number, which is pretended on the CPU alone."""
+    with own_parallelism_runs_here():
+        assert torch.accelerator.device_count() == 1
+    accelerator.install(monkeypatch, count=4)
+    with own_parallelism_runs_here():
+        assert torch.accelerator.device_count() == 4
 
 
 def test_a_peak_of_memory_is_of_one_job(monkeypatch):

@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
-from unittest import mock
 
 import diffusers
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from xfuser import parallelize, xDiTParallel, xFuserArgs
+from xfuser.bench.workload import own_parallelism_runs_here
 from xfuser.core import device as devices
 from xfuser.core.meters import traffic
 from xfuser.testing.gpu.ranks import Pools, forget, on_device
@@ -148,8 +148,7 @@ def _ready(size: Size, way: dict[str, int] | str | None) -> Iterator[Any]:
 def _divided(model: nn.Module, way: dict[str, int] | str | None) -> Iterator[None]:
     if way == DIFFUSERS:
         ranks = torch.distributed.get_world_size()
-        here = {"device_count": lambda: 1} if devices.device_type() == "cpu" else {}
-        with mock.patch.multiple("torch.accelerator", **here):
+        with own_parallelism_runs_here():
             model.enable_parallelism(config=diffusers.ContextParallelConfig(ulysses_degree=ranks))
         yield
         return
