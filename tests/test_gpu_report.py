@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import accelerator
 import pytest
@@ -126,6 +127,17 @@ def shared(*cell):
         result, _ = ranks.drawn(*cell, torch.float32)
         destroy_distributed_environment()
         return result
+
+
+def place_of_four():
+    """The device of a rank that shares one with others, on a machine with four."""
+    four = mock.patch.object(torch.accelerator, "device_count", lambda: 4)
+    with pretended(f"cpu:gloo,{NAME}:gloo"), four, ranks.on_device() as device:
+        return device.index, devices.device(3).index
+
+
+def test_the_device_that_ranks_share_is_the_first(pool):
+    assert pool.run(2, place_of_four) == [(0, 0)] * 2
 
 
 @pytest.mark.parametrize("method", matrix.METHODS)

@@ -7,6 +7,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
+from unittest import mock
 
 import diffusers
 import torch
@@ -89,14 +90,14 @@ def quiet() -> None:
 
 @contextmanager
 def on_device() -> Iterator[torch.device]:
-    """Within the context, this rank uses its device; over gloo, messages are staged on the host."""
-    device = devices.device(dist.get_rank())
-    devices.use(dist.get_rank())
+    """Within the context, this rank uses its device; over gloo, all use the first one, with messages staged on the host."""
+    shares = devices.device_type() != "cpu" and dist.get_backend() != devices.backend()
     torch.backends.cudnn.allow_tf32 = False  # convolutions are compared in float32
-    by_host = device.type != "cpu" and dist.get_backend() != devices.backend() and dist.get_world_size() > 1
     quiet()
-    with Staged() if by_host else nullcontext():
-        yield device
+    with mock.patch.object(torch.accelerator, "device_count", lambda: 1) if shares else nullcontext():
+        devices.use(dist.get_rank())
+        with Staged() if shares and dist.get_world_size() > 1 else nullcontext():
+            yield devices.device(dist.get_rank())
 
 
 def forget() -> None:
