@@ -58,7 +58,9 @@ def test_the_slowest_stage_sets_the_pace(folder_of):
     """The slowest stage may not be the first one, which is counted; its compute is estimated from its blocks."""
     machine = replace(machine_of("CPU"), peak=1e9, synchronous=False, bandwidth=1e30, constants=CONSTANTS)
     patch, whole = (program_of([Operator(MATMUL, 1e9, 0.0, False, (), ())] * count) for count in (1, 2))
-    told = estimate(Counted(whole, [patch, patch], Parts({}), [1.0, 2.0], []), machine, 5, 1, False)
+    program = Counted(whole, [patch, patch], Parts({}), [1.0, 2.0], [])
+    assert estimate(program, machine, 2, 6, False).seconds == pytest.approx(2 * 3 * 2 + 1)  # synchronous steps alone
+    told = estimate(program, machine, 5, 1, False)
     assert told.step == pytest.approx(4) and told.seconds == pytest.approx(3 * 2 + 4 * 4 + 1)
     assert sum(told.spent.values()) == pytest.approx(told.seconds)
     args = asked(folder_of("flux"), {"pipefusion_parallel_degree": 2, "attn_layer_num_for_pp": [1, 3]})

@@ -85,7 +85,8 @@ def estimate(
     found.step = busy
     if stages > 1:
         hop, all_stages, slowest = sum(map(machine.link_seconds, told.between)), sum(told.stages), max(told.stages)
-        patch, stale, synchronous = busy / len(each), max(0, steps - max(1, warmup)), max(1, warmup)
+        synchronous = min(steps, max(1, warmup))  # two transformers have a warm-up each, maybe longer than the call
+        patch, stale = busy / len(each), steps - synchronous
         found.step = max(slowest * busy, all_stages * patch + stages * hop / len(each))
         once, drain = all_stages * first.device + (stages - 1) * hop, (all_stages - slowest) * patch
         found.denoise = synchronous * once + drain + stale * found.step
