@@ -338,7 +338,7 @@ def test_a_row_says_why_it_cannot_be_counted(folder_of, monkeypatch):
         ("NVIDIA H100 80GB HBM3", "H100"), ("H100SXM", "H100"), ("NVIDIA H100 PCIe", "H100 PCIe"),
         ("H200 141GB", "H200"),
         ("NVIDIA GH200 480GB", "GH200"), ("GB200", "GB200"), ("NVIDIA H20-3e", "H20-3e"), ("h20", "H20"),
-        ("NVIDIA A100-SXM4-80GB", "A100"), ("A100-PCIE-40GB", "A100 40GB"), ("NVIDIA A100 80GB PCIe", "A100 PCIe"),
+        ("NVIDIA A100-SXM4-80GB", "A100"), ("A100-PCIE-40GB", "A100 PCIe 40GB"), ("NVIDIA A100 80GB PCIe", "A100 PCIe"),
         ("NVIDIA A10G", "A10G"), ("A10", "A10"), ("L40-48GB", "L40"), ("NVIDIA L40S", "L40S"), ("L20X", None),
         ("NVIDIA GeForce RTX 4090", "RTX 4090"), ("NVIDIA GeForce RTX 4090 D", "RTX 4090D"), ("rtx4090d", "RTX 4090D"),
         ("4090", "RTX 4090"), ("NVIDIA RTX A6000", "RTX A6000"), ("NVIDIA RTX A4000", None), ("Quadro RTX 6000", None),

@@ -1,6 +1,7 @@
 """A rank of the server: a batch gives the same results as its jobs alone, and a cancelled batch leaves no state."""
 
 import io
+from contextlib import nullcontext
 from multiprocessing import Pipe
 from typing import Any
 
@@ -11,6 +12,7 @@ import safetensors.torch
 import torch
 import whole
 from PIL import Image
+from torch.distributed import DistBackendError
 
 from xfuser import xFuserArgs
 from xfuser.serve import elastic, worker
@@ -41,6 +43,17 @@ def draws(path: str, batches: list[Any], cancelled: tuple[str, ...] = (), **degr
         sent.append(ours.recv())
     teams[engine_config.world_size][1].unwrap()
     return ends, sent
+
+
+@pytest.mark.parametrize("error", [DistBackendError("NCCL communicator was aborted"), ConnectionResetError()])
+def test_a_rank_ends_when_no_call_can_follow(monkeypatch, error):
+    def fails(*_):
+        raise error
+
+    monkeypatch.setattr(worker, "in_team", lambda groups: nullcontext())
+    monkeypatch.setattr(worker, "arguments", fails)
+    with pytest.raises(type(error)):
+        worker.draw({1: (None, None)}, None, 1, [], None)
 
 
 def latents(end: Any) -> list[torch.Tensor]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch.distributed import DistError
 from torch.nn import functional
 from tqdm import tqdm
 
@@ -90,8 +91,8 @@ def draw(
     except ValueError as error:
         return "invalid", str(error)
     except Exception as error:
-        # the engine is gone, or the device can no longer be used
-        if isinstance(error, ConnectionError) or type(error).__name__ == "AcceleratorError":
+        # the engine is gone, or the device or the process groups can no longer be used
+        if isinstance(error, ConnectionError | DistError) or type(error).__name__ == "AcceleratorError":
             raise
         memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
         return "memory" if memory else "error", f"{type(error).__name__}: {error}"

@@ -90,7 +90,7 @@ def quiet() -> None:
 
 @contextmanager
 def on_device() -> Iterator[torch.device]:
-    """Within the context, this rank uses its device; over gloo, all use the first one, with messages staged on the host."""
+    """Within the context, this rank uses its device; over gloo, all use the first one, and messages are staged."""
     shares = devices.device_type() != "cpu" and dist.get_backend() != devices.backend()
     torch.backends.cudnn.allow_tf32 = False  # convolutions are compared in float32
     quiet()
