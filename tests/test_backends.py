@@ -177,12 +177,12 @@ def added(q, k, v, bias, dropout, scale):
     return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), bias, scale=scale).transpose(1, 2)
 
 
-@pytest.mark.parametrize("shape", [(2, 1, 1, 5), (1, 1, 1, 5), (2, 1, 8, 8)])
+@pytest.mark.parametrize("shape", [(2, 1, 1, 5), (1, 1, 1, 5), (2, 1, 8, 8), (8, 8)])
 @pytest.mark.parametrize("kind", [torch.bool, torch.float32])
 def test_xformers_gets_masks_that_hide_keys(monkeypatch, shape, kind):
     xops = types.SimpleNamespace(memory_efficient_attention=added)
     monkeypatch.setattr(attention_dispatch, "xops", xops, raising=False)
-    q, k, shown = torch.randn(2, 3, 8, 8), torch.randn(2, 3, shape[3], 8), torch.rand(shape) > 0.3
+    q, k, shown = torch.randn(2, 3, 8, 8), torch.randn(2, 3, shape[-1], 8), torch.rand(shape) > 0.3
     shown[..., 0] = True
     mask = additive(shown, kind) if kind.is_floating_point else shown
     assert torch.allclose(attention(q, k, k, mask, backend="xformers"), attention(q, k, k, shown), atol=1e-5)

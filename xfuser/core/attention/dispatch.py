@@ -158,6 +158,8 @@ def _call(name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale
     names = _parameters(function)
     if mask is not None and "attn_mask" not in names:
         raise ValueError(f"the attention backend {name!r} does not support masks, and this model has one: use 'native'")
+    if mask is not None:
+        mask = mask[(None,) * (4 - mask.dim())]  # these functions do not broadcast as SDPA
     if mask is not None and "varlen" in name:
         k, v, mask = _kept_first(k, v, mask)
     if mask is not None and name == "xformers":  # it converts and aligns [B, S]; to others it gives booleans as 0 and 1
