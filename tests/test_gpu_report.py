@@ -12,13 +12,13 @@ import torch
 import torch.distributed as dist
 from pretended import NAME, pretended
 
-from xfuser.bench.workload import own_parallelism_runs_here
 from xfuser.core import device as devices
 from xfuser.core.distributed import destroy_distributed_environment
 from xfuser.testing import matrix
 from xfuser.testing.gpu import ranks, speed
 from xfuser.testing.gpu.report import PATHS, Check, outcome_of, render, state_of
 from xfuser.testing.gpu.staging import Staged
+from xfuser.testing.ranks import own_parallelism_runs_here
 
 ROOT = Path(__file__).parent.parent
 

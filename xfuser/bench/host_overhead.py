@@ -17,13 +17,13 @@ import torch
 from torch import nn
 
 from xfuser.bench.report import describe, describe_machine
-from xfuser.bench.workload import own_parallelism_runs_here
 from xfuser.config import xFuserArgs
 from xfuser.core.logger import quiet_libraries
 from xfuser.models.plan import blocks_of
 from xfuser.models.registry import plan_of
 from xfuser.parallel import parallelize
 from xfuser.planner.rehearsal import alone_of
+from xfuser.testing.ranks import own_parallelism_runs_here
 
 DEGREES = {
     "Ulysses 2": {"ulysses_degree": 2},

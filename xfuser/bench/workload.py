@@ -2,10 +2,9 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
-from unittest import mock
 
 import diffusers
 import numpy as np
@@ -23,6 +22,7 @@ from xfuser.models.registry import planned_models
 from xfuser.parallel import xDiTParallel
 from xfuser.pipeline_io.arguments import pipeline_arguments
 from xfuser.pipeline_io.media import media_of
+from xfuser.testing.ranks import own_parallelism_runs_here
 from xfuser.weights.loading import load_pipeline
 
 LOADING = ("dtype", "use_fp8_t5_encoder")  # runtime options that affect loading, besides enable_...
@@ -136,12 +136,6 @@ def diffusers_own(workload: Workload, ranks: int) -> Contender:
         yield held[0]
 
     return Contender(f"diffusers ulysses_degree={ranks}", opened)
-
-
-def own_parallelism_runs_here() -> AbstractContextManager[Any]:
-    """Context for Diffusers' context parallelism on the CPU: it divides by the number of devices, which must be 1."""
-    on_cpu = devices.device_type() == "cpu"
-    return mock.patch.object(torch.accelerator, "device_count", lambda: 1) if on_cpu else nullcontext()
 
 
 def check_peer() -> None:

@@ -5,8 +5,10 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from multiprocessing.connection import wait
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -120,3 +122,9 @@ def _leave() -> None:
     destroy_distributed_environment()
     dist.destroy_process_group()
     threading.Thread(target=groups.clear).start()
+
+
+def own_parallelism_runs_here() -> AbstractContextManager[Any]:
+    """Context for Diffusers' context parallelism on the CPU: it divides by the number of devices, which must be 1."""
+    on_cpu = devices.device_type() == "cpu"
+    return mock.patch.object(torch.accelerator, "device_count", lambda: 1) if on_cpu else nullcontext()

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from xfuser import parallelize, xDiTParallel, xFuserArgs
-from xfuser.bench.workload import own_parallelism_runs_here
 from xfuser.core import device as devices
 from xfuser.core.meters import traffic
 from xfuser.testing.gpu.ranks import Pools, forget, on_device
 from xfuser.testing.gpu.report import Check
 from xfuser.testing.loop import DenoisingLoop
+from xfuser.testing.ranks import own_parallelism_runs_here
 from xfuser.testing.zoo.family import Family
 
 FORWARDS = 5
