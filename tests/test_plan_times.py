@@ -88,7 +88,7 @@ def measured(monkeypatch, **figures):
     accelerator.install(monkeypatch)
     monkeypatch.setattr(accelerator, "NAME", "NVIDIA GeForce RTX 4090")
     monkeypatch.setattr(calibrate, "get_world_group", lambda: SimpleNamespace(local_rank=0, world_size=1))
-    monkeypatch.setattr(calibrate, "_of_slowest", lambda machine: machine)
+    monkeypatch.setattr(calibrate, "_of_first_rank", lambda machine: machine)
     rates = {"_products": 1.5e14, "_copies": 9e11, "_host": 1e-5, "_convolutions": 5e13} | figures
     for name, rate in ({"_attention": 1e14, "_activations": 1e11} | rates).items():
         monkeypatch.setattr(calibrate, name, lambda device, kind, rate=rate: rate(kind) if callable(rate) else rate)

@@ -69,7 +69,7 @@ def choice(args: xFuserArgs, ranks: int) -> dict:
     machine = replace(machine, node=int(os.environ.get("LOCAL_WORLD_SIZE", machine.node)))
     stale, compiled = args.allow_stale, args.use_torch_compile
     args = replace(args, auto=False, allow_stale=False, use_torch_compile=False)
-    memory = in_bytes(args.memory) if args.memory else devices.total_memory()  # a data sheet's is a little more
+    memory = in_bytes(args.memory) if args.memory else devices.total_memory()  # not that of a data sheet
     rows = plan(args, ranks, machine, compiled, choices_of(ranks), exact=not stale)
     good, rest = ranked(rows, "latency", memory)
     if not good:

@@ -38,10 +38,10 @@ def measure() -> Machine:
         kernels=_attention(device, dtype) / peak, exps=_activations(device, dtype) * CACHED / (EXPS * small),
         wide=1.0 if is_cpu else _products(device, torch.float32) / peak, node=NODE, synchronous=is_cpu,
     )  # fmt: skip
-    return _of_slowest(machine)
+    return _of_first_rank(machine)
 
 
-def _of_slowest(machine: Machine) -> Machine:
+def _of_first_rank(machine: Machine) -> Machine:
     """Broadcast the machine as the first rank measured it to every rank."""
     return get_world_group().broadcast_object(machine)
 

@@ -37,8 +37,8 @@ class GroupCoordinator:
         self.ranks, self.device_group = own_group(group_ranks, torch_distributed_backend)
         self.cpu_group = self.device_group
         backend = dist.get_backend(self.device_group)
-        if self.device.type != "cpu" and (devices.backend() in backend or backend == "undefined"):  # one per device
-            if backend == devices.backend():  # which does not support the CPU
+        if self.device.type != "cpu" and (devices.backend() in backend or backend == "undefined"):
+            if backend == devices.backend():  # other names mean a backend per device, the CPU included
                 _, self.cpu_group = own_group(group_ranks, "gloo")
             connect(self.device_group, self.device)
         self.world_size = len(self.ranks)
