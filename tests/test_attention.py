@@ -207,10 +207,13 @@ def test_rows_without_keys_weigh_nothing():
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=4), st.integers(1, 3), st.sampled_from([3, 8]), st.booleans())
 def test_merging_blocks_of_any_size_gives_the_whole(blocks, heads, dim, other_value_dim):
     q, k, v = tensors(2, heads, 5, sum(blocks), dim, value_dim=dim + 2 if other_value_dim else None)
-    out, lse = None, None
+    out, lse, parts = None, None, []
     for keys, values in zip(k.split(blocks, 2), v.split(blocks, 2), strict=True):
-        out, lse = merge(out, lse, *attention_with_lse(q, keys, values))
-    assert torch.allclose(out, F.scaled_dot_product_attention(q, k, v), atol=1e-5)
+        parts += attention_with_lse(q, keys, values)
+        out, lse = merge(out, lse, *parts[-2:])
+    whole, whole_lse = attention_with_lse(q, k, v)
+    for found, found_lse in ((out, lse), merge(*parts)):
+        assert torch.allclose(found, whole, atol=1e-5) and torch.allclose(found_lse, whole_lse, atol=1e-5)
 
 
 def test_plain_kernel_works_in_chunks(monkeypatch):

@@ -4,12 +4,15 @@ Ring Attention, arXiv 2310.01889; partial results are merged by their log-sum-ex
 """
 
 import math
+from functools import reduce
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from xfuser.core.attention.kernels import attention_with_lse, wide
+
+UNMERGED = 4  # partial results held at most: merging several at once takes fewer operators than one after the other
 
 
 def ring_attention(
@@ -24,7 +27,8 @@ def ring_attention(
     backend: str = "auto",
     causal: bool = False,
     joint: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
+    with_lse: bool = True,
+) -> tuple[Tensor, Tensor | None]:
     """Attention of this rank's queries to the keys of the whole ring.
 
     Args:
@@ -35,12 +39,13 @@ def ring_attention(
             with ``masks`` or ``joint``.
         joint: keys and values ``[B, H, T, D]`` that every rank holds, in addition to the ring's. Not supported with
             ``masks``.
+        with_lse: whether the LSE is needed.
 
     Returns:
         ``[B, H, S_local, Dv]`` in q's dtype, accumulated in the dtype of :func:`wide`, and the LSE ``[B, H, S_local]``.
     """
     rank, size = dist.get_rank(group), dist.get_world_size(group)
-    out, lse = None, None
+    parts: list[Tensor] = []
     held = torch.cat([k.reshape(-1), v.reshape(-1)]) if size > 1 else None
     for step in range(size):
         owner = (rank - step) % size
@@ -48,12 +53,14 @@ def ring_attention(
         keys, values = with_joint(k, v, joint if step == 0 else None)  # every rank holds a copy, so they do not travel
         if keys.shape[2] and q.numel() and not (causal and owner > rank):
             mask = masks[owner] if masks else None
-            block = attention_with_lse(q, keys, values, mask, scale, backend, causal and owner == rank)
-            out, lse = merge(out, lse, *block)
+            parts += attention_with_lse(q, keys, values, mask, scale, backend, causal and owner == rank)
+            if len(parts) == 2 * UNMERGED:
+                parts = [*merge(*parts)]
         if coming:
             held, k, v = coming.wait()
-    if out is None:
+    if not parts:
         return q.new_zeros(*q.shape[:3], v.shape[-1]), q.new_full(q.shape[:3], -torch.inf, dtype=wide(q))
+    out, lse = merge(*parts, with_lse=with_lse)
     return out.to(q.dtype), lse
 
 
@@ -62,13 +69,18 @@ def with_joint(k: Tensor, v: Tensor, joint: tuple[Tensor, Tensor] | None) -> tup
     return (torch.cat([k, joint[0]], dim=2), torch.cat([v, joint[1]], dim=2)) if joint else (k, v)
 
 
-def merge(out: Tensor | None, lse: Tensor | None, block_out: Tensor, block_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Merge two partial attentions over disjoint keys: ``out`` ``[B, H, S, D]``, ``lse`` ``[B, H, S]``."""
-    if out is None:
-        return block_out.to(wide(block_out)), block_lse
-    total = torch.logaddexp(lse, block_lse)
-    weight = (block_lse - total).exp().nan_to_num(0.0)  # NaN for queries without a key in either block
-    return torch.lerp(out, block_out.to(out.dtype), weight.unsqueeze(-1).to(out.dtype)), total
+def merge(*parts: Tensor | None, with_lse: bool = True) -> tuple[Tensor, Tensor | None]:
+    """Merge partial attentions over disjoint keys: outputs ``[B, H, S, D]`` and LSEs ``[B, H, S]`` in turn."""
+    outs, lses = ([x for x in parts[start::2] if x is not None] for start in (0, 1))
+    lse = reduce(torch.logaddexp, lses) if with_lse else None
+    if len(outs) == 1:
+        return outs[0].to(wide(outs[0])), lse
+    weights = torch.stack(lses, -1).softmax(-1).nan_to_num(0.0)  # NaN for queries without a key in any block
+    first, *others = weights.split(1, -1)
+    out = outs[0] * first
+    for block, weight in zip(outs[1:], others, strict=True):
+        out.addcmul_(block, weight)
+    return out, lse
 
 
 class _Shift:

@@ -85,8 +85,9 @@ def usp_attention(
     elif ring > 1:
         masks = None if mask is None else list(mask.split(totals, dim=-1))
         out, _ = ring_attention(
-            q, k, v, totals, group.ring_group, masks=masks, scale=scale, backend=backend, causal=causal, joint=beside
-        )
+            q, k, v, totals, group.ring_group, masks=masks, scale=scale, backend=backend, causal=causal, joint=beside,
+            with_lse=False,
+        )  # fmt: skip
     else:
         out = attention(q, *with_joint(k, v, beside), mask, scale, backend, causal)
     if joint:
