@@ -10,7 +10,7 @@ from test_planning import asked
 
 from xfuser.planner import calibrate
 from xfuser.planner.calibrate import NO_LIMIT
-from xfuser.planner.cost import LINKS, Clock, fuse, program_of
+from xfuser.planner.cost import LINKS, Clock, fuse, program_of, with_norms
 from xfuser.planner.estimate import Counted, Parts, estimate
 from xfuser.planner.machines import Constants, machine_of
 from xfuser.planner.rehearsal import alone_of, rehearse
@@ -52,6 +52,23 @@ def test_activations_take_exponentials():
     with Tracer() as tracer:
         torch.nn.functional.silu(torch.nn.functional.gelu(x))
     assert [event.scores for event in tracer.trace.events] == [15, 0]
+
+
+def test_a_gpu_computes_an_rms_norm_by_one_kernel():
+    norm, x = torch.nn.RMSNorm(8, eps=1e-6), torch.ones(3, 5, 8)
+    tracer = Tracer()
+    with torch.no_grad(), tracer.messages(), tracer:
+        x = norm(norm(x)) + 1
+    events = tracer.trace.events
+    assert len(events) > 7 and len({event.norm for event in events}) == 3
+    first, second, after = with_norms(events)
+    size = x.nbytes
+    assert [read for _, read in first.reads] == [size, 8 * 4] and [written for _, written in first.writes] == [size]
+    assert second.reads[0][0] == first.writes[0][0] and after.reads[0][0] == second.writes[0][0]
+    machine = replace(machine_of("H100"), constants=CONSTANTS)
+    assert machine.norms and not machine_of("CPU").norms
+    counts = [len(program_of(events, norms=norms).operators.kinds) for norms in (False, True)]
+    assert counts == [len(events), 3]
 
 
 def test_the_slowest_stage_sets_the_pace(folder_of):
@@ -131,3 +148,15 @@ def test_a_compiler_fuses_what_only_moves_bytes():
     events, eager = fuse([*moves, product])
     assert [event.kind for event in events] == [MEMORY, MATMUL] and not any(eager)
     assert events[0].reads == ((0, 8),) and events[0].writes == ((3, 8),)
+
+
+def test_a_compiler_does_not_see_attention_across_ranks():
+    moves = [Operator(MEMORY, 0.0, 0.0, False, ((i, 8),), ((i + 1, 8),)) for i in range(30)]
+    product = Operator(MATMUL, 1.0, 0.0, False, ((3, 8),), ((4, 8),))
+    attention = Operator(ATTENTION, 1.0, 1.0, False, (), ())
+    exchange = [Message(1, "send", (0, 1), 8), attention, Wait(1), attention]
+    events, eager = fuse([product, *moves, *exchange, *moves[:12], product, *moves[12:14]])
+    assert [event.kind for event, unseen in zip(events, eager, strict=True) if not unseen] == [MATMUL, MEMORY] * 2
+    assert sum(eager) == 7 + len(exchange) + 12
+    events, eager = fuse([product, Message(1, "all_reduce", (0, 1), 8), Wait(1), *moves, product])
+    assert sum(eager) == 2 + 7

@@ -1,6 +1,7 @@
 """``python -m xfuser.bench.fit_profiles FOLDER``: fit the planner's constants to published measurements.
 
-There are eight constants per kind of links; both kinds share most of them. For the tables, each machine is predicted
+There are eight constants per kind of links; both kinds share most of them. A ninth one, of copies from the host, serves
+only points of software that copied in each step. For the tables, each machine is predicted
 from its data sheet, with constants fitted to all other machines. No constant belongs to a machine, a model, or a
 configuration. ``--write`` writes the constants fitted to all machines into the package.
 """
@@ -28,7 +29,9 @@ BOUNDS = {  # lower bound, start, and upper bound of each fitted constant
     "matmul": (1e11, 4.5e11, 2e12), "attention": (0.3, 2.0, 6.0), "kernels": (0.4, 0.7, 1.0),
     "convolution": (0.1, 0.3, 1.0), "memory": (0.3, 0.7, 1.0), "nvlink": (0.05, 0.4, 1.0), "pcie": (0.05, 0.5, 1.0),
     "host": (1e-6, 3e-5, 2e-4), "start": (1e-6, 3e-5, 3e-4), "call": (0.01, 0.2, 1.0),
+    "copy": (1e9, 6e9, 3e10),
 }  # fmt: skip
+UNSHIPPED = ("kernels", "copy")  # the first belongs to data sheets, the second to old software
 LOW, START, HIGH = (np.log([values[i] for values in BOUNDS.values()]) for i in range(3))
 SURE = 0.05  # a constant at this distance from its start (logarithm) weighs as much as a point with an error of ROBUST
 ROBUST = 0.12  # larger errors weigh less
@@ -95,24 +98,28 @@ class Model:
         self._programs: dict[Any, Counted] = {}
         parts: dict[Any, Parts] = {}  # the same for all degrees
         for point in points:
-            key = point.counted, point.compiled
+            key = point.counted, point.compiled, point.norms
             if key not in self._programs and point.counted in told:
-                program = counted(told[point.counted], point.compiled)
-                program.parts = parts.setdefault((point.model, point.size), program.parts)
+                program = counted(told[point.counted], point.compiled, point.norms)
+                program.parts = parts.setdefault((point.model, point.size, point.norms), program.parts)
                 self._programs[key] = program
 
     def seconds(self, point: Point, constants: np.ndarray) -> float:
         """Predicted seconds of what the point's source measured: a step, all steps, or the call."""
-        kernels = float(np.exp(constants[list(BOUNDS).index("kernels")]))
-        machine = machine_of(point.machine, constants=constants_of(constants), kernels=kernels, newest=point.newest)
-        told = estimate(self._programs[point.counted, point.compiled], machine, point.steps, 1, point.compiled)
-        return {"step": told.step, "denoise": told.denoise, "call": told.seconds}[point.scope]
+        one = named(constants)
+        machine = machine_of(
+            point.machine, constants=constants_of(constants), kernels=one["kernels"], newest=point.newest
+        )
+        program = self._programs[point.counted, point.compiled, point.norms]
+        told = estimate(program, machine, point.steps, 1, point.compiled)
+        seconds = {"step": told.step, "denoise": told.denoise, "call": told.seconds}[point.scope]
+        return seconds + point.copied / one["copy"] * (1 if point.scope == "step" else point.steps)
 
     def errors(self, points: list[Point], constants: np.ndarray) -> np.ndarray:
         """Logarithms of predicted over measured seconds, then the constants' scaled distances from their start."""
         known: dict[Any, float] = {}
         for point in sorted(points, key=lambda point: (point.machine, point.model, point.size, point.newest)):
-            key = (*point.group[1:], point.degrees, point.newest)
+            key = (*point.group[1:], point.degrees, point.newest, point.norms)
             if key not in known:
                 known[key] = self.seconds(point, constants)
             known[point.id] = math.log(known[key] / point.seconds)
@@ -151,15 +158,20 @@ def _loss(errors: np.ndarray) -> float:
     return float(np.sum(np.sqrt(1 + (errors / ROBUST) ** 2) - 1))
 
 
+def named(values: np.ndarray) -> dict[str, float]:
+    """The constants by name."""
+    return dict(zip(BOUNDS, map(float, np.exp(values)), strict=True))
+
+
 def constants_of(values: np.ndarray) -> dict[str, Constants]:
     """The constants by kind of links."""
-    one = dict(zip(BOUNDS, map(float, np.exp(values)), strict=True))
-    shared = {name: value for name, value in one.items() if name not in (*KINDS, "kernels")}
+    one = named(values)
+    shared = {name: value for name, value in one.items() if name not in (*KINDS, *UNSHIPPED)}
     return {kind: Constants(link=one[kind], **shared) for kind in ("nvlink", "pcie")}
 
 
 def _words(values: np.ndarray) -> str:
-    return ", ".join(f"{name} {value:.3g}" for name, value in zip(BOUNDS, np.exp(values), strict=True))
+    return ", ".join(f"{name} {value:.3g}" for name, value in named(values).items())
 
 
 def write(values: np.ndarray) -> None:
@@ -169,7 +181,7 @@ def write(values: np.ndarray) -> None:
     constants = kept["constants"] | {
         kind: {name: float(f"{value:.4g}") for name, value in one.items()} for kind, one in fitted.items()
     }
-    kernels = {"kernels": float(f"{np.exp(values[list(BOUNDS).index('kernels')]):.3g}")}
+    kernels = {"kernels": float(f"{named(values)['kernels']:.3g}")}
     sheets = {name: sheet | (kernels if "kernels" in sheet else {}) for name, sheet in kept["machines"].items()}
     blocks = [
         f' "{title}": {{\n' + ",\n".join(f'  "{name}": {json.dumps(one)}' for name, one in part.items()) + "\n }"

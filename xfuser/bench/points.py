@@ -22,6 +22,8 @@ UNLIKE = {  # words in a row's notes: why the row is left out
     "framework SGL": "unnamed kernels", "LightX2V no cfg": "unnamed kernels",
 }  # fmt: skip
 NEWEST = ("_flash_3", "FA4", "CUDNN_ATTN", "sdpa_cudnn")  # attention kernels of the device's own generation
+RECENT = ("vipshop/cache-dit", "distributed_inference.md")  # sources that ran Diffusers 0.36 or later with torch 2.9
+TABLES = {"hunyuandit": 40 * 6 * 88 * 4}  # bytes of rotary tables for an image token, in all attentions of a forward
 FIELDS = {"height": "height", "width": "width", "frames": "num_frames"}
 DISTILLED = 8  # maximum number of steps of a distilled model
 DEGREES = ("ulysses", "ring", "cfg", "pipefusion", "tp")
@@ -35,6 +37,7 @@ class Point:
         degrees: Ulysses, ring, CFG, PipeFusion, tensor.
         scope: ``call``, ``denoise``, or ``step``: the part that ``seconds`` measures.
         newest: whether attention used kernels of the device's own generation.
+        norms: whether one kernel computed an RMS norm.
         source: equal for points of the same series of measurements.
     """
 
@@ -48,6 +51,7 @@ class Point:
     compiled: bool
     scope: str
     newest: bool
+    norms: bool
     source: str
     seconds: float
 
@@ -55,6 +59,13 @@ class Point:
     def ranks(self) -> int:
         """The number of ranks of the configuration."""
         return math.prod(self.degrees)
+
+    @property
+    def copied(self) -> float:
+        """Bytes that a step copies from the host: before version 0.32, Diffusers kept some tables there."""
+        ulysses, ring, _, stages, _ = self.degrees
+        pixels = math.prod(value for name, value in self.size if name in ("height", "width"))
+        return TABLES.get(self.model, 0) * pixels / 16**2 / (ulysses * ring * stages)
 
     @property
     def counted(self) -> tuple[Any, ...]:
@@ -129,6 +140,7 @@ def _point(row: dict[str, str]) -> Point:
     model = named(row["model"])
     usual = published()[model]["call"]
     size = tuple((name, int(row[field] or usual[name])) for field, name in FIELDS.items() if name in usual)
+    source = f"{row['source_repo']} {os.path.basename(row['source_path_or_thread'])}"
     is_step = row["what"] == "per_step_s" or row["scope"] in ("step", "per_step", "transformer_forward")
     return Point(
         id=row["id"],
@@ -141,7 +153,8 @@ def _point(row: dict[str, str]) -> Point:
         compiled=row["compile"] == "1",
         scope="step" if is_step else "denoise" if row["scope"] == "denoise" else "call",
         newest="FA3" in row["notes"] or row["attention_backend"] in NEWEST,
-        source=f"{row['source_repo']} {os.path.basename(row['source_path_or_thread'])}",
+        norms=any(word in source for word in RECENT),
+        source=source,
         seconds=float(row["value"]),
     )
 

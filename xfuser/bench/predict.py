@@ -68,7 +68,7 @@ def predicted(source: Source, engine: EngineConfig, inputs: InputConfig, machine
     with alone_of(engine.world_size):
         told = rehearse(replace(engine, runtime_config=runtime), shown, source)
     compiled = engine.runtime_config.use_torch_compile
-    return estimate(counted(told, compiled), machine, steps, warmup, compiled)
+    return estimate(counted(told, compiled, machine.norms), machine, steps, warmup, compiled)
 
 
 @dataclass(frozen=True)

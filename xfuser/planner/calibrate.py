@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from xfuser.core import device as devices
 from xfuser.core.distributed import get_world_group
-from xfuser.planner.machines import CACHED, EXPS, NODE, Constants, Machine, links_of
+from xfuser.planner.machines import CACHED, EXPS, KERNEL, NODE, Constants, Machine, links_of
 from xfuser.planner.trace import Operator, Tracer
 
 SECONDS = 0.5  # minimum total time of a measurement
@@ -37,6 +37,7 @@ def measure() -> Machine:
         bandwidth=large, memory=devices.total_memory(), link=min(rate, large), constants=constants,
         kernels=_attention(device, dtype) / peak, exps=_activations(device, dtype) * CACHED / (EXPS * small),
         wide=1.0 if is_cpu else _products(device, torch.float32) / peak, node=NODE, synchronous=is_cpu,
+        kernel=0.0 if is_cpu else KERNEL,
     )  # fmt: skip
     return _of_first_rank(machine)
 

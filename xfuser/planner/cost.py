@@ -9,12 +9,13 @@ which the engine issues it.
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from xfuser.planner.machines import Machine
-from xfuser.planner.trace import CACHES, KINDS, MATMUL, MEMORY, Event, Message, Operator, Wait
+from xfuser.planner.trace import ATTENTION, CACHES, KINDS, MATMUL, MEMORY, Event, Message, Operator, Wait
 
 LINKS, BUBBLES, HOST, VAE, TEXT = "links", "bubbles", "host", "VAE", "text encoders"
 CALLS = 2  # host cost of a message, in operators: one to issue it, one to wait
@@ -62,12 +63,15 @@ class Program:
     operators: Operators | None
 
 
-def program_of(events: Iterable[Event], fused: bool = False) -> Program:
-    """Convert events to a program for :class:`Clock`; ``fused``: fuse operators as a compiler does."""
+def program_of(events: Iterable[Event], fused: bool = False, norms: bool = False) -> Program:
+    """Convert events to a program for :class:`Clock`.
+
+    ``fused``: fuse operators as a compiler does; ``norms``: those of an RMS norm, as eager GPUs do.
+    """
     steps: list[Any] = []
     known: dict[int, Program] = {}
     kept: list[tuple[Operator, bool, np.ndarray]] = []
-    events = list(events)
+    events = with_norms(events) if norms else list(events)
     events, eager = fuse(events) if fused else (events, [True] * len(events))
     for event, is_eager, missed in zip(events, eager, _missed(events), strict=True):
         if isinstance(event, Operator):
@@ -78,7 +82,7 @@ def program_of(events: Iterable[Event], fused: bool = False) -> Program:
             steps.append(event)
         else:
             key = id(event[0])
-            inner = known.get(key) or known.setdefault(key, program_of(event[0], fused))
+            inner = known.get(key) or known.setdefault(key, program_of(event[0], fused, norms))
             count = event[1]
             if steps and isinstance(steps[-1], Repeat) and steps[-1].program is inner:
                 count += steps.pop().count
@@ -137,21 +141,37 @@ def fuse(events: list[Event]) -> tuple[list[Event], list[bool]]:
     return fused, eager
 
 
+def with_norms(events: Iterable[Event]) -> list[Event]:
+    """The events with each RMS norm as one kernel."""
+    found: list[Event] = []
+    for norm, group in groupby(events, lambda event: event.norm if isinstance(event, Operator) else 0):
+        own = list(group)
+        found += [_kernel(own, 0, {})] if norm else own
+    return found
+
+
 def _moves(event: Event) -> bool:
     return isinstance(event, Operator) and event.kind == MEMORY
 
 
 def _around_messages(events: list[Event]) -> list[bool]:
-    """For each event, whether it is within :data:`NEAR` events of a message, with no matrix product in between."""
+    """For each event, whether it runs uncompiled, as it belongs to a message.
+
+    That is within :data:`NEAR` events of the message, with no matrix product in between. If these include attention,
+    all events until the next matrix product do: they divide, merge and exchange its results.
+    """
     unseen = [False] * len(events)
     for i, event in enumerate(events):
-        if isinstance(event, Message | Wait):
-            for step in (-1, 1):
-                near = range(i, max(-1, i - NEAR) if step < 0 else min(len(events), i + NEAR), step)
-                for j in near:
-                    if type(events[j]) is tuple or (isinstance(events[j], Operator) and events[j].kind == MATMUL):
-                        break
-                    unseen[j] = True
+        if not isinstance(event, Message | Wait):
+            continue
+        for step, end in ((-1, -1), (1, len(events))):
+            attends = False
+            for j in range(i, end, step):
+                kind = getattr(events[j], "kind", None)
+                attends |= kind == ATTENTION and step > 0
+                if type(events[j]) is tuple or kind == MATMUL or (abs(j - i) >= NEAR and not attends):
+                    break
+                unseen[j] = True
     return unseen
 
 

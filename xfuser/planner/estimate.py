@@ -44,14 +44,17 @@ class Counted:
     between: list[Message]
 
 
-def counted(told: Rehearsed, compiled: bool) -> Counted:
-    """Convert a rehearsal to programs: the first step, and the sub-steps of the last one."""
+def counted(told: Rehearsed, compiled: bool, norms: bool) -> Counted:
+    """Convert a rehearsal to programs: the first step, and the sub-steps of the last one.
+
+    ``norms``: whether one kernel computes an RMS norm.
+    """
     patches = max(patch for _, patch in told.steps)
     last = max(step for step, patch in told.steps if patch == patches)
     first = [event for (step, _), events in told.steps.items() if step == 0 for event in events]
-    steps = [program_of(events, compiled) for (step, _), events in sorted(told.steps.items()) if step == last]
-    parts = Parts({name: program_of(events) for name, events in told.parts.items()})
-    return Counted(program_of(first, compiled), steps, parts, told.stages, _between(first, told.stages))
+    steps = [program_of(events, compiled, norms) for (step, _), events in sorted(told.steps.items()) if step == last]
+    parts = Parts({name: program_of(events, norms=norms) for name, events in told.parts.items()})
+    return Counted(program_of(first, compiled, norms), steps, parts, told.stages, _between(first, told.stages))
 
 
 def _between(events: list[Event], stages: list[float]) -> list[Message]:

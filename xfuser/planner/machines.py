@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from xfuser.core import device as devices
 from xfuser.planner.trace import CACHES, Message
@@ -23,6 +24,7 @@ CACHED = 32  # bytes per cycle that a processor gets from the cache
 KINDS = {"pcie": 32e9, "nvlink": 300e9}  # kinds of links, and their usual one-way bytes per second
 HEADS = 32  # attention kernels exist for head sizes that are multiples of this; other sizes are padded
 EXPS = 16  # exponentials per cycle that a processor computes
+KERNEL = 3e-6  # seconds to start and end a GPU's kernel
 COMPILED = 1 / 6  # host time per operator in compiled code, relative to eager mode
 TF32 = 0.5  # speed of convolutions in 32 bits, relative to 16: by default, torch rounds their inputs, but not products'
 BETWEEN_NODES = 2  # time until a message starts between nodes, relative to within a node
@@ -71,6 +73,7 @@ class Machine:
             these kernels compute products and exponentials at the same time.
         power: the card's power limit in watts.
         exps: exponentials per cycle of attention kernels and activations, as a multiple of :data:`EXPS`.
+        kernel: seconds until an operator's first blocks run and after its last ones end, besides its work.
         synchronous: whether the host itself computes (a CPU).
     """
 
@@ -90,6 +93,7 @@ class Machine:
     wide: float = 0.5
     node: int = NODE
     node_link: float = 12.5e9
+    kernel: float = 0.0
     synchronous: bool = False
 
     @property
@@ -103,6 +107,11 @@ class Machine:
         return min(1.0, (self.constants.matmul * self.power / self.peak) ** (1 / 3))
 
     @property
+    def norms(self) -> bool:
+        """Whether one kernel computes an RMS norm, as on GPUs since torch 2.9."""
+        return not self.synchronous and hasattr(torch.ops.aten, "_fused_rms_norm")
+
+    @property
     def cache_column(self) -> int:
         """The column of :data:`CACHES` with the largest size that is not above the machine's cache."""
         return max(i for i, size in enumerate(CACHES) if size <= self.cache / 1e6)
@@ -112,7 +121,7 @@ class Machine:
         return self.constants.host * (COMPILED if compiled else 1.0)
 
     def seconds(self, run: "Operators") -> np.ndarray:
-        """Device seconds of each operator: the longer of its arithmetic and its memory traffic."""
+        """Device seconds of each operator: its start, and the longer of its arithmetic and its memory traffic."""
         wide = np.where(run.convolutions > 0, max(self.wide, TF32), self.wide)
         known, peak = self.constants, self.peak * np.where(run.wide > 0, wide, 1.0)
         moved = np.maximum(
@@ -127,7 +136,7 @@ class Machine:
         others = exponentials * known.attention
         attention = np.maximum(products_of, others) if self.overlaps else products_of + others
         arithmetic = np.select([run.kinds == 0, run.kinds == 1], [products, attention], exponentials)
-        return np.maximum(arithmetic, moved)
+        return np.maximum(arithmetic, moved) + self.kernel
 
     def link_seconds(self, message: Message) -> float:
         """Seconds of a message, from its issue to its end."""
@@ -218,7 +227,7 @@ def _of_sheet(name: str, links: str | None, constants: dict[str, Constants] | No
     return Machine(
         name=found, peak=sheet["peak_tflops"] * 1e12, units=sheet["units"], clock=sheet["gigahertz"] * 1e9,
         cache=sheet["cache_mb"] * 1e6, bandwidth=sheet["memory_gb_s"] * 1e9, memory=held,
-        link=link, constants=reached, **more,
+        link=link, constants=reached, kernel=0.0 if "synchronous" in sheet else KERNEL, **more,
     )  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from xfuser.planner.cost import BUBBLES, HOST, LINKS, PARTS
+from xfuser.planner.cost import BUBBLES, HOST, LINKS, PARTS, with_norms
 from xfuser.planner.machines import BETWEEN_NODES, CACHED, EXPS, Machine
 from xfuser.planner.table import COLUMNS, Row
 from xfuser.planner.trace import ATTENTION, KINDS as KINDS_OF_OPERATORS, MATMUL, MEMORY, Event, Message, Operator
@@ -66,7 +66,7 @@ def explain(row: Row, machine: Machine, steps: int, compiled: bool) -> list[str]
     known, time, told = machine.constants, row.time, row.told
     last = max(step for step, _ in told.steps)
     events = [event for (step, _), found in told.steps.items() if step == last for event in found]
-    flops, scores, moved, count = _totals(events)
+    flops, scores, moved, count = _totals(events, machine.norms)
     host = machine.host_seconds(compiled)
     lines = [
         f"{row.name} on {machine.name}, {steps} steps, {'compiled' if compiled else 'eager'}",
@@ -77,7 +77,8 @@ def explain(row: Row, machine: Machine, steps: int, compiled: bool) -> list[str]
         f" {known.attention:.3g} exponentials a score, {EXPS} a cycle and processor",
         f"           memory {machine.bandwidth / 1e9:.4g} GB/s, {known.memory:.0%} of it reached, behind a cache of"
         f" {machine.cache / 1e6:.3g} MB, {CACHED} bytes a cycle and processor",
-        f"           host {host * 1e6:.3g} us an operator; link {machine.link / 1e9:.4g} GB/s one way,"
+        f"           host {host * 1e6:.3g} us an operator, device {machine.kernel * 1e6:.3g} us beside its work;"
+        f" link {machine.link / 1e9:.4g} GB/s one way,"
         f" {known.link:.0%} of it reached, {known.start * 1e6:.3g} us until a message begins;"
         f" between nodes {machine.node_link / 1e9:.4g} GB/s of a node of {machine.node},"
         f" {known.start * BETWEEN_NODES * 1e6:.3g} us; {known.call:.3g} s of the host for a call beside its operators",
@@ -100,15 +101,15 @@ def explain(row: Row, machine: Machine, steps: int, compiled: bool) -> list[str]
     return lines
 
 
-def _totals(events: list[Event]) -> tuple[Counter, Counter, float, int]:
+def _totals(events: list[Event], norms: bool) -> tuple[Counter, Counter, float, int]:
     flops, scores, moved, count = Counter(), Counter(), 0.0, 0
-    for event in events:
+    for event in with_norms(events) if norms else events:
         if isinstance(event, Operator):
             flops[event.kind] += event.flops
             scores[event.kind] += event.scores
             moved, count = moved + event.bytes, count + 1
         elif type(event) is tuple:
-            more = _totals(event[0])
+            more = _totals(event[0], norms)
             for kind in KINDS_OF_OPERATORS:
                 flops[kind] += event[1] * more[0][kind]
                 scores[kind] += event[1] * more[1][kind]

@@ -163,7 +163,8 @@ def _row(
     if machine:
         synchronous = warmup * len(told.transformers)  # each has its own warm-up
         fetched = machine.link_seconds(_gathered(told, shards)) * told.forwards if shards > 1 else 0.0
-        row.time = estimate(counted(told, compiled), machine, args.num_inference_steps, synchronous, compiled, fetched)
+        program = counted(told, compiled, machine.norms)
+        row.time = estimate(program, machine, args.num_inference_steps, synchronous, compiled, fetched)
     return row
 
 

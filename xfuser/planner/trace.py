@@ -66,6 +66,7 @@ class Operator(NamedTuple):
     writes: tuple[tuple[int, int], ...]
     tiles: float = 0.0  # 128 x 128 output tiles of a matrix product
     convolution: bool = False  # whether the product is a convolution
+    norm: int = 0  # number of the RMS norm that it is a part of: a GPU computes one by one kernel, a CPU by several
 
     @property
     def bytes(self) -> int:
@@ -127,7 +128,7 @@ class Tracer(TorchDispatchMode):
         self._busy = False
         self._numbers: dict[int, tuple[int, Any]] = {}
         self._works: dict[int, tuple[Any, int]] = {}
-        self._count = self._messages = 0
+        self._count = self._messages = self._norms = self._norm = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -155,7 +156,7 @@ class Tracer(TorchDispatchMode):
         kind, flops, scores, tiles = _cost(func, args, kwargs, result, inputs)
         wide = bool(inputs) and inputs[0].dtype in (torch.float32, torch.float64)
         convolution = "conv" in func._schema.name
-        self.trace.events.append(Operator(kind, flops, scores, wide, reads, writes, tiles, convolution))
+        self.trace.events.append(Operator(kind, flops, scores, wide, reads, writes, tiles, convolution, self._norm))
         if convolution and not wide:  # its maps are converted to its memory layout, and back
             self.trace.events.append(Operator(MEMORY, 0.0, 0.0, wide, reads, writes))
 
@@ -171,15 +172,28 @@ class Tracer(TorchDispatchMode):
 
     @contextmanager
     def messages(self) -> Iterator[None]:
-        """Context in which messages and waits are recorded."""
+        """Context in which messages and waits are recorded, and which operators make up an RMS norm."""
         with ExitStack() as stack:
             stack.enter_context(self.traffic)
+            stack.enter_context(mock.patch.object(torch, "rms_norm", self._numbering(torch.rms_norm)))
             for operation, names in MESSAGES.items():
                 for name in (name for name in names if hasattr(dist.ProcessGroup, name)):
                     sending = self._sending(operation, getattr(dist.ProcessGroup, name))
                     stack.enter_context(mock.patch.object(dist.ProcessGroup, name, sending))
             self._stack, self._waited = stack, set()
             yield
+
+    def _numbering(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(original)
+        def norm(*args: Any, **kwargs: Any) -> Any:
+            self._norms += 1
+            self._norm = self._norms
+            try:
+                return original(*args, **kwargs)
+            finally:
+                self._norm = 0
+
+        return norm
 
     def _sending(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(original)
