@@ -336,7 +336,7 @@ def test_a_row_says_why_it_cannot_be_counted(folder_of, monkeypatch):
     ("told", "sheet"),
     [
         ("NVIDIA H100 80GB HBM3", "H100"), ("H100SXM", "H100"), ("NVIDIA H100 PCIe", "H100 PCIe"),
-        ("H200 141GB", "H200"),
+        ("H200 141GB", "H200"), ("NVIDIA H200 NVL", "H200 NVL"), ("NVIDIA H800 PCIe", "H800 PCIe"),
         ("NVIDIA GH200 480GB", "GH200"), ("GB200", "GB200"), ("NVIDIA H20-3e", "H20-3e"), ("h20", "H20"),
         ("NVIDIA A100-SXM4-80GB", "A100"), ("A100-PCIE-40GB", "A100 PCIe 40GB"), ("NVIDIA A100 80GB PCIe", "A100 PCIe"),
         ("NVIDIA A10G", "A10G"), ("A10", "A10"), ("L40-48GB", "L40"), ("NVIDIA L40S", "L40S"), ("L20X", None),
