@@ -1,15 +1,16 @@
-"""The state of one wrapped call: its current step, and the callbacks that methods register.
+"""The state of one wrapped call: its current step, and what methods register for its duration.
 
 A *step* is one entry of the scheduler's timesteps. PipeFusion divides it into M *sub-steps*, one for each patch; with
 all other methods a step has one sub-step. Within a sub-step the pipeline calls its transformer once or several times.
 
-Methods read the current step from this state, put wrappers around the transformer's forward, and register callbacks
-for the end of a sub-step's forwards and for a new schedule. No method counts steps itself.
+Methods read the current step from this state, put wrappers around the transformer's forward, enter contexts that end
+with the call, and register callbacks for the end of a sub-step's forwards and for a new schedule. No method counts
+steps itself.
 """
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from types import MethodType
 from typing import Any, Protocol
 
@@ -28,8 +29,8 @@ class Arriving(Protocol):
         """Call ``action``, which computes ``results`` from the output, once the output has arrived."""
 
 
-class CallState:
-    """The progress of one wrapped call.
+class CallState(ExitStack):
+    """The progress of one wrapped call, and the stack of the contexts that methods enter for its duration.
 
     Args:
         patches: M, the number of patches.
@@ -52,6 +53,7 @@ class CallState:
     def __init__(
         self, patches: int = 1, synchronous: int = 1, every_step_whole: bool = True, compiled: bool = False
     ) -> None:
+        super().__init__()
         self.patches, self.steps, self.compiled = patches, 0, compiled
         self.step = self.patch = 0
         self.index = -1
@@ -154,18 +156,19 @@ class CallState:
         """Note that a transformer is first called in this step, so that synchronous steps start here."""
         self._starts.add(step)
 
-    @contextmanager
-    def running(self, scheduler: Any) -> Iterator[None]:
-        """Within the context, the transformers run inside their wrappers, and the scheduler advances this state.
+    def wrap(self, scheduler: Any) -> None:
+        """Until the call ends, the transformers run inside their wrappers, and the scheduler advances this state.
 
         Raises:
             RuntimeError: one of the transformers is already in a wrapped call.
         """
-        with ExitStack() as stack:
-            stack.enter_context(self._stepped_by(scheduler))
-            for model, wrappers in self._wrappers.items():
-                stack.enter_context(self._wrapped(model, wrappers))
-            yield
+        if scheduler is not None and self._wrappers:
+            step = self._around(scheduler, "step", self._end_forwards, self._advance)
+            self.enter_context(replaced(scheduler, "step", step))
+            set_timesteps = self._around(scheduler, "set_timesteps", self._restart)
+            self.enter_context(replaced(scheduler, "set_timesteps", set_timesteps))
+        for model, wrappers in self._wrappers.items():
+            self.enter_context(self._wrapped(model, wrappers))
 
     def _wrapped(self, model: nn.Module, wrappers: list[Wrapper]) -> AbstractContextManager[None]:
         original = model.forward
@@ -190,18 +193,6 @@ class CallState:
 
         forward.call_state = self
         return replaced(model, "forward", forward)
-
-    @contextmanager
-    def _stepped_by(self, scheduler: Any) -> Iterator[None]:
-        """Within the context, track the steps and schedules of a scheduler and of its copies."""
-        if scheduler is None or not self._wrappers:
-            yield
-            return
-        with (
-            replaced(scheduler, "step", self._around(scheduler, "step", self._end_forwards, self._advance)),
-            replaced(scheduler, "set_timesteps", self._around(scheduler, "set_timesteps", self._restart)),
-        ):
-            yield
 
     def _around(
         self, scheduler: Any, name: str, before: Callable[[], None], after: Callable[[], None] | None = None

@@ -49,8 +49,8 @@ from xfuser.weights.text_encoders import text_encoders
 class Method(Protocol):
     """One way to divide the work of a call's forwards."""
 
-    def enter(self, call: CallState) -> AbstractContextManager[None]:
-        """Within the context, this method divides the call's forwards; it registers its wrappers with the call."""
+    def enter(self, call: CallState) -> None:
+        """Register wrappers and callbacks with the call, and enter contexts on it, that divide its forwards."""
 
 
 class xDiTParallel:
@@ -127,16 +127,16 @@ class xDiTParallel:
     @contextmanager
     def _running(self, call: CallState) -> Iterator[None]:
         """Within the context, the forwards of this call's transformers are divided."""
-        with ExitStack() as stack:
+        with call:
             if get_world_group().world_size > 1:
-                stack.enter_context(quiet_libraries())
-                stack.enter_context(quiet_progress(self._pipe))
-            self._take_out_compiled(stack)
+                call.enter_context(quiet_libraries())
+                call.enter_context(quiet_progress(self._pipe))
+            self._take_out_compiled(call)
             for context in self._vae_contexts():
-                stack.enter_context(context)
+                call.enter_context(context)
             for method in self._methods():
-                stack.enter_context(method.enter(call))
-            stack.enter_context(call.running(getattr(self._pipe, "scheduler", None)))
+                method.enter(call)
+            call.wrap(getattr(self._pipe, "scheduler", None))
             yield
 
     def _take_out_compiled(self, stack: ExitStack) -> None:

@@ -5,8 +5,7 @@ batch is split. *Sequential*: two calls per step; one rank computes the first wh
 Step 0 runs without pairing the calls, and shows which of the two ways the pipeline uses.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -43,17 +42,13 @@ class GuidanceParallel:
         self._shapes: Any = None  # of the latents of those calls
         self._pending: _Sent | _Promise | None = None
 
-    @contextmanager
-    def enter(self, call: CallState) -> Iterator[None]:
-        """Within the context, the branches of the call's forwards are computed on different ranks."""
+    def enter(self, call: CallState) -> None:
+        """During the call, the branches of its forwards are computed on different ranks."""
         self._call = call
         for model, plan in self._models:
             call.around(model, partial(self._wrapper, plan, Perturbed(self._pipe, model)))
         call.at_forwards_end(self._end_forwards)
-        try:
-            yield
-        finally:
-            self._settle()  # no transfer may still be in flight in the next call
+        call.callback(self._settle)  # no transfer may still be in flight in the next call
 
     def _wrapper(self, plan: ModelPlan, perturbed: Perturbed, forward: Forward, arguments: Arguments) -> Any:
         index, latents = self._call.index, arguments[plan.latents]

@@ -42,19 +42,16 @@ class CompiledBlocks:
         if not plan.blocks:
             logger.warning("the plan of %s names no blocks to compile: it runs eagerly", type(model).__name__)
 
-    @contextmanager
-    def enter(self, call: CallState) -> Iterator[None]:
-        """Within the context, blocks run compiled code. Enter it before anything that hooks into blocks."""
+    def enter(self, call: CallState) -> None:
+        """During the call, blocks run compiled code. Must be called before anything hooks into blocks."""
         blocks = [block.module for block in blocks_of(self._model, self._plan)]
-        with ExitStack() as stack:
-            for block in filter(_compiles, blocks):
-                if type(block) not in self._code:
-                    self._code[type(block)] = self._compiler(_region(type(block).__name__))
-                    self._new.add(type(block))
-                stack.enter_context(replaced(*innermost(block), self._forward_of(block)))
-            if self._new:
-                stack.enter_context(self._showing(len(self._new)))
-            yield
+        for block in filter(_compiles, blocks):
+            if type(block) not in self._code:
+                self._code[type(block)] = self._compiler(_region(type(block).__name__))
+                self._new.add(type(block))
+            call.enter_context(replaced(*innermost(block), self._forward_of(block)))
+        if self._new:
+            self._progress = call.enter_context(self._bar(len(self._new)))
 
     def _forward_of(self, block: nn.Module) -> Callable[..., Any]:
         original, kind = getattr(*innermost(block)), type(block)
@@ -78,14 +75,12 @@ class CompiledBlocks:
 
         return forward
 
-    @contextmanager
-    def _showing(self, classes: int) -> Iterator[None]:
+    def _bar(self, classes: int) -> Any:
         from tqdm.auto import tqdm  # comes with Diffusers
 
         hidden = getattr(self._pipe, "_progress_bar_config", {}).get("disable", False) or not is_rank_zero()
         description = f"Compiling blocks of {type(self._model).__name__}"
-        with tqdm(total=classes, desc=description, unit="class", disable=hidden) as self._progress:
-            yield
+        return tqdm(total=classes, desc=description, unit="class", disable=hidden)
 
 
 def _compiles(block: nn.Module) -> bool:

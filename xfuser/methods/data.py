@@ -4,8 +4,8 @@ The pipeline runs on every rank with the whole batch, so noise, schedulers and c
 equals serial for every scheduler. Only the slow parts are split: each forward of the transformer, and the VAE's decode.
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from functools import partial, wraps
 from typing import Any
 
@@ -32,12 +32,10 @@ class DataParallel:
     def __init__(self, group: GroupCoordinator, models: Iterable[tuple[nn.Module, ModelPlan]], pipe: Any) -> None:
         self._group, self._models, self._pipe = group, models, pipe
 
-    @contextmanager
-    def enter(self, call: CallState) -> Iterator[None]:
-        """Within the context, each replica computes its own images."""
+    def enter(self, call: CallState) -> None:
+        """During the call, each replica computes its own images."""
         for model, plan in self._models:
             call.around(model, partial(self._wrapper, plan, Perturbed(self._pipe, model), call))
-        yield
 
     def _wrapper(
         self, plan: ModelPlan, perturbed: Perturbed, call: CallState, forward: Forward, arguments: Arguments

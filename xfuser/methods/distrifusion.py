@@ -25,16 +25,12 @@ class DistriFusion:
     def __init__(self, model: nn.Module, group: dist.ProcessGroup, mode: str) -> None:
         self._model, self._group, self._mode = model, group, mode
 
-    @contextmanager
-    def enter(self, call: CallState) -> Iterator[None]:
-        """Within the context, the forwards of each step store what the next step needs."""
-        self._staleness = staleness = Staleness(self._group, self._mode, call)
-        call.around(self._model, staleness.layer)
-        call.at_schedule(staleness.restart)
-        try:
-            yield
-        finally:
-            staleness.restart()  # waits for the transfers in flight
+    def enter(self, call: CallState) -> None:
+        """During the call, the forwards of each step store what the next step needs."""
+        self._staleness = Staleness(self._group, self._mode, call)
+        call.around(self._model, self._staleness.layer)
+        call.at_schedule(self._staleness.restart)
+        call.callback(self._staleness.restart)  # waits for the transfers in flight
 
     def lines(self, rows: int, columns: int) -> int:
         """Number of lines of tokens that are split over the ranks: one, as each rank's tokens are consecutive."""

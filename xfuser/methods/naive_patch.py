@@ -22,11 +22,9 @@ class NaivePatches:
     def __init__(self, scheme: str) -> None:
         self._scheme = scheme
 
-    @contextmanager
-    def enter(self, call: CallState) -> Iterator[None]:
-        """Within the context, the call's step determines whether parts are rows or columns."""
+    def enter(self, call: CallState) -> None:
+        """During the call, its step determines whether parts are rows or columns."""
         self._call = call
-        yield
 
     @property
     def across(self) -> bool:

@@ -1,7 +1,6 @@
 """Checks that raise an error for what no method supports."""
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NoReturn
 
@@ -26,12 +25,10 @@ class Refusals:
     def __init__(self, models: Iterable[nn.Module]) -> None:
         self._models = models
 
-    @contextmanager
-    def enter(self, call: CallState) -> Iterator[None]:
-        """Within the context, each forward is checked first."""
+    def enter(self, call: CallState) -> None:
+        """During the call, each forward is checked first."""
         for model in self._models:
             call.around(model, partial(self._wrapper, model))
-        yield
 
     def _wrapper(self, model: nn.Module, forward: Forward, arguments: Arguments) -> Any:
         if torch.is_grad_enabled() and any(weight.requires_grad for weight in model.parameters()):

@@ -1,8 +1,8 @@
 """The base class for models whose tokens, or rows of maps, are sharded."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -32,26 +32,21 @@ class ShardedModel(ABC):
         """The attention backend: the configured one or, with ``"auto"``, the one that the model asks for."""
         return asked.backend if self._configured == "auto" else self._configured
 
-    @contextmanager
-    def enter(self, call: CallState) -> Iterator[None]:
-        """Within the context, the model's modules and its attention work on shards."""
+    def enter(self, call: CallState) -> None:
+        """During the call, the model's modules and its attention work on shards."""
         self._call = call
         call.around(self._model, self._wrapper)
-        with self._hooked():
-            yield
+        self._hook()
 
-    @contextmanager
-    def _hooked(self) -> Iterator[None]:
-        """Within the context, the hooks are in the model's modules, and its attention is intercepted."""
-        with ExitStack() as stack:
-            for context in self._hooks():
-                stack.enter_context(context)
-            places = self._attention_places()
-            attentions = {name: self._model.get_submodule(name) for name in places}
-            attend = partial(partial, self._attend)  # from a module's name to its attention
-            again = self._attends_again(attentions)
-            stack.enter_context(intercepted(attentions, attend, self.many, self.idle, places, again))
-            yield
+    def _hook(self) -> None:
+        """Hook the model's modules, and intercept its attention, until the call ends."""
+        for context in self._hooks():
+            self._call.enter_context(context)
+        places = self._attention_places()
+        attentions = {name: self._model.get_submodule(name) for name in places}
+        attend = partial(partial, self._attend)  # from a module's name to its attention
+        again = self._attends_again(attentions)
+        self._call.enter_context(intercepted(attentions, attend, self.many, self.idle, places, again))
 
     @abstractmethod
     def _wrapper(self, forward: Forward, arguments: Arguments) -> Any:

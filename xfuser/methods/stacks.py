@@ -1,7 +1,6 @@
 """Further stacks of blocks that PipeFusion computes patch by patch: ControlNets, and refiners before a transformer."""
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import wraps
 from typing import Any
@@ -46,17 +45,13 @@ class Stack(SequenceParallel):
 class Refiner(Stack):
     """The blocks before a transformer's own: the first stage runs them on the patch; other stages skip them."""
 
-    @contextmanager
-    def enter(self, call: CallState) -> Iterator[None]:
-        """Within the context, the blocks compute patches on the first stage, and return their input on others."""
+    def enter(self, call: CallState) -> None:
+        """During the call, the blocks compute patches on the first stage, and return their input on others."""
         if self._pipefusion.stage_of(self._model).number == 0:
-            with super().enter(call):
-                yield
+            super().enter(call)
             return
-        with ExitStack() as stack:
-            for block in blocks_of(self._model, self._plan):
-                stack.enter_context(replaced(block.module, "forward", self._passing(Binder(block.module.forward))))
-            yield
+        for block in blocks_of(self._model, self._plan):
+            call.enter_context(replaced(block.module, "forward", self._passing(Binder(block.module.forward))))
 
     def _passing(self, bind: Binder) -> Callable[..., Any]:
         return lambda *args, **kwargs: bind(args, kwargs)[self._plan.image]
@@ -90,13 +85,12 @@ class ControlNet(Stack):
         super()._reset()
         self._attended, self._early = attended, False  # the caller gets the patch's tokens
 
-    @contextmanager
-    def enter(self, call: CallState) -> Iterator[None]:
-        """Within the context, the ControlNet's forward computes patches."""
+    def enter(self, call: CallState) -> None:
+        """During the call, the ControlNet's forward computes patches."""
         self._call = call
         call.at_forwards_end(self._begin)
-        with replaced(self._model, "forward", self._patchwise(self._model.forward)), self._hooked():
-            yield
+        call.enter_context(replaced(self._model, "forward", self._patchwise(self._model.forward)))
+        self._hook()
 
     def _patchwise(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(original)

@@ -1,7 +1,7 @@
 """Caches that a call adds to its transformers: those that flags request, and First-Block-Cache over several stages."""
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -34,44 +34,33 @@ class AddedCache:
         self._pipe, self._model, self._plan = pipe, model, plan
         self._runtime, self._parallel = engine_config.runtime_config, engine_config.parallel_config
 
-    @contextmanager
-    def enter(self, call: CallState) -> Iterator[None]:
-        """Within the context, the cache's hooks are registered. Must be entered before all that hooks into blocks."""
+    def enter(self, call: CallState) -> None:
+        """During the call, the cache's hooks are registered. Must be called before anything hooks into blocks."""
         there = hooks.cached(self._model)
         if there and self._runtime.caches:
             raise ValueError(
                 f"use_fbcache, use_teacache: {type(self._model).__name__} has another cache"
                 f" ({type(there[0].hook).__name__}): call disable_cache() on it, or remove the flag"
             )
-        with self._removed(there) if self._parallel.pipelined else nullcontext(), self._added(there, call):
-            yield
-
-    def _added(self, there: list[Cached], call: CallState) -> AbstractContextManager[None]:
+        # First-Block-Cache of Diffusers cannot span stages: FirstBlock takes its place for this call.
+        for one in _of_first_block(there) if self._parallel.pipelined else ():
+            call.callback(one.module._diffusers_hook.register_hook, one.hook, hooks.remove(one))
         given = self._runtime.cache_threshold
         means = SharedMeans(call, get_forward_group(), get_branch_group())
         if self._runtime.use_teacache:
             plan = teacache_plan(type(self._model).__name__, self._model.config)
             must_run = partial(_must_run, self._pipe, call, plan.first)
-            return self._stack(TeaCache(plan, plan.threshold if given is None else given, means, must_run), call)
-        if self._parallel.pipelined and (self._runtime.use_fbcache or _of_first_block(there)):
+            self._stack(TeaCache(plan, plan.threshold if given is None else given, means, must_run), call)
+        elif self._parallel.pipelined and (self._runtime.use_fbcache or _of_first_block(there)):
             enabled = (one.hook.threshold for one in there if hasattr(one.hook, "threshold"))
-            return self._stack(FirstBlock(next(enabled, THRESHOLD if given is None else given), means), call)
-        return first_block_cache(self._model, given) if self._runtime.use_fbcache else nullcontext()
+            self._stack(FirstBlock(next(enabled, THRESHOLD if given is None else given), means), call)
+        elif self._runtime.use_fbcache:
+            call.enter_context(first_block_cache(self._model, given))
 
-    def _stack(self, rule: Rule, call: CallState) -> AbstractContextManager[None]:
+    def _stack(self, rule: Rule, call: CallState) -> None:
         blocks = blocks_of(self._model, self._plan)
         own = [block for block in blocks if not isinstance(block.module, Stub)]
-        return BlockStack(self._plan, own, rule if own[0] is blocks[0] else None, call).hooked()
-
-    @contextmanager
-    def _removed(self, there: list[Cached]) -> Iterator[None]:
-        """Within the context, the blocks do not have the hooks of First-Block-Cache."""
-        names = [(one, hooks.remove(one)) for one in _of_first_block(there)]
-        try:
-            yield
-        finally:
-            for one, name in names:
-                one.module._diffusers_hook.register_hook(one.hook, name)
+        BlockStack(self._plan, own, rule if own[0] is blocks[0] else None, call).hook()
 
 
 @contextmanager

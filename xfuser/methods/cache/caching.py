@@ -1,7 +1,7 @@
 """Caches under every method: one decision for the ranks that share a forward, and separate state for each call."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,7 @@ RULE = "_should_compute_remaining_blocks"  # method of First-Block-Cache: decide
 def cache_methods(
     pipe: Any, models: Iterable[tuple[nn.Module, ModelPlan]], engine_config: EngineConfig, use: CacheUse
 ) -> tuple[list[AddedCache], list["Caching"]]:
-    """Contexts to enter before all that hooks into or compiles blocks, and those to enter before all that hooks in."""
+    """Methods to enter before all that hooks into or compiles blocks, and those to enter before all that hooks in."""
     runtime, parallel = engine_config.runtime_config, engine_config.parallel_config
     models = [planned for planned in models if runtime.caches or hooks.cached(planned[0])]
     added = [AddedCache(pipe, *planned, engine_config) for planned in models]
@@ -42,28 +42,24 @@ class Caching:
         self._model, self._plan, self._parallel, self._use = model, plan, parallel, use
         self._arguments: Arguments = {}  # of the running forward, with the whole batch
 
-    @contextmanager
-    def enter(self, call: CallState) -> Iterator[None]:
-        """Within the context, caches decide alike on all ranks, and begin without state.
+    def enter(self, call: CallState) -> None:
+        """During the call, caches decide alike on all ranks; they begin without state.
 
-        Must be entered before all that hooks into blocks, but after blocks are compiled.
+        Must be called before anything hooks into blocks, but after blocks are compiled.
         """
         found = hooks.cached(self._model)
         self._check(found)
         means = SharedMeans(call, get_forward_group(), get_branch_group())
         call.at_schedule(partial(hooks.reset, found))
         hooks.reset(found)
-        with ExitStack() as stack:
-            stack.callback(hooks.reset, found)
-            for context in self._decisions(found, means):
-                stack.enter_context(context)
-            modules = {one.name: one.module for one in found if one.module is not self._model}
-            end = stack.enter_context(self._use.counting(modules))
-            call.around(self._model, partial(self._wrapper, found, call, end))
-            yield
+        call.callback(hooks.reset, found)
+        for context in self._decisions(found, means):
+            call.enter_context(context)
+        modules = {one.name: one.module for one in found if one.module is not self._model}
+        call.around(self._model, partial(self._wrapper, found, call, self._use.count(call, modules)))
 
     def _wrapper(
-        self, found: list[Cached], call: CallState, end: Callable[[CallState], None], forward: Forward, given: Arguments
+        self, found: list[Cached], call: CallState, end: Callable[[], None], forward: Forward, given: Arguments
     ) -> Any:
         mixed = next((one.hook for one in found if one.kind in hooks.MIXED), None)
         if mixed and call.index and self._parallel.cfg_degree > 1:
@@ -73,7 +69,7 @@ class Caching:
             with hooks.in_context(hooks.managers(found), f"call {call.index}"):
                 return forward(given)
         finally:
-            end(call)
+            end()
             self._arguments = {}
 
     def _decisions(self, found: list[Cached], means: SharedMeans) -> Iterator[AbstractContextManager[None]]:

@@ -4,8 +4,6 @@ Under PipeFusion, the first stage decides, and a flag travels with its tokens to
 own blocks added; the sum over the stages is what all blocks added.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -68,18 +66,13 @@ class BlockStack:
         self._states: dict[tuple[int, int | None], StackState] = {}
         self.forget = self._states.clear
 
-    @contextmanager
-    def hooked(self) -> Iterator[None]:
-        """Within the context, the blocks have hooks that may skip them."""
+    def hook(self) -> None:
+        """Register hooks that may skip the blocks, until the call ends."""
         self._call.skips = False
-        registries = [HookRegistry.check_if_exists_or_initialize(block.module) for block in self._blocks]
-        for block, registry in zip(self._blocks, registries, strict=True):
+        for block in self._blocks:
+            registry = HookRegistry.check_if_exists_or_initialize(block.module)
             registry.register_hook(StackHook(self, block), HOOK)
-        try:
-            yield
-        finally:
-            for registry in registries:
-                registry.remove_hook(HOOK, recurse=False)
+            self._call.callback(registry.remove_hook, HOOK, recurse=False)
 
     def run(self, block: Block, original: Any, given: Arguments) -> Any:
         """Return the output of a block, run or skipped."""

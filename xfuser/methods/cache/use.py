@@ -1,7 +1,7 @@
 """Counts of what caches skipped during a call."""
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import wraps
 from typing import Any, NamedTuple
 
@@ -37,24 +37,22 @@ class CacheUse:
         self.forwards: list[CachedForward] = []
         self.computed = self.skipped = 0
 
-    @contextmanager
-    def counting(self, modules: dict[str, nn.Module]) -> Iterator[Callable[[CallState], None]]:
-        """Within the context, count the runs of these modules; yields a function to call after each forward."""
+    def count(self, call: CallState, modules: dict[str, nn.Module]) -> Callable[[], None]:
+        """Count the runs of these modules during a call; returns a function that must be called after each forward."""
         ran: set[str] = set()
-        with ExitStack() as stack:
-            for name, module in modules.items():
-                stack.enter_context(_noted(*innermost(module), ran, name))
-            stack.enter_context(_noted(next(iter(modules.values())), "forward", ran, ENTERED))
+        for name, module in modules.items():
+            call.enter_context(_noted(*innermost(module), ran, name))
+        call.enter_context(_noted(next(iter(modules.values())), "forward", ran, ENTERED))
 
-            def end(call: CallState) -> None:
-                if ENTERED in ran:
-                    skipped = tuple(name for name in modules if name not in ran)
-                    self.forwards.append(CachedForward(call.step, call.patch, call.index, skipped))
-                    self.skipped += len(skipped)
-                    self.computed += len(modules) - len(skipped)
-                ran.clear()
+        def end() -> None:
+            if ENTERED in ran:
+                skipped = tuple(name for name in modules if name not in ran)
+                self.forwards.append(CachedForward(call.step, call.patch, call.index, skipped))
+                self.skipped += len(skipped)
+                self.computed += len(modules) - len(skipped)
+            ran.clear()
 
-            yield end
+        return end
 
 
 def _noted(owner: Any, attribute: str, ran: set[str], name: str) -> AbstractContextManager[None]:

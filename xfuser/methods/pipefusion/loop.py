@@ -4,8 +4,8 @@ PipeFusion, and noise and text are computed once per step."""
 import inspect
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from functools import wraps
+from contextlib import AbstractContextManager
+from functools import partial, wraps
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,6 +26,23 @@ def needs_whole_steps(pipe: Any, arguments: Arguments) -> bool:
     callback = arguments.get("callback_on_step_end") is not None or arguments.get("callback") is not None
     within = any(guider._start > 0 or guider._stop < 1 for guider in guiders_of(pipe))
     return callback or within or (len(planned_models(pipe)) > 1 and boundary_of(pipe) is None)
+
+
+def adapt_loop(pipe: Any, call: CallState, note: Callable[[Any], None]) -> None:
+    """During the call, the pipeline's loop over sub-steps counts steps; ``note`` gets the latents that it prepares."""
+    if hasattr(pipe, "prepare_latents"):
+        call.enter_context(replaced(pipe, "prepare_latents", preparing(pipe.prepare_latents, note)))
+    for guider in guiders_of(pipe):
+        call.enter_context(replaced(guider, "set_state", stepwise_guider(guider.set_state, call)))
+    noise = LoopNoise(call)
+    for module in {sys.modules.get(cls.__module__) for cls in type(pipe).__mro__}:
+        if hasattr(module, "randn_tensor"):
+            call.enter_context(replaced(module, "randn_tensor", noise.once_a_step(module.randn_tensor)))
+    progress = partial(stepwise_progress, begin=noise.begin)
+    for name, stepwise in (("progress_bar", progress), ("get_timesteps", plain_steps)):
+        for owner in (pipe, *loops_of(pipe)):
+            if hasattr(owner, name):
+                call.enter_context(replaced(owner, name, stepwise(getattr(owner, name), call)))
 
 
 def guiders_of(pipe: Any) -> list[Any]:
@@ -122,16 +139,9 @@ class LoopNoise:
         """Drop the noise of the last loop; must be called before each loop."""
         self._drawn: list[Tensor] = []
 
-    @contextmanager
-    def once_a_step(self, pipe: Any) -> Iterator[None]:
-        """Within the context, ``randn_tensor`` of the pipeline's modules draws once per step."""
-        modules = {sys.modules.get(cls.__module__) for cls in type(pipe).__mro__}
-        with ExitStack() as stack:
-            for module in (one for one in modules if hasattr(one, "randn_tensor")):
-                stack.enter_context(replaced(module, "randn_tensor", self._kept(module.randn_tensor)))
-            yield
+    def once_a_step(self, draw: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Wrap ``randn_tensor`` to draw once per step."""
 
-    def _kept(self, draw: Callable[..., Tensor]) -> Callable[..., Tensor]:
         @wraps(draw)
         def drawn(*args: Any, **kwargs: Any) -> Tensor:
             substep = self._call.step, self._call.patch

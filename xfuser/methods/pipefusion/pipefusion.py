@@ -15,17 +15,12 @@ from xfuser.core.hooks import Arguments, replaced
 from xfuser.methods.pipefusion.blocks import StageBlocks
 from xfuser.methods.pipefusion.channel import Channel, Route, open_channels, routes_of
 from xfuser.methods.pipefusion.loop import (
-    LoopNoise,
+    adapt_loop,
     boundary_of,
     branches_of,
     guiders_of,
-    loops_of,
-    plain_steps,
-    preparing,
     stepwise_callbacks,
     stepwise_control,
-    stepwise_guider,
-    stepwise_progress,
 )
 from xfuser.methods.pipefusion.refusals import refuse
 from xfuser.methods.pipefusion.scheduler import patchwise
@@ -82,9 +77,8 @@ class PipeFusion:
                 refuse(f"{type(guider).__name__} of {name}", ONCE_A_STEP, "Use ClassifierFreeGuidance()")
         return stepwise_callbacks(stepwise_control(self._pipe, arguments, call.patches), call)
 
-    @contextmanager
-    def enter(self, call: CallState) -> Iterator[None]:
-        """Within the context, the pipeline loops over patches, and this rank computes its stage."""
+    def enter(self, call: CallState) -> None:
+        """During the call, the pipeline loops over patches, and this rank computes its stage."""
         if self._failed:
             self._group.barrier()  # stages reach the same failure one after the other
             self._close_channels()
@@ -96,22 +90,26 @@ class PipeFusion:
         begins = partial(branches_of, self._pipe), self._start
         self.stages = {one.model: Stage(one, self._channels, call, *begins, controlled) for one in self._blocks}
         self._running = next(iter(self.stages.values()))
-        with ExitStack() as stack:
-            for stage in self.stages.values():
-                stack.enter_context(stage.active())
-            stack.enter_context(self._stepping(call))
-            try:
-                yield
-                self._check_finished(call)
-            except BaseException:
-                # Messages may be in flight that no rank will receive. The next call closes the channels: closing here
-                # would make other ranks fail and print their error before this rank has raised its own.
-                self._failed = self._running.started
-                raise
-            finally:
-                self.stages, self._running = {}, None
-            for channel in self._channels.values():
-                channel.drain()
+        for stage in self.stages.values():
+            stage.enter()
+        self._step_patches(call)
+        call.enter_context(self._finishing(call))
+
+    @contextmanager
+    def _finishing(self, call: CallState) -> Iterator[None]:
+        """At the end, check that the loop has ended, and wait until all messages have been received."""
+        try:
+            yield
+            self._check_finished(call)
+        except BaseException:
+            # Messages may be in flight that no rank will receive. The next call closes the channels: closing here
+            # would make other ranks fail and print their error before this rank has raised its own.
+            self._failed = self._running.started
+            raise
+        finally:
+            self.stages, self._running = {}, None
+        for channel in self._channels.values():
+            channel.drain()
 
     def stage_of(self, model: nn.Module) -> Stage:
         """This rank's stage of a transformer; for a ControlNet, the stage of the running transformer."""
@@ -154,9 +152,8 @@ class PipeFusion:
         self._close_channels()
         self._group.destroy()
 
-    @contextmanager
-    def _stepping(self, call: CallState) -> Iterator[None]:
-        """Within the context, the pipeline's scheduler steps patches; its progress bar and timesteps count steps."""
+    def _step_patches(self, call: CallState) -> None:
+        """During the call, the pipeline's scheduler steps patches; its progress bar and timesteps count steps."""
         pipe, patches = self._pipe, self._running.patches
 
         def end_substep(results: list[torch.Tensor], sample: torch.Tensor) -> None:
@@ -165,24 +162,10 @@ class PipeFusion:
                 pipe._num_timesteps = call.steps  # the pipeline counted those of all patches
 
         end_sound = partial(self._end_sound, call) if any(one.plan.sound for one in self._blocks) else None
-        with ExitStack() as stack:
-            # Not setattr(), which would register it as a component.
-            stack.callback(vars(pipe).__setitem__, "scheduler", pipe.scheduler)
-            vars(pipe)["scheduler"] = patchwise(
-                pipe.scheduler, call, patches, end_substep, boundary_of(pipe), end_sound
-            )
-            if hasattr(pipe, "prepare_latents"):
-                noting = preparing(pipe.prepare_latents, patches.prepare)
-                stack.enter_context(replaced(pipe, "prepare_latents", noting))
-            for guider in guiders_of(pipe):
-                stack.enter_context(replaced(guider, "set_state", stepwise_guider(guider.set_state, call)))
-            noise = LoopNoise(call)
-            stack.enter_context(noise.once_a_step(pipe))
-            progress = partial(stepwise_progress, begin=noise.begin)
-            for name, stepwise in (("progress_bar", progress), ("get_timesteps", plain_steps)):
-                for owner in filter(lambda one, name=name: hasattr(one, name), (pipe, *loops_of(pipe))):
-                    stack.enter_context(replaced(owner, name, stepwise(getattr(owner, name), call)))
-            yield
+        # Not setattr(), which would register it as a component.
+        call.callback(vars(pipe).__setitem__, "scheduler", pipe.scheduler)
+        vars(pipe)["scheduler"] = patchwise(pipe.scheduler, call, patches, end_substep, boundary_of(pipe), end_sound)
+        adapt_loop(pipe, call, patches.prepare)
 
     def _end_sound(self, call: CallState, latents: torch.Tensor, step: int, patch: int) -> None:
         """Complete the next latents of sound, which are stepped with patch 0, before the next step."""

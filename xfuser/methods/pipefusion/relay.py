@@ -1,7 +1,6 @@
 """Transfer of tokens between stages: what one stage of a chain of blocks receives and sends."""
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -53,23 +52,18 @@ class Relay:
             self._received_before = self._received
         self._received = []
 
-    @contextmanager
-    def active(self) -> Iterator[None]:
-        """Within the context, tokens come from the previous stage and go to the next."""
-        blocks, owners, places = self._chain.blocks, self._chain.owners, self._places
-        with ExitStack() as stack:
-            if places and places[-1] + 1 < len(blocks):
-                self._to = self._channels[self._chain.kind, self._number, owners[places[-1] + 1]]
-                stack.enter_context(edited_output(blocks[places[-1]].module, self._send))
-            for consumer, route in self._skips.items():
-                hook = skip_hook(
-                    blocks[consumer].module, self._plan.skip, self._channels[route], route[1] == self._number
-                )
-                stack.enter_context(hook)
-            if places and places[0] > 0:  # what the forward does after a block, it then does to received tokens
-                self._from = self._channels[self._chain.kind, owners[places[0] - 1], self._number]
-                stack.enter_context(edited_output(blocks[places[0] - 1].module, self._receive))
-            yield
+    def enter(self) -> None:
+        """During the call, tokens come from the previous stage and go to the next."""
+        blocks, owners, places, call = self._chain.blocks, self._chain.owners, self._places, self._call
+        if places and places[-1] + 1 < len(blocks):
+            self._to = self._channels[self._chain.kind, self._number, owners[places[-1] + 1]]
+            call.enter_context(edited_output(blocks[places[-1]].module, self._send))
+        for consumer, route in self._skips.items():
+            sends = route[1] == self._number
+            call.enter_context(skip_hook(blocks[consumer].module, self._plan.skip, self._channels[route], sends))
+        if places and places[0] > 0:  # what the forward does after a block, it then does to received tokens
+            self._from = self._channels[self._chain.kind, owners[places[0] - 1], self._number]
+            call.enter_context(edited_output(blocks[places[0] - 1].module, self._receive))
 
     def _receive(self, stub: nn.Module, args: tuple, output: Any) -> Any:
         """After the stub before this stage's first block: return the tokens that the previous stage sent."""

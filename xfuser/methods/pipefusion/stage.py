@@ -1,7 +1,6 @@
 """One stage of one transformer during a call: which tokens a forward computes, and where they go next."""
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -103,24 +102,22 @@ class Stage:
         """The tokens of each patch, for an image of ``tokens`` tokens."""
         return [self._window(tokens, patch).image for patch in range(self._call.patches)]
 
-    @contextmanager
-    def active(self) -> Iterator[None]:
-        """Within the context, tokens come from the previous stage and go to the next."""
-        self._call.around(self._model, self._layer)
-        self._call.at_schedule(self.forget)
-        with ExitStack() as stack:
-            embed, head = (name and self._model.get_submodule(name) for name in (self._plan.embed, self._plan.head))
-            if embed:
-                stack.enter_context(replaced(embed, "forward", self._embedding(embed.forward)))
-            if not self.is_last and isinstance(head, nn.Linear):
-                stack.enter_context(replaced(head, "forward", partial(zeros, dim=-1, size=head.out_features)))
-            for chain in self._chains:
-                stack.enter_context(chain.active())
-            if self._plan.text is None and self._call.patches > 1 and not self._call.compiled:
-                for block in (block for chain in self._chains for block in chain.own):
-                    for name in self._plan.text_modules:
-                        stack.enter_context(once_a_step(block.module.get_submodule(name), self._call))
-            yield
+    def enter(self) -> None:
+        """During the call, this stage's part of the forward runs in place of the whole forward."""
+        call = self._call
+        call.around(self._model, self._layer)
+        call.at_schedule(self.forget)
+        embed, head = (name and self._model.get_submodule(name) for name in (self._plan.embed, self._plan.head))
+        if embed:
+            call.enter_context(replaced(embed, "forward", self._embedding(embed.forward)))
+        if not self.is_last and isinstance(head, nn.Linear):
+            call.enter_context(replaced(head, "forward", partial(zeros, dim=-1, size=head.out_features)))
+        for chain in self._chains:
+            chain.enter()
+        if self._plan.text is None and call.patches > 1 and not call.compiled:
+            for block in (block for chain in self._chains for block in chain.own):
+                for name in self._plan.text_modules:
+                    call.enter_context(once_a_step(block.module.get_submodule(name), call))
 
     def end_substep(self, results: list[Tensor], sample: Tensor) -> None:
         """Must be called after the scheduler's step, with the tensors that it returned and the latents that it stepped.
