@@ -107,6 +107,7 @@ class Rows:
         return torch.cat(given, dim=dim) if given else x.narrow(dim, 0, 0)
 
 
+@dataclass(eq=False)
 class TokenShares:
     """The rows of each stream that each rank of a group holds during one forward: consecutive, in rank order.
 
@@ -122,38 +123,29 @@ class TokenShares:
             the image's, which may be more or less than ``text``.
     """
 
-    def __init__(
-        self,
-        rank: int,
-        ranks: int,
-        image: int,
-        text: int | None,
-        window: Window,
-        unit: int = 1,
-        whole: bool = False,
-        ballast: bool = False,
-        lines: int = 1,
-        varies: bool = False,
-    ) -> None:
-        self.rank, self.ranks, self.window = rank, ranks, window
-        self._made_of = rank, ranks, image, text
-        self._kind = unit, whole, ballast, lines, varies
-        whole = whole or varies
-        self._unit, self._lines = unit, lines
-        self._carried = {"image": image, "text": text or 0}
-        self.totals = {"image": image, "text": None if varies else text, PICTURE: None}
-        idle = ballast and not window.text
-        self._active = {"image": window.ranges, "text": (range((text or 0) if window.text else int(idle)),)}
+    rank: int
+    ranks: int
+    image: int
+    text: int | None
+    window: Window
+    unit: int = 1
+    whole: bool = False
+    ballast: bool = False
+    lines: int = 1
+    varies: bool = False
+
+    def __post_init__(self) -> None:
+        ranks, text = self.ranks, self.text or 0
+        whole, idle = self.whole or self.varies, self.ballast and not self.window.text
+        self._carried = {"image": self.image, "text": text}
+        self.totals = {"image": self.image, "text": None if self.varies else self.text, PICTURE: None}
+        self._active = {"image": self.window.ranges, "text": (range(text if self.window.text else int(idle)),)}
         self._givers = {"image": range(ranks), "text": range(0 if idle else 1 if whole else ranks)}
         # The longer shares of the two streams are at opposite ends of the group, which evens out the totals.
         count, words = (sum(map(len, self._active[stream])) for stream in ("image", "text"))
-        self.sizes = {"image": [size * unit for size in split_sizes(count // unit, ranks)]}
+        self.sizes = {"image": [size * self.unit for size in split_sizes(count // self.unit, ranks)]}
         self.sizes["text"] = [words] * ranks if whole or idle else split_sizes(words, ranks)[::-1]
         self._known: dict[tuple[Streams, int, int | None], Rows] = {}
-
-    def at(self, window: Window) -> "TokenShares":
-        """The shares of the same streams in a forward that computes another window."""
-        return TokenShares(*self._made_of, window, *self._kind)
 
     @property
     def own(self) -> dict[str, int]:
@@ -193,7 +185,7 @@ class TokenShares:
             held = 0 if stream == "text" and not self.window.text else total
             sizes = [held] * self.ranks if unknown else self.sizes[stream]
             givers = range(1) if unknown else self._givers[stream]
-            lines = self._lines if stream == "image" else 1
+            lines = self.lines if stream == "image" else 1
             active = (range(held),) if unknown else self._active[stream]
             ranges = tuple(range(start + rows.start, start + rows.stop) for rows in active)
             parts.append(Part(ranges, sizes, len(givers) == self.ranks, givers, lines))

@@ -1,6 +1,7 @@
 """Transfer of tokens between stages: what one stage of a chain of blocks receives and sends."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -115,7 +116,7 @@ class Relay:
                 return None
             number, patch = 0, following[1]
         per_token, shares = self._received_before[number]
-        return self._sizes(per_token, shares.at(self._window(shares.totals["image"], patch)))
+        return self._sizes(per_token, replace(shares, window=self._window(shares.image, patch)))
 
     def _sizes(self, per_token: dict[str, int], shares: TokenShares) -> list[int]:
         """Elements of each tensor of a message, including the flag if it has one."""
