@@ -70,9 +70,7 @@ class DividedAdapters:
         with torch.no_grad():
             stand_in = nn.Parameter(layer.weight.new_zeros(()).expand(shape), requires_grad=False)
         layer._parameters["weight"] = stand_in
-        of_inputs, of_outputs = COUNTS[_kind(layer)]
-        counts = (of_inputs, of_outputs) if isinstance(layer, nn.Embedding) else (of_outputs, of_inputs)
-        setattr(layer, counts[dim], shards.total)
+        setattr(layer, COUNTS[_kind(layer)][dim], shards.total)
 
     def _divide(self) -> None:
         """Divide the adapters that have been loaded.

@@ -12,9 +12,9 @@ from xfuser.core.distributed import GroupCoordinator
 from xfuser.core.tensor_parallel.layers import Divided, SpanningNorm, SpanningRMSNorm, Summed, complete
 from xfuser.core.tensor_parallel.shards import Shards
 
-# The layers whose weights are divided, and the attributes with their numbers of inputs and outputs.
-COUNTS = {nn.Linear: ("in_features", "out_features"), nn.Embedding: ("num_embeddings", "embedding_dim")}
-COUNTS |= dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), ("in_channels", "out_channels"))
+# The layers whose weights are divided, and the attributes that count the entries of a weight's first two dimensions.
+COUNTS = {nn.Linear: ("out_features", "in_features"), nn.Embedding: ("num_embeddings", "embedding_dim")}
+COUNTS |= dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), ("out_channels", "in_channels"))
 
 
 @dataclass
@@ -36,19 +36,20 @@ class Division:
 
     def outputs(self, name: str, layer: nn.Module, shards: Shards, kind: type[Divided] | None = None) -> None:
         """Divide the outputs of a layer, or the channels of a norm; ``kind`` or a later layer completes the forward."""
+        dim = int(isinstance(layer, nn.Embedding))
         for key, _ in layer.named_parameters(recurse=False):
-            self.cuts[f"{name}.{key}"] = int(isinstance(layer, nn.Embedding)), shards
+            self.cuts[f"{name}.{key}"] = dim, shards
         if kind:
             self.completions[name] = kind, shards
         elif type(layer) in COUNTS:
-            self.numbers[f"{name}.{COUNTS[type(layer)][1]}"] = shards.sizes
+            self.numbers[f"{name}.{COUNTS[type(layer)][dim]}"] = shards.sizes
 
     def inputs(self, name: str, layer: nn.Module, shards: Shards, kind: type[Summed] = Summed) -> None:
         """Divide the inputs of a layer, and sum its outputs over the ranks."""
         self.cuts[f"{name}.weight"] = 1, shards
         self.completions[name] = kind, shards
         if kind is Summed:
-            self.numbers[f"{name}.{COUNTS[type(layer)][0]}"] = shards.sizes
+            self.numbers[f"{name}.{COUNTS[type(layer)][1]}"] = shards.sizes
 
     def spanning(self, name: str, norm: nn.Module, shards: Shards) -> None:
         """Divide a norm over the channels of all heads, of which each rank has some."""
