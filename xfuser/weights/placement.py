@@ -18,8 +18,6 @@ from xfuser.models.registry import check_methods, planned_models
 from xfuser.weights.fsdp import Shards, shard, shards_of
 from xfuser.weights.text_encoders import TextEncoders, text_encoders
 
-USE_OTHERS = "Use Ulysses, ring, CFG or data parallelism"
-
 
 class Placement:
     """The weights of a pipeline, divided as configured until :meth:`restore`.
