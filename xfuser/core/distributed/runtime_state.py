@@ -49,14 +49,8 @@ class RuntimeState:
         split_text_embed_in_sp: bool = True,
     ) -> None:
         """Store the size of the next images; a value of None leaves the previous one unchanged."""
-        self._note(
-            split_text_embed_in_sp,
-            height=height,
-            width=width,
-            batch_size=batch_size,
-            num_inference_steps=num_inference_steps,
-            max_condition_sequence_length=max_condition_sequence_length,
-        )
+        given = InputParameters(height, width, None, batch_size, num_inference_steps, max_condition_sequence_length)
+        self._store(given, split_text_embed_in_sp)
 
     def set_video_input_parameters(
         self,
@@ -68,14 +62,8 @@ class RuntimeState:
         split_text_embed_in_sp: bool = True,
     ) -> None:
         """Store the size of the next videos; a value of None leaves the previous one unchanged."""
-        self._note(
-            split_text_embed_in_sp,
-            height=height,
-            width=width,
-            num_frames=num_frames,
-            batch_size=batch_size,
-            num_inference_steps=num_inference_steps,
-        )
+        given = InputParameters(height, width, num_frames, batch_size, num_inference_steps)
+        self._store(given, split_text_embed_in_sp)
 
     def destroy_distributed_env(self) -> None:
         """Release all groups, as ``destroy_distributed_environment()`` does, and drop this state."""
@@ -85,8 +73,8 @@ class RuntimeState:
 
     destory_distributed_env = destroy_distributed_env  # the spelling that older scripts use
 
-    def _note(self, split_text: bool, **values: int | None) -> None:
-        given = {name: value for name, value in values.items() if value is not None}
+    def _store(self, parameters: InputParameters, split_text: bool) -> None:
+        given = {name: value for name, value in vars(parameters).items() if value is not None}
         for name, value in given.items():
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r} must be a whole number of 1 or more")
