@@ -1,20 +1,12 @@
-"""Bria FIBO: joint attention, text tokens first; half of the text features are replaced in every block. FIBO 2: one
-sequence of the prompt's gist tokens and of images."""
+"""Bria FIBO: as Chroma, but half of the text features are replaced in every block. FIBO 2: one sequence of the prompt's
+gist tokens and of images."""
 
+from dataclasses import replace
+
+from xfuser.models.chroma import CHROMA
 from xfuser.models.plan import ModelPlan, Tokens
 
-BRIA_FIBO = ModelPlan(
-    blocks=("transformer_blocks", "single_transformer_blocks"),
-    attention={"attn": ("text", "image")},
-    embed="x_embedder",
-    text="encoder_hidden_states",
-    whole=True,
-    carried={"single_transformer_blocks": {"hidden_states": ("text", "image")}},
-    per_token={"image_rotary_emb": Tokens(("text", "image"), dim=0)},
-    unbatched=("img_ids", "txt_ids"),
-    returns=("text", "image"),
-    text_modules=("ff_context", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
-)
+BRIA_FIBO = replace(CHROMA, whole=True, residuals=(), prompted=())
 
 # The refiner blocks and the resampler of the text run whole on every rank.
 BRIA_FIBO2 = ModelPlan(
