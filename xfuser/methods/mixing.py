@@ -43,7 +43,7 @@ class MixingModules(ShardedModel):
                 total = shares.totals["image"] // x.shape[3]
                 first = shares.window.image.start // x.shape[3]
                 x = self._group.all_gather(x.contiguous(), dim=2, sizes=rows) if shares.ranks > 1 else x
-                whole = self._stage.kept.rows((self, module), x, (first, sum(rows)), total)
+                whole = self._stage.kept.buffer((self, module)).renew_rows(x, (first, sum(rows)), total)
                 return _on_some_rows(module, original, whole, share(rows, shares.rank), first)
             if shares.ranks == 1 or self._alone:
                 return original(x)

@@ -191,7 +191,7 @@ class SequenceParallel(MixingModules):
 
     def _splits(self, tokens: int) -> bool:
         """Whether image tokens are split: fewer than ranks stay whole on every rank, as blocks may fail without any."""
-        smallest = self._stage.smallest_window(tokens) if self._stage else tokens
+        smallest = len(self._stage.patch_tokens(tokens)[-1]) if self._stage else tokens
         return smallest // self._unit >= self._group.world_size
 
     def _cut_residual(self, x: Tensor) -> Tensor:
@@ -258,7 +258,8 @@ class SequenceParallel(MixingModules):
         number = self._attended[name] = self._attended.get(name, 0) + 1
         layout, rank, ranks = layout or self._attentions[name], shards.rank, shards.ranks
         place = (self, name, number)
-        text = () if shards.window.text or not self._plan.whole else (stage.kept.text(place, shards.totals["image"]),)
+        held = self._plan.whole and not shards.window.text  # all of the text is in the buffer
+        text = (stage.kept.buffer(place).total - shards.image,) if held else ()
         queries, keys = (shards.rows(streams, x.shape[2], *text) for streams, x in zip(layout, (q, k), strict=True))
         if layout.keys == (PICTURE,):
             return self._local(q, k, v, mask, scale)
@@ -279,8 +280,8 @@ class SequenceParallel(MixingModules):
         k, v = keys.given(k, 2, rank), keys.given(v, 2, rank)
 
         def renew(k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-            k, v, fresh = stage.kept.attended(place, keys.order, keys.total, k, v, mask if per_key else None)
-            return k, v, fresh if per_key else mask
+            k, v, of_keys = stage.kept.buffer(place).renew(k, v, mask if per_key else None, keys.order, keys.total)
+            return k, v, of_keys if per_key else mask
 
         if ranks == 1:
             return self._local(q, *renew(k, v, mask), scale)

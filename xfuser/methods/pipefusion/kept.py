@@ -20,25 +20,9 @@ class Kept:
         self._buffers: dict[tuple[Hashable, int], KVBuffer] = {}
         self._states: dict[tuple[Hashable, int], Tensor] = {}
 
-    def _buffer(self, name: Hashable) -> KVBuffer:
+    def buffer(self, name: Hashable) -> KVBuffer:
+        """The buffer of an attention, or of a convolution's map, of this name."""
         return self._buffers.setdefault((name, self._call.index), KVBuffer())
-
-    def attended(
-        self, name: Hashable, places: list[tuple], total: int, k: Tensor, v: Tensor, mask: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Store fresh keys, values and key mask of an attention; return those of the full sequence.
-
-        ``places`` are the positions of the fresh rows, (first row, number of rows), among ``total`` rows.
-        """
-        return self._buffer(name).renew(k, v, mask, places, total)
-
-    def text(self, name: Hashable, image: int) -> int:
-        """The number of text tokens in an attention's full sequence, which has ``image`` image tokens."""
-        return self._buffer(name).total - image
-
-    def rows(self, name: Hashable, x: Tensor, place: tuple[int, int], total: int) -> Tensor:
-        """Store the fresh rows of a map ``[B, C, rows, columns]``; return the whole map."""
-        return self._buffer(name).renew_rows(x, place, total)
 
     def summed(self, name: Hashable, fresh: Tensor) -> Tensor:
         """The sum of all patches' states; ``fresh``, ``[patches, ...]``, has all of them, or only this sub-step's."""

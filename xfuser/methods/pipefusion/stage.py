@@ -94,12 +94,8 @@ class Stage:
     def _window(self, tokens: int, patch: int) -> Window:
         return self.patches.window(self._latents[0], tokens, patch)
 
-    def smallest_window(self, tokens: int) -> int:
-        """The number of image tokens of the smallest patch, the last one."""
-        return len(self._window(tokens, self._call.patches - 1).image)
-
     def patch_tokens(self, tokens: int) -> list[range]:
-        """The tokens of each patch, for an image of ``tokens`` tokens."""
+        """The tokens of each patch, for an image of ``tokens`` tokens; the last patch is the smallest."""
         return [self._window(tokens, patch).image for patch in range(self._call.patches)]
 
     def enter(self) -> None:
