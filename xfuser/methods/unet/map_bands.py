@@ -37,16 +37,12 @@ class MapBands(Bands):
         self._staleness = staleness
         self._finer: list[list[int]] = []  # heights before each halving
 
-    def refuse(self, problem: str) -> NoReturn:
-        """Raise a ValueError that names the model, the problem and what to change."""
-        raise ValueError(f"{self.owner}: {problem}. {self.advice}")
-
     def now(self, sizes: list[int], x: Tensor) -> None:
         """Record the heights of all bands at an operation; a new height is half of the last one, rounded up."""
         before, rows = sum(self._sizes), sum(sizes)
         if rows not in (before, -(-before // 2)):
             advice = "Use an image whose latent rows can be halved more often"
-            self.refuse(f"{before} rows have become {rows}, which is not half of them, rounded up. {advice}")
+            raise self.refusal(f"{before} rows have become {rows}, which is not half of them, rounded up. {advice}")
         if rows != before:
             self._finer.append(self._sizes)
         super().now(sizes, x)
@@ -55,7 +51,7 @@ class MapBands(Bands):
         """Record the heights after the doubling that returned ``x``."""
         sizes, rows = self._finer.pop() if self._finer else [], x.shape[self.dim]
         if not sizes or rows != sizes[self.rank]:
-            self.refuse(f"a map was resized to {rows} rows, which is not its height before a halving")
+            raise self.refusal(f"a map was resized to {rows} rows, which is not its height before a halving")
         super().now(sizes, x)
 
     def borrow(
@@ -95,7 +91,8 @@ class MapBands(Bands):
         """A context that yields the keys and values of all bands (``[B, H, S, D]``), given this band's."""
         (height, width), tokens = self.area, key.shape[2]
         if tokens != height * width:
-            self.refuse(f"attention over {tokens} tokens of {height * width} pixels, as with GLIGEN, is not supported")
+            what = f"attention over {tokens} tokens of {height * width} pixels, as with GLIGEN,"
+            raise self.refusal(f"{what} is not supported")
         sizes = [size * width for size in self.sizes(height, "attention")]
         return self._staleness.keys_and_values("keys and values", key, value, sizes)
 
@@ -137,7 +134,7 @@ class OnMaps(OnBands):
         return replaced(self, "_attending", True)
 
     def _refuse(self, function: Any, *args: Any, **kwargs: Any) -> NoReturn:
-        self.bands.refuse(f"{function.__name__} outside of attention modules is not supported")
+        raise self.bands.refusal(f"{function.__name__} outside of attention modules is not supported")
 
     def _interpolate(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         result = F.interpolate(x, *args, **kwargs)

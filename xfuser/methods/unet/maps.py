@@ -106,6 +106,7 @@ class MapParallel(ShardedModel):
                 stack.enter_context(mode.attending())
             if mode and (not text or k.shape[2] == text + q.shape[2]):  # skipped for attention to text only
                 if text or mask is not None:
-                    mode.bands.refuse(f"{name} attends to pixels with a mask or with text, which is not supported")
+                    what = f"{name} attends to pixels with a mask or with text"
+                    raise mode.bands.refusal(f"{what}, which is not supported")
                 k, v = stack.enter_context(mode.bands.reach(k, v))
             return self._local(q, k, v, mask, scale)
