@@ -130,7 +130,7 @@ class xDiTParallel:
         with call:
             if get_world_group().world_size > 1:
                 call.enter_context(quiet_libraries())
-                call.enter_context(quiet_progress(self._pipe))
+                quiet_progress(call, self._pipe)
             self._take_out_compiled(call)
             for context in self._vae_contexts():
                 call.enter_context(context)
@@ -141,7 +141,7 @@ class xDiTParallel:
 
     def _take_out_compiled(self, stack: ExitStack) -> None:
         """Replace compiled components by their originals until the stack closes; compile their blocks from now on."""
-        self.__dict__["_compiler"] = stack.enter_context(uncompiled(self._pipe, self._taking_part())) or self._compiler
+        self.__dict__["_compiler"] = uncompiled(stack, self._pipe, self._taking_part()) or self._compiler
 
     def _methods(self) -> list[Method]:
         """The methods that divide this call's forwards, in the order of their wrappers, the outermost first."""

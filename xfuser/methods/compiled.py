@@ -5,8 +5,8 @@ Hooks around the blocks stay in Python. Inside a block, attention over several r
 """
 
 import types
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from functools import wraps
 from typing import Any
 
@@ -108,20 +108,18 @@ def _dense(x: Any) -> Any:
     return x.contiguous().view(-1).view(x.shape).data if x.numel() else x.new_empty(x.shape)
 
 
-@contextmanager
-def uncompiled(pipe: Any, names: Iterable[str]) -> Iterator[Compiler | None]:
-    """Within the context, these components of a pipeline, and all modules in them, are the uncompiled originals.
+def uncompiled(stack: ExitStack, pipe: Any, names: Iterable[str]) -> Compiler | None:
+    """Until the stack closes, these components of a pipeline, and all modules in them, are the uncompiled originals.
 
     Compiled code would bypass the hooks of the methods, which did not exist when it was compiled. The original takes
     the place of the module that ``torch.compile(module)`` returned; the latter calls the original if it is still
     called. The code of ``module.compile()`` is taken off the module. Afterwards everything is compiled as before,
     except what has been replaced meanwhile.
 
-    Yields the compiler of the first compiled module; None if nothing was compiled.
+    Returns the compiler of the first compiled module; None if nothing was compiled.
     """
-    with ExitStack() as stack:
-        found = [compiler for name in names for compiler in _taken_out(stack, pipe, name)]
-        yield found[0] if found else None
+    found = [compiler for name in names for compiler in _taken_out(stack, pipe, name)]
+    return found[0] if found else None
 
 
 def _taken_out(stack: ExitStack, pipe: Any, name: str) -> list[Compiler]:

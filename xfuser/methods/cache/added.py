@@ -12,7 +12,6 @@ from torch import nn
 
 from xfuser.call import CallState
 from xfuser.config import EngineConfig
-from xfuser.core.distributed import get_branch_group, get_forward_group
 from xfuser.methods.cache import hooks
 from xfuser.methods.cache.first_block import FirstBlock
 from xfuser.methods.cache.hooks import Cached
@@ -46,7 +45,7 @@ class AddedCache:
         for one in _of_first_block(there) if self._parallel.pipelined else ():
             call.callback(one.module._diffusers_hook.register_hook, one.hook, hooks.remove(one))
         given = self._runtime.cache_threshold
-        means = SharedMeans(call, get_forward_group(), get_branch_group())
+        means = SharedMeans(call)
         if self._runtime.use_teacache:
             plan = teacache_plan(type(self._model).__name__, self._model.config)
             must_run = partial(_must_run, self._pipe, call, plan.first)

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from xfuser.call import CallState, Forward
 from xfuser.config import EngineConfig, ParallelConfig
-from xfuser.core.distributed import get_branch_group, get_forward_group
 from xfuser.core.hooks import Arguments, replaced
 from xfuser.methods.cache import hooks
 from xfuser.methods.cache.added import AddedCache
@@ -49,7 +48,7 @@ class Caching:
         """
         found = hooks.cached(self._model)
         self._check(found)
-        means = SharedMeans(call, get_forward_group(), get_branch_group())
+        means = SharedMeans(call)
         call.at_schedule(partial(hooks.reset, found))
         hooks.reset(found)
         call.callback(hooks.reset, found)

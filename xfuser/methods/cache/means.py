@@ -8,22 +8,17 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from xfuser.call import CallState
-from xfuser.core.distributed import GroupCoordinator
+from xfuser.core.distributed import get_branch_group, get_forward_group
 from xfuser.models.plan import Streams
 
 T = TypeVar("T")
 
 
 class SharedMeans:
-    """Gives a rule that computes means of whole tensors the means over all ranks, at the cost of one all-reduce.
+    """Gives a rule that computes means of whole tensors the means over all ranks, at the cost of one all-reduce."""
 
-    Args:
-        forward: the ranks that compute the same blocks of a forward.
-        branch: the ranks among these that compute the same branch of guidance.
-    """
-
-    def __init__(self, call: CallState, forward: GroupCoordinator, branch: GroupCoordinator) -> None:
-        self._call, self._forward, self._branch = call, forward, branch
+    def __init__(self, call: CallState) -> None:
+        self._call = call
 
     def decide(self, rule: Callable[[], T], streams: Streams) -> T:
         """Return the result of ``rule`` with each ``x.mean()`` in it taken over all ranks' tokens and batch entries.
@@ -34,7 +29,7 @@ class SharedMeans:
         Args:
             streams: streams of the tensors' tokens, ``[B, own tokens, D]``; tensors without tokens are used whole.
         """
-        group = self._branch if self._call.apart else self._forward
+        group = get_branch_group() if self._call.apart else get_forward_group()
         if group.world_size == 1:
             return rule()
         seen: list[Tensor] = []
