@@ -75,16 +75,14 @@ class xDiTParallel:
     def __init__(self, pipe: Any, engine_config: EngineConfig, input_config: InputConfig | None = None) -> None:
         if isinstance(pipe, xDiTParallel):
             raise ValueError("this pipeline is wrapped already: call unwrap() on it first")
-        own = self.__dict__
-        own["_pipe"] = pipe
-        if engine_config.runtime_config.use_parallel_vae and getattr(pipe, "vae", None) is None:
+        runtime = engine_config.runtime_config
+        if runtime.use_parallel_vae and getattr(pipe, "vae", None) is None:
             raise ValueError(f"use_parallel_vae: {type(pipe).__name__} has no VAE; remove it")
-        own["_backend"] = engine_config.runtime_config.attention_backend
-        check_backend(own["_backend"])
-        own["engine_config"] = engine_config
-        own["input_config"] = input_config or InputConfig()
-        own["_output"], own["cache_use"], own["_blocks"] = None, CacheUse(), {}
-        own["_compiler"] = torch.compile if engine_config.runtime_config.use_torch_compile else None
+        check_backend(runtime.attention_backend)
+        own = vars(self)  # other attributes are the pipeline's
+        own.update(_pipe=pipe, engine_config=engine_config, input_config=input_config or InputConfig())
+        own.update(_backend=runtime.attention_backend, _output=None, cache_use=CacheUse(), _blocks={})
+        own["_compiler"] = torch.compile if runtime.use_torch_compile else None
         with ExitStack() as stack:
             self._take_out_compiled(stack)
             self._place()
@@ -93,8 +91,8 @@ class xDiTParallel:
 
     def _place(self) -> None:
         """Place the weights as the configuration requires."""
-        self.__dict__["_placement"] = placement = Placement(self._pipe, self.engine_config)
-        self.__dict__["_pipefusion"] = placement.pipefusion
+        placement = Placement(self._pipe, self.engine_config)
+        vars(self).update(_placement=placement, _pipefusion=placement.pipefusion)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the pipeline on all ranks; every rank returns the full result."""
@@ -106,7 +104,7 @@ class xDiTParallel:
         with self._running(call):
             if get_world_group().world_size > 1:
                 args, kwargs = shared_arguments(args, kwargs)
-            self.__dict__["_output"] = self._pipe(*args, **kwargs)
+            self._output = self._pipe(*args, **kwargs)
         return self._output
 
     def active(self) -> AbstractContextManager[None]:
@@ -141,13 +139,13 @@ class xDiTParallel:
 
     def _take_out_compiled(self, stack: ExitStack) -> None:
         """Replace compiled components by their originals until the stack closes; compile their blocks from now on."""
-        self.__dict__["_compiler"] = uncompiled(stack, self._pipe, self._taking_part()) or self._compiler
+        self._compiler = uncompiled(stack, self._pipe, self._taking_part()) or self._compiler
 
     def _methods(self) -> list[Method]:
         """The methods that divide this call's forwards, in the order of their wrappers, the outermost first."""
         models, parallel = planned_models(self._pipe, bool(self._pipefusion)), self.engine_config.parallel_config
         parts = {name: self._part_of(model) for name, (model, _) in models.items()} if parallel.patched else {}
-        self.__dict__["cache_use"] = CacheUse()
+        self.cache_use = CacheUse()
         added, caches = cache_methods(self._pipe, models.values(), self.engine_config, self.cache_use)
         methods: list[Method] = [self._pipefusion] if self._pipefusion else list(parts.values())
         if parallel.cfg_degree > 1:
@@ -211,7 +209,7 @@ class xDiTParallel:
         pipe = self._pipe
         self._placement.restore()
         self._compiled.close()
-        self.__dict__["_pipe"] = None
+        self._pipe = None
         return pipe
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:

@@ -54,7 +54,7 @@ class LoadedPipeline(xDiTParallel):
         runtime, parallel = self.engine_config.runtime_config, self.engine_config.parallel_config
         steps = max(steps, 2, runtime.warmup_steps + 1 if parallel.pipelined or parallel.patched else 0)
         self(**pipeline_arguments(self._pipe, input_config) | {"num_inference_steps": steps, "output_type": "latent"})
-        self.__dict__["_output"] = None
+        self._output = None
 
 
 @cache
