@@ -145,8 +145,8 @@ class GroupCoordinator:
         mine = self.rank_in_group == src
         described = self.broadcast_object(_described(tensor_dict) if mine else None, src)
         for name, value in described.items():
-            if isinstance(value, _TensorShape):
-                full = tensor_dict[name] if mine else torch.empty(value.shape, dtype=value.dtype, device=self.device)
+            if isinstance(value, Tensor):
+                full = tensor_dict[name] if mine else torch.empty_like(value, device=self.device)
                 described[name] = self.broadcast(full, src)
         return described
 
@@ -171,7 +171,7 @@ class GroupCoordinator:
         """Receive a dict from member ``src`` (the previous one by default)."""
         described = self.recv_object(src)
         for name, value in described.items():
-            if isinstance(value, _TensorShape):
+            if isinstance(value, Tensor):
                 described[name] = self.recv(value.shape, value.dtype, src)
         return described
 
@@ -315,15 +315,12 @@ def connect(group: dist.ProcessGroup, device: torch.device) -> None:
         dist.all_reduce(torch.zeros(1, device=device), group=group)
 
 
-class _TensorShape:
-    """Stands for a tensor in the description of a dict that is sent."""
-
-    def __init__(self, x: Tensor) -> None:
-        self.shape, self.dtype = x.shape, x.dtype
-
-
 def _described(tensor_dict: dict[str, Any]) -> dict[str, Any]:
-    return {name: _TensorShape(value) if isinstance(value, Tensor) else value for name, value in tensor_dict.items()}
+    """The dict with tensors on the meta device, which have shapes and dtypes only."""
+    return {
+        name: torch.empty(x.shape, dtype=x.dtype, device="meta") if isinstance(x, Tensor) else x
+        for name, x in tensor_dict.items()
+    }
 
 
 def _pad_rows(x: Tensor, rows: int) -> Tensor:
