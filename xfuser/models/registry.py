@@ -133,6 +133,7 @@ CONTROLNETS: dict[str, ModelPlan] = {  # of transformers; they return residuals,
 }
 
 
+INDEX = "model_index.json"  # in a pipeline's folder
 UNCUT = "its weights cannot be divided over ranks: use Ulysses, ring, CFG or data parallelism"  # if quantised
 
 _REGISTERED: dict[type, ModelPlan] = {}
@@ -246,13 +247,9 @@ def check_folder(
         if os.path.isabs(path) or path.startswith("."):
             raise ValueError(f"model={path!r} does not exist")
         return
-    index = os.path.join(path, "model_index.json")
-    if not os.path.isfile(index):
-        raise ValueError(f"model={path!r} is not a Diffusers pipeline: it has no model_index.json")
-    with open(index, encoding="utf-8") as file:
-        parts = json.load(file).items()
-    classes = {name: part[1] for name, part in parts if isinstance(part, list) and len(part) == 2 and part[1]}
-    names = list(classes.values())
+    if not os.path.isfile(os.path.join(path, INDEX)):
+        raise ValueError(f"model={path!r} is not a Diffusers pipeline: it has no {INDEX}")
+    classes = {component: name for component, (_, name) in components_of(path).items()}
     for component, name in classes.items():
         if name in PLANS:
             check_methods(name, PLANS[name], sequence, pipelined, patched)
@@ -260,8 +257,15 @@ def check_folder(
                 teacache_plan(name)
             if divides:
                 _check_unquantised(os.path.join(path, component, "config.json"), name)
-    if not any(name in PLANS for name in names):
-        _check_classes(path, names)
+    if not any(name in PLANS for name in classes.values()):
+        _check_classes(path, list(classes.values()))
+
+
+def components_of(folder: str) -> dict[str, tuple[str, str]]:
+    """The components in a pipeline's folder: library and class by name."""
+    with open(os.path.join(folder, INDEX), encoding="utf-8") as file:
+        index = json.load(file)
+    return {name: tuple(part) for name, part in index.items() if isinstance(part, list) and len(part) == 2 and part[1]}
 
 
 def _check_unquantised(config: str, cls: str) -> None:

@@ -1,7 +1,6 @@
 """Build transformers without weights, and load only the weights that this rank keeps."""
 
 import inspect
-import json
 import os
 from collections.abc import Callable
 from functools import partial
@@ -19,7 +18,7 @@ from xfuser.config import ParallelConfig
 from xfuser.core.distributed import GroupCoordinator, get_pp_group, get_replica_group, get_tp_group, get_world_group
 from xfuser.methods import tensor
 from xfuser.methods.pipefusion.blocks import divide, set_tensor
-from xfuser.models.registry import is_known, plan_of
+from xfuser.models.registry import components_of, is_known, plan_of
 from xfuser.weights.checkpoint import Entry, Part, checked, checkpoint, kept_of, node_group, read_shared
 from xfuser.weights.fsdp import Shards, free_weights, shapes_of
 from xfuser.weights.placement import pipeline_split
@@ -40,13 +39,6 @@ def skeleton(build: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
             return build().eval()
     finally:
         torch.set_default_dtype(before)
-
-
-def components_of(folder: str) -> dict[str, tuple[str, str]]:
-    """The components in a pipeline's folder: library and class by name."""
-    with open(os.path.join(folder, "model_index.json"), encoding="utf-8") as file:
-        index = json.load(file)
-    return {name: tuple(part) for name, part in index.items() if isinstance(part, list) and len(part) == 2 and part[0]}
 
 
 def component(folder: str, name: str, dtype: torch.dtype) -> nn.Module | None:
