@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from xfuser.core.hooks import Arguments, Binder, replaced
+from xfuser.core.hooks import Arguments, by_name, replaced
 
 Forward = Callable[[Arguments], Any]
 Wrapper = Callable[[Forward, Arguments], Any]  # may call the forward with the arguments, or skip it
@@ -174,7 +174,6 @@ class CallState(ExitStack):
         original = model.forward
         if hasattr(original, "call_state"):
             raise RuntimeError(f"{type(model).__name__} runs in parallel already: active() and calls do not nest")
-        bind = Binder(original)
 
         def innermost(arguments: Arguments) -> Any:
             return self.part(original(**arguments))
@@ -183,14 +182,14 @@ class CallState(ExitStack):
         for wrapper in reversed(wrappers):
             wrapped = functools.partial(wrapper, wrapped)
 
-        @functools.wraps(original)
-        def forward(*args: Any, **kwargs: Any) -> Any:
+        def counted(arguments: Arguments) -> Any:
             self.index += 1
             try:
-                return wrapped(bind(args, kwargs))
+                return wrapped(arguments)
             finally:
                 self.tokens, self.gives, self.apart = None, True, False
 
+        forward = by_name(original, counted)
         forward.call_state = self
         return replaced(model, "forward", forward)
 

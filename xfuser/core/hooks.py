@@ -73,6 +73,17 @@ class Binder:
         return arguments | kwargs
 
 
+def by_name(original: Callable[..., Any], function: Callable[[Arguments], Any]) -> Callable[..., Any]:
+    """A function with the signature of ``original`` that passes its arguments by name to ``function``."""
+    bind = Binder(original)
+
+    @functools.wraps(original)
+    def bound(*args: Any, **kwargs: Any) -> Any:
+        return function(bind(args, kwargs))
+
+    return bound
+
+
 def edited_arguments(module: nn.Module, edit: Callable[[Arguments], None]) -> AbstractContextManager[None]:
     """Within the context, ``edit`` changes the arguments of each call of ``module`` in place before it runs."""
     original = module.forward

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from xfuser.core.attention.operator import outside_of_graphs
 from xfuser.core.distributed.utils import share
-from xfuser.core.hooks import Binder, replaced
+from xfuser.core.hooks import Arguments, Binder, by_name, replaced
 from xfuser.methods.sharded import ShardedModel
 from xfuser.models.plan import Streams, Tokens, matching
 from xfuser.vae.bands import Bands, common
@@ -57,42 +57,35 @@ class MixingModules(ShardedModel):
         on_some = self._on_patch if self._stage else self._on_all
         for pattern, names in self._plan.gathered.items():
             for module in map(self._model.get_submodule, matching(self._model, pattern)):
-                bind = Binder(module.forward)
-                if set(names) <= set(bind.names):
+                if set(names) <= set(Binder(module.forward).names):
                     place = pattern.partition("*.")[2]  # its name within a block, if it is in one
-                    yield replaced(module, "forward", outside_of_graphs(on_some(module.forward, bind, names), place))
+                    yield replaced(module, "forward", outside_of_graphs(on_some(module.forward, names), place))
         for pattern, name in self._plan.between.items() if self._stage else ():
             for module in map(self._model.get_submodule, matching(self._model, pattern)):
                 yield replaced(module, "forward", self._where_held(module.forward, name))
 
     def _where_held(self, original: Callable[..., Tensor], name: str) -> Callable[..., Tensor]:
         """The forward of a module between blocks; returns zeros on stages that do not hold the tokens there."""
-        bind = Binder(original)
 
-        @wraps(original)
-        def forward(*args: Any, **kwargs: Any) -> Tensor:
-            arguments = bind(args, kwargs)
+        def forward(arguments: Arguments) -> Tensor:
             return original(**arguments) if self._stage.holds else torch.zeros_like(arguments[name])
 
-        return forward
+        return by_name(original, forward)
 
-    def _on_all(self, original: Callable[..., Tensor], bind: Binder, names: tuple[str, ...]) -> Callable[..., Tensor]:
+    def _on_all(self, original: Callable[..., Tensor], names: tuple[str, ...]) -> Callable[..., Tensor]:
         """The forward of a module that reads all image tokens; its output is cut to this rank's tokens."""
 
-        @wraps(original)
-        def forward(*args: Any, **kwargs: Any) -> Tensor:
-            arguments = bind(args, kwargs)
+        def forward(arguments: Arguments) -> Tensor:
             arguments |= {name: self._gather(arguments[name], ("image",)) for name in names}
             return self._call.tokens.cut(original(**arguments), Tokens(("image",)))
 
-        return forward
+        return by_name(original, forward)
 
-    def _on_patch(self, original: Callable[..., Tensor], bind: Binder, names: tuple[str, ...]) -> Callable[..., Tensor]:
+    def _on_patch(self, original: Callable[..., Tensor], names: tuple[str, ...]) -> Callable[..., Tensor]:
         """As :meth:`_on_all`, for the tokens and frames of the patch."""
 
-        @wraps(original)
-        def forward(*args: Any, **kwargs: Any) -> Tensor:
-            arguments, shares = bind(args, kwargs), self._call.tokens
+        def forward(arguments: Arguments) -> Tensor:
+            shares = self._call.tokens
             sizes, image = shares.sizes["image"], shares.window.image
             for name in names if shares.ranks > 1 else ():
                 arguments[name] = self._group.all_gather(arguments[name].contiguous(), dim=1, sizes=sizes)
@@ -101,7 +94,7 @@ class MixingModules(ShardedModel):
                 arguments[name] = arguments[name][:, image.start // tokens : -(-image.stop // tokens)]
             return original(**arguments).split(sizes, dim=1)[shares.rank]
 
-        return forward
+        return by_name(original, forward)
 
     def _sum(self, state: Tensor) -> Tensor:
         return state if self._call.tokens.ranks == 1 or self._alone else self._group.all_reduce(state)

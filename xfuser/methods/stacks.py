@@ -3,13 +3,14 @@
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import wraps
+from operator import itemgetter
 from typing import Any
 
 from torch import Tensor, nn
 
 from xfuser.call import CallState
 from xfuser.core.distributed import SequenceParallelGroupCoordinator
-from xfuser.core.hooks import Binder, replaced
+from xfuser.core.hooks import by_name, replaced
 from xfuser.methods.pipefusion.pipefusion import PipeFusion
 from xfuser.methods.sequence import SequenceParallel
 from xfuser.models.plan import ModelPlan, Streams, blocks_of
@@ -51,10 +52,8 @@ class Refiner(Stack):
             super().enter(call)
             return
         for block in blocks_of(self._model, self._plan):
-            call.enter_context(replaced(block.module, "forward", self._passing(Binder(block.module.forward))))
-
-    def _passing(self, bind: Binder) -> Callable[..., Any]:
-        return lambda *args, **kwargs: bind(args, kwargs)[self._plan.image]
+            passing = by_name(block.module.forward, itemgetter(self._plan.image))
+            call.enter_context(replaced(block.module, "forward", passing))
 
     def _leave_blocks(self, outputs: list[Streams], block: nn.Module, args: tuple, output: Tensor) -> Tensor:
         """After the last block: return all tokens, with zeros for those of other patches."""

@@ -6,13 +6,14 @@ import pickle
 from collections.abc import Callable
 from contextlib import ExitStack
 from itertools import count, groupby
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from xfuser.core.distributed import GroupCoordinator
-from xfuser.core.hooks import Binder, replaced
+from xfuser.core.hooks import Arguments, Binder, by_name, replaced
 from xfuser.models.plan import Block, ModelPlan, blocks_of
 
 NOMINAL_TOKENS = {"image": 4096, "text": 512}  # of a 1024-pixel image; only their ratio matters
@@ -94,15 +95,7 @@ class Stub(nn.Module):
         self.free()
         names = {streams: name for name, streams in plan.carriers(place[0]).items()}
         returned = [names[streams] for streams in plan.outputs(place[0])]
-        bind = Binder(block.forward)
-
-        @functools.wraps(block.forward)
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            arguments = bind(args, kwargs)
-            passed = tuple(arguments[name] for name in returned)
-            return passed if len(passed) > 1 else passed[0]
-
-        self.forward = forward
+        self.forward = by_name(block.forward, itemgetter(*returned))
 
     def free(self) -> None:
         """Free the block's weights, except those that are lent."""
@@ -175,20 +168,18 @@ class StageBlocks:
 
     def _loading(self, load: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap a loader of adapters: on a hot swap it gets only this stage's weights, as PEFT refuses the others."""
-        bind = Binder(load)
+        first = Binder(load).names[0]
 
-        @functools.wraps(load)
-        def loading(*args: Any, **kwargs: Any) -> Any:
-            arguments = bind(args, kwargs)
-            weights = arguments[bind.names[0]]
+        def loading(arguments: Arguments) -> Any:
+            weights = arguments[first]
             if arguments.get("hotswap") and isinstance(weights, dict):
                 blocks = blocks_of(self.model, self.plan)
                 others = [f".{name}.{i}." for block, name, i in blocks if isinstance(block, Stub)]
                 own = {key: x for key, x in weights.items() if not any(other in f".{key}" for other in others)}
-                arguments[bind.names[0]] = own
+                arguments[first] = own
             return load(**arguments)
 
-        return loading
+        return by_name(load, loading)
 
     def with_all_blocks(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Let ``function`` see all blocks in the model; weights that it gives to blocks of other stages are freed."""
