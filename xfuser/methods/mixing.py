@@ -40,7 +40,7 @@ class MixingModules(ShardedModel):
             shares = self._call.tokens
             rows = [size // x.shape[3] for size in shares.sizes["image"]]
             if self._stage:
-                total = shares.totals["image"] // x.shape[3]
+                total = shares.image // x.shape[3]
                 first = shares.window.image.start // x.shape[3]
                 x = self._group.all_gather(x.contiguous(), dim=2, sizes=rows) if shares.ranks > 1 else x
                 whole = self._stage.kept.buffer((self, module)).renew_rows(x, (first, sum(rows)), total)
@@ -90,7 +90,7 @@ class MixingModules(ShardedModel):
             for name in names if shares.ranks > 1 else ():
                 arguments[name] = self._group.all_gather(arguments[name].contiguous(), dim=1, sizes=sizes)
             for name in self._plan.framed:
-                tokens = shares.totals["image"] // arguments[name].shape[1]
+                tokens = shares.image // arguments[name].shape[1]
                 arguments[name] = arguments[name][:, image.start // tokens : -(-image.stop // tokens)]
             return original(**arguments).split(sizes, dim=1)[shares.rank]
 
@@ -107,7 +107,7 @@ class MixingModules(ShardedModel):
         own = share(self._call.tokens.sizes["image"], self._call.tokens.rank)
         parts = [state]
         if self._call.synchronous:
-            patches = [common(own, tokens) for tokens in self._stage.patch_tokens(self._call.tokens.totals["image"])]
+            patches = [common(own, tokens) for tokens in self._stage.patch_tokens(self._call.tokens.image)]
             parts = [part(x.start - own.start, len(x)) if x else torch.zeros_like(state) for x in patches]
         return self._stage.kept.summed((self, name, number), self._sum(torch.stack(parts)))
 

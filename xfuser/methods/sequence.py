@@ -144,7 +144,7 @@ class SequenceParallel(MixingModules):
 
     def _mask_segments(self, segments: str, valid: str, mask: str, arguments: Arguments) -> None:
         """Replace the segments by one mask, so that blocks attend to the whole sequence at once."""
-        given, tokens = arguments.get(segments), self._call.tokens.totals["image"]
+        given, tokens = arguments.get(segments), self._call.tokens.image
         if given is None:
             return
         key, device = (segments, "", id(given)), arguments[self._plan.image].device
@@ -156,7 +156,7 @@ class SequenceParallel(MixingModules):
         """Change the base so that log(own tokens) / log(new base) is log(all tokens) / log(given base)."""
         given, shards = arguments.get(argument) or {}, self._call.tokens
         if given.get(key) and not shards.is_whole:
-            own, total = (math.log(count) for count in (shards.sizes["image"][shards.rank], shards.totals["image"]))
+            own, total = (math.log(count) for count in (shards.sizes["image"][shards.rank], shards.image))
             arguments[argument] = given | {key: given[key] ** (own / total)}
 
     def _cut(self, value: Any, tokens: Tokens | tuple[Tokens | None, ...] | None, blocks: str, spread: bool) -> Any:

@@ -155,7 +155,7 @@ class TokenShares:
     @property
     def is_whole(self) -> bool:
         """Whether this rank holds all tokens."""
-        return self.ranks == 1 and self.window == Window(range(self.totals["image"]))
+        return self.ranks == 1 and self.window == Window(range(self.image))
 
     def rows(self, streams: Streams, own: int, text: int | None = None) -> Rows:
         """The rows of an attention's sequence, of which this rank holds ``own``.
@@ -200,13 +200,13 @@ class TokenShares:
     def cut(self, x: Tensor, tokens: Tokens) -> Tensor:
         """This rank's rows of a tensor that holds the whole streams."""
         if tokens.rows:
-            rows = x.unflatten(tokens.dim, (-1, self.totals["image"]))
+            rows = x.unflatten(tokens.dim, (-1, self.image))
             return self.cut(rows, Tokens(tokens.streams, tokens.dim + 1)).flatten(tokens.dim, tokens.dim + 1)
         length = x.shape[tokens.dim]
         same = length == 1 and sum(self._carried[stream] for stream in tokens.streams) != 1  # one entry for all tokens
         if same or tokens.dims not in (None, x.dim()):
             return x
-        rows = self._rows(tokens.streams, length - self.totals["image"] * ("image" in tokens.streams))
+        rows = self._rows(tokens.streams, length - self.image * ("image" in tokens.streams))
         if length != rows.total:
             counts = [str(self.totals[stream]) for stream in tokens.streams]
             raise ValueError(
