@@ -43,7 +43,7 @@ class MixingModules(ShardedModel):
                 total = shares.image // x.shape[3]
                 first = shares.window.image.start // x.shape[3]
                 x = self._group.all_gather(x.contiguous(), dim=2, sizes=rows) if shares.ranks > 1 else x
-                whole = self._stage.kept.buffer((self, module)).renew_rows(x, (first, sum(rows)), total)
+                whole = self._stage.buffer((self, module)).renew_rows(x, (first, sum(rows)), total)
                 return _on_some_rows(module, original, whole, share(rows, shares.rank), first)
             if shares.ranks == 1 or self._alone:
                 return original(x)
@@ -109,7 +109,7 @@ class MixingModules(ShardedModel):
         if self._call.synchronous:
             patches = [common(own, tokens) for tokens in self._stage.patch_tokens(self._call.tokens.image)]
             parts = [part(x.start - own.start, len(x)) if x else torch.zeros_like(state) for x in patches]
-        return self._stage.kept.summed((self, name, number), self._sum(torch.stack(parts)))
+        return self._stage.summed((self, name, number), self._sum(torch.stack(parts)))
 
 
 def _on_some_rows(

@@ -259,7 +259,7 @@ class SequenceParallel(MixingModules):
         layout, rank, ranks = layout or self._attentions[name], shards.rank, shards.ranks
         place = (self, name, number)
         held = self._plan.whole and not shards.window.text  # all of the text is in the buffer
-        text = (stage.kept.buffer(place).total - shards.image,) if held else ()
+        text = (stage.buffer(place).total - shards.image,) if held else ()
         queries, keys = (shards.rows(streams, x.shape[2], *text) for streams, x in zip(layout, (q, k), strict=True))
         if layout.keys == (PICTURE,):
             return self._local(q, k, v, mask, scale)
@@ -280,7 +280,7 @@ class SequenceParallel(MixingModules):
         k, v = keys.given(k, 2, rank), keys.given(v, 2, rank)
 
         def renew(k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-            k, v, of_keys = stage.kept.buffer(place).renew(k, v, mask if per_key else None, keys.order, keys.total)
+            k, v, of_keys = stage.buffer(place).renew(k, v, mask if per_key else None, keys.order, keys.total)
             return k, v, of_keys if per_key else mask
 
         if ranks == 1:

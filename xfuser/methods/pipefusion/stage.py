@@ -1,6 +1,6 @@
 """One stage of one transformer during a call: which tokens a forward computes, and where they go next."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import partial
 from typing import Any
 
@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from xfuser.call import CallState, Forward
+from xfuser.core.attention.kv_buffer import KVBuffer
 from xfuser.core.distributed import get_sp_group
 from xfuser.core.hooks import Arguments, replaced
 from xfuser.methods.pipefusion.blocks import StageBlocks
 from xfuser.methods.pipefusion.channel import Channel, Route
-from xfuser.methods.pipefusion.kept import Kept
 from xfuser.methods.pipefusion.loop import once_a_step
 from xfuser.methods.pipefusion.patches import Patches, zeros
 from xfuser.methods.pipefusion.refusals import refuse
@@ -46,7 +46,6 @@ class Stage:
         self._channels, self._call, self._on_start = channels, call, on_start
         self._branches_now, self._controlled, self._runs = branches, controlled, False
         self._name, self.number = type(model).__name__, self._group.rank_in_group
-        self.kept = Kept(call)
         self.patches = Patches(call.patches, getattr(model, "config", model), plan)
         self._chains = [Relay(one, self.number, plan, channels, call, self._window) for one in blocks.chains]
         self.forget()
@@ -57,9 +56,28 @@ class Stage:
         self._latents: list[Tensor] = []  # input of each call of the first sub-step
         self._outputs: list[tuple[list[Tensor], Any]] = []  # full output of each call: tensors, tree
         self._autocast = False  # whether autocast chooses the dtypes of activations
-        self.kept.clear()
+        self._drop()
         for chain in self._chains:
             chain.forget()
+
+    def _drop(self) -> None:
+        """Drop the tensors of the whole image that are kept between sub-steps, for each call of the transformer."""
+        self._buffers: dict[tuple[Hashable, int], KVBuffer] = {}
+        self._states: dict[tuple[Hashable, int], Tensor] = {}
+
+    def buffer(self, name: Hashable) -> KVBuffer:
+        """The buffer of an attention, or of a convolution's map, of this name."""
+        return self._buffers.setdefault((name, self._call.index), KVBuffer())
+
+    def summed(self, name: Hashable, fresh: Tensor) -> Tensor:
+        """The sum of all patches' states of a linear attention; ``fresh``, ``[patches, ...]``, has all of them, or only
+        this sub-step's."""
+        states = self._states.setdefault((name, self._call.index), fresh)
+        if not self._call.synchronous:
+            states[self._call.patch] = fresh[0]
+        elif states is not fresh:
+            states.copy_(fresh)
+        return states.sum(dim=0)
 
     @property
     def is_last(self) -> bool:
@@ -126,7 +144,7 @@ class Stage:
         for chain in self._chains:
             chain.end_substep()
         if call.ends_step and call.step + 1 == call.steps:
-            self.kept.clear()  # frees memory for the VAE
+            self._drop()  # frees memory for the VAE
         for channel in self._channels.values():
             channel.end_substep()
         if call.ends_step and call.ends_whole(call.step):
