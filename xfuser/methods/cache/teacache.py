@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 
+import numpy as np
 from torch import Tensor, nn
 
 from xfuser.core.hooks import Arguments
@@ -35,7 +36,7 @@ class TeaCache:
         before, state.signal = state.signal, signal
         if before is not None and not self._must_run():
             change = self._means.decide(partial(_relative_change, signal, before), ("image",))
-            state.total += _polynomial(self._plan.coefficients, change)
+            state.total += float(np.polyval(self._plan.coefficients, change))
             if state.total < self._threshold:
                 return True
         state.total = 0.0
@@ -57,10 +58,3 @@ SIGNALS: dict[str, Callable[[nn.Module, Tensor, Tensor], Tensor]] = {
 
 def _relative_change(x: Tensor, before: Tensor) -> float:
     return ((x - before).abs().mean() / before.abs().mean()).item()
-
-
-def _polynomial(coefficients: tuple[float, ...], x: float) -> float:
-    result = 0.0
-    for coefficient in coefficients:
-        result = result * x + coefficient
-    return result
