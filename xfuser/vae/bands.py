@@ -1,8 +1,5 @@
 """Bands: the rows (or columns) of a feature map that each rank holds, and their exchange between ranks."""
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -103,16 +100,14 @@ class Bands:
     def halo(self, pieces: list[Piece], sizes: list[int], needs: list[range]) -> list[Piece]:
         """The rows that this rank needs from other ranks; ``needs`` has every rank's needs, ``pieces`` this band."""
         own, need = share(sizes, self.rank), needs[self.rank]
-        above, below = self.borrow(partial(self.cut, pieces), pieces[0][1], sizes, needs)
+        above, below = self.borrow(pieces, sizes, needs)
         both = [(need.start, above), (max(own.stop, need.start), below)]
         return [(first, part) for first, part in both if part is not None]
 
-    def borrow(
-        self, own_rows: Callable[[range], Tensor], like: Tensor, sizes: list[int], needs: list[range]
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """As :meth:`halo`: the rows above and below this rank's band; ``own_rows`` returns rows of this rank's band.
+    def borrow(self, pieces: list[Piece], sizes: list[int], needs: list[range]) -> tuple[Tensor | None, Tensor | None]:
+        """As :meth:`halo`: the rows above and below this rank's band.
 
-        Only needed rows are sent, including between ranks that are not neighbours. ``like`` is a part of the map.
+        Only needed rows are sent, including between ranks that are not neighbours.
         """
         held = [share(sizes, rank) for rank in range(self.ranks)]
         ranks = dist.get_process_group_ranks(self.group)
@@ -121,11 +116,11 @@ class Bands:
             if other == self.rank:
                 continue
             if lent := common(held[self.rank], needs[other]):
-                ops.append(dist.P2POp(dist.isend, own_rows(lent).contiguous(), ranks[other], self.group))
+                ops.append(dist.P2POp(dist.isend, self.cut(pieces, lent).contiguous(), ranks[other], self.group))
             if borrowed := common(held[other], needs[self.rank]):
-                shape = list(like.shape)
+                shape = list(pieces[0][1].shape)
                 shape[self.dim] = len(borrowed)
-                received[other] = like.new_empty(shape)
+                received[other] = pieces[0][1].new_empty(shape)
                 ops.append(dist.P2POp(dist.irecv, received[other], ranks[other], self.group))
         for work in dist.batch_isend_irecv(ops) if ops else []:
             work.wait()  # on NCCL, only the compute stream waits, on which the rows are joined and convolved

@@ -14,7 +14,7 @@ from xfuser.config.config import ASYNCHRONOUS
 from xfuser.core.distributed.utils import share
 from xfuser.core.hooks import replaced
 from xfuser.methods.staleness import Staleness
-from xfuser.vae.bands import Bands, common, join_moments
+from xfuser.vae.bands import Bands, Piece, common, join_moments
 from xfuser.vae.operations import SDPA
 from xfuser.vae.parallelize import OnBands
 
@@ -54,9 +54,7 @@ class MapBands(Bands):
             raise self.refusal(f"a map was resized to {rows} rows, which is not its height before a halving")
         super().now(sizes, x)
 
-    def borrow(
-        self, own_rows: Callable[[range], Tensor], like: Tensor, sizes: list[int], needs: list[range]
-    ) -> tuple[Tensor | None, Tensor | None]:
+    def borrow(self, pieces: list[Piece], sizes: list[int], needs: list[range]) -> tuple[Tensor | None, Tensor | None]:
         """As in :class:`Bands`, but every rank receives all rows that any rank needs from another."""
         held = [share(sizes, rank) for rank in range(self.ranks)]
         lent = [
@@ -65,8 +63,8 @@ class MapBands(Bands):
         ]
         if not any(lent):
             return None, None
-        own = [own_rows(range(row, row + 1)) for row in lent[self.rank]] or [like.narrow(self.dim, 0, 0)]
-        own = torch.cat(own, dim=self.dim).movedim(self.dim, 0)
+        own = [self.cut(pieces, range(row, row + 1)) for row in lent[self.rank]]
+        own = torch.cat(own or [pieces[0][1].narrow(self.dim, 0, 0)], dim=self.dim).movedim(self.dim, 0)
         need, mine, rows = needs[self.rank], held[self.rank], list(chain(*lent))
         above = [place for place, row in enumerate(rows) if row in need and row < mine.start]
         below = [place for place, row in enumerate(rows) if row in need and row >= mine.stop]
