@@ -27,9 +27,9 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 @contextmanager
-def edited_output(module: nn.Module, edit: Callable[[nn.Module, tuple, Any], Any]) -> Iterator[None]:
-    """Within the context, ``edit(module, args, output)`` replaces the output of each call of ``module``."""
-    handle = module.register_forward_hook(edit)
+def edited_output(module: nn.Module, edit: Callable[[Any], Any]) -> Iterator[None]:
+    """Within the context, ``edit(output)`` replaces the output of each call of ``module``."""
+    handle = module.register_forward_hook(lambda module, args, output: edit(output))
     try:
         yield
     finally:

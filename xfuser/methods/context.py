@@ -90,7 +90,7 @@ class ContextParallel(ShardedModel):
             if arguments.get(name) is not None:
                 arguments[name] = self._cut(arguments[name], entry)
 
-    def _split_output(self, spec: dict[Any, Any], module: nn.Module, args: tuple, output: Any) -> Any:
+    def _split_output(self, spec: dict[Any, Any], output: Any) -> Any:
         entries = {key: entry for key, entry in spec.items() if _splits_output(entry)}
         if not entries:
             return output
@@ -116,7 +116,7 @@ class ContextParallel(ShardedModel):
             self._totals.append(total)
         return x.split(split_sizes(total, self._ranks), dim=entry.split_dim)[self._rank]
 
-    def _gather(self, dim: int, module: nn.Module, args: tuple, output: Any) -> Any:
+    def _gather(self, dim: int, output: Any) -> Any:
         return tree_map_only(Tensor, lambda x: self._group.all_gather(x, dim=dim), output)
 
     def _enter_attention(self, name: str, arguments: Arguments) -> None:

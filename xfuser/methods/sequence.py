@@ -203,11 +203,11 @@ class SequenceParallel(MixingModules):
             return x
         return self._share_of(x.shape[1], None, Window(range(x.shape[1]))).cut(x, Tokens(("image",)))
 
-    def _leave_block(self, outputs: list[Streams], block: nn.Module, args: tuple, output: Any) -> Any:
+    def _leave_block(self, outputs: list[Streams], output: Any) -> Any:
         """After a block that was given no text: add zeros in its place, as the forward expects the full length."""
         return self._call.tokens.with_text(output, outputs, self._plan.carrier_dim)
 
-    def _leave_blocks(self, outputs: list[Streams], block: nn.Module, args: tuple, output: Any) -> Any:
+    def _leave_blocks(self, outputs: list[Streams], output: Any) -> Any:
         """After the last block: gather all tokens of its output, unless they are gathered after the head."""
         if self._call.tokens is None or not self._early:
             return output
@@ -216,7 +216,7 @@ class SequenceParallel(MixingModules):
         parts = zip(output, outputs, strict=True)
         return tuple(x if x is None else self._gather(x, streams) for x, streams in parts)
 
-    def _leave_head(self, head: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    def _leave_head(self, output: Tensor) -> Tensor:
         """After the head: gather all tokens of the image, unless that is done already."""
         return output if self._call.tokens is None or self._early else self._gather(output, ("image",))
 

@@ -55,7 +55,7 @@ class Refiner(Stack):
             passing = by_name(block.module.forward, itemgetter(self._plan.image))
             call.enter_context(replaced(block.module, "forward", passing))
 
-    def _leave_blocks(self, outputs: list[Streams], block: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    def _leave_blocks(self, outputs: list[Streams], output: Tensor) -> Tensor:
         """After the last block: return all tokens, with zeros for those of other patches."""
         shares, self._call.tokens = self._call.tokens, None
         return shares.rows(outputs[0], output.shape[1]).in_sequence(output)

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from xfuser.call import CallState
 from xfuser.core.hooks import edited_output
@@ -66,7 +66,7 @@ class Relay:
             self._from = self._channels[self._chain.kind, owners[places[0] - 1], self._number]
             call.enter_context(edited_output(blocks[places[0] - 1].module, self._receive))
 
-    def _receive(self, stub: nn.Module, args: tuple, output: Any) -> Any:
+    def _receive(self, output: Any) -> Any:
         """After the stub before this stage's first block: return the tokens that the previous stage sent."""
         self.holds, dim, shares = True, self._plan.carrier_dim, self._call.tokens
         passed = self._passed(self._places[0] - 1, output)
@@ -84,7 +84,7 @@ class Relay:
         joined = [torch.cat([parts[one] for one in streams], dim=dim) for _, streams in passed]
         return joined[0] if isinstance(output, Tensor) else (*output[: self._hints], *joined)
 
-    def _send(self, block: nn.Module, args: tuple, output: Any) -> None:
+    def _send(self, output: Any) -> None:
         """After this stage's last block: send the tokens, image first, whatever their order in the block."""
         self.holds, counts, parts, flag = False, self._call.tokens.own, {}, []
         for x, streams in self._passed(self._places[-1], output):

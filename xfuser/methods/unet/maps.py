@@ -82,14 +82,14 @@ class MapParallel(ShardedModel):
         own = share(self._levels[rows], self._group.rank_in_group)
         return x.narrow(self._dim, own.start, len(own))
 
-    def _begin(self, embed: nn.Module, args: tuple, maps: Tensor) -> Tensor:
+    def _begin(self, maps: Tensor) -> Tensor:
         """After the module that embeds the latents: cut its output to this rank's part, unless these were cut."""
         if self._parts.alone:
             return maps
         self._mode = self._running.enter_context(self._parts.on_maps(self._sizes, maps.shape[-1]))
         return self._cut(maps)
 
-    def _end(self, head: nn.Module, args: tuple, maps: Tensor) -> Tensor:
+    def _end(self, maps: Tensor) -> Tensor:
         """After the last module: gather the full map."""
         self._leave()
         return self._group.all_gather(maps, dim=maps.dim() + self._dim, sizes=self._sizes)
