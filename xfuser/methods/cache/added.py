@@ -13,11 +13,10 @@ from torch import nn
 from xfuser.call import CallState
 from xfuser.config import EngineConfig
 from xfuser.methods.cache import hooks
-from xfuser.methods.cache.first_block import FirstBlock
 from xfuser.methods.cache.hooks import Cached
 from xfuser.methods.cache.means import SharedMeans
+from xfuser.methods.cache.rules import FirstBlock, TeaCache
 from xfuser.methods.cache.stack import BlockStack, Rule
-from xfuser.methods.cache.teacache import TeaCache
 from xfuser.methods.pipefusion.blocks import Stub
 from xfuser.models.plan import ModelPlan, blocks_of
 from xfuser.models.registry import planned_models

@@ -1,9 +1,11 @@
-"""TeaCache (arXiv 2411.19108): blocks are skipped while the first block's input has changed little."""
+"""The rules by which a cache over a stack of blocks decides whether to skip them."""
 
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
+from diffusers.hooks import first_block_cache
 from torch import Tensor, nn
 
 from xfuser.core.hooks import Arguments
@@ -12,8 +14,29 @@ from xfuser.methods.cache.stack import StackState
 from xfuser.models.teacache import TeaCachePlan
 
 
+class FirstBlock:
+    """Diffusers' rule of First-Block-Cache, for each patch separately: how much the first block's residual has changed.
+
+    Diffusers' own hooks do not support blocks on several stages.
+    """
+
+    behind_first = True
+
+    def __init__(self, threshold: float, means: SharedMeans) -> None:
+        self._hook, self._means = first_block_cache.FBCHeadBlockHook(None, threshold), means
+
+    def skips(self, state: StackState, block: nn.Module, given: Arguments, image: Tensor) -> bool:
+        """Whether to skip blocks; ``image`` is the first block's residual."""
+        state.signal = kept = state.signal or first_block_cache.FBCSharedBlockState()
+        self._hook.state_manager = SimpleNamespace(get_state=lambda: kept)
+        runs = self._means.decide(partial(self._hook._should_compute_remaining_blocks, image), ("image",))
+        if runs:
+            kept.head_block_residual = image
+        return not runs
+
+
 class TeaCache:
-    """The rule of TeaCache for one model.
+    """The rule of TeaCache (arXiv 2411.19108) for one model: how much the first block's input has changed.
 
     Each step adds a polynomial of the signal's relative change since the last step, mean|x - y| / mean|y|, to a sum.
     While the sum is below the threshold, blocks are skipped; otherwise they run, and the sum is reset to 0. Blocks
