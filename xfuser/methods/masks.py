@@ -1,4 +1,4 @@
-"""Attention masks over pairs of tokens that are sharded over ranks."""
+"""Attention masks over pairs of tokens."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,6 +8,8 @@ from torch import Tensor
 
 from xfuser.core.attention.kernels import additive
 from xfuser.methods.tokens import Rows
+
+Segments = list[tuple[int, int, bool]]  # first token, end (exclusive), whether causal: tokens see no later ones
 
 
 class PairMasks:
@@ -71,3 +73,18 @@ def cut_pairs(
     if mask.shape[2] > 1:
         mask = torch.cat([mask.narrow(2, *place) for rank in ranks for place in queries.places(rank)], dim=2)
     return additive(torch.cat([mask.narrow(3, *place) for place in columns], dim=3), dtype)
+
+
+def segment_mask(segments: Segments, tokens: int, valid: Tensor | None, device: torch.device) -> Tensor:
+    """The keys that each token sees, bool ``[B or 1, 1, tokens, tokens]``: tokens of a segment see those of it and of
+    earlier ones, and tokens after the segments see all.
+
+    Args:
+        valid: keys that may be seen, ``[B, tokens]``.
+    """
+    mask = torch.ones(tokens, tokens, dtype=torch.bool, device=device)
+    for start, end, causal in segments:
+        mask[start:end, end:] = False
+        if causal:
+            mask[start:end, start:end] = mask[start:end, start:end].tril()
+    return mask[None, None] if valid is None else mask & valid.bool()[:, None, None]

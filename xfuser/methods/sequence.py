@@ -14,12 +14,11 @@ from xfuser.call import Forward
 from xfuser.core.attention.kernels import additive
 from xfuser.core.attention.linear import summed_state
 from xfuser.core.attention.operator import outside_of_graphs
-from xfuser.core.attention.segments import segment_mask
 from xfuser.core.attention.usp import usp_attention
 from xfuser.core.distributed import SequenceParallelGroupCoordinator
 from xfuser.core.hooks import Arguments, edited_arguments, edited_output, replaced
 from xfuser.methods.distrifusion import DistriFusion
-from xfuser.methods.masks import PairMasks, cut_pairs
+from xfuser.methods.masks import PairMasks, cut_pairs, segment_mask
 from xfuser.methods.mixing import MixingModules
 from xfuser.methods.naive_patch import NaivePatches
 from xfuser.methods.pipefusion.patches import Patches

@@ -67,7 +67,7 @@ class ModelPlan:
         leading: arguments of the blocks that count tokens at the beginning of a stream, to that stream.
         spread: arguments in ``per_token`` that the forward also applies between the last block and the head.
         segments: arguments of the blocks: the parts of the sequence, which attend to themselves and the parts before
-            (:mod:`xfuser.core.attention.segments`); a key mask; and a mask over pairs of tokens, which replaces both.
+            (``xfuser.methods.masks.Segments``); a key mask; and a mask over pairs of tokens, which replaces both.
         length_base: argument of the blocks that is a dict, and its key for a number: attention is scaled by the
             logarithm of the number of tokens to the base of this number.
         prompted: streams of the keys that the image's tokens attend to in all further calls of an attention module
