@@ -163,17 +163,18 @@ def plan_of(module: nn.Module) -> ModelPlan | None:
     A transformer without a plan whose class has a context-parallel plan of Diffusers gets a plan based on that.
     """
     module = original_of(module)  # compiled modules pass attributes on, but have another class
-    plans = (_REGISTERED.get(cls) or PLANS.get(cls.__name__) for cls in type(module).__mro__)
-    own = vars(module).get(_OWN) or next(filter(None, plans), None)
+    own = vars(module).get(_OWN) or _plan_of_class(type(module))
     context = getattr(module, "_cp_plan", None)
     return own if own or not context else _by_context(module, context)
 
 
 def is_known(cls: type) -> bool:
     """Whether modules of this class have a plan, or a context-parallel plan of Diffusers."""
-    return bool(getattr(cls, "_cp_plan", None)) or any(
-        base in _REGISTERED or base.__name__ in PLANS for base in cls.__mro__
-    )
+    return bool(_plan_of_class(cls) or getattr(cls, "_cp_plan", None))
+
+
+def _plan_of_class(cls: type) -> ModelPlan | None:
+    return next(filter(None, (_REGISTERED.get(base) or PLANS.get(base.__name__) for base in cls.__mro__)), None)
 
 
 def _by_context(module: nn.Module, context: dict[str, Any]) -> ModelPlan:
