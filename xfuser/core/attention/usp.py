@@ -101,8 +101,6 @@ def _scatter(
     tensors: list[Tensor], lengths: list[list[int]], heads: list[list[int]], group: dist.ProcessGroup
 ) -> list[Tensor]:
     """As ``scatter_heads``, for tensors of different lengths and head sizes: one message for each set of equal ones."""
-    if all(one == lengths[0] for one in lengths) and all(x.shape[-1] == tensors[0].shape[-1] for x in tensors):
-        return scatter_heads(tensors, lengths[0], heads, group)
     alike: dict[tuple, list[int]] = {}
     for i, (x, counts) in enumerate(zip(tensors, lengths, strict=True)):
         alike.setdefault((x.shape[-1], *counts), []).append(i)
