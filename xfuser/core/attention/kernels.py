@@ -167,18 +167,14 @@ def _flash_takes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
     return _flash_on_cpu_takes(q, k, v, mask) or _half_on_accelerator(q, k, v, mask)
 
 
-def _never_missing() -> None:
-    return None
-
-
 # In order of preference.
 KERNELS: dict[str, Kernel] = {
     "flash_attn_3": _flash_attn("flash_attn_interface", HOPPER, BLACKWELL),
     "flash_attn": _flash_attn("flash_attn", AMPERE),
     "cudnn": Kernel(_needs_accelerator, _cudnn_takes, _aten_cudnn),
-    "flash": Kernel(_never_missing, _flash_takes, _flash),
+    "flash": Kernel(lambda: None, _flash_takes, _flash),
     "efficient": Kernel(_needs_accelerator, _efficient_takes, _aten_efficient),
-    "math": Kernel(_never_missing, lambda q, k, v, mask: True, attention_math),
+    "math": Kernel(lambda: None, lambda q, k, v, mask: True, attention_math),
 }
 AUTO = ("flash_attn_3", "flash_attn", "flash", "efficient", "math")
 TORCHS_CHOICE = ("auto", "sdpa", dispatch.NATIVE)
