@@ -130,8 +130,7 @@ class xDiTParallel:
                 call.enter_context(quiet_libraries())
                 quiet_progress(call, self._pipe)
             self._take_out_compiled(call)
-            for context in self._vae_contexts():
-                call.enter_context(context)
+            self._divide_vae(call)
             for method in self._methods():
                 method.enter(call)
             call.wrap(getattr(self._pipe, "scheduler", None))
@@ -260,18 +259,18 @@ class xDiTParallel:
         else:
             setattr(self._pipe, name, value)
 
-    def _vae_contexts(self) -> list[AbstractContextManager[None]]:
-        """Contexts that divide the VAE's work: images over all ranks, or, with the parallel VAE, images over replicas,
-        and the rows of each image over the ranks of a replica."""
+    def _divide_vae(self, call: CallState) -> None:
+        """Divide the VAE's work: images over all ranks, or, with the parallel VAE, images over replicas, and the rows
+        of each image over the ranks of a replica."""
         vae, runtime = getattr(self._pipe, "vae", None), self.engine_config.runtime_config
         if vae is None:
-            return []
-        if not runtime.use_parallel_vae:
-            return [split_decode(vae, get_world_group())] if get_world_group().world_size > 1 else []
-        rows = parallel_vae(
-            vae, get_replica_group().device_group, runtime.vae_engine, runtime.vae_split, runtime.vae_chunk_rows
-        )
-        return [split_decode(vae, get_dp_group()), rows] if get_dp_group().world_size > 1 else [rows]
+            return
+        images = get_dp_group() if runtime.use_parallel_vae else get_world_group()
+        if images.world_size > 1:
+            call.enter_context(split_decode(vae, images))
+        if runtime.use_parallel_vae:
+            how = runtime.vae_engine, runtime.vae_split, runtime.vae_chunk_rows
+            call.enter_context(parallel_vae(vae, get_replica_group().device_group, *how))
 
     def _taking_part(self) -> list[str]:
         """The components whose forward or weights are divided."""
