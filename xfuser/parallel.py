@@ -154,7 +154,8 @@ class xDiTParallel:
             methods.append(DataParallel(get_dp_group(), models.values(), self._pipe))
         if self._pipefusion or self._sp.world_size > 1 or self._backend not in TORCHS_CHOICE:
             methods += [self._sequence(model, plan, parts.get(name)) for name, (model, plan) in models.items()]
-        methods += stacks_of(self._pipe, models.values(), self._sp, self._backend, self._pipefusion)
+        if self._pipefusion:
+            methods += stacks_of(self._pipe, models.values(), self._sp, self._backend, self._pipefusion)
         if methods:
             methods.insert(0, Refusals([model for model, _ in models.values()]))
         compiled = self._compiled_blocks(models) if self._compiler else []  # the blocks' own code, inside all hooks

@@ -22,18 +22,12 @@ def stacks_of(
     models: Iterable[tuple[nn.Module, ModelPlan]],
     group: SequenceParallelGroupCoordinator,
     backend: str,
-    pipefusion: PipeFusion | None,
+    pipefusion: PipeFusion,
 ) -> list[SequenceParallel]:
     """The methods that let a pipeline's further stacks of blocks compute patches; other methods run them whole."""
-    if not pipefusion:
-        return []
     shared = group, backend, pipefusion
-    ahead = [
-        (model, replace(plan, blocks=plan.ahead, head=None, text_first=None, residuals=()))
-        for model, plan in models
-        if plan.ahead
-    ]
-    return [*(Refiner(*one, *shared) for one in ahead), *(ControlNet(*net, *shared) for net in controlnets_of(pipe))]
+    refiners = [Refiner(model, plan, *shared) for model, plan in models if plan.ahead]
+    return [*refiners, *(ControlNet(*net, *shared) for net in controlnets_of(pipe))]
 
 
 class Stack(SequenceParallel):
@@ -45,6 +39,9 @@ class Stack(SequenceParallel):
 
 class Refiner(Stack):
     """The blocks before a transformer's own: the first stage runs them on the patch; other stages skip them."""
+
+    def __init__(self, model: nn.Module, plan: ModelPlan, *args: Any) -> None:
+        super().__init__(model, replace(plan, blocks=plan.ahead, head=None, text_first=None, residuals=()), *args)
 
     def enter(self, call: CallState) -> None:
         """During the call, the blocks compute patches on the first stage, and return their input on others."""
