@@ -28,35 +28,13 @@ WIDTHS = ("inner_dim", "out_dim")  # some processors reshape by out_dim, if it i
 KEY_WIDTHS = ("inner_kv_dim", "kv_inner_dim")
 
 
-def attention_division(name: str, module: nn.Module, ranks: int) -> Division | None:
-    """How to divide an attention module by heads; None for other modules, or if a layer is unknown.
+def attention_division(name: str, module: nn.Module, ranks: int, has_output: bool = True) -> Division | None:
+    """How to divide an attention module, with or without an output linear, by heads; None for other modules, or if a
+    layer is unknown.
 
     Raises:
         ValueError: the module has fewer heads than there are ranks.
     """
-    return _by_heads(name, module, ranks, has_output=True)
-
-
-def fused_block_division(name: str, block: nn.Module, ranks: int) -> Division | None:
-    """How to divide a block whose output linear takes the attention output followed by an MLP's hidden channels."""
-    attention, first, last = children(block, "attn", "proj_mlp", "proj_out")
-    if attention is None or not type(first) is type(last) is nn.Linear or first.out_features < ranks:
-        return None
-    if {path.partition(".")[0] for path in layers_of(block)} - {"attn", "proj_mlp", "proj_out", "norm"}:
-        return None
-    found = _by_heads(f"{name}.attn", attention, ranks, has_output=False)
-    if found is None:
-        return None
-    division, hidden = Division(), evenly(first.out_features, ranks)
-    both = joined(found.cuts["to_q.weight"][1], hidden)
-    division.add("attn", found)
-    division.outputs("proj_mlp", first, hidden)
-    division.inputs("proj_out", last, both)
-    return division if last.in_features == both.total else None
-
-
-def _by_heads(name: str, module: nn.Module, ranks: int, has_output: bool) -> Division | None:
-    """How to divide an attention module, with or without an output linear, by heads."""
     layers = layers_of(module)
     # Modules that reshape by their full width have it as an attribute.
     if hasattr(module, "embed_dim") or "" in layers or has_output != any(one in OUTPUTS for one in layers):
@@ -72,6 +50,24 @@ def _by_heads(name: str, module: nn.Module, ranks: int, has_output: bool) -> Div
             f" {heads}, or split_scheme='col', which divides no heads"
         )
     return found
+
+
+def fused_block_division(name: str, block: nn.Module, ranks: int) -> Division | None:
+    """How to divide a block whose output linear takes the attention output followed by an MLP's hidden channels."""
+    attention, first, last = children(block, "attn", "proj_mlp", "proj_out")
+    if attention is None or not type(first) is type(last) is nn.Linear or first.out_features < ranks:
+        return None
+    if {path.partition(".")[0] for path in layers_of(block)} - {"attn", "proj_mlp", "proj_out", "norm"}:
+        return None
+    found = attention_division(f"{name}.attn", attention, ranks, has_output=False)
+    if found is None:
+        return None
+    division, hidden = Division(), evenly(first.out_features, ranks)
+    both = joined(found.cuts["to_q.weight"][1], hidden)
+    division.add("attn", found)
+    division.outputs("proj_mlp", first, hidden)
+    division.inputs("proj_out", last, both)
+    return division if last.in_features == both.total else None
 
 
 def _head_sizes(module: nn.Module, layers: dict[str, nn.Module]) -> tuple[int, int, int] | None:
