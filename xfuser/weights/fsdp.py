@@ -2,6 +2,8 @@
 
 import copy
 from collections.abc import Iterable
+from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,9 +13,11 @@ from torch.distributed.tensor import DTensor
 
 from xfuser.core.distributed import GroupCoordinator
 from xfuser.core.distributed.utils import share
+from xfuser.core.hooks import replaced
 from xfuser.methods.cache.added import cache_as
 from xfuser.methods.refusals import refusal
 from xfuser.models.plan import ModelPlan, blocks_of
+from xfuser.models.registry import original_of
 
 Shape = tuple[torch.Size, torch.dtype]
 
@@ -46,7 +50,16 @@ def free_weights(module: nn.Module, device: torch.device) -> None:
 
 def is_freed(module: nn.Module) -> bool:
     """Whether a module's weights were freed by :func:`free_weights`, and not restored since."""
-    return all(not weight.numel() for weight in module.parameters())
+    weights = list(module.parameters())
+    return bool(weights) and not any(weight.numel() for weight in weights)
+
+
+def freed_by_wrap(module: nn.Module) -> str:
+    """Why a module whose weights were freed cannot be used."""
+    return (
+        f"the weights of this {type(module).__name__} are divided over the ranks of a wrapped pipeline: call that"
+        " pipeline, or unwrap() it first"
+    )
 
 
 class Shards:
@@ -72,7 +85,7 @@ class Shards:
             raise ValueError(
                 f"{kind} has Diffusers hooks, which cannot be copied: wrap the pipeline first, then add them"
             )
-        self.module, self._group = module, group
+        self.module, self._group, self._guard = module, group, ExitStack()
         blank = [nn.Parameter(torch.empty(*shape, dtype=dtype, device="meta"), False) for shape, dtype in shapes]
         self.copy = copy.deepcopy(module, dict(zip(map(id, module.parameters()), blank, strict=True)))
         blocks = [block.module for block in blocks_of(self.copy, plan)] if plan else []
@@ -129,6 +142,7 @@ class Shards:
         for (name, rows), x in zip(self.rows().items(), weights, strict=True):
             self.fill(name, x if rows is None else x[rows.start : rows.stop].clone())
         free_weights(self.module, self._group.device)
+        self._guard.enter_context(replaced(self.module, "forward", refusal(freed_by_wrap(self.module))))
 
     def changes(self) -> list[str]:
         """Changes of the copy's parameters since it was made, with which the module cannot be restored."""
@@ -142,6 +156,7 @@ class Shards:
         for part in self.copy.modules():
             if isinstance(part, FSDPModule):
                 part.reshard()
+        self._guard.close()
         free_weights(self.module, self._group.device)
         for old, new in zip(self.module.parameters(), self.copy.parameters(), strict=True):
             if isinstance(new, DTensor):
@@ -149,6 +164,12 @@ class Shards:
                 new = self._group.all_gather(new.to_local(), dim=0, sizes=self._sizes(new))
             old.data = new.data
         return self.module
+
+    def put_back(self, pipe: Any, name: str) -> None:
+        """Restore a pipeline's component of this name, unless it was replaced; all ranks must call this."""
+        module, now = self.restore(), getattr(pipe, name)
+        if isinstance(now, nn.Module) and original_of(now) is self.copy:
+            vars(pipe)[name] = module  # without registering a component
 
 
 def shards_of(module: nn.Module) -> Shards | None:

@@ -15,7 +15,7 @@ from xfuser.methods.refusals import refusal, refuse_changed, refuse_offloaded, r
 from xfuser.methods.tensor import TensorParallel, division_of, refuse_divided
 from xfuser.models.plan import ModelPlan, attentions_of
 from xfuser.models.registry import check_methods, planned_models
-from xfuser.weights.fsdp import Shards, shard, shards_of
+from xfuser.weights.fsdp import Shards, freed_by_wrap, is_freed, shard, shards_of
 from xfuser.weights.text_encoders import TextEncoders, text_encoders
 
 
@@ -29,6 +29,8 @@ class Placement:
     def __init__(self, pipe: Any, engine_config: EngineConfig) -> None:
         self._pipe, self._engine = pipe, engine_config
         parallel, runtime = engine_config.parallel_config, engine_config.runtime_config
+        for freed in filter(is_freed, (model for model, _ in planned_models(pipe).values())):
+            raise ValueError(freed_by_wrap(freed))
         refuse_quantised(self._rearranged())
         advice = "wrap the pipeline first, then call enable_sequential_cpu_offload() or another offload"
         refuse_offloaded(self._rearranged(), advice)
@@ -78,7 +80,7 @@ class Placement:
         if self.pipefusion:
             self.pipefusion.restore()
         for name, shards in self._shards.items():
-            vars(self._pipe)[name] = shards.restore()
+            shards.put_back(self._pipe, name)
         self._encoders.restore()
 
     @property

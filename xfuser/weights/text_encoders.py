@@ -66,7 +66,7 @@ class TextEncoders:
         given = [weight.detach() for weight in encoder.parameters()] if self._group.is_first_rank else blank
         shards.take(self._from_first(x, like.shape, like.dtype) for x, like in zip(given, blank, strict=True))
         vars(self._pipe)[name] = shards.copy  # without registering a component
-        self._stack.callback(lambda: vars(self._pipe).update({name: shards.restore()}))
+        self._stack.callback(shards.put_back, self._pipe, name)
 
     def _leave_to_first(self, _: str, encoder: nn.Module) -> None:
         """Keep weights only on the first rank, whose outputs are broadcast to the other ranks."""

@@ -83,7 +83,10 @@ class Stub(nn.Module):
     Attributes:
         stage_layers: number of blocks of each stage when the stub was made.
         held: whether a wrapped pipeline has the stub, and will restore the block.
+        passes: whether a wrapped call runs; outside of one, the forward would skip the block, and raises an error.
     """
+
+    passes = False
 
     def __init__(self, block: nn.Module, plan: ModelPlan, place: tuple[str, int], layers: list[int]) -> None:
         super().__init__()
@@ -95,7 +98,17 @@ class Stub(nn.Module):
         self.free()
         names = {streams: name for name, streams in plan.carriers(place[0]).items()}
         returned = [names[streams] for streams in plan.outputs(place[0])]
-        self.forward = by_name(block.forward, itemgetter(*returned))
+        passed = itemgetter(*returned)
+
+        def forward(arguments: dict[str, Any]) -> Any:
+            if not self.passes:
+                raise RuntimeError(
+                    f"{place[0]}.{place[1]}, a {type(block).__name__}, is on another PipeFusion stage: call the wrapped"
+                    " pipeline, run its transformer within active(), or call unwrap() first"
+                )
+            return passed(arguments)
+
+        self.forward = by_name(block.forward, forward)
 
     def free(self) -> None:
         """Free the block's weights, except those that are lent."""

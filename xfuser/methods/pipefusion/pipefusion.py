@@ -79,6 +79,7 @@ class PipeFusion:
 
     def enter(self, call: CallState) -> None:
         """During the call, the pipeline loops over patches, and this rank computes its stage."""
+        self._check_models()
         if self._failed:
             self._group.barrier()  # stages reach the same failure one after the other
             self._close_channels()
@@ -110,6 +111,15 @@ class PipeFusion:
             self.stages, self._running = {}, None
         for channel in self._channels.values():
             channel.drain()
+
+    def _check_models(self) -> None:
+        divided = [blocks.model for blocks in self._blocks]
+        for name, (model, _) in planned_models(self._pipe, piped=True).items():
+            if model not in divided:
+                raise ValueError(
+                    f"the {name} of this pipeline was replaced since the pipeline was wrapped, and PipeFusion divided"
+                    " the blocks of the former one: call unwrap(), and wrap the pipeline again"
+                )
 
     def stage_of(self, model: nn.Module) -> Stage:
         """This rank's stage of a transformer; for a ControlNet, the stage of the running transformer."""

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from xfuser.call import CallState
-from xfuser.core.hooks import edited_output
-from xfuser.methods.pipefusion.blocks import Chain
+from xfuser.core.hooks import edited_output, replaced
+from xfuser.methods.pipefusion.blocks import Chain, Stub
 from xfuser.methods.pipefusion.channel import Channel, Route, skip_hook, skips
 from xfuser.methods.tokens import TokenShares, Window
 from xfuser.models.plan import ModelPlan, Streams
@@ -56,6 +56,8 @@ class Relay:
     def enter(self) -> None:
         """During the call, tokens come from the previous stage and go to the next."""
         blocks, owners, places, call = self._chain.blocks, self._chain.owners, self._places, self._call
+        for stub in (block.module for block in blocks if isinstance(block.module, Stub)):
+            call.enter_context(replaced(stub, "passes", True))
         if places and places[-1] + 1 < len(blocks):
             self._to = self._channels[self._chain.kind, self._number, owners[places[-1] + 1]]
             call.enter_context(edited_output(blocks[places[-1]].module, self._send))

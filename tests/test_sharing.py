@@ -1,0 +1,87 @@
+"""Pipelines that share components with a wrapped one, and components that are replaced while it is wrapped."""
+
+import pytest
+import running
+import tiny
+import torch
+from diffusers import AutoPipelineForImage2Image, DiffusionPipeline
+
+STAGES = {"pipefusion_parallel_degree": 2, "num_pipeline_patch": 2, "warmup_steps": 3}
+SHARDS = {"ulysses_degree": 2, "fully_shard_degree": 2}
+TENSOR = {"tensor_parallel_degree": 2}
+CALL = tiny.call_of("sd3")
+FROM_IMAGE = CALL | {"image": running.picture(), "strength": 0.6, "num_inference_steps": 5}
+
+
+def fresh(path):
+    pipe = DiffusionPipeline.from_pretrained(path)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def drawn(pipe, call):
+    return running.array(pipe(**call, generator=running.seeded()))
+
+
+def message(action, *args):
+    with pytest.raises((ValueError, RuntimeError)) as refused:
+        action(*args)
+    return str(refused.value)
+
+
+def shared(path, degrees):
+    """Call and wrap a bare pipeline that has a wrapped one's transformer; return messages, and the images of both."""
+    pipe = fresh(path)
+    other = AutoPipelineForImage2Image.from_pipe(pipe)
+    other.set_progress_bar_config(disable=True)
+    wrapped = running.wrap(pipe, degrees)
+    told = [message(drawn, other, FROM_IMAGE)] if degrees != TENSOR else []
+    told.append(message(running.wrap, other, degrees))
+    pictures = [drawn(wrapped, CALL)]
+    wrapped.unwrap()
+    return told, [*pictures, drawn(other, FROM_IMAGE)]
+
+
+@pytest.mark.parametrize(
+    ("degrees", "called", "wrapped"),
+    [
+        (STAGES, "on another PipeFusion stage: call the wrapped pipeline", "an earlier wrap divided the blocks"),
+        (SHARDS, "divided over the ranks of a wrapped pipeline", "divided over the ranks of a wrapped pipeline"),
+        (TENSOR, None, "is divided over ranks already"),
+    ],
+    ids=["stages", "shards", "tensor"],
+)
+def test_pipelines_that_share_divided_weights_are_refused(pool, folder_of, degrees, called, wrapped):
+    """Without blocks of other stages, the image would be wrong."""
+    path = folder_of("sd3")
+    expected = [drawn(fresh(path), CALL), drawn(AutoPipelineForImage2Image.from_pipe(fresh(path)), FROM_IMAGE)]
+    for told, pictures in pool.run(2, shared, path, degrees):
+        assert called is None or called in told[0]
+        assert wrapped in told[-1]
+        assert max(map(running.error, pictures, expected)) <= running.TOLERANCE
+
+
+def replacing(path, degrees):
+    """Replace the transformer of a wrapped pipeline; return images or messages before and after unwrap()."""
+    pipe = fresh(path)
+    wrapped = running.wrap(pipe, degrees)
+    torch.manual_seed(9)
+    wrapped.transformer = tiny.sd3_transformer()
+    first = message(drawn, wrapped, CALL) if degrees == STAGES else drawn(wrapped, CALL)
+    wrapped.unwrap()
+    return first, drawn(pipe, CALL)
+
+
+@pytest.mark.parametrize("degrees", [STAGES, SHARDS, TENSOR], ids=["stages", "shards", "tensor"])
+def test_a_replaced_transformer_stays_or_is_refused(pool, folder_of, degrees):
+    path = folder_of("sd3")
+    pipe = fresh(path)
+    torch.manual_seed(9)
+    pipe.transformer = tiny.sd3_transformer()
+    expected = drawn(pipe, CALL)
+    for first, after in pool.run(2, replacing, path, degrees):
+        if degrees == STAGES:
+            assert "was replaced since the pipeline was wrapped" in first
+        else:
+            assert running.error(first, expected) <= running.TOLERANCE
+        assert running.error(after, expected) <= running.TOLERANCE
