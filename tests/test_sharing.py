@@ -1,5 +1,8 @@
 """Pipelines that share components with a wrapped one, and components that are replaced while it is wrapped."""
 
+import copy
+import pickle
+
 import pytest
 import running
 import tiny
@@ -85,3 +88,13 @@ def test_a_replaced_transformer_stays_or_is_refused(pool, folder_of, degrees):
         else:
             assert running.error(first, expected) <= running.TOLERANCE
         assert running.error(after, expected) <= running.TOLERANCE
+
+
+def copied(path):
+    wrapped = running.wrap(fresh(path), {"ulysses_degree": 2})
+    return [message(make, wrapped) for make in (copy.copy, copy.deepcopy, pickle.dumps)]
+
+
+def test_wrapped_pipelines_cannot_be_copied(pool, folder_of):
+    for told in pool.run(2, copied, folder_of("sd3")):
+        assert all("cannot be copied or pickled: copy the pipeline that unwrap() returns" in one for one in told)

@@ -32,7 +32,7 @@ from xfuser.methods.distrifusion import DistriFusion
 from xfuser.methods.naive_patch import NaivePatches
 from xfuser.methods.pipefusion.loop import needs_whole_steps
 from xfuser.methods.progress import quiet_progress
-from xfuser.methods.refusals import Refusals
+from xfuser.methods.refusals import Refusals, refusal
 from xfuser.methods.sequence import SequenceParallel
 from xfuser.methods.stacks import stacks_of
 from xfuser.methods.unet.maps import MapParallel
@@ -71,6 +71,8 @@ class xDiTParallel:
     Attributes:
         cache_use: counts of block computations that caches ran and skipped in the last call.
     """
+
+    __reduce_ex__ = refusal("a wrapped pipeline cannot be copied or pickled: copy the pipeline that unwrap() returns")
 
     def __init__(self, pipe: Any, engine_config: EngineConfig, input_config: InputConfig | None = None) -> None:
         if isinstance(pipe, xDiTParallel):
