@@ -24,6 +24,7 @@ CASES = {  # pipelines, and changes of their calls
     "flux_kontext": LATENT | {"num_inference_steps": 4},
     "flux2": LATENT | {"num_inference_steps": 4},
     "qwen_image_edit": LATENT,
+    "cogview4": LATENT | {"num_inference_steps": 4, "num_images_per_prompt": 3},  # one negative prompt for three images
 }
 
 

@@ -73,12 +73,13 @@ class Relay:
         self.holds, dim, shares = True, self._plan.carrier_dim, self._call.tokens
         passed = self._passed(self._places[0] - 1, output)
         like = {name: x for x, streams in passed for name in streams}
-        per_token = {name: like[name].shape[1 - dim] * like[name].shape[2] for name in shares.own if name in like}
+        rows = max(x.shape[1 - dim] for x in like.values())  # blocks before broadcast streams of one batch entry
+        per_token = {name: rows * like[name].shape[2] for name in shares.own if name in like}
         self._received.append((per_token, shares))
         received = self._from.receive(self._sizes(per_token, shares), like["image"], self._next_sizes())
         if self._flagged:
             self._call.skips = bool(received.pop(0))
-        shapes = [(*like[name].shape[:dim], -1, *like[name].shape[dim + 1 :]) for name in per_token]
+        shapes = [(rows, -1, like[name].shape[2]) if dim else (-1, rows, like[name].shape[2]) for name in per_token]
         parts = {name: part.view(shape) for name, shape, part in zip(per_token, shapes, received, strict=True)}
         for route in self._skips.values():
             if route[2] == self._number:
