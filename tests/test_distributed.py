@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import accelerator
+import numpy as np
 import pytest
 import running
 import torch
@@ -365,6 +366,28 @@ def test_ranks_draw_from_what_rank_0_was_given(pool):
     (number, *first), (other, *second) = pool.run(2, of_rank_0)
     assert number == other and all(torch.equal(a, b) for a, b in zip(first[:2], second[:2], strict=True))
     assert first[0].abs().max() == 0 and first[2:] == second[2:]
+
+
+ALIKE = {"prompt": "a", "height": 64, "image": [np.zeros((2, 2))], "output_type": "np"}
+
+
+def with_differences():
+    """Return the messages of calls in which rank 1 passes one other argument, and the arguments of an equal call."""
+    xFuserArgs(ulysses_degree=2).create_config()
+    told = []
+    for name, other in {"prompt": ["a", "b"], "height": 80, "image": [np.ones((2, 2))]}.items():
+        with pytest.raises(ValueError, match="the ranks call the pipeline with different arguments") as refused:
+            shared_arguments((), ALIKE | {name: other} if dist.get_rank() else ALIKE)
+        told.append(str(refused.value))
+    only_rank_0 = {"output_type": "latent"} if dist.get_rank() else {}
+    return told, shared_arguments((), ALIKE | only_rank_0)[1]["prompt"]
+
+
+def test_ranks_must_be_given_the_same(pool):
+    """Otherwise the image would be a mixture of several."""
+    for told, prompt in pool.run(2, with_differences):
+        assert "[1]['height'] is 64 on rank 0, 80 on rank 1" in told[1]
+        assert all(name in one for name, one in zip(ALIKE, told, strict=False)) and prompt == "a"
 
 
 def slow_download(pause):

@@ -1,4 +1,4 @@
-"""Make all ranks call a pipeline with rank 0's random states and tensors, such as latents."""
+"""Make all ranks call a pipeline with the same arguments, and with rank 0's random states and tensors."""
 
 import copy
 import hashlib
@@ -10,6 +10,8 @@ from torch.utils._pytree import keystr, tree_flatten_with_path, tree_unflatten
 from xfuser.core import device as devices
 from xfuser.core.distributed import get_world_group
 
+AFTER_STEPS = ("output_type", "return_dict")  # arguments that concern only a rank's own result
+
 
 def shared_arguments(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """Copy rank 0's random states and tensors to all ranks; returns the arguments with the copied tensors.
@@ -18,7 +20,8 @@ def shared_arguments(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[s
     arguments, including the state of a modular pipeline; only tensors that differ are sent and replaced.
 
     Raises:
-        ValueError: on all ranks, if they were given different generators, or tensors of different shapes or dtypes.
+        ValueError: on all ranks, if they were given different texts, numbers, images or generators, or tensors of
+            different shapes or dtypes.
     """
     world = get_world_group()
     states = {name: x for name, x in kwargs.items() if isinstance(getattr(x, "values", None), dict)}
@@ -26,7 +29,9 @@ def shared_arguments(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[s
     leaves, spec = tree_flatten_with_path((args, dict(sorted(opened.items()))))
     generators = {keystr(path): x for path, x in leaves if isinstance(x, torch.Generator)}
     tensors = {keystr(path): x for path, x in leaves if isinstance(x, torch.Tensor)}
-    kinds = dict.fromkeys(generators, "a generator")
+    kinds = {keystr(path): value for path, x in leaves if (value := _value(x)) is not None}
+    kinds = {name: value for name, value in kinds.items() if not name.endswith(tuple(f"['{x}']" for x in AFTER_STEPS))}
+    kinds |= dict.fromkeys(generators, "a generator")
     kinds |= {name: f"{x.dtype} of shape {tuple(x.shape)}" for name, x in tensors.items()}
     given = world.all_gather_object((kinds, {name: _digest(x) for name, x in tensors.items()}))
     _refuse_differences([kinds for kinds, _ in given])
@@ -47,15 +52,24 @@ def shared_arguments(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[s
 
 
 def _refuse_differences(given: list[dict[str, str]]) -> None:
-    """Raise a ValueError unless all ranks give the same kinds of arguments; ``given`` has them by name, per rank."""
+    """Raise a ValueError unless all ranks give the same arguments; ``given`` describes them by name, per rank."""
     for rank, theirs in enumerate(given):
         differ = [name for name in sorted(theirs | given[0]) if theirs.get(name) != given[0].get(name)]
         if differ:
             told = [f"{name} is {given[0].get(name)} on rank 0, {theirs.get(name)} on rank {rank}" for name in differ]
             raise ValueError(
-                f"the ranks call the pipeline with different tensors or generators ({'; '.join(told)}): on all ranks,"
-                " pass arguments of the same shapes and types"
+                f"the ranks call the pipeline with different arguments ({'; '.join(told)}): on all ranks, pass the same"
+                " values, and tensors of the same shapes and types"
             )
+
+
+def _value(x: Any) -> str | None:
+    """A text or number, or a hash of an image or array; None for all else."""
+    if isinstance(x, str | int | float):
+        return repr(x)
+    if hasattr(x, "tobytes") and not getattr(getattr(x, "dtype", None), "hasobject", False):
+        return f"{type(x).__name__} with the hash {hashlib.blake2b(x.tobytes(), digest_size=4).hexdigest()}"
+    return None
 
 
 def _digest(x: torch.Tensor) -> bytes:
