@@ -147,6 +147,23 @@ def test_shares_behind_other_groups(pool, folder_of):
         assert all(running.error(picture, expected) <= running.TOLERANCE for picture in pictures)
 
 
+def in_inference_mode_first(path, call):
+    pipe = running.loaded(path)
+    parallel = running.wrap(pipe, {"ulysses_degree": 2, "fully_shard_degree": 2, "text_encoder": "shard"})
+    with torch.inference_mode():
+        pictures = [running.array(parallel(**call, generator=running.seeded()))]
+    pictures.append(running.array(parallel(**call, generator=running.seeded())))
+    parallel.unwrap()
+    return pictures
+
+
+def test_shares_in_and_outside_of_inference_mode(pool, folder_of):
+    path, call = folder_of("sd3"), tiny.call_of("sd3")
+    expected = running.bare(path, call)
+    for pictures in pool.run(2, in_inference_mode_first, path, call):
+        assert all(running.error(picture, expected) <= running.TOLERANCE for picture in pictures)
+
+
 def saved(path, degrees, call, folder):
     """Return errors of images after save_pretrained() and of what it saved, refusals, and whether weights match."""
     pipe, messages = running.loaded(path), []

@@ -1,8 +1,9 @@
 """FSDP (arXiv 2304.11277): each rank holds a shard of the weights, which are gathered for each block's forward."""
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from functools import wraps
 from typing import Any
 
 import torch
@@ -100,6 +101,7 @@ class Shards:
             cache_as(type(unit), cls)
         fully_shard(self.copy, mesh=mesh, ignored_params=ignored)  # has no weights: the units share its streams
         self.copy.__dict__[_SHARDS] = self
+        self.copy.forward = _outside_of_inference_mode(self.copy.forward)
         for name in filter(lambda name: hasattr(module, name), FUSING):
             message = f"{name}: {kind} is sharded: call it on the full pipeline, before the wrap or after unwrap()"
             self.copy.__dict__[name] = refusal(message)
@@ -170,6 +172,19 @@ class Shards:
         module, now = self.restore(), getattr(pipe, name)
         if isinstance(now, nn.Module) and original_of(now) is self.copy:
             vars(pipe)[name] = module  # without registering a component
+
+
+def _outside_of_inference_mode(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward that leaves inference mode: tensors that FSDP makes in it could not be filled outside of it later."""
+
+    @wraps(forward)
+    def outside(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_inference_mode_enabled():
+            return forward(*args, **kwargs)
+        with torch.inference_mode(False), torch.no_grad():
+            return forward(*args, **kwargs)
+
+    return outside
 
 
 def shards_of(module: nn.Module) -> Shards | None:
