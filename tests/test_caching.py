@@ -131,6 +131,7 @@ def test_stages_skip_what_the_definition_says(pool, ranks, degrees, patches, war
 TEA = [
     ("flux", {"ring_degree": 3}, 3, SEQUENTIAL),
     ("flux", {"ulysses_degree": 2, "use_cfg_parallel": True}, 4, SEQUENTIAL),
+    ("flux", {"ulysses_degree": 2, "fully_shard_degree": 2}, 2, SEQUENTIAL),
     ("mochi", {"ulysses_degree": 2}, 2, BATCHED),
     ("cogvideox", {"data_parallel_degree": 2}, 2, BATCHED),
     ("hunyuan_video t2v", {"tensor_parallel_degree": 2}, 2, "none"),

@@ -20,7 +20,7 @@ from xfuser.methods.cache.stack import BlockStack, Rule
 from xfuser.methods.pipefusion.blocks import Stub
 from xfuser.models.plan import ModelPlan, blocks_of
 from xfuser.models.registry import planned_models
-from xfuser.models.teacache import teacache_plan
+from xfuser.models.teacache import TEACACHE, TeaCachePlan, teacache_plan
 
 THRESHOLD = 0.1  # default of use_fbcache: skips a third of the blocks (docs/methods/caching.md)
 
@@ -46,7 +46,7 @@ class AddedCache:
         given = self._runtime.cache_threshold
         means = SharedMeans(call)
         if self._runtime.use_teacache:
-            plan = teacache_plan(type(self._model).__name__, self._model.config)
+            plan = _teacache_of(self._model)
             must_run = partial(_must_run, self._pipe, call, plan.first)
             self._stack(TeaCache(plan, plan.threshold if given is None else given, means, must_run), call)
         elif self._parallel.pipelined and (self._runtime.use_fbcache or _of_first_block(there)):
@@ -88,7 +88,7 @@ def check_cache(pipe: Any, engine_config: EngineConfig) -> None:
     runtime, models = engine_config.runtime_config, planned_models(pipe)
     for model, plan in models.values():
         if runtime.use_teacache:
-            found = teacache_plan(type(model).__name__, model.config)
+            found = _teacache_of(model)
             if len(models) > 1:
                 raise ValueError(
                     f"use_teacache: the coefficients of {found.model} are not known to work for two transformers"
@@ -98,6 +98,12 @@ def check_cache(pipe: Any, engine_config: EngineConfig) -> None:
                 raise ValueError(f"use_teacache: no threshold is published for {found.model}: set cache_threshold")
         elif runtime.use_fbcache:
             _check_blocks(model, plan)
+
+
+def _teacache_of(model: nn.Module) -> TeaCachePlan:
+    """The TeaCache plan of a model's class or of the nearest base class, as FSDP makes a class for its copy."""
+    names = [cls.__name__ for cls in type(model).__mro__]
+    return teacache_plan(next((name for name in names if name in TEACACHE), names[0]), model.config)
 
 
 def _check_blocks(model: nn.Module, plan: ModelPlan) -> None:
