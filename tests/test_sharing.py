@@ -64,6 +64,26 @@ def test_pipelines_that_share_divided_weights_are_refused(pool, folder_of, degre
         assert max(map(running.error, pictures, expected)) <= running.TOLERANCE
 
 
+def sharing_encoders(path, mode):
+    """Wrap two pipelines that share text encoders; return images of both, also after unwrap() of the first."""
+    pipe = fresh(path)
+    other = AutoPipelineForImage2Image.from_pipe(pipe)
+    other.set_progress_bar_config(disable=True)
+    first, second = (running.wrap(one, {"ulysses_degree": 2, "text_encoder": mode}) for one in (pipe, other))
+    pictures = [drawn(first, CALL), drawn(second, FROM_IMAGE), drawn(first, CALL)]
+    first.unwrap()
+    pictures.append(drawn(second, FROM_IMAGE))
+    return [*pictures, drawn(second.unwrap(), FROM_IMAGE)]
+
+
+@pytest.mark.parametrize("mode", ["rank0", "offload"])
+def test_wrapped_pipelines_share_text_encoders(pool, folder_of, mode):
+    path = folder_of("sd3")
+    text, image = drawn(fresh(path), CALL), drawn(AutoPipelineForImage2Image.from_pipe(fresh(path)), FROM_IMAGE)
+    for pictures in pool.run(2, sharing_encoders, path, mode):
+        assert max(map(running.error, pictures, [text, image, text, image, image])) <= running.TOLERANCE
+
+
 def replacing(path, degrees):
     """Replace the transformer of a wrapped pipeline; return images or messages before and after unwrap()."""
     pipe = fresh(path)

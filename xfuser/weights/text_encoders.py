@@ -42,6 +42,8 @@ class TextEncoders:
         encoders = text_encoders(pipe)
         if mode != "replicate" and not encoders:
             raise ValueError(f"text_encoder={mode!r}: {type(pipe).__name__} has no text encoder; remove it")
+        # Those that another wrapped pipeline has placed likewise stay as they are: a second hook would encode twice.
+        encoders = {name: one for name, one in encoders.items() if getattr(one.forward, "placement", None) != mode}
         if mode in ("replicate", "offload") and (freed := [name for name, one in encoders.items() if is_freed(one)]):
             problem = f"{type(pipe).__name__} was loaded with {freed[0]} on the first rank only"
             raise ValueError(f"text_encoder={mode!r}: {problem}; wrap it with the text_encoder that it was loaded with")
@@ -82,6 +84,7 @@ class TextEncoders:
             group.broadcast_tensor_dict({str(index): x for index, x in enumerate(plain)} | {"tree": tree})
             return tree_unflatten(leaves, tree)
 
+        call.placement = "rank0"
         if not group.is_first_rank:
             free_weights(encoder, group.device)
         self._stack.callback(self._refill, encoder)
@@ -118,6 +121,7 @@ class TextEncoders:
             finally:
                 free()
 
+        call.placement = "offload"
         for part in encoder.modules():  # buffers stay on the device: they are small
             part._buffers.update({key: x.to(self._group.device) for key, x in part._buffers.items() if x is not None})
         free(self._group.device)
