@@ -138,6 +138,12 @@ def test_pipefusion_refuses_by_name(pool, path_of, name):
         assert refusal(name) in message
 
 
+def test_a_video_that_is_only_its_given_frame_has_no_patches(pool, path_of):
+    degrees = degrees_of("ltx_i2v", "pipefusion2")
+    for message in pool.run(2, refused, path_of("ltx_i2v"), "ltx_i2v", degrees, {"num_frames": 1}):
+        assert "more than the 0 frames" in message and "use Ulysses, ring, CFG or data parallelism" in message
+
+
 def test_guidance_with_calls_of_other_shapes(pool, path_of):
     """The last window of a long video is shorter than the first one, which showed that calls come in pairs."""
     changes = {"num_frames": 17, "base_num_frames": 13, "overlap_history": 5, "ar_step": 0}

@@ -81,9 +81,10 @@ class Patches:
         count = self.row_count(latents) // frame
         if self.count > count:
             what = "frames" if latents.dim() == 5 and not self._one_frame else "rows"
+            advice = f"use at most {count}" if count else "use Ulysses, ring, CFG or data parallelism"
             raise ValueError(
                 f"num_pipeline_patch={self.count} is more than the {count} {what} of tokens of latents of shape"
-                f" {tuple(latents.shape)}: use at most {count}"
+                f" {tuple(latents.shape)}: {advice}"
             )
         rows = share(split_sizes(count, self.count), patch)
         return range(rows.start * frame, rows.stop * frame)
