@@ -93,12 +93,32 @@ def test_config_objects_carry_what_users_read():
         ({"seed": 2**70}, "must fit into 64 bits"),
         ({"prompt": None}, "prompt=None must be a text or a list of texts"),
         ({"model": "/nowhere"}, "'/nowhere' does not exist"),
+        ({"model": "~/pipeline"}, "'~/pipeline' does not exist"),
+        ({"model": 3}, "model=3 must be a text or None"),
+        ({"warmup_steps": 1.5}, "warmup_steps=1.5 must be a whole number"),
+        ({"seed": "x"}, "seed='x' must be a whole number"),
+        ({"use_parallel_vae": "no"}, "use_parallel_vae='no' must be True or False"),
+        ({"auto": True, "fully_shard_degree": "2"}, "fully_shard_degree='2' must be a whole number"),
+        ({"guidance_scale": "3"}, "guidance_scale='3' must be a number"),
+        ({"memory": 24}, "memory=24 must be a text or None"),
+        ({"attn_layer_num_for_pp": 2}, "attn_layer_num_for_pp=2 must be a list of whole numbers or None"),
+        ({"ulysses_degree": True}, "ulysses_degree=True must be a whole number"),
     ],
 )
 def test_bad_values_are_refused_before_any_process_group(fields, message):
     with pytest.raises(ValueError, match=message):
         xFuserArgs(**fields).create_config()
     assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [("{", "model_index.json cannot be read as JSON"), ("[]", "holds a list"), ("{}", "does not name the pipeline's")],
+)
+def test_a_broken_index_is_named(tmp_path, index, message):
+    (tmp_path / "model_index.json").write_text(index)
+    with pytest.raises(ValueError, match=message):
+        xFuserArgs(model=tmp_path).create_config()
 
 
 def test_refusal_lists_the_legal_choices(monkeypatch):

@@ -4,7 +4,6 @@ import argparse
 import importlib
 import math
 import os
-import re
 import typing
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -22,7 +21,9 @@ from xfuser.config.config import (
     ParallelConfig,
     RuntimeConfig,
     check_known,
+    in_bytes,
 )
+from xfuser.config.kinds import check_types
 from xfuser.config.parser import SwitchAction
 from xfuser.core import compiler, device as devices
 from xfuser.core.attention.kernels import available_backends, check_backend
@@ -168,6 +169,7 @@ class xFuserArgs:
                 not available. No process group is created then.
         """
         fail_together()
+        check_types(self)
         if self.auto:
             return self._chosen().create_config()
         configs = self.checked(launched_world_size())
@@ -184,6 +186,7 @@ class xFuserArgs:
 
     def checked(self, world_size: int | None = None) -> tuple[EngineConfig, InputConfig]:
         """As :meth:`create_config`, but without process groups; without ``world_size``, any number of ranks passes."""
+        check_types(self)
         self._check_auto()
         if self.use_onediff:
             raise ValueError("use_onediff: OneDiff is no longer maintained, and is not supported; remove it")
@@ -203,7 +206,8 @@ class xFuserArgs:
                 f"warmup_steps={self.warmup_steps} must be from 0 to num_inference_steps={self.num_inference_steps}"
             )
         self._check_cache()
-        model = ModelConfig(shipped_folder(self.model) or self.model, self.download_dir, self.trust_remote_code)
+        folder = shipped_folder(self.model) or os.fspath(self.model)
+        model = ModelConfig(folder, self.download_dir, self.trust_remote_code)
         teacache = self.use_teacache and bool(self.model)
         asked = parallel.sequenced, parallel.pipelined, parallel.patched, parallel.divides
         check_folder(model.model, *asked, teacache)
@@ -301,19 +305,6 @@ class xFuserArgs:
     def _fields_of(self, config: type) -> dict[str, Any]:
         """The values of the fields that a configuration class shares with this class."""
         return {spec.name: getattr(self, spec.name) for spec in fields(config) if hasattr(self, spec.name)}
-
-
-def in_bytes(size: str) -> int:
-    """Parse ``"24GB"`` or ``"22.5 GiB"`` into a number of bytes.
-
-    Raises:
-        ValueError: the text is not a size.
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT])(i?)B?", size, flags=re.IGNORECASE)
-    if not found:
-        raise ValueError(f"memory={size!r} is not a size: give a number with a unit, such as 24GB or 22.5GiB")
-    number, unit, binary = found.groups()
-    return int(float(number) * (1024 if binary else 1000) ** (" KMGT".index(unit.upper())))
 
 
 def _item_type(hint: Any) -> type:

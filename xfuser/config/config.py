@@ -1,8 +1,10 @@
 """The checked configuration of a run."""
 
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -44,7 +46,7 @@ SPLIT_SCHEMES = {"tensor_parallel_degree": ("row", "col"), "naive_patch_degree":
 
 def check_count(name: str, value: Any) -> None:
     """Raise a ValueError unless a value is a positive integer."""
-    if not isinstance(value, int) or value < 1:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name}={value!r} must be a whole number of 1 or more")
 
 
@@ -53,6 +55,19 @@ def check_known(name: str, value: Any, known: Iterable[Any]) -> None:
     known = list(known)
     if value not in known:
         raise ValueError(f"{name}={value!r} is unknown; known are {', '.join(map(str, known))}")
+
+
+def in_bytes(size: str) -> int:
+    """Parse ``"24GB"`` or ``"22.5 GiB"`` into a number of bytes.
+
+    Raises:
+        ValueError: the text is not a size.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT])(i?)B?", size, flags=re.IGNORECASE)
+    if not found:
+        raise ValueError(f"memory={size!r} is not a size: give a number with a unit, such as 24GB or 22.5GiB")
+    number, unit, binary = found.groups()
+    return int(float(number) * (1024 if binary else 1000) ** (" KMGT".index(unit.upper())))
 
 
 @dataclass(frozen=True)

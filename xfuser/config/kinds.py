@@ -1,0 +1,29 @@
+"""The types of options, checked where code sets them; the command line converts its own."""
+
+import os
+import types
+import typing
+from dataclasses import fields
+from numbers import Integral, Real
+from typing import Any
+
+KINDS = {  # annotations of fields: what they accept, and its name in errors
+    bool: (bool, "True or False"),
+    int: (Integral, "a whole number"),
+    float: (Real, "a number"),
+    str: ((str, os.PathLike), "a text"),
+    list[int]: ((list, tuple), "a list of whole numbers"),
+    list[str]: ((list, tuple), "a list of texts"),
+    type(None): (type(None), "None"),
+}
+
+
+def check_types(options: Any) -> None:
+    """Raise a ValueError unless each field of a dataclass has a value of its annotated type. A bool is no number."""
+    hints = typing.get_type_hints(type(options))
+    for name in (spec.name for spec in fields(options)):
+        value, hint = getattr(options, name), hints[name]
+        kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        flag = isinstance(value, bool) and bool not in kinds
+        if flag or not any(isinstance(value, KINDS[kind][0]) for kind in kinds):
+            raise ValueError(f"{name}={value!r} must be {' or '.join(KINDS[kind][1] for kind in kinds)}")
