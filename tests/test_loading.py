@@ -288,6 +288,27 @@ def text_encoder(folder, _):
     truncate(None, folder.parent / "text_encoder_3/model.safetensors")
 
 
+def header(_, file):
+    file.write_bytes((9).to_bytes(8, "little") + bytes(9))
+
+
+def config(folder, _):
+    (folder / "config.json").write_text("[]")
+
+
+def tokenizer(folder, _):
+    next((folder.parent / "tokenizer").glob("*.json")).write_text("{")
+
+
+def scheduler(folder, _):
+    shutil.rmtree(folder.parent / "scheduler")
+
+
+def newer(folder, _):
+    index = folder.parent / "model_index.json"
+    index.write_text(index.read_text().replace("StableDiffusion3Pipeline", "StableDiffusion9Pipeline"))
+
+
 KEY = "'time_text_embed.timestep_embedder.linear_1.weight'"
 DAMAGES = {
     truncate: ("00002-of", f"is truncated: {KEY}"),
@@ -298,6 +319,11 @@ DAMAGES = {
     add: ("00002-of", "no place for 'base_layer.lora_A'", "unload_lora_weights"),
     reshape: ("00002-of", f"{KEY} has the shape [5, 1]"),
     text_encoder: ("text_encoder_3/model.safetensors is truncated",),
+    header: ("00002-of", "is damaged"),
+    config: ("transformer/config.json must hold a JSON object, and holds a list",),
+    tokenizer: ("tokenizer/", ".json cannot be read as JSON"),
+    scheduler: ("has no folder scheduler",),
+    newer: ("StableDiffusion9Pipeline", "does not have"),
 }
 
 

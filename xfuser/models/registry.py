@@ -245,11 +245,14 @@ def check_folder(
     once they are loaded.
     """
     if not os.path.exists(path):
-        if os.path.isabs(path) or path.startswith("."):
-            raise ValueError(f"model={path!r} does not exist")
+        if os.path.isabs(path) or path.startswith((".", "~")) or path.count("/") > 1:
+            raise ValueError(f"model={path!r} does not exist: give a folder, or a name on the hub, such as owner/name")
         return
-    if not os.path.isfile(os.path.join(path, INDEX)):
+    index = os.path.join(path, INDEX)
+    if not os.path.isfile(index):
         raise ValueError(f"model={path!r} is not a Diffusers pipeline: it has no {INDEX}")
+    if "_class_name" not in read_json(index):
+        raise ValueError(f"{index} does not name the pipeline's class (_class_name): fetch it again")
     classes = {component: name for component, (_, name) in components_of(path).items()}
     for component, name in classes.items():
         if name in PLANS:
@@ -264,16 +267,26 @@ def check_folder(
 
 def components_of(folder: str) -> dict[str, tuple[str, str]]:
     """The components in a pipeline's folder: library and class by name."""
-    with open(os.path.join(folder, INDEX), encoding="utf-8") as file:
-        index = json.load(file)
+    index = read_json(os.path.join(folder, INDEX))
     return {name: tuple(part) for name, part in index.items() if isinstance(part, list) and len(part) == 2 and part[1]}
+
+
+def read_json(path: str) -> dict[str, Any]:
+    """The object in a JSON file. A file that holds none, or cannot be read, raises a ValueError with its path."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            found = json.load(file)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} must hold a JSON object, and holds a {type(found).__name__}")
+    return found
 
 
 def _check_unquantised(config: str, cls: str) -> None:
     if not os.path.isfile(config):
         return
-    with open(config, encoding="utf-8") as file:
-        method = (json.load(file).get("quantization_config") or {}).get("quant_method")
+    method = (read_json(config).get("quantization_config") or {}).get("quant_method")
     if method:
         raise ValueError(f"{config}: {cls} is quantised ({method}), and {UNCUT}")
 

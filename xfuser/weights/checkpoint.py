@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from xfuser.core.distributed import GroupCoordinator
+from xfuser.models.registry import read_json
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -47,7 +48,10 @@ def entries_of(path: str) -> dict[str, Entry]:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 + length or not length:
             raise ValueError(f"{path} is truncated, or not a safetensors file: it has {size} bytes. Fetch it again")
-        header = json.loads(file.read(length))
+        try:
+            header = json.loads(file.read(length))
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged: its header cannot be read ({error}). Fetch it again") from error
     header.pop("__metadata__", None)
     entries = {}
     for name, info in header.items():
@@ -77,8 +81,9 @@ def checkpoint(folder: str, stem: str, variant: str | None = None) -> dict[str, 
 
 
 def _indexed(index: str) -> dict[str, Entry]:
-    with open(index, encoding="utf-8") as file:
-        places = json.load(file)["weight_map"]
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict):
+        raise ValueError(f"{index} has no weight_map, which names the file of each tensor: fetch it again")
     held: dict[str, Entry] = {}
     for name in sorted(set(places.values())):
         path = os.path.join(os.path.dirname(index), name)

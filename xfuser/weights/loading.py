@@ -58,8 +58,12 @@ def load_pipeline(
                 options |= _parts(engine_config, pipeline_class, options)
             with _turn() if model.trust_remote_code else nullcontext():
                 pipe = pipeline_class.from_pretrained(model.model, **options)
-    except (OSError, ImportError) as error:  # ImportError: a quantiser's package is missing
-        raise ValueError(f"model={model.model!r} is not a Diffusers pipeline that can be loaded: {error}") from error
+    except (AttributeError, ImportError, OSError, ValueError) as error:
+        damage = _folder(model.model, options).damage() if os.path.isdir(model.model) else ""
+        if not damage and not isinstance(error, ImportError | OSError):  # ImportError: a quantiser's package is missing
+            raise
+        why = damage or error
+        raise ValueError(f"model={model.model!r} is not a Diffusers pipeline that can be loaded: {why}") from error
     planned_models(pipe)
     if input_config and input_config.img_file_path:
         pipe = _image_to_image(pipe)
@@ -83,7 +87,7 @@ def _parts(engine_config: EngineConfig, pipeline_class: Any, options: dict[str, 
     parallel, runtime = engine_config.parallel_config, engine_config.runtime_config
     path = _fetched(engine_config.model_config.model, pipeline_class, options)
     check_folder(path, divides=parallel.divides)
-    folder = Folder(path, options[DTYPE_ARGUMENT], options.get("variant"), set(options))
+    folder = _folder(path, options)
     folder.check_files()
     offloads = runtime.enable_model_cpu_offload or runtime.enable_sequential_cpu_offload
     device = torch.device("cpu") if offloads else devices.device(get_world_group().local_rank)
@@ -97,6 +101,10 @@ def _parts(engine_config: EngineConfig, pipeline_class: Any, options: dict[str, 
     if runtime.text_encoder in ("shard", "rank0") and not get_world_group().is_first_rank:
         parts |= freed_encoders(folder, device)
     return parts
+
+
+def _folder(path: str, options: dict[str, Any]) -> Folder:
+    return Folder(path, options[DTYPE_ARGUMENT], options.get("variant"), set(options))
 
 
 def _check_memory(model: str, size: int, memory: int) -> None:

@@ -1,5 +1,6 @@
 """Build transformers without weights, and load only the weights that this rank keeps."""
 
+import glob
 import inspect
 import os
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from xfuser.config import ParallelConfig
 from xfuser.core.distributed import GroupCoordinator, get_pp_group, get_replica_group, get_tp_group, get_world_group
 from xfuser.methods import tensor
 from xfuser.methods.pipefusion.blocks import divide, set_tensor
-from xfuser.models.registry import components_of, is_known, plan_of
+from xfuser.models.registry import INDEX, components_of, is_known, plan_of, read_json
 from xfuser.weights.checkpoint import Entry, Part, checked, checkpoint, kept_of, node_group, read_shared
 from xfuser.weights.fsdp import Shards, free_weights, shapes_of
 from xfuser.weights.placement import pipeline_split
@@ -76,10 +77,25 @@ class Folder(NamedTuple):
         return {name: kind for name, kind in components_of(self.path).items() if name not in self.given}
 
     def check_files(self) -> None:
-        """Raise a ValueError if weight files are missing or truncated."""
-        for name in components_of(self.path):
+        """Raise a ValueError if weight files are missing or truncated, or the installed Diffusers lacks the class."""
+        name = read_json(os.path.join(self.path, INDEX))["_class_name"]
+        if isinstance(name, str) and not hasattr(diffusers, name.removeprefix("Flax")):
+            raise ValueError(f"{self.path} requires {name}, which Diffusers {diffusers.__version__} does not have")
+        for name in self.to_load():
             for stem in STEMS.values():
                 checkpoint(self.of(name), stem, self.variant)
+
+    def damage(self) -> str:
+        """What is wrong with the files that are not weights, after loading failed; empty if they seem complete."""
+        for name, (_, kind) in self.to_load().items():
+            if not os.path.isdir(self.of(name)):
+                return f"{self.path} has no folder {name}, and {INDEX} names its class {kind}: fetch it again"
+            for path in glob.glob(os.path.join(glob.escape(self.of(name)), "*.json")):
+                try:
+                    read_json(path)
+                except ValueError as error:
+                    return f"{error}: fetch it again"
+        return ""
 
     def bytes_beside(self, left_out: tuple[str, ...]) -> int:
         """Bytes of the components to load, except transformers and names that begin with one of ``left_out``."""
