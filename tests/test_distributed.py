@@ -164,6 +164,65 @@ def test_one_process_needs_no_launcher():
     assert done.stdout.strip() == "ok", done.stderr
 
 
+@pytest.mark.parametrize(
+    ("launcher", "message"),
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 is set, and RANK is not: start the ranks with torchrun"),
+        ({"RANK": "0"}, "RANK=0 is set, and WORLD_SIZE is not"),
+        ({"WORLD_SIZE": "two", "RANK": "0"}, "WORLD_SIZE='two' must be a whole number"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "rank=2 must be less than world_size=2"),
+        ({"LOCAL_RANK": "x"}, "LOCAL_RANK='x' must be a whole number"),
+    ],
+)
+def test_incomplete_environments_of_ranks_are_refused(monkeypatch, launcher, message):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in launcher.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        distributed.init_distributed_environment()
+    assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"world_size": 0}, "world_size=0 must be a whole number of 1 or more"),
+        ({"world_size": 2, "rank": 5}, "rank=5 must be less than world_size=2"),
+        ({"world_size": "2", "rank": 0}, "world_size='2' must be a whole number"),
+        ({"local_rank": "x"}, "local_rank='x' must be a whole number of 0 or more"),
+        ({"backend": "smoke"}, "backend='smoke' is unknown; known are .*gloo"),
+    ],
+)
+def test_what_is_no_rank_of_a_world_is_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        distributed.init_distributed_environment(**given)
+    assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"ulysses_degree": "2"}, "ulysses_degree='2' must be a whole number of 1 or more"),
+        ({"ulysses_degree": -1, "ring_degree": -1}, "ulysses_degree=-1 must be"),
+        ({"ring_degree": None}, "ring_degree=None must be"),
+        ({"sequence_parallel_degree": 0}, "sequence_parallel_degree=0 must be"),
+        ({"data_parallel_degree": 2}, "the world has 1 ranks"),
+        ({"backend": "smoke"}, "backend='smoke' is unknown"),
+    ],
+)
+def test_degrees_of_no_grid_are_refused(monkeypatch, given, message):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    distributed.init_distributed_environment()
+    try:
+        with pytest.raises(ValueError, match=message):
+            distributed.initialize_model_parallel(**given)
+        assert not distributed.model_parallel_is_initialized()
+    finally:
+        running.leave()
+
+
 @pytest.fixture
 def asked(monkeypatch):
     """The calls that touch one of four fake accelerators, in order."""

@@ -4,10 +4,11 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
+
+from xfuser.core.checks import check_count
 
 ASYNCHRONOUS = "corrected_async_gn"  # DistriFusion's default
 MODES = {
@@ -42,12 +43,6 @@ DEGREES = {
 PATCH_METHODS = ("distrifusion", "naive")  # each rank computes a part of the image
 BESIDE_PATCHES = [DEGREES[method].flag for method in ("dp", "cfg", "tensor")]
 SPLIT_SCHEMES = {"tensor_parallel_degree": ("row", "col"), "naive_patch_degree": ("row", "col", "alternate")}
-
-
-def check_count(name: str, value: Any) -> None:
-    """Raise a ValueError unless a value is a positive integer."""
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name}={value!r} must be a whole number of 1 or more")
 
 
 def check_known(name: str, value: Any, known: Iterable[Any]) -> None:

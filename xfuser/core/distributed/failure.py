@@ -6,6 +6,8 @@ import time
 import traceback
 from types import TracebackType
 
+from xfuser.core.distributed.environment import number
+
 RANK_ZERO_SPEAKS_FIRST = 3.0  # seconds
 
 
@@ -15,7 +17,7 @@ def fail_together() -> None:
     A ``ValueError`` is usually the same on all ranks. Ranks other than 0 wait before they report theirs: if rank 0
     fails, too, its exit makes the launcher end them before they report. An error of a single rank is still reported.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if (number("WORLD_SIZE") or 1) > 1:
         sys.excepthook = _report_and_exit
 
 

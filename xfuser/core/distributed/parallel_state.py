@@ -14,7 +14,9 @@ from collections.abc import Callable
 import torch.distributed as dist
 
 from xfuser.core import device as devices
+from xfuser.core.checks import check_count
 from xfuser.core.distributed.ending import TIME_LIMIT, end_at_exit, end_group, is_made_here, made_here
+from xfuser.core.distributed.environment import check_group_backend, check_place, launched, node_rank
 from xfuser.core.distributed.failure import fail_together
 from xfuser.core.distributed.group_coordinator import GroupCoordinator, SequenceParallelGroupCoordinator
 from xfuser.core.distributed.utils import DEFAULT_ORDER, RankGenerator, split_sequence_group
@@ -46,7 +48,12 @@ def init_distributed_environment(
     A process group that exists already is joined: ``world_size`` and ``rank`` must then match it, or be left out.
     Otherwise one is started from the arguments, from torchrun's environment or, without either, for this process only.
     ``backend`` defaults to the device's.
+
+    Raises:
+        ValueError: the arguments, or the variables of the environment, are no rank of a world.
     """
+    check_place(world_size, rank, local_rank)
+    check_group_backend(backend)
     there = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else None
     if there and (world_size not in (-1, there[0]) or rank not in (-1, there[1])):
         raise ValueError(
@@ -55,14 +62,16 @@ def init_distributed_environment(
         )
     if "world" in _groups:
         return
+    reads_environment = not there and world_size == rank == -1 and distributed_init_method == "env://"
+    alone = reads_environment and launched() == (1, 0) and "RANK" not in os.environ
+    local_rank = node_rank(local_rank, rank)
     fail_together()
     end_at_exit(destroy_distributed_environment)
-    local_rank = _local_rank(local_rank, rank)
     devices.use(local_rank)  # before anything may touch a device
     if not there:
         kind = backend or devices.backend()
         place = {"init_method": distributed_init_method, "world_size": world_size, "rank": rank}
-        if world_size == rank == -1 and distributed_init_method == "env://" and "RANK" not in os.environ:
+        if alone:
             place = {"store": dist.HashStore(), "world_size": 1, "rank": 0}
         dist.init_process_group(kind, **place, timeout=TIME_LIMIT, **devices.group_options(local_rank, kind))
         made_here(dist.group.WORLD)
@@ -70,22 +79,11 @@ def init_distributed_environment(
     _groups["world"] = GroupCoordinator([ranks], local_rank, backend or dist.get_backend())
 
 
-def _local_rank(local_rank: int, rank: int) -> int:
-    """This process's rank on its node: as passed, as set by the launcher, or its global rank."""
-    if local_rank != -1:
-        return local_rank
-    if "LOCAL_RANK" in os.environ:
-        return int(os.environ["LOCAL_RANK"])
-    if dist.is_initialized():
-        return dist.get_rank()
-    return int(os.environ.get("RANK", "0")) if rank == -1 else rank
-
-
 def launched_world_size() -> int:
     """Number of ranks in the world or team, or in the world that :func:`init_distributed_environment` would start."""
     if "world" in _groups:
         return _groups["world"].world_size
-    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    return dist.get_world_size() if dist.is_initialized() else launched()[0]
 
 
 def initialize_model_parallel(
@@ -113,6 +111,18 @@ def initialize_model_parallel(
     world = get_world_group()
     if model_parallel_is_initialized():
         raise RuntimeError("the parallel groups are initialised already: call destroy_model_parallel() first")
+    check_group_backend(backend)
+    given = {
+        "data_parallel_degree": data_parallel_degree,
+        "classifier_free_guidance_degree": classifier_free_guidance_degree,
+        "sequence_parallel_degree": 1 if sequence_parallel_degree is None else sequence_parallel_degree,
+        "ulysses_degree": ulysses_degree,
+        "ring_degree": ring_degree,
+        "tensor_parallel_degree": tensor_parallel_degree,
+        "pipeline_parallel_degree": pipeline_parallel_degree,
+    }
+    for name, degree in given.items():
+        check_count(name, degree)
     degrees = {
         "tp": tensor_parallel_degree,
         "sp": ulysses_degree * ring_degree,
@@ -120,8 +130,6 @@ def initialize_model_parallel(
         "cfg": classifier_free_guidance_degree,
         "dp": data_parallel_degree,
     }
-    if min(degrees.values()) < 1:
-        raise ValueError(f"degrees must be 1 or more, given {degrees}")
     if sequence_parallel_degree not in (None, degrees["sp"]):
         wanted = world.world_size * degrees["sp"] / math.prod(degrees.values())
         ulysses_degree, ring_degree = _understood(sequence_parallel_degree, ulysses_degree, ring_degree, wanted)

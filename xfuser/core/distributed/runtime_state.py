@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
+from xfuser.core.checks import check_count
 from xfuser.core.distributed.parallel_state import (
     destroy_distributed_environment,
     init_distributed_environment,
@@ -76,8 +77,7 @@ class RuntimeState:
     def _store(self, parameters: InputParameters, split_text: bool) -> None:
         given = {name: value for name, value in vars(parameters).items() if value is not None}
         for name, value in given.items():
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r} must be a whole number of 1 or more")
+            check_count(name, value)
         self.input_config = replace(self.input_config, **given)
         self.split_text_embed_in_sp = split_text
 
