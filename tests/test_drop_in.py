@@ -28,6 +28,7 @@ from xfuser.core.distributed import (
 from xfuser.core.distributed.utils import RankGenerator
 from xfuser.core.long_ctx_attention import AttnType, xFuserLongContextAttention
 from xfuser.core.long_ctx_attention.ring.ring_flash_attn import xdit_ring_flash_attn_func
+from xfuser.logger import init_logger
 from xfuser.model_executor.layers.usp import USP, _ft_c_input_all_to_all, _ft_c_output_all_to_all
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -366,10 +367,19 @@ def test_import_alone_reaches_the_groups():
     assert done.stdout.split() == ["1", "0", "0"], done.stderr
 
 
+def test_scripts_log_on_rank_0(monkeypatch, caplog):
+    script = init_logger("script")
+    assert init_logger("script") is script
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        script.warning("rank %s", rank)
+    assert caplog.messages == ["rank 0"]
+
+
 UNDERSTOOD = [  # given; Ulysses and ring degree on four ranks
     ({"sequence_parallel_degree": 4, "ring_degree": 2, "ulysses_degree": 2}, (2, 2)),
     ({"sequence_parallel_degree": 2, "ring_degree": 2, "ulysses_degree": 2}, (2, 2)),  # ulysses_degree given twice
-    ({"sequence_parallel_degree": 4}, (4, 1)),
+    ({"sequence_parallel_degree": 4, "vae_parallel_size": 0}, (4, 1)),
     ({"sequence_parallel_degree": 4, "ulysses_degree": 4}, (4, 1)),
     ({"sequence_parallel_degree": 4, "ulysses_degree": 1, "ring_degree": 1}, (4, 1)),
     ({"sequence_parallel_degree": 4, "ring_degree": 2}, (2, 2)),
@@ -392,6 +402,7 @@ def forms_of_degrees():
         [
             lambda: initialize_model_parallel(sequence_parallel_degree=3, ulysses_degree=2),
             lambda: initialize_model_parallel(ulysses_degree=3),
+            lambda: initialize_model_parallel(ulysses_degree=2, vae_parallel_size=2),
             lambda: init_distributed_environment(rank=7, world_size=8),
         ]
     )
@@ -403,6 +414,7 @@ def test_every_form_of_degrees_is_understood(pool):
         fragments = (
             "which leaves 4 for the sequence",
             "is 3, the world has 4 ranks",
+            "vae_parallel_size=2 must be 0",
             "the process group that is there",
         )
         assert all(fragment in message for fragment, message in zip(fragments, messages, strict=True))

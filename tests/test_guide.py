@@ -11,6 +11,7 @@ import tiny
 import torch
 
 import xfuser
+from xfuser.core.distributed import get_runtime_state, get_world_group
 from xfuser.models.plan import ModelPlan
 from xfuser.testing.ranks import RankPool
 from xfuser.testing.zoo import FAMILIES
@@ -94,8 +95,11 @@ def loaded(path, name, degrees):
     pipe.set_progress_bar_config(disable=True)
     if "pixart" in path:
         pipe.prepare_run(input_config, steps=1)
-    call = tiny.call_of(Path(path).name)
-    return running.array(pipe.to("cpu")(**call, generator=running.seeded()))
+    picture = running.array(pipe.to("cpu")(**tiny.call_of(Path(path).name), generator=running.seeded()))
+    assert pipe.is_dp_last_group() == get_world_group().is_last_rank  # which rank of a script saves
+    assert get_runtime_state().parallel_config is engine_config.parallel_config
+    get_runtime_state().destory_distributed_env()
+    return picture
 
 
 @pytest.mark.parametrize(

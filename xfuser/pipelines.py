@@ -8,6 +8,7 @@ import diffusers
 import torch
 
 from xfuser.config import EngineConfig, InputConfig
+from xfuser.core.distributed import initialize_runtime_state, is_dp_last_group
 from xfuser.parallel import xDiTParallel
 from xfuser.pipeline_io.arguments import pipeline_arguments
 from xfuser.weights.loading import DTYPE_ARGUMENT, load_pipeline
@@ -19,6 +20,7 @@ class LoadedPipeline(xDiTParallel):
     """A wrapped pipeline of one Diffusers class; subclasses set ``pipeline_class``."""
 
     pipeline_class: Any
+    is_dp_last_group = staticmethod(is_dp_last_group)
 
     @classmethod
     def from_pretrained(
@@ -28,7 +30,7 @@ class LoadedPipeline(xDiTParallel):
         torch_dtype: torch.dtype | None = None,
         **components: Any,
     ) -> "LoadedPipeline":
-        """Load a pipeline onto this rank's device, and wrap it.
+        """Load a pipeline onto this rank's device, wrap it, and make the state of ``get_runtime_state()``.
 
         Args:
             pretrained_model_name_or_path: a folder, or a hub name.
@@ -43,6 +45,7 @@ class LoadedPipeline(xDiTParallel):
         if torch_dtype is not None:
             components[DTYPE_ARGUMENT] = torch_dtype
         pipe = load_pipeline(replace(engine_config, model_config=model), None, cls.pipeline_class, **components)
+        initialize_runtime_state(pipe, engine_config)
         return cls(pipe, engine_config)
 
     def prepare_run(self, input_config: InputConfig, steps: int = 3) -> None:

@@ -18,8 +18,16 @@ class _RankZeroFilter(logging.Filter):
         return record.levelno >= logging.ERROR or is_rank_zero()
 
 
+_rank_zero = _RankZeroFilter()
 logger = logging.getLogger("xfuser")
-logger.addFilter(_RankZeroFilter())
+logger.addFilter(_rank_zero)
+
+
+def init_logger(name: str) -> logging.Logger:
+    """A logger of this name for a script. As with the library's, below ERROR, only rank 0 logs."""
+    own = logging.getLogger(name)
+    own.addFilter(_rank_zero)
+    return own
 
 
 @contextmanager

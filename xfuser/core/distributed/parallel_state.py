@@ -94,6 +94,7 @@ def initialize_model_parallel(
     ring_degree: int = 1,
     tensor_parallel_degree: int = 1,
     pipeline_parallel_degree: int = 1,
+    vae_parallel_size: int = 0,
     backend: str | None = None,
 ) -> None:
     """Make the groups of every kind of parallelism; the product of the degrees must be the size of the world or team.
@@ -102,11 +103,13 @@ def initialize_model_parallel(
     first of these that matches the world size is used: the degrees as given (some callers pass ``ulysses_degree`` as
     this value), or one that is 1 (Ulysses first) raised so that their product is this value.
 
+    ``vae_parallel_size`` must be 0: no ranks are only for the VAE, and ``use_parallel_vae`` uses all of a replica.
+
     If yunchang is installed, its own registry is set to the Ulysses and ring groups.
 
     Raises:
         RuntimeError: the world group does not exist yet, or the groups exist already.
-        ValueError: no interpretation of the degrees matches the world size.
+        ValueError: no interpretation of the degrees matches the world size, or a value is not allowed.
     """
     world = get_world_group()
     if model_parallel_is_initialized():
@@ -123,6 +126,8 @@ def initialize_model_parallel(
     }
     for name, degree in given.items():
         check_count(name, degree)
+    if vae_parallel_size:
+        raise ValueError(f"vae_parallel_size={vae_parallel_size!r} must be 0: use_parallel_vae divides the VAE's work")
     degrees = {
         "tp": tensor_parallel_degree,
         "sp": ulysses_degree * ring_degree,
