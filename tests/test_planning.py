@@ -2,6 +2,7 @@
 
 import gc
 import math
+import shutil
 from dataclasses import replace
 from functools import cache, wraps
 
@@ -288,6 +289,7 @@ def test_unknown_machines_and_bad_flags_are_refused(tmp_path, monkeypatch):
         (["--gpus", "2xH100", "--links", "string"], "is not a rate"),
         (["--gpus", "2xH100", "--objective", "beauty"], "objective='beauty' is unknown"),
         (["--gpus", "2xH100", "--picture", "/proc/self/x/y.png"], "is not a folder that can be written"),
+        (["--gpus", "2xH100", "--picture", str(tmp_path)], "is a folder: give a file"),
         (["--gpus", "2xH100", "--links", "0gbit"], "is not a rate"),
         (["--gpus", "2xH100", "--world_size", "2"], "world_size=2 and gpus both"),
         (["--gpus", "2xH100", "--ring_degree", "2"], "ring_degree=2 chooses degrees"),
@@ -313,6 +315,17 @@ def test_unknown_machines_and_bad_flags_are_refused(tmp_path, monkeypatch):
         main(["--model", "sd3", "--gpus", "2xH100"])
     keep(replace(machine_of("CPU"), name="My Machine"))
     assert machine_of("my machine").synchronous
+
+
+def test_a_plan_of_which_every_row_is_refused_fails(folder_of, tmp_path, capsys):
+    flags = ["--world_size", "1", "--num_frames", "5", "--no_use_resolution_binning"]
+    assert main(["--model", folder_of("pixart_sigma"), *flags]) == 1
+    assert "takes no num_frames" in capsys.readouterr().out
+    copy = shutil.copytree(folder_of("pixart_sigma"), tmp_path / "copy")
+    shutil.rmtree(copy / "vae")
+    for model, words in ((str(copy), "has no folder vae"), ("/nowhere", "'/nowhere' does not exist")):
+        with pytest.raises(ValueError, match=words):
+            main(["--model", model, "--world_size", "1"])
 
 
 def test_a_row_says_why_it_cannot_be_counted(folder_of, monkeypatch):

@@ -59,6 +59,8 @@ def check(options: argparse.Namespace, given: list[str]) -> None:
         refuse(TIMED, "requires --gpus: add it, such as --gpus 8xL40")
     else:
         refuse(("world_size",), "and gpus both give the number of ranks: remove one")
+        if os.path.isdir(options.picture):
+            raise ValueError(f"picture={options.picture!r} is a folder: give a file, such as plan.png")
         check_writable(os.path.dirname(options.picture))
     if options.scale:
         refuse(("explain", "objective"), "is not supported with --scale: remove one")
@@ -95,7 +97,7 @@ def _memory_alone(args: xFuserArgs, world_size: int) -> int:
     print(f"{'':{width}}  " + "  ".join(COLUMNS))
     for row in sorted(rows, key=lambda row: row.peak):
         print(f"{row.name:{width}}  {row.text(memory)}")
-    return 0 if memory is None or any(row.fits(memory) for row in rows) else 1
+    return 0 if any(row.fits(memory) and not row.refusal for row in rows) else 1
 
 
 def _with_times(options: argparse.Namespace, args: xFuserArgs, ranks: int, machine: Machine) -> int:
