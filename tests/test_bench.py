@@ -270,6 +270,9 @@ def test_presets_follow_the_flags_of_the_library():
         (("--use_teacache",), "the serial run can have use_fbcache alone"),
         (("--use_fbcache", "--compile"), "the serial run can have use_fbcache alone"),
         (("--ranks", "1"), "nothing to compare"),
+        (("--ranks", "0"), "ranks=0 must be a whole number of 1 or more"),
+        (("--costs", "--vae_memory"), "--costs and --vae_memory are different measurements"),
+        (("--rates", "1gbit"), r"rates=\['1gbit'\] requires slow_links"),
         (("--model", "/nowhere"), "does not exist"),
         (("--output_dir", "/proc/nowhere"), "not a folder that can be written to"),
         (("--timeline", "/proc/nowhere/time.png"), "not a folder that can be written to"),
@@ -290,6 +293,7 @@ def test_bench_refuses_before_any_rank_starts(flags, message):
         (("--fid", "a", "b"), "features=None: FID needs the file"),
         (("--features", "/nowhere"), "docs/fid.md"),
         (("--configs", "slow"), "'slow'"),
+        (("--ranks", "0"), "ranks=0 must be a whole number of 1 or more"),
     ],
 )
 def test_quality_refuses_before_any_rank_starts(flags, message):

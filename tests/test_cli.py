@@ -178,6 +178,7 @@ def edited(folder_of, tmp_path, changes):
         (("--prompt", "x", "--height", "tall"), "invalid int value: 'tall'"),
         (("--prompt", "x", "--vae_chunk_rows", "4"), "requires use_parallel_vae"),
         (("--prompt", "x", "--ulysses_degree", "0"), "ulysses_degree=0"),
+        (("--prompt", "a", "--ulysses_degree", "999"), "999 ranks on one machine: at most 64 are supported"),
         (("--prompt", "x", "--model", "/nowhere"), "'/nowhere' does not exist"),
         (("--prompt", "x", "--model", "."), "has no model_index.json"),
     ],

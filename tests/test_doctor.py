@@ -26,6 +26,12 @@ def test_two_ranks_agree_or_the_exit_code_says_so(pool, monkeypatch, capsys, err
     assert ("two ranks (one cpu, gloo) draw what one draws" if agree else "**error 1e+00**") in capsys.readouterr().out
 
 
+def test_unknown_flags_are_refused_in_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["xdit", "doctor", "--fast"])
+    assert cli.main() == 1
+    assert capsys.readouterr().err.startswith("xdit: ValueError: xdit doctor: unrecognized arguments: --fast")
+
+
 def test_it_says_what_gpus_there_are(monkeypatch, tmp_path):
     accelerator.install(monkeypatch, count=2)
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho GPU0 GPU1 NV18")

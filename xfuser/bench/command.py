@@ -17,6 +17,7 @@ from xfuser.pipeline_io.media import check_writable
 PROMPT = "a red circle above a blue square"
 SIZES = ("height", "width", "num_inference_steps")  # flags that also apply to a case
 STEPS = 20
+KINDS = ("costs", "slow_links", "vae_memory", "host_overhead", "predict")  # flags of measurements of their own
 
 
 def main(arguments: list[str]) -> int:
@@ -26,6 +27,7 @@ def main(arguments: list[str]) -> int:
         ValueError: the options cannot be run; raised before any rank starts.
     """
     options = parser().parse_args(arguments)
+    check_kind(options)
     if options.slow_links and not is_rank():
         from xfuser.bench import slow_links
 
@@ -57,6 +59,16 @@ def main(arguments: list[str]) -> int:
     if options.predict:
         print(prediction_table(predictions(options, chosen, told)))
     return 0
+
+
+def check_kind(options: argparse.Namespace) -> None:
+    """Raise a ValueError for flags of several measurements, of which only one would run."""
+    kinds = [f"--{name}" for name in KINDS if getattr(options, name)]
+    if len(kinds) > 1:
+        raise ValueError(f"{' and '.join(kinds)} are different measurements: choose one")
+    for name in ("rates", "delay"):
+        if getattr(options, name) and not options.slow_links:
+            raise ValueError(f"{name}={getattr(options, name)!r} requires slow_links: add it")
 
 
 def parser() -> FlexibleArgumentParser:

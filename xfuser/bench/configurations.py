@@ -4,6 +4,7 @@ import shlex
 from dataclasses import dataclass, fields, replace
 
 from xfuser.config import EngineConfig, FlexibleArgumentParser, xFuserArgs
+from xfuser.core.checks import check_count
 
 GROUPS = ("Parallel Processing Options", "Runtime Options")
 OF_THE_RUN = ("seed", "output_type")  # runtime options that would change the image
@@ -35,6 +36,8 @@ def configurations(texts: list[str] | None, ranks: list[int], base: xFuserArgs) 
     Raises:
         ValueError: a text is neither a preset nor flags, or its flags are not supported here.
     """
+    for count in ranks:
+        check_count("ranks", count)
     found: dict[str, Configuration] = {}
     for text in PRESETS if texts is None else texts:
         for count in ranks if text in PRESETS or "{ranks}" in text else [0]:

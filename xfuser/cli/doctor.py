@@ -1,6 +1,5 @@
 """``xdit doctor``: report what is installed, used and missing, and test that two ranks agree with one."""
 
-import argparse
 import platform
 import shutil
 import subprocess
@@ -10,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+from xfuser.config import FlexibleArgumentParser
 from xfuser.config.config import DEGREES
 from xfuser.core import compiler, device as devices
 from xfuser.core.attention.kernels import AUTO, KERNELS, available_backends
@@ -29,7 +29,7 @@ PATIENCE = 60  # seconds
 
 def main(arguments: list[str]) -> int:
     """Print a report to paste into an issue; returns 1 if the self-test fails."""
-    parser = argparse.ArgumentParser(prog="xdit doctor", description=__doc__)
+    parser = FlexibleArgumentParser(prog="xdit doctor", description=__doc__)
     parser.add_argument("--no_test", action="store_true", help="Skip the self-test on two ranks.")
     asked = parser.parse_args(arguments)
     for title, lines in (("Here", here()), ("Used", used()), ("Missing", missing())):

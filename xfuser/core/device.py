@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+MOST_PROCESSES = 64  # ranks that are started on one machine without accelerators
 _spared = False  # True while this process computes on the CPU only, within ``on_cpu()``
 
 
@@ -70,7 +71,12 @@ def device_count() -> int:
 
 
 def check_ranks(ranks: int) -> None:
-    """Raise a ValueError for more ranks on this machine than accelerators: NCCL refuses two ranks on one."""
+    """Raise a ValueError for more ranks on this machine than accelerators, or than the launcher can start.
+
+    NCCL refuses two ranks on one accelerator; Python's fork server passes on at most 256 descriptors.
+    """
+    if device_type() == "cpu" and ranks > MOST_PROCESSES:
+        raise ValueError(f"{ranks} ranks on one machine: at most {MOST_PROCESSES} are supported; give smaller degrees")
     if device_type() != "cpu" and ranks > device_count():
         raise ValueError(f"{ranks} ranks need as many accelerators (here: {device_count()}): give smaller degrees")
 
