@@ -13,6 +13,7 @@ import torch
 import xfuser
 from xfuser.core.distributed import get_runtime_state, get_world_group
 from xfuser.models.plan import ModelPlan
+from xfuser.parallel import Loop
 from xfuser.testing.ranks import RankPool
 from xfuser.testing.zoo import FAMILIES
 
@@ -124,3 +125,20 @@ def test_pipefusion_of_a_bare_module_needs_its_scheduler():
     engine_config, _ = xfuser.xFuserArgs(pipefusion_parallel_degree=1, num_pipeline_patch=2).checked()
     with pytest.raises(ValueError, match="give parallelize\\(\\) the scheduler"):
         xfuser.parallelize(FAMILIES["wan"].build(), None, engine_config)
+
+
+def test_what_is_no_configuration_or_plan_is_refused():
+    configs = xfuser.xFuserArgs().checked()
+    model = FAMILIES["wan"].build()
+    loads = xfuser.xFuserPixArtAlphaPipeline.from_pretrained
+    for config in (xfuser.xFuserArgs(), configs, configs[1], None):
+        for call in (
+            lambda config: xfuser.xDiTParallel(Loop(model, None), config),
+            lambda config: xfuser.parallelize(model, None, config),
+            xfuser.load_pipeline,
+            lambda config: loads("/nowhere", engine_config=config),
+        ):
+            with pytest.raises(ValueError, match=f"of the type {type(config).__name__}, and must be the first result"):
+                call(config)
+    with pytest.raises(ValueError, match="plan='wan' must be a ModelPlan"):
+        xfuser.parallelize(model, "wan", configs[0])

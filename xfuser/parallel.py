@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from xfuser.call import CallState
-from xfuser.config import EngineConfig, InputConfig
+from xfuser.config import EngineConfig, InputConfig, checked_config
 from xfuser.core.attention.kernels import TORCHS_CHOICE, check_backend
 from xfuser.core.distributed import (
     get_cfg_group,
@@ -77,7 +77,7 @@ class xDiTParallel:
     def __init__(self, pipe: Any, engine_config: EngineConfig, input_config: InputConfig | None = None) -> None:
         if isinstance(pipe, xDiTParallel):
             raise ValueError("this pipeline is wrapped already: call unwrap() on it first")
-        runtime = engine_config.runtime_config
+        runtime = checked_config(engine_config).runtime_config
         if runtime.use_parallel_vae and getattr(pipe, "vae", None) is None:
             raise ValueError(f"use_parallel_vae: {type(pipe).__name__} has no VAE; remove it")
         check_backend(runtime.attention_backend)
@@ -321,7 +321,7 @@ def parallelize(
     """
     if plan is not None:
         set_plan(transformer, plan)
-    parallel = engine_config.parallel_config
+    parallel = checked_config(engine_config).parallel_config
     if scheduler is None and (parallel.pipelined or parallel.patched):
         raise ValueError(
             "PipeFusion, DistriFusion and naive patches need the scheduler's steps: give parallelize() the scheduler"

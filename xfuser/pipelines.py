@@ -7,7 +7,7 @@ from typing import Any
 import diffusers
 import torch
 
-from xfuser.config import EngineConfig, InputConfig
+from xfuser.config import EngineConfig, InputConfig, checked_config
 from xfuser.core.distributed import initialize_runtime_state, is_dp_last_group
 from xfuser.parallel import xDiTParallel
 from xfuser.pipeline_io.arguments import pipeline_arguments
@@ -41,7 +41,7 @@ class LoadedPipeline(xDiTParallel):
         Raises:
             ValueError: see :func:`xfuser.load_pipeline` and :class:`xfuser.xDiTParallel`.
         """
-        model = replace(engine_config.model_config, model=str(pretrained_model_name_or_path))
+        model = replace(checked_config(engine_config).model_config, model=str(pretrained_model_name_or_path))
         if torch_dtype is not None:
             components[DTYPE_ARGUMENT] = torch_dtype
         pipe = load_pipeline(replace(engine_config, model_config=model), None, cls.pipeline_class, **components)

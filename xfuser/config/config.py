@@ -274,6 +274,16 @@ class EngineConfig:
         return self.parallel_config.world_size
 
 
+def checked_config(engine_config: Any) -> EngineConfig:
+    """The configuration; raises a ValueError for what is often passed in its place."""
+    if not isinstance(engine_config, EngineConfig):
+        raise ValueError(
+            f"engine_config is of the type {type(engine_config).__name__}, and must be the first result of"
+            " xFuserArgs(...).create_config()"
+        )
+    return engine_config
+
+
 @dataclass(frozen=True)
 class InputConfig:
     """What to generate. Sizes are in pixels; None means the pipeline's default."""

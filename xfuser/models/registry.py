@@ -146,7 +146,9 @@ def register_plan(cls: type, plan: ModelPlan) -> None:
 
 
 def set_plan(module: nn.Module, plan: ModelPlan) -> None:
-    """Use ``plan`` for this one module, in place of the plan of its class."""
+    """Use ``plan`` for this one module, in place of the plan of its class; raises a ValueError for what is no plan."""
+    if not isinstance(plan, ModelPlan):
+        raise ValueError(f"plan={plan!r} must be a ModelPlan, or None for a class that is registered with one")
     vars(original_of(module))[_OWN] = plan
 
 

@@ -14,7 +14,7 @@ from diffusers.utils import HF_MODULES_CACHE
 from filelock import FileLock
 from packaging.version import Version
 
-from xfuser.config import EngineConfig, InputConfig
+from xfuser.config import EngineConfig, InputConfig, checked_config
 from xfuser.core import device as devices
 from xfuser.core.distributed import get_world_group
 from xfuser.core.logger import quiet_libraries
@@ -46,7 +46,7 @@ def load_pipeline(
         ValueError: the pipeline is not found or not supported, its files are damaged, or it lacks something that the
             configuration requires. Ranks do not wait for each other then.
     """
-    model, runtime = engine_config.model_config, engine_config.runtime_config
+    model, runtime = checked_config(engine_config).model_config, engine_config.runtime_config
     join_groups(engine_config)
     options: dict[str, Any] = {DTYPE_ARGUMENT: runtime.dtype, "cache_dir": model.download_dir}
     if model.trust_remote_code:
@@ -120,6 +120,7 @@ def _fetched(model: str, pipeline_class: Any, options: dict[str, Any]) -> str:
     """The folder of a pipeline. If it is only on the hub, one rank per machine downloads it before the others go on."""
     if os.path.isdir(model):
         return model
+    check_folder(model)
     world = get_world_group()
     waiting = dist.new_group(backend="gloo", timeout=PATIENCE)  # a download may exceed other groups' timeouts
     if world.local_rank > 0:
