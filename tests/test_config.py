@@ -2,7 +2,9 @@
 
 import argparse
 import dataclasses
+from typing import Optional
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -109,6 +111,22 @@ def test_bad_values_are_refused_before_any_process_group(fields, message):
     with pytest.raises(ValueError, match=message):
         xFuserArgs(**fields).create_config()
     assert not dist.is_initialized()
+
+
+@dataclasses.dataclass
+class MoreArgs(xFuserArgs):
+    sizes: dict = dataclasses.field(default_factory=dict)
+    scale: Optional[int] = None  # noqa: UP045
+
+
+def test_values_that_only_look_like_others_are_taken():
+    given = {"use_parallel_vae": 1, "use_cfg_parallel": np.False_, "seed": np.int64(3), "max_sequence_length": None}
+    config, inputs = MoreArgs(guidance_scale=np.float32(2.5), sizes={"a": 1}, scale=2, **given).checked(1)
+    assert config.runtime_config.use_parallel_vae and not inputs.use_cfg_parallel
+    assert inputs.seed == 3 and inputs.guidance_scale == 2.5 and inputs.max_sequence_length is None
+    for value in (2, -1):
+        with pytest.raises(ValueError, match=f"use_parallel_vae={value} must be True or False"):
+            xFuserArgs(use_parallel_vae=value).checked(1)
 
 
 @pytest.mark.parametrize(

@@ -134,7 +134,7 @@ class xFuserArgs:
     negative_prompt: str | list[str] = _input("", "What to avoid: one text for all prompts, or one for each.", "*")
     no_use_resolution_binning: bool = _input(False, "Use the given size, not the nearest one seen in training.")
     num_inference_steps: int = _input(20, "Number of denoising steps.")
-    max_sequence_length: int = _input(256, "Maximum length of a prompt in tokens.")
+    max_sequence_length: int | None = _input(256, "Maximum length of a prompt in tokens.")
     guidance_scale: float = _input(3.5, "Guidance scale: how closely to follow the prompt.")
     img_file_path: str | None = _input(None, "Input image, for image-to-image pipelines.")
 

@@ -295,7 +295,7 @@ class InputConfig:
     num_frames: int | None = None
     num_inference_steps: int = 20
     guidance_scale: float = 3.5
-    max_sequence_length: int = 256
+    max_sequence_length: int | None = 256
     use_resolution_binning: bool = True
     do_classifier_free_guidance: bool = True
     use_cfg_parallel: bool = False

@@ -4,13 +4,15 @@ import os
 import types
 import typing
 from dataclasses import fields
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any
 
-KINDS = {  # annotations of fields: what they accept, and its name in errors
-    bool: (bool, "True or False"),
+import numpy as np
+
+KINDS = {  # annotations of fields: what they accept, and its name in errors; of others, the value is not checked
+    bool: ((Integral, np.bool_), "True or False"),
     int: (Integral, "a whole number"),
-    float: (Real, "a number"),
+    float: (typing.SupportsFloat, "a number"),
     str: ((str, os.PathLike), "a text"),
     list[int]: ((list, tuple), "a list of whole numbers"),
     list[str]: ((list, tuple), "a list of texts"),
@@ -19,11 +21,16 @@ KINDS = {  # annotations of fields: what they accept, and its name in errors
 
 
 def check_types(options: Any) -> None:
-    """Raise a ValueError unless each field of a dataclass has a value of its annotated type. A bool is no number."""
+    """Raise a ValueError unless each field of a dataclass has a value of its annotated type. A bool is no number.
+
+    Fields that are just texts are left to the checks of their known values.
+    """
     hints = typing.get_type_hints(type(options))
     for name in (spec.name for spec in fields(options)):
         value, hint = getattr(options, name), hints[name]
         kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-        flag = isinstance(value, bool) and bool not in kinds
-        if flag or not any(isinstance(value, KINDS[kind][0]) for kind in kinds):
+        if kinds == (str,) or not KINDS.keys() >= {*kinds}:
+            continue
+        fits = any(isinstance(value, KINDS[kind][0]) for kind in kinds)
+        if not fits or (value not in (0, 1) if bool in kinds else isinstance(value, bool)):
             raise ValueError(f"{name}={value!r} must be {' or '.join(KINDS[kind][1] for kind in kinds)}")

@@ -88,6 +88,8 @@ def _parts(engine_config: EngineConfig, pipeline_class: Any, options: dict[str, 
     path = _fetched(engine_config.model_config.model, pipeline_class, options)
     check_folder(path, divides=parallel.divides)
     folder = _folder(path, options)
+    if pipeline_class is DiffusionPipeline:
+        folder.check_class()
     folder.check_files()
     offloads = runtime.enable_model_cpu_offload or runtime.enable_sequential_cpu_offload
     device = torch.device("cpu") if offloads else devices.device(get_world_group().local_rank)

@@ -76,11 +76,14 @@ class Folder(NamedTuple):
         """The components to load: library and class by name."""
         return {name: kind for name, kind in components_of(self.path).items() if name not in self.given}
 
-    def check_files(self) -> None:
-        """Raise a ValueError if weight files are missing or truncated, or the installed Diffusers lacks the class."""
+    def check_class(self) -> None:
+        """Raise a ValueError if the installed Diffusers lacks the pipeline's class."""
         name = read_json(os.path.join(self.path, INDEX))["_class_name"]
         if isinstance(name, str) and not hasattr(diffusers, name.removeprefix("Flax")):
             raise ValueError(f"{self.path} requires {name}, which Diffusers {diffusers.__version__} does not have")
+
+    def check_files(self) -> None:
+        """Raise a ValueError if weight files are missing or truncated."""
         for name in self.to_load():
             for stem in STEMS.values():
                 checkpoint(self.of(name), stem, self.variant)
