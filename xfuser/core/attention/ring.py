@@ -72,14 +72,15 @@ def with_joint(k: Tensor, v: Tensor, joint: tuple[Tensor, Tensor] | None) -> tup
 def merge(*parts: Tensor | None, with_lse: bool = True) -> tuple[Tensor, Tensor | None]:
     """Merge partial attentions over disjoint keys: outputs ``[B, H, S, D]`` and LSEs ``[B, H, S]`` in turn."""
     outs, lses = ([x for x in parts[start::2] if x is not None] for start in (0, 1))
-    lse = reduce(torch.logaddexp, lses) if with_lse else None
+    out, lse = outs[0].to(wide(outs[0])), reduce(torch.logaddexp, lses) if with_lse or len(lses) == 2 else None
     if len(outs) == 1:
-        return outs[0].to(wide(outs[0])), lse
-    weights = torch.stack(lses, -1).softmax(-1).nan_to_num(0.0)  # NaN for queries without a key in any block
-    first, *others = weights.split(1, -1)
-    out = outs[0] * first
-    for block, weight in zip(outs[1:], others, strict=True):
-        out.addcmul_(block, weight)
+        return out, lse
+    if len(outs) == 2:
+        weight = (lses[1] - lse).exp().nan_to_num(0.0)  # NaN for queries without a key in any block
+        return torch.lerp(out, outs[1].to(out.dtype), weight.unsqueeze(-1)), lse
+    first, weights = out, torch.stack(lses, -1).softmax(-1).nan_to_num(0.0).split(1, -1)
+    for block, weight in zip(outs[1:], weights[1:], strict=True):
+        out = torch.addcmul(out, block - first, weight)  # rounds less than a sum of products
     return out, lse
 
 
