@@ -113,7 +113,8 @@ class Model:
         program = self._programs[point.counted, point.compiled, point.norms]
         told = estimate(program, machine, point.steps, 1, point.compiled)
         seconds = {"step": told.step, "denoise": told.denoise, "call": told.seconds}[point.scope]
-        return seconds + point.copied / one["copy"] * (1 if point.scope == "step" else point.steps)
+        copies, size = point.copied  # the device waits until each is issued, and until it is done
+        return seconds + (copies * one["host"] + size / one["copy"]) * (1 if point.scope == "step" else point.steps)
 
     def errors(self, points: list[Point], constants: np.ndarray) -> np.ndarray:
         """Logarithms of predicted over measured seconds, then the constants' scaled distances from their start."""

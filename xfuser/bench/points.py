@@ -23,7 +23,7 @@ UNLIKE = {  # words in a row's notes: why the row is left out
 }  # fmt: skip
 NEWEST = ("_flash_3", "FA4", "CUDNN_ATTN", "sdpa_cudnn")  # attention kernels of the device's own generation
 RECENT = ("vipshop/cache-dit", "distributed_inference.md")  # sources that ran Diffusers 0.36 or later with torch 2.9
-TABLES = {"hunyuandit": 40 * 6 * 88 * 4}  # bytes of rotary tables for an image token, in all attentions of a forward
+TABLES = {"hunyuandit": (40 * 6, 88 * 4)}  # rotary tables in the attentions of a forward, bytes of each per token
 FIELDS = {"height": "height", "width": "width", "frames": "num_frames"}
 DISTILLED = 8  # maximum number of steps of a distilled model
 DEGREES = ("ulysses", "ring", "cfg", "pipefusion", "tp")
@@ -61,11 +61,12 @@ class Point:
         return math.prod(self.degrees)
 
     @property
-    def copied(self) -> float:
-        """Bytes that a step copies from the host: before version 0.32, Diffusers kept some tables there."""
+    def copied(self) -> tuple[int, float]:
+        """Copies from the host in a step, and their bytes: before version 0.32, Diffusers kept some tables there."""
         ulysses, ring, _, stages, _ = self.degrees
-        pixels = math.prod(value for name, value in self.size if name in ("height", "width"))
-        return TABLES.get(self.model, 0) * pixels / 16**2 / (ulysses * ring * stages)
+        copies, each = TABLES.get(self.model, (0, 0))
+        tokens = math.prod(value for name, value in self.size if name in ("height", "width")) / 16**2
+        return copies, copies * each * tokens / (ulysses * ring * stages)
 
     @property
     def counted(self) -> tuple[Any, ...]:
