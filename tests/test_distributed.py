@@ -427,19 +427,21 @@ def test_ranks_draw_from_what_rank_0_was_given(pool):
     assert first[0].abs().max() == 0 and first[2:] == second[2:]
 
 
-ALIKE = {"prompt": "a", "height": 64, "image": [np.zeros((2, 2))], "output_type": "np"}
+ALIKE = {"prompt": "a", "height": 64, "image": [np.zeros((2, 2))], "output_type": "np", "dtype": np.float32}
 
 
 def with_differences():
     """Return the messages of calls in which rank 1 passes one other argument, and the arguments of an equal call."""
     xFuserArgs(ulysses_degree=2).create_config()
     told = []
-    for name, other in {"prompt": ["a", "b"], "height": 80, "image": [np.ones((2, 2))]}.items():
+    others = {"prompt": ["a", "b"], "height": 80, "image": [np.ones((2, 2))], "output_type": "latent"}
+    for name, other in others.items():
         with pytest.raises(ValueError, match="the ranks call the pipeline with different arguments") as refused:
             shared_arguments((), ALIKE | {name: other} if dist.get_rank() else ALIKE)
         told.append(str(refused.value))
-    only_rank_0 = {"output_type": "latent"} if dist.get_rank() else {}
-    return told, shared_arguments((), ALIKE | only_rank_0)[1]["prompt"]
+    own = {"device": f"cuda:{dist.get_rank()}"}
+    own |= {"output_type": "pil", "callback_on_step_end_tensor_inputs": ["latents"]} if dist.get_rank() else {}
+    return told, shared_arguments((), ALIKE | own)[1]["prompt"]
 
 
 def test_ranks_must_be_given_the_same(pool):

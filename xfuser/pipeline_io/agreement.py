@@ -4,13 +4,16 @@ import copy
 import hashlib
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_unflatten
 
 from xfuser.core import device as devices
 from xfuser.core.distributed import get_world_group
 
-AFTER_STEPS = ("output_type", "return_dict")  # arguments that concern only a rank's own result
+# Arguments that concern only what a rank returns, what its callback gets, and where it computes.
+OWN = {"return_dict", "output", "callback_on_step_end_tensor_inputs", "callback_steps", "device"}
 
 
 def shared_arguments(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -29,8 +32,7 @@ def shared_arguments(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[s
     leaves, spec = tree_flatten_with_path((args, dict(sorted(opened.items()))))
     generators = {keystr(path): x for path, x in leaves if isinstance(x, torch.Generator)}
     tensors = {keystr(path): x for path, x in leaves if isinstance(x, torch.Tensor)}
-    kinds = {keystr(path): value for path, x in leaves if (value := _value(x)) is not None}
-    kinds = {name: value for name, value in kinds.items() if not name.endswith(tuple(f"['{x}']" for x in AFTER_STEPS))}
+    kinds = {keystr(path): value for path, x in leaves if not _is_own(path, x) and (value := _value(x)) is not None}
     kinds |= dict.fromkeys(generators, "a generator")
     kinds |= {name: f"{x.dtype} of shape {tuple(x.shape)}" for name, x in tensors.items()}
     given = world.all_gather_object((kinds, {name: _digest(x) for name, x in tensors.items()}))
@@ -63,11 +65,17 @@ def _refuse_differences(given: list[dict[str, str]]) -> None:
             )
 
 
+def _is_own(path: tuple, x: Any) -> bool:
+    """Whether the argument at this path may differ between ranks. All decode, or none does: they share the images."""
+    names = {getattr(key, "key", None) for key in path}
+    return bool(names & OWN) or ("output_type" in names and x != "latent")
+
+
 def _value(x: Any) -> str | None:
     """A text or number, or a hash of an image or array; None for all else."""
     if isinstance(x, str | int | float):
         return repr(x)
-    if hasattr(x, "tobytes") and not getattr(getattr(x, "dtype", None), "hasobject", False):
+    if isinstance(x, Image.Image) or (isinstance(x, np.ndarray | np.generic) and not x.dtype.hasobject):
         return f"{type(x).__name__} with the hash {hashlib.blake2b(x.tobytes(), digest_size=4).hexdigest()}"
     return None
 
