@@ -305,6 +305,29 @@ def test_callbacks_and_progress_see_steps(pool, folder_of, family, interrupt_aft
             assert running.error(latents, reference) <= running.TOLERANCE
 
 
+def watched_by_one(path, call, asked):
+    """Return the image, and the latents that the callback of rank 0 sees; other ranks have no callback."""
+    parallel, seen = running.wrap(running.loaded(path), asked), []
+
+    def callback(pipe, step, timestep, values):
+        seen.append(values["latents"].numpy().copy())
+        return {}
+
+    if not torch.distributed.get_rank():
+        call = call | {"callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": ["latents"]}
+    picture = running.array(parallel(**call, generator=running.seeded()))
+    parallel.unwrap()
+    return picture, seen
+
+
+def test_one_rank_may_have_the_callback(pool, folder_of):
+    path, call = folder_of("sd3", True), call_of("sd3", num_inference_steps=4)
+    expected = displaced(path, call, 2, 1)
+    (picture, seen), (other, _) = pool.run(2, watched_by_one, path, call, degrees(2, 2, 1))
+    assert max(running.error(one, expected) for one in (picture, other)) <= running.TOLERANCE
+    assert len(seen) == 4
+
+
 def older_callback(path, asked, scheduler):
     pipe, seen = running.loaded(path), []
     original = pipe.scheduler

@@ -36,7 +36,6 @@ class CallState(ExitStack):
         patches: M, the number of patches.
         synchronous: number of warm-up steps: the first steps of each transformer, which compute the whole image with
             fresh activations; at least one.
-        every_step_whole: whether every rank needs the whole latents after each step.
         compiled: whether blocks run compiled code, which cannot be hooked.
 
     Attributes:
@@ -46,13 +45,12 @@ class CallState(ExitStack):
         tokens: how the ranks share the tokens of the current forward; None outside its blocks.
         arriving: the output of the last forward, if another rank computes it.
         gives: whether this rank contributes rows to the forward's output; if not, another rank computes the same rows.
+        every_step_whole: whether every rank needs the whole latents after each step.
         skips: whether the forward skips blocks, as decided by its first stage; None if no cache may skip them.
         apart: whether this forward computes one guidance branch while other ranks compute the other branch.
     """
 
-    def __init__(
-        self, patches: int = 1, synchronous: int = 1, every_step_whole: bool = True, compiled: bool = False
-    ) -> None:
+    def __init__(self, patches: int = 1, synchronous: int = 1, compiled: bool = False) -> None:
         super().__init__()
         self.patches, self.steps, self.compiled = patches, 0, compiled
         self.step = self.patch = 0
@@ -61,7 +59,7 @@ class CallState(ExitStack):
         self.arriving: Arriving | None = None
         self.gives, self.apart = True, False
         self.skips: bool | None = None
-        self._synchronous, self._every_step_whole = max(1, synchronous), every_step_whole
+        self.every_step_whole, self._synchronous = True, max(1, synchronous)
         self._starts = {0}  # steps in which a transformer is called for the first time
         self._part: Callable[[Any], Any] | None = None
         self._wrappers: dict[nn.Module, list[Wrapper]] = {}
@@ -115,7 +113,7 @@ class CallState(ExitStack):
     def ends_whole(self, step: int) -> bool:
         """Whether every rank has the whole latents at the end of this step; if not, its patches are sent one by one."""
         synchronous = self._is_synchronous(step) or self._is_synchronous(step + 1)
-        return synchronous or self._every_step_whole or step >= self.steps - 1
+        return synchronous or self.every_step_whole or step >= self.steps - 1
 
     @property
     def whole(self) -> bool:

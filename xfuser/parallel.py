@@ -30,7 +30,6 @@ from xfuser.methods.context import ContextParallel
 from xfuser.methods.data import DataParallel, split_decode
 from xfuser.methods.distrifusion import DistriFusion
 from xfuser.methods.naive_patch import NaivePatches
-from xfuser.methods.pipefusion.loop import needs_whole_steps
 from xfuser.methods.progress import quiet_progress
 from xfuser.methods.refusals import Refusals, refusal
 from xfuser.methods.sequence import SequenceParallel
@@ -100,7 +99,7 @@ class xDiTParallel:
         """Call the pipeline on all ranks; every rank returns the full result."""
         self._check_usable()
         arguments = Binder(self._pipe.__call__)(args, kwargs)
-        call = self._new_call(every_step_whole=needs_whole_steps(self._pipe, arguments))
+        call = self._new_call()
         if self._pipefusion:
             args, kwargs = (), self._pipefusion.arguments(arguments, call)
         with self._running(call):
@@ -116,13 +115,13 @@ class xDiTParallel:
         Each timestep occurs once per patch, and the latents are current after the last patch.
         """
         self._check_usable()
-        return self._running(self._new_call(every_step_whole=True))
+        return self._running(self._new_call())
 
-    def _new_call(self, every_step_whole: bool) -> CallState:
+    def _new_call(self) -> CallState:
         order = getattr(getattr(self._pipe, "scheduler", None), "order", 1)
         warmup = self.engine_config.runtime_config.warmup_steps * order
         patches = self.engine_config.parallel_config.num_pipeline_patch if self._pipefusion else 1
-        return CallState(patches, warmup, every_step_whole, self._compiler is not None)
+        return CallState(patches, warmup, self._compiler is not None)
 
     @contextmanager
     def _running(self, call: CallState) -> Iterator[None]:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from xfuser.call import CallState
-from xfuser.core.distributed import GroupCoordinator
+from xfuser.core.distributed import GroupCoordinator, get_world_group
 from xfuser.core.hooks import Arguments, replaced
 from xfuser.methods.pipefusion.blocks import StageBlocks
 from xfuser.methods.pipefusion.channel import Channel, Route, open_channels, routes_of
@@ -19,6 +19,7 @@ from xfuser.methods.pipefusion.loop import (
     boundary_of,
     branches_of,
     guiders_of,
+    needs_whole_steps,
     stepwise_callbacks,
     stepwise_control,
 )
@@ -60,7 +61,7 @@ class PipeFusion:
         self._running: Stage | None = None  # the stage of the transformer that was called last
 
     def arguments(self, arguments: Arguments, call: CallState) -> Arguments:
-        """Return the arguments of a pipeline's call, adapted to a loop over patches.
+        """Return the arguments of a pipeline's call, adapted to a loop over patches; all ranks must call this.
 
         Raises:
             ValueError: the arguments or the pipeline's guiders are not supported.
@@ -75,6 +76,8 @@ class PipeFusion:
         for guider in guiders_of(self._pipe):
             if type(guider).__name__ != "ClassifierFreeGuidance":
                 refuse(f"{type(guider).__name__} of {name}", ONCE_A_STEP, "Use ClassifierFreeGuidance()")
+        needs = needs_whole_steps(self._pipe, arguments)
+        call.every_step_whole = any(get_world_group().all_gather_object(needs))  # one rank may have the callback
         return stepwise_callbacks(stepwise_control(self._pipe, arguments, call.patches), call)
 
     def enter(self, call: CallState) -> None:
