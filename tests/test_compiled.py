@@ -128,6 +128,35 @@ def test_what_is_compiled_behind_the_wrap_is_parallel_too(pool, folder_of):
         assert difference <= running.TOLERANCE and seen[0] in (7, 8)  # shards of 15 tokens
 
 
+def compiled_anew(path, call):
+    """Replace a compiled transformer after a call; return an image, and the number of graphs that run it."""
+    graphs = []
+
+    def counted(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    pipe = fresh(path)
+    whole(pipe)
+    parallel = running.wrap(pipe, {"ulysses_degree": 2})
+    parallel(**call, generator=running.seeded())
+    torch.manual_seed(9)
+    parallel.transformer = torch.compile(tiny.sd3_transformer(), backend=counted)
+    picture = running.array(parallel(**call, generator=running.seeded()))
+    parallel.unwrap()
+    return picture, len(graphs)
+
+
+def test_a_compiled_transformer_that_replaces_another_runs_compiled(pool, folder_of):
+    path, call = folder_of("sd3"), tiny.call_of("sd3")
+    pipe = fresh(path)
+    torch.manual_seed(9)
+    pipe.transformer = tiny.sd3_transformer()
+    expected = running.array(pipe(**call, generator=running.seeded()))
+    for picture, graphs in pool.run(2, compiled_anew, path, call):
+        assert running.error(picture, expected) <= running.TOLERANCE and graphs
+
+
 def bare_loop(family):
     """Call parallelize() on a compiled transformer; its plan is that of the model's class, not of the compiler's."""
     torch.manual_seed(0)

@@ -163,9 +163,9 @@ class xDiTParallel:
         return [*added, *compiled, *caches, *methods]
 
     def _compiled_blocks(self, models: dict[str, tuple[nn.Module, ModelPlan]]) -> list[Method]:
-        """The compiled blocks, which are kept as long as the wrap."""
-        for name in [name for name in models if name not in self._blocks]:
-            self._blocks[name] = CompiledBlocks(*models[name], self._compiler, self._pipe)
+        """The compiled blocks of each transformer, which are kept as long as the pipeline has it."""
+        known, shared = self._blocks, (self._compiler, self._pipe)
+        self._blocks = {one: known.get(one) or CompiledBlocks(one, plan, *shared) for one, plan in models.values()}
         return list(self._blocks.values())
 
     def _sequence(self, model: nn.Module, plan: ModelPlan, part: DistriFusion | NaivePatches | None) -> Method:
