@@ -56,7 +56,9 @@ class Placement:
         if parallel.tp_degree * parallel.fully_shard_degree > 1 and hasattr(pipe, "load_ip_adapter"):
             message = "this rank has a part of the transformer's weights: call it before the wrap, or unwrap() first"
             self._guards.enter_context(replaced(pipe, "load_ip_adapter", refusal(f"load_ip_adapter: {message}")))
-        for module in filter(lambda one: hasattr(one, "save_pretrained"), self._rearranged()):
+        for module in self._rearranged():
+            if not hasattr(module, "save_pretrained") or "save_pretrained" in vars(module):  # another wrap refuses it
+                continue
             problem = f"this rank has a part of the weights of {type(module).__name__}"
             advice = "call save_pretrained() of the wrapped pipeline, on all ranks, or unwrap() first"
             self._guards.enter_context(replaced(module, "save_pretrained", refusal(f"{problem}: {advice}")))
