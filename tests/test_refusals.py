@@ -52,6 +52,27 @@ def test_refusals_name_the_reason_and_leave_the_pipeline_working(pool, folder_of
         assert running.error(after, expected) <= running.TOLERANCE
 
 
+def nested_between_stages(path):
+    """Return the message of a call in a callback, and an image of the next call."""
+    call, asked = tiny.call_of("sd3"), {"pipefusion_parallel_degree": 2, "num_pipeline_patch": 2, "warmup_steps": 3}
+    parallel = running.wrap(running.loaded(path), asked)
+
+    def callback(*_):
+        parallel(**call)
+
+    message = message_of(RuntimeError, lambda: parallel(**call, callback_on_step_end=callback))
+    picture = running.array(parallel(**call, generator=running.seeded()))
+    parallel.unwrap()
+    return message, picture
+
+
+def test_stages_work_after_a_nested_call(pool, folder_of):
+    expected = running.bare(folder_of("sd3"), tiny.call_of("sd3"))
+    for message, after in pool.run(2, nested_between_stages, folder_of("sd3")):
+        assert "do not nest" in message
+        assert running.error(after, expected) <= running.TOLERANCE
+
+
 class Fused(torch.nn.Module):
     """One module that computes a whole block, as in packages of quantised kernels."""
 

@@ -69,7 +69,13 @@ class CallState(ExitStack):
     # Registered by methods.
 
     def around(self, model: nn.Module, wrapper: Wrapper) -> None:
-        """Run ``wrapper`` around the forward of a transformer, inside the wrappers registered before."""
+        """Run ``wrapper`` around the forward of a transformer, inside the wrappers registered before.
+
+        Raises:
+            RuntimeError: the transformer is already in a wrapped call.
+        """
+        if hasattr(model.forward, "call_state"):
+            raise RuntimeError(f"{type(model).__name__} runs in parallel already: active() and calls do not nest")
         self._wrappers.setdefault(model, []).append(wrapper)
 
     def at_forwards_end(self, action: Callable[[], None]) -> None:
@@ -155,11 +161,7 @@ class CallState(ExitStack):
         self._starts.add(step)
 
     def wrap(self, scheduler: Any) -> None:
-        """Until the call ends, the transformers run inside their wrappers, and the scheduler advances this state.
-
-        Raises:
-            RuntimeError: one of the transformers is already in a wrapped call.
-        """
+        """Until the call ends, the transformers run inside their wrappers, and the scheduler advances this state."""
         if scheduler is not None and self._wrappers:
             step = self._around(scheduler, "step", self._end_forwards, self._advance)
             self.enter_context(replaced(scheduler, "step", step))
@@ -170,8 +172,6 @@ class CallState(ExitStack):
 
     def _wrapped(self, model: nn.Module, wrappers: list[Wrapper]) -> AbstractContextManager[None]:
         original = model.forward
-        if hasattr(original, "call_state"):
-            raise RuntimeError(f"{type(model).__name__} runs in parallel already: active() and calls do not nest")
 
         def innermost(arguments: Arguments) -> Any:
             return self.part(original(**arguments))

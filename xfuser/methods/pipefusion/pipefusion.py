@@ -92,10 +92,10 @@ class PipeFusion:
             routes = set().union(*(routes_of(one.plan, one.chains, takers) for one in self._blocks))
             self._channels = open_channels(self._group.group_ranks, routes, call.patches)
         begins = partial(branches_of, self._pipe), self._start
-        self.stages = {one.model: Stage(one, self._channels, call, *begins, controlled) for one in self._blocks}
-        self._running = next(iter(self.stages.values()))
-        for stage in self.stages.values():
+        stages = {one.model: Stage(one, self._channels, call, *begins, controlled) for one in self._blocks}
+        for stage in stages.values():
             stage.enter()
+        self.stages, self._running = stages, next(iter(stages.values()))  # those of a call that runs already stay
         self._step_patches(call)
         call.enter_context(self._finishing(call))
 
