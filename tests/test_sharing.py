@@ -86,6 +86,25 @@ def test_wrapped_pipelines_share_text_encoders(pool, folder_of, mode):
         assert max(map(running.error, pictures, [text, image, text, image, image])) <= running.TOLERANCE
 
 
+def placing_anew(path):
+    """Wrap pipelines that have the text encoders of a wrapped one, with other or shared modes; return messages."""
+    told = []
+    for modes in (("shard", "shard"), ("shard", "rank0"), ("rank0", "replicate"), ("offload", "shard")):
+        first, second = ({"ulysses_degree": 2, "text_encoder": mode} for mode in modes)
+        pipe = fresh(path)
+        other = AutoPipelineForImage2Image.from_pipe(pipe)
+        wrapped = running.wrap(pipe, first)
+        told.append(message(running.wrap, other, second))
+        told.append(message(running.wrap, AutoPipelineForImage2Image.from_pipe(pipe), second))
+        wrapped.unwrap()
+    return told
+
+
+def test_text_encoders_are_placed_once(pool, folder_of):
+    for told in pool.run(2, placing_anew, folder_of("sd3")):
+        assert all("call unwrap() on it first" in one for one in told), told
+
+
 def replacing(path, degrees):
     """Replace the transformer of a wrapped pipeline; return images or messages before and after unwrap()."""
     pipe = fresh(path)

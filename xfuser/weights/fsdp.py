@@ -102,6 +102,7 @@ class Shards:
         fully_shard(self.copy, mesh=mesh, ignored_params=ignored)  # has no weights: the units share its streams
         self.copy.__dict__[_SHARDS] = self
         self.copy.forward = _outside_of_inference_mode(self.copy.forward)
+        self.copy.forward.placement = "shard"
         for name in filter(lambda name: hasattr(module, name), FUSING):
             message = f"{name}: {kind} is sharded: call it on the full pipeline, before the wrap or after unwrap()"
             self.copy.__dict__[name] = refusal(message)
@@ -144,7 +145,9 @@ class Shards:
         for (name, rows), x in zip(self.rows().items(), weights, strict=True):
             self.fill(name, x if rows is None else x[rows.start : rows.stop].clone())
         free_weights(self.module, self._group.device)
-        self._guard.enter_context(replaced(self.module, "forward", refusal(freed_by_wrap(self.module))))
+        refuse = refusal(freed_by_wrap(self.module))
+        refuse.placement = "shard"
+        self._guard.enter_context(replaced(self.module, "forward", refuse))
 
     def changes(self) -> list[str]:
         """Changes of the copy's parameters since it was made, with which the module cannot be restored."""

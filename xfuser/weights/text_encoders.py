@@ -32,7 +32,8 @@ class TextEncoders:
             other than the first may already be freed.
 
     Raises:
-        ValueError: the pipeline has no text encoder, or was loaded for another mode.
+        ValueError: the pipeline has no text encoder, was loaded for another mode, or has encoders that another wrapped
+            pipeline has sharded, or placed in another mode.
     """
 
     def __init__(self, pipe: Any, mode: str, group: GroupCoordinator) -> None:
@@ -42,8 +43,13 @@ class TextEncoders:
         encoders = text_encoders(pipe)
         if mode != "replicate" and not encoders:
             raise ValueError(f"text_encoder={mode!r}: {type(pipe).__name__} has no text encoder; remove it")
+        placed = {name: getattr(one.forward, "placement", None) for name, one in encoders.items()}
+        for name, other in placed.items():
+            if other == "shard" or other not in (None, mode):
+                problem = f"text_encoder={mode!r}: a wrapped pipeline has {name} with text_encoder={other!r}"
+                raise ValueError(f"{problem}: call unwrap() on it first")
         # Those that another wrapped pipeline has placed likewise stay as they are: a second hook would encode twice.
-        encoders = {name: one for name, one in encoders.items() if getattr(one.forward, "placement", None) != mode}
+        encoders = {name: one for name, one in encoders.items() if placed[name] is None}
         if mode in ("replicate", "offload") and (freed := [name for name, one in encoders.items() if is_freed(one)]):
             problem = f"{type(pipe).__name__} was loaded with {freed[0]} on the first rank only"
             raise ValueError(f"text_encoder={mode!r}: {problem}; wrap it with the text_encoder that it was loaded with")
