@@ -90,7 +90,7 @@ def test_buffers_of_an_offloaded_encoder_are_on_the_device(monkeypatch):
     monkeypatch.setattr("xfuser.weights.text_encoders.is_freed", lambda module: False)
     encoder, device = nn.Sequential(nn.BatchNorm1d(4, affine=False)), torch.device("meta")
     pipe = types.SimpleNamespace(components={"text_encoder": encoder})
-    TextEncoders(pipe, "offload", types.SimpleNamespace(world_size=1, device=device))
+    TextEncoders(pipe, "offload", types.SimpleNamespace(world_size=1, device=device)).place()
     assert {x.device for x in encoder.buffers()} == {device}
 
 

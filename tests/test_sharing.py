@@ -8,6 +8,7 @@ import running
 import tiny
 import torch
 from diffusers import AutoPipelineForImage2Image, DiffusionPipeline
+from diffusers.hooks import HookRegistry, ModelHook
 
 STAGES = {"pipefusion_parallel_degree": 2, "num_pipeline_patch": 2, "warmup_steps": 3}
 SHARDS = {"ulysses_degree": 2, "fully_shard_degree": 2}
@@ -87,7 +88,10 @@ def test_wrapped_pipelines_share_text_encoders(pool, folder_of, mode):
 
 
 def placing_anew(path):
-    """Wrap pipelines that have the text encoders of a wrapped one, with other or shared modes; return messages."""
+    """Wrap pipelines that have the text encoders of a wrapped one, with other or shared modes; return messages.
+
+    A wrap that refuses the transformer leaves the encoders alone.
+    """
     told = []
     for modes in (("shard", "shard"), ("shard", "rank0"), ("rank0", "replicate"), ("offload", "shard")):
         first, second = ({"ulysses_degree": 2, "text_encoder": mode} for mode in modes)
@@ -97,6 +101,9 @@ def placing_anew(path):
         told.append(message(running.wrap, other, second))
         told.append(message(running.wrap, AutoPipelineForImage2Image.from_pipe(pipe), second))
         wrapped.unwrap()
+    HookRegistry.check_if_exists_or_initialize(pipe.transformer).register_hook(ModelHook(), "any")
+    assert "hooks, which cannot be copied" in message(running.wrap, pipe, SHARDS | {"text_encoder": "rank0"})
+    assert "forward" not in vars(pipe.text_encoder) and all(weight.numel() for weight in pipe.text_encoder.parameters())
     return told
 
 

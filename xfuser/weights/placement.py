@@ -48,6 +48,7 @@ class Placement:
             self._tensor = TensorParallel(models, group, parallel.tensor_scheme, pipe)
         if self.pipefusion:
             self.pipefusion.remember()
+        self._encoders.place()  # last, as what precedes may refuse the transformers
         self._guards = ExitStack()
         if parallel.pp_degree > 1:
             for model, _ in planned_models(pipe).values():

@@ -22,7 +22,8 @@ def text_encoders(pipe: Any) -> dict[str, nn.Module]:
 
 
 class TextEncoders:
-    """A pipeline's text encoders, placed by ``mode`` until :meth:`restore`; embeddings are the same in all modes.
+    """A pipeline's text encoders, placed by ``mode`` from :meth:`place` until :meth:`restore`; embeddings are the same
+    in all modes.
 
     Args:
         mode: ``replicate``: every rank holds them. ``shard``: each rank holds a shard of their blocks. ``rank0``: the
@@ -53,11 +54,14 @@ class TextEncoders:
         if mode in ("replicate", "offload") and (freed := [name for name, one in encoders.items() if is_freed(one)]):
             problem = f"{type(pipe).__name__} was loaded with {freed[0]} on the first rank only"
             raise ValueError(f"text_encoder={mode!r}: {problem}; wrap it with the text_encoder that it was loaded with")
-        if mode == "replicate" or (mode != "offload" and group.world_size == 1):
-            return
-        place = {"shard": self._shard, "rank0": self._leave_to_first, "offload": self._offload}[mode]
-        for name, encoder in encoders.items():
-            place(name, encoder)
+        stays = mode == "replicate" or (mode != "offload" and group.world_size == 1)
+        self._mode, self._moved = mode, {} if stays else encoders
+
+    def place(self) -> None:
+        """Move the weights; all ranks must call this."""
+        place = {"shard": self._shard, "rank0": self._leave_to_first, "offload": self._offload}
+        for name, encoder in self._moved.items():
+            place[self._mode](name, encoder)
 
     def changes(self) -> list[str]:
         """Changes of the sharded encoders' parameters since they were sharded."""
