@@ -22,7 +22,7 @@ from xfuser.core.distributed import get_world_group
 from xfuser.weights.checkpoint import entries_of, node_group, read_shared
 from xfuser.weights.loading import load_pipeline
 from xfuser.weights.placement import join_groups
-from xfuser.weights.skeleton import skeleton
+from xfuser.weights.skeleton import Folder, skeleton
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
@@ -325,6 +325,17 @@ DAMAGES = {
     scheduler: ("has no folder scheduler",),
     newer: ("StableDiffusion9Pipeline", "does not have"),
 }
+
+
+def test_what_diffusers_can_load_is_not_damaged(folder_of, tmp_path):
+    """The class of a pipeline with its own code is a list in the index; some JSON files hold lists."""
+    folder = Path(shutil.copytree(folder_of("sd3"), tmp_path / "copy"))
+    index = folder / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"_class_name": ["pipeline", "Own"]}))
+    (folder / "text_encoder/modules.json").write_text("[]")
+    assert Folder(str(folder), None, None, set()).damage() == ""
+    os.remove(index)
+    assert Folder(str(folder), None, None, set()).damage() == ""
 
 
 def refusal(path):

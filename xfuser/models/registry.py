@@ -270,17 +270,18 @@ def check_folder(
 def components_of(folder: str) -> dict[str, tuple[str, str]]:
     """The components in a pipeline's folder: library and class by name."""
     index = read_json(os.path.join(folder, INDEX))
-    return {name: tuple(part) for name, part in index.items() if isinstance(part, list) and len(part) == 2 and part[1]}
+    parts = {name: part for name, part in index.items() if not name.startswith("_")}  # others, such as _class_name
+    return {name: tuple(part) for name, part in parts.items() if isinstance(part, list) and len(part) == 2 and part[1]}
 
 
-def read_json(path: str) -> dict[str, Any]:
-    """The object in a JSON file. A file that holds none, or cannot be read, raises a ValueError with its path."""
+def read_json(path: str, kind: type = dict) -> Any:
+    """The object in a JSON file. One that cannot be read, or holds another kind, raises a ValueError with its path."""
     try:
         with open(path, encoding="utf-8") as file:
             found = json.load(file)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(found, dict):
+    if not isinstance(found, kind):
         raise ValueError(f"{path} must hold a JSON object, and holds a {type(found).__name__}")
     return found
 

@@ -59,7 +59,7 @@ def load_pipeline(
             with _turn() if model.trust_remote_code else nullcontext():
                 pipe = pipeline_class.from_pretrained(model.model, **options)
     except (AttributeError, ImportError, OSError, ValueError) as error:
-        damage = _folder(model.model, options).damage() if os.path.isdir(model.model) else ""
+        damage = _folder(model.model, options).damage()
         if not damage and not isinstance(error, ImportError | OSError):  # ImportError: a quantiser's package is missing
             raise
         why = damage or error

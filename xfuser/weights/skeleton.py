@@ -89,13 +89,15 @@ class Folder(NamedTuple):
                 checkpoint(self.of(name), stem, self.variant)
 
     def damage(self) -> str:
-        """What is wrong with the files that are not weights, after loading failed; empty if they seem complete."""
+        """What is wrong with the files that are not weights; empty if they seem complete, or there is no index."""
+        if not os.path.isfile(os.path.join(self.path, INDEX)):
+            return ""
         for name, (_, kind) in self.to_load().items():
             if not os.path.isdir(self.of(name)):
                 return f"{self.path} has no folder {name}, and {INDEX} names its class {kind}: fetch it again"
             for path in glob.glob(os.path.join(glob.escape(self.of(name)), "*.json")):
                 try:
-                    read_json(path)
+                    read_json(path, dict if path.endswith("config.json") else object)
                 except ValueError as error:
                     return f"{error}: fetch it again"
         return ""
