@@ -97,6 +97,7 @@ def test_config_objects_carry_what_users_read():
         ({"model": "/nowhere"}, "'/nowhere' does not exist"),
         ({"model": "~/pipeline"}, "'~/pipeline' does not exist"),
         ({"model": 3}, "model=3 must be a text or None"),
+        ({"use_parallel_vae": True, "vae_chunk_rows": 1.5}, "vae_chunk_rows=1.5 must be auto or a whole number"),
         ({"warmup_steps": 1.5}, "warmup_steps=1.5 must be a whole number"),
         ({"seed": "x"}, "seed='x' must be a whole number"),
         ({"use_parallel_vae": "no"}, "use_parallel_vae='no' must be True or False"),
@@ -121,9 +122,11 @@ class MoreArgs(xFuserArgs):
 
 def test_values_that_only_look_like_others_are_taken():
     given = {"use_parallel_vae": 1, "use_cfg_parallel": np.False_, "seed": np.int64(3), "max_sequence_length": None}
+    given |= {"num_inference_steps": None, "pipefusion_parallel_degree": np.int64(1), "num_pipeline_patch": 2}
     config, inputs = MoreArgs(guidance_scale=np.float32(2.5), sizes={"a": 1}, scale=2, **given).checked(1)
     assert config.runtime_config.use_parallel_vae and not inputs.use_cfg_parallel
     assert inputs.seed == 3 and inputs.guidance_scale == 2.5 and inputs.max_sequence_length is None
+    assert inputs.num_inference_steps is None  # the pipeline's own
     for value in (2, -1):
         with pytest.raises(ValueError, match=f"use_parallel_vae={value} must be True or False"):
             xFuserArgs(use_parallel_vae=value).checked(1)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import cache, wraps
 
 import accelerator
+import numpy as np
 import pytest
 import running
 import torch
@@ -399,7 +400,9 @@ def chosen_on(path, flags):
 
 
 def test_auto_chooses_alike_on_all_ranks(pool, folder_of):
-    one, other = pool.run(2, chosen_on, folder_of("sd3"), {"fully_shard_degree": 2})
+    one, other = pool.run(
+        2, chosen_on, folder_of("sd3"), {"fully_shard_degree": np.int64(2), "num_inference_steps": None}
+    )
     assert one == other and math.prod(one[0].values()) == 2 and one[0]["pipefusion_parallel_degree"] == 1
     with pytest.raises(ValueError, match="auto chooses the degrees"):
         asked("x", {"auto": True, "ring_degree": 2}).checked()

@@ -133,7 +133,7 @@ class xFuserArgs:
     prompt: str | list[str] = _input("", "What to generate; several prompts generate several images.", "*")
     negative_prompt: str | list[str] = _input("", "What to avoid: one text for all prompts, or one for each.", "*")
     no_use_resolution_binning: bool = _input(False, "Use the given size, not the nearest one seen in training.")
-    num_inference_steps: int = _input(20, "Number of denoising steps.")
+    num_inference_steps: int | None = _input(20, "Number of denoising steps.")
     max_sequence_length: int | None = _input(256, "Maximum length of a prompt in tokens.")
     guidance_scale: float = _input(3.5, "Guidance scale: how closely to follow the prompt.")
     img_file_path: str | None = _input(None, "Input image, for image-to-image pipelines.")
@@ -200,7 +200,8 @@ class xFuserArgs:
             given |= {name: SHIPPED_SIDE for name in ("height", "width") if given[name] is None}
         inputs = InputConfig(**given, use_resolution_binning=not self.no_use_resolution_binning)
         inputs.check()
-        most = self.num_inference_steps if parallel.pipelined or parallel.distrifusion_degree > 1 else math.inf
+        stale = parallel.pipelined or parallel.distrifusion_degree > 1
+        most = self.num_inference_steps if stale and self.num_inference_steps else math.inf
         if not 0 <= self.warmup_steps <= most:
             raise ValueError(
                 f"warmup_steps={self.warmup_steps} must be from 0 to num_inference_steps={self.num_inference_steps}"

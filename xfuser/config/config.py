@@ -293,7 +293,7 @@ class InputConfig:
     height: int | None = None
     width: int | None = None
     num_frames: int | None = None
-    num_inference_steps: int = 20
+    num_inference_steps: int | None = 20
     guidance_scale: float = 3.5
     max_sequence_length: int | None = 256
     use_resolution_binning: bool = True

@@ -23,13 +23,13 @@ KINDS = {  # annotations of fields: what they accept, and its name in errors; of
 def check_types(options: Any) -> None:
     """Raise a ValueError unless each field of a dataclass has a value of its annotated type. A bool is no number.
 
-    Fields that are just texts are left to the checks of their known values.
+    Fields that are just texts, or texts and numbers, are left to the checks of their known values.
     """
     hints = typing.get_type_hints(type(options))
     for name in (spec.name for spec in fields(options)):
         value, hint = getattr(options, name), hints[name]
         kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-        if kinds == (str,) or not KINDS.keys() >= {*kinds}:
+        if kinds == (str,) or {str, int} <= {*kinds} or not KINDS.keys() >= {*kinds}:
             continue
         fits = any(isinstance(value, KINDS[kind][0]) for kind in kinds)
         if not fits or (value not in (0, 1) if bool in kinds else isinstance(value, bool)):

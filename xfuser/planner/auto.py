@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from typing import Any
 
 from xfuser.config import xFuserArgs
 from xfuser.config.args import in_bytes
@@ -45,11 +46,16 @@ def _planned(args: xFuserArgs, world_size: int) -> dict:
     """Run :func:`main` in a subprocess and return its result."""
     alone = {name: value for name, value in os.environ.items() if name not in LAUNCHED}
     command = [sys.executable, "-m", "xfuser.planner.auto"]
-    asked = json.dumps({"args": asdict(args), "ranks": world_size})
+    asked = json.dumps({"args": asdict(args), "ranks": world_size}, default=_plain)
     done = subprocess.run(command, input=asked, capture_output=True, text=True, env=alone, check=False)
     if done.returncode:
         return {"refused": f"the plan failed: {(done.stderr.strip().splitlines() or ['no error'])[-1]}"}
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def _plain(value: Any) -> Any:
+    """A NumPy number or a path as JSON can have it."""
+    return value.item() if hasattr(value, "item") else os.fspath(value)
 
 
 def main() -> None:
@@ -68,7 +74,8 @@ def choice(args: xFuserArgs, ranks: int) -> dict:
     machine = calibrated(name) or machine_of("CPU" if devices.device_type() == "cpu" else name)
     machine = replace(machine, node=int(os.environ.get("LOCAL_WORLD_SIZE", machine.node)))
     stale, compiled = args.allow_stale, args.use_torch_compile
-    args = replace(args, auto=False, allow_stale=False, use_torch_compile=False)
+    steps = args.num_inference_steps or xFuserArgs.num_inference_steps
+    args = replace(args, auto=False, allow_stale=False, use_torch_compile=False, num_inference_steps=steps)
     memory = in_bytes(args.memory) if args.memory else devices.total_memory()  # not that of a data sheet
     rows = plan(args, ranks, machine, compiled, choices_of(ranks), exact=not stale)
     good, rest = ranked(rows, "latency", memory)
