@@ -7,6 +7,7 @@ from typing import Any
 
 import diffusers
 import numpy as np
+import pytest
 import tiny
 import torch
 from diffusers import DiffusionPipeline
@@ -171,6 +172,8 @@ def unwraps_cleanly(path: str, call: dict[str, Any]) -> bool:
         parallel = wrap(pipe, degrees)
         assert error(array(parallel(**call, generator=seeded())), expected) <= TOLERANCE
         assert parallel.unwrap() is pipe
+        with pytest.raises(RuntimeError, match="unwrapped already"):
+            parallel.unwrap()
     return before == fingerprint(pipe) and np.array_equal(array(pipe(**call, generator=seeded())), expected)
 
 

@@ -353,6 +353,8 @@ def test_use_before_initialisation_shows_the_two_calls():
             call()
     with pytest.raises(RuntimeError, match=r"initialize_runtime_state\(pipe, engine_config\)"):
         get_runtime_state()
+    with pytest.raises(ValueError, match="engine_config=None must be the first result of xFuserArgs"):
+        initialize_runtime_state(None, None)
 
 
 def test_import_alone_reaches_the_groups():
@@ -436,6 +438,9 @@ def group_calls():
     assert (joined is None) == (rank != 1)
     assert joined is None or joined.tolist() == [[0.0, 1.0, 1.0, 2.0, 2.0, 2.0, 3.0, 3.0, 3.0, 3.0]]
     told = {"x": torch.arange(rank + 1.0), "name": f"rank {rank}", "none": torch.empty(0, 3)}
+    for call in (lambda: world.send(x, dst=4), lambda: world.irecv(x, src=-1), lambda: world.broadcast(x, src=4)):
+        with pytest.raises(ValueError, match="of a group must be from 0 to 3"):
+            call()
     if rank == 0:
         world.send_object({"a": 1}, dst=2)
         world.send_tensor_dict(told, dst=2)

@@ -207,10 +207,11 @@ class xDiTParallel:
 
         Ranks that hold shards of the weights gather them: all ranks must call it, with memory for the full weights.
         """
-        pipe = self._pipe
+        if self._pipe is None:
+            raise RuntimeError("the pipeline was unwrapped already")
         self._placement.restore()
         self._compiled.close()
-        self._pipe = None
+        pipe, self._pipe = self._pipe, None
         return pipe
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:

@@ -108,7 +108,7 @@ class GroupCoordinator:
         sizes = self._sizes_along(input_, dim)
         x = _pad_rows(input_.movedim(dim, 0), max(sizes)).contiguous()
         parts = [torch.empty_like(x) for _ in sizes] if self.rank_in_group == dst else None
-        dist.gather(x, parts, dst=self.ranks[dst], group=self.device_group)
+        dist.gather(x, parts, dst=self._global(dst), group=self.device_group)
         if parts is None:
             return None
         return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]).movedim(0, dim)
@@ -119,7 +119,7 @@ class GroupCoordinator:
         if self.world_size == 1:
             return input_
         input_ = input_.contiguous()
-        dist.broadcast(input_, src=self.ranks[src], group=self.device_group)
+        dist.broadcast(input_, src=self._global(src), group=self.device_group)
         return input_
 
     def broadcast_object(self, obj: Any = None, src: int = 0) -> Any:
@@ -129,7 +129,7 @@ class GroupCoordinator:
     def broadcast_object_list(self, obj_list: list[Any], src: int = 0) -> list[Any]:
         """Copy member ``src``'s list of picklable objects into every member's list, which must have the same length."""
         if self.world_size > 1:
-            dist.broadcast_object_list(obj_list, src=self.ranks[src], group=self.cpu_group)
+            dist.broadcast_object_list(obj_list, src=self._global(src), group=self.cpu_group)
         return obj_list
 
     def all_gather_object(self, obj: Any) -> list[Any]:
@@ -230,7 +230,10 @@ class GroupCoordinator:
         end_group(getattr(self, name))
         setattr(self, name, DESTROYED)
 
-    def _global(self, member: int | None, default: int) -> int:
+    def _global(self, member: int | None, default: int = 0) -> int:
+        """The global rank of a member, or ``default`` for None; raises a ValueError for what is no member."""
+        if member is not None and member not in range(self.world_size):
+            raise ValueError(f"rank {member!r} of a group must be from 0 to {self.world_size - 1}")
         return default if member is None else self.ranks[member]
 
 

@@ -90,9 +90,11 @@ def initialize_runtime_state(pipeline: Any, engine_config: Any) -> None:
 
     Args:
         pipeline: not used; scripts pass their pipeline.
-        engine_config: from ``xFuserArgs.create_config()``.
+        engine_config: from ``xFuserArgs.create_config()``; a ValueError is raised for what has no degrees.
     """
     global _state
+    if not hasattr(engine_config, "parallel_config"):
+        raise ValueError(f"engine_config={engine_config!r} must be the first result of xFuserArgs(...).create_config()")
     if not model_parallel_is_initialized():
         init_distributed_environment()
         initialize_model_parallel(**engine_config.parallel_config.group_degrees)
