@@ -272,6 +272,7 @@ def test_presets_follow_the_flags_of_the_library():
         (("--ranks", "1"), "nothing to compare"),
         (("--ranks", "0"), "ranks=0 must be a whole number of 1 or more"),
         (("--costs", "--vae_memory"), "--costs and --vae_memory are different measurements"),
+        (("--vae_memory", "--case", "vae"), "case='vae' changes nothing about vae_memory"),
         (("--rates", "1gbit"), r"rates=\['1gbit'\] requires slow_links"),
         (("--model", "/nowhere"), "does not exist"),
         (("--output_dir", "/proc/nowhere"), "not a folder that can be written to"),

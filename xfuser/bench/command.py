@@ -18,6 +18,7 @@ PROMPT = "a red circle above a blue square"
 SIZES = ("height", "width", "num_inference_steps")  # flags that also apply to a case
 STEPS = 20
 KINDS = ("costs", "slow_links", "vae_memory", "host_overhead", "predict")  # flags of measurements of their own
+FIXED = ("vae_memory", "host_overhead")  # those whose model and configurations cannot be chosen
 
 
 def main(arguments: list[str]) -> int:
@@ -66,6 +67,9 @@ def check_kind(options: argparse.Namespace) -> None:
     kinds = [f"--{name}" for name in KINDS if getattr(options, name)]
     if len(kinds) > 1:
         raise ValueError(f"{' and '.join(kinds)} are different measurements: choose one")
+    for name in ("case", "model", "configs", "ranks"):
+        if getattr(options, name) and (kind := next((kind for kind in FIXED if getattr(options, kind)), None)):
+            raise ValueError(f"{name}={getattr(options, name)!r} changes nothing about {kind}: remove it")
     for name in ("rates", "delay"):
         if getattr(options, name) and not options.slow_links:
             raise ValueError(f"{name}={getattr(options, name)!r} requires slow_links: add it")
