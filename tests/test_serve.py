@@ -138,6 +138,12 @@ def test_errors_say_what_is_allowed(served, client, fields, param, told):
     assert error.value.body["type"] == "invalid_request_error"
 
 
+def test_paths_without_a_route_are_refused_alike(client):
+    with pytest.raises(openai.NotFoundError) as error:
+        client.get("/nosuch", cast_to=object)
+    assert error.value.body["type"] == "invalid_request_error" and error.value.body["message"] == "Not Found"
+
+
 @pytest.mark.matrix
 def test_jobs_of_a_batch_that_the_pipeline_refuses_are_drawn_alone(served, client):
     """One bad request must not fail the others."""

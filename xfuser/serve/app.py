@@ -27,7 +27,11 @@ def create_app(server: Server, alone: bool = True) -> FastAPI:
     """Create the application; ``alone``: with videos and the page, which keep their state in one process."""
     app = FastAPI(title="xdit serve")
     app.add_exception_handler(Failure, lambda call, failure: refusal(failure))
-    app.add_exception_handler(HTTPException, lambda call, e: refusal(Failure(e.status_code, e.detail, "invalid_value")))
+
+    def refuse_route(call: Call, error: HTTPException) -> JSONResponse:
+        return refusal(Failure(error.status_code, error.detail, "invalid_value"))
+
+    app.add_exception_handler(HTTPException, refuse_route)
 
     def refuse(call: Call, error: Any) -> JSONResponse:
         failure = invalid(error.errors())
@@ -42,7 +46,7 @@ def create_app(server: Server, alone: bool = True) -> FastAPI:
         from xfuser.serve.page import mount
 
         _add_videos(app, server)
-        mount(app, server)
+        mount(app, server).add_exception_handler(404, refuse_route)
     return app
 
 

@@ -20,9 +20,10 @@ HISTORY = 20  # images
 KEPT = 86400  # seconds to keep files of shown images; an open page sends its history back
 
 
-def mount(app: FastAPI, server: Server) -> None:
-    """Add the page after all other routes."""
+def mount(app: FastAPI, server: Server) -> FastAPI:
+    """Add the page after all other routes; returns its application, which gets all paths that have no route."""
     gradio.mount_gradio_app(app, page(server), path="/", theme=gradio.themes.Default(font=FONTS))
+    return app.routes[-1].app
 
 
 def page(server: Server) -> gradio.Blocks:
