@@ -319,14 +319,19 @@ def test_unknown_machines_and_bad_flags_are_refused(tmp_path, monkeypatch):
 
 
 def test_a_plan_of_which_every_row_is_refused_fails(folder_of, tmp_path, capsys):
-    flags = ["--world_size", "1", "--num_frames", "5", "--no_use_resolution_binning"]
-    assert main(["--model", folder_of("pixart_sigma"), *flags]) == 1
+    flags = ["--world_size", "1", "--no_use_resolution_binning"]
+    assert main(["--model", folder_of("pixart_sigma"), "--num_frames", "5", *flags]) == 1
     assert "takes no num_frames" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="'/nowhere' does not exist"):
+        main(["--model", "/nowhere", *flags])
     copy = shutil.copytree(folder_of("pixart_sigma"), tmp_path / "copy")
-    shutil.rmtree(copy / "vae")
-    for model, words in ((str(copy), "has no folder vae"), ("/nowhere", "'/nowhere' does not exist")):
-        with pytest.raises(ValueError, match=words):
-            main(["--model", model, "--world_size", "1"])
+    (copy / "vae" / "trainer_state.json").write_text("{")  # not of the pipeline
+    assert main(["--model", str(copy), *flags]) == 0
+    for part in ("vae", "scheduler"):  # the first is built without weights, the second loaded
+        shutil.move(copy / part, tmp_path / part)
+        assert main(["--model", str(copy), *flags]) == 1
+        assert f"no: {copy} has no folder {part}" in capsys.readouterr().out
+        shutil.move(tmp_path / part, copy / part)
 
 
 def test_a_row_says_why_it_cannot_be_counted(folder_of, monkeypatch):

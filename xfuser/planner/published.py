@@ -19,7 +19,7 @@ from torch import nn
 
 from xfuser.config import InputConfig
 from xfuser.models.registry import check_folder
-from xfuser.weights.skeleton import Folder, skeleton
+from xfuser.weights.skeleton import skeleton
 from xfuser.weights.text_encoders import PREFIX
 
 SETTINGS = {"requires_safety_checker": False, "is_distilled": True}  # passed to pipelines that accept them
@@ -131,12 +131,10 @@ def configs_of(model: str, cache: str | None = None) -> str:
     """Return the folder of a pipeline; for one on the hub, download everything except the weights.
 
     Raises:
-        ValueError: the folder is not a pipeline or lacks files, or the hub does not have it or cannot be reached.
+        ValueError: the folder is not a pipeline, or the hub does not have it or cannot be reached.
     """
     check_folder(model)
     if os.path.isdir(model):
-        if damage := Folder(model, None, None, set()).damage():
-            raise ValueError(damage)
         return model
     try:
         return snapshot_download(model, cache_dir=cache, allow_patterns=["*.json", "*.txt", "*.model", "*.jinja"])

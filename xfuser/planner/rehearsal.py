@@ -37,7 +37,7 @@ from xfuser.planner.repeats import Seen, repeats
 from xfuser.planner.trace import Event, Mark, Tracer
 from xfuser.weights.fsdp import outermost_lists
 from xfuser.weights.placement import pipeline_split
-from xfuser.weights.skeleton import component, components_of
+from xfuser.weights.skeleton import Folder, component, components_of
 
 STEP = "step"
 CODER = ("encode", "decode")  # VAE methods that pipelines call
@@ -108,6 +108,7 @@ class Source:
     def __init__(self, model: str, dtype: torch.dtype) -> None:
         self.model, self.dtype = model, dtype
         self.published = None if os.path.isdir(model) else named(model)
+        self._folder = Folder(model, dtype, None, set())
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.known: dict[Any, Any] = {}  # calls of components that no configuration changes
         self._parts: dict[str, nn.Module] = {}
@@ -134,7 +135,8 @@ class Source:
         if self.published:
             parts = parts_of(self.published, self.dtype)
         else:
-            found = {name: component(self.model, name, self.dtype) for name in components_of(self.model)}
+            with self._folder.naming_damage():
+                found = {name: component(self.model, name, self.dtype) for name in components_of(self.model)}
             parts = {name: part for name, part in found.items() if part}
         return {name: self._faked(part) for name, part in parts.items()}
 
@@ -164,7 +166,8 @@ class Source:
 
     def _loaded(self, parts: dict[str, nn.Module]) -> Any:
         disable_progress_bar()
-        return DiffusionPipeline.from_pretrained(self.model, **parts)
+        with self._folder.naming_damage():
+            return DiffusionPipeline.from_pretrained(self.model, **parts)
 
 
 class _Rehearsal:

@@ -3,7 +3,8 @@
 import glob
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -101,6 +102,16 @@ class Folder(NamedTuple):
                 except ValueError as error:
                     return f"{error}: fetch it again"
         return ""
+
+    @contextmanager
+    def naming_damage(self) -> Iterator[None]:
+        """Context that loads from this folder: an error is a ValueError about the damaged file, if there is one."""
+        try:
+            yield
+        except (AttributeError, ImportError, OSError, ValueError) as error:
+            if damage := self.damage():
+                raise ValueError(damage) from error
+            raise
 
     def bytes_beside(self, left_out: tuple[str, ...]) -> int:
         """Bytes of the components to load, except transformers and names that begin with one of ``left_out``."""
