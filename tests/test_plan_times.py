@@ -40,6 +40,8 @@ def test_a_processor_moves_its_messages_itself():
     messages = [Message(1, "send", (0, 1), 10**6), Message(2, "recv", (0, 1), 10**6)]
     clock = Clock(machine).run(program_of([*messages, product, Wait(1), Wait(2)]))
     assert (clock.device, clock.spent[LINKS]) == pytest.approx((2, 1), rel=1e-3)
+    slow = Clock(replace(machine, constants=replace(CONSTANTS, host=0.1))).run(program_of([*messages, product]))
+    assert sum(slow.spent.values()) == pytest.approx(slow.device)  # all of it is explained
 
 
 def test_activations_take_exponentials():

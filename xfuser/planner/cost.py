@@ -234,6 +234,7 @@ class Clock:
         if self.machine.synchronous:  # the CPU itself moves the bytes
             seconds *= message.operation != "recv"
             self.spent[LINKS] += seconds
+            self.spent[HOST] += max(0.0, self.host - self.device)
             self.link += seconds
             self.host = self.device = max(self.host, self.device) + seconds
             return
