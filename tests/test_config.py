@@ -118,6 +118,7 @@ def test_bad_values_are_refused_before_any_process_group(fields, message):
 class MoreArgs(xFuserArgs):
     sizes: dict = dataclasses.field(default_factory=dict)
     scale: Optional[int] = None  # noqa: UP045
+    place: "Unknown" = None  # noqa: F821
 
 
 def test_values_that_only_look_like_others_are_taken():

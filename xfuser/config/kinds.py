@@ -25,9 +25,8 @@ def check_types(options: Any) -> None:
 
     Fields that are just texts, or texts and numbers, are left to the checks of their known values.
     """
-    hints = typing.get_type_hints(type(options))
-    for name in (spec.name for spec in fields(options)):
-        value, hint = getattr(options, name), hints[name]
+    for name, hint in ((spec.name, spec.type) for spec in fields(options)):
+        value = getattr(options, name)
         kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
         if kinds == (str,) or {str, int} <= {*kinds} or not KINDS.keys() >= {*kinds}:
             continue
