@@ -109,7 +109,7 @@ def test_a_picture_is_edited_and_previewed(pool, folder_of, tmp_path):
     file = io.BytesIO()
     picture.transpose(Image.Transpose.ROTATE_180).save(file, "PNG")
     batches = [[job(0, preview_every=1)], [job(0, image=file.getvalue())]]
-    options = {"img_file_path": str(tmp_path / "own.png")}
+    options = {"img_file_path": tmp_path / "own.png"}
     (serial, sent), *_ = pool.run(1, _draws_with, folder_of("flux"), batches, options)
     (parallel, _), *_ = pool.run(2, _draws_with, folder_of("flux"), batches, options | {"ring_degree": 2})
     pixels = [[_pixels(end[1][0]) for end in ends] for ends in (serial, parallel)]

@@ -1,6 +1,7 @@
 """Convert the input configuration to the arguments of a pipeline's call."""
 
 import inspect
+import os
 from dataclasses import fields
 from typing import Any
 
@@ -24,7 +25,7 @@ def pipeline_arguments(pipe: Any, inputs: InputConfig) -> dict[str, Any]:
     given = {name: getattr(inputs, name) for name in PLAIN}
     if "video_length" in takes:
         given["video_length"] = given.pop("num_frames")
-    given["image"] = load_image(inputs.img_file_path) if inputs.img_file_path else None
+    given["image"] = load_image(os.fspath(inputs.img_file_path)) if inputs.img_file_path else None
     given |= _subject(pipe, inputs, takes) | _guidance(inputs, takes)
     arguments = {name: value for name, value in given.items() if name in takes and value is not None}
     defaults = {spec.name: spec.default for spec in fields(InputConfig)}
