@@ -157,7 +157,8 @@ def test_one_process_needs_no_launcher():
         "from xfuser.core.distributed import *\n"
         "init_distributed_environment(); initialize_model_parallel()\n"
         "assert get_world_group().world_size == 1 and get_tensor_model_parallel_rank() == 0\n"
-        "destroy_distributed_environment(); init_distributed_environment(); print('ok')"
+        "destroy_distributed_environment(); init_distributed_environment(backend='')\n"
+        "initialize_model_parallel(1, 1, None, 1, 1, 1, 1, 'gloo'); print('ok')"
     )
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)

@@ -114,6 +114,8 @@ def initialize_model_parallel(
     world = get_world_group()
     if model_parallel_is_initialized():
         raise RuntimeError("the parallel groups are initialised already: call destroy_model_parallel() first")
+    if isinstance(vae_parallel_size, str):  # older scripts pass the backend as the eighth argument
+        vae_parallel_size, backend = 0, vae_parallel_size
     check_group_backend(backend)
     given = {
         "data_parallel_degree": data_parallel_degree,
