@@ -114,8 +114,7 @@ class GroupCoordinator:
         return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]).movedim(0, dim)
 
     def broadcast(self, input_: Tensor, src: int = 0) -> Tensor:
-        """Member ``src``'s tensor, on every member; the others pass one of the same shape, which is overwritten if
-        contiguous."""
+        """Member ``src``'s tensor, on all; others pass one of the same shape, which is overwritten if contiguous."""
         if self.world_size == 1:
             return input_
         input_ = input_.contiguous()
@@ -230,7 +229,7 @@ class GroupCoordinator:
         end_group(getattr(self, name))
         setattr(self, name, DESTROYED)
 
-    def _global(self, member: int | None, default: int = 0) -> int:
+    def _global(self, member: int | None, default: int | None = None) -> int | None:
         """The global rank of a member, or ``default`` for None; raises a ValueError for what is no member."""
         if member is not None and member not in range(self.world_size):
             raise ValueError(f"rank {member!r} of a group must be from 0 to {self.world_size - 1}")
