@@ -20,7 +20,7 @@ from xfuser.bench import timeline
 from xfuser.bench.exits import SCRIPTS, exit_codes
 from xfuser.cli import main as cli
 from xfuser.core import device as devices, distributed, meters
-from xfuser.core.distributed import RankGenerator, ending
+from xfuser.core.distributed import RankGenerator, ending, environment
 from xfuser.core.distributed.utils import split_sequence_group, split_sizes
 from xfuser.pipeline_io.agreement import shared_arguments
 from xfuser.weights.loading import _fetched
@@ -183,6 +183,13 @@ def test_incomplete_environments_of_ranks_are_refused(monkeypatch, launcher, mes
     with pytest.raises(ValueError, match=message):
         distributed.init_distributed_environment()
     assert not dist.is_initialized()
+
+
+def test_a_rank_of_minus_one_is_none(monkeypatch):
+    """Some scripts set it without a launcher."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "-1")
+    assert environment.launched() == (1, 0) and environment.node_rank(-1, -1) == 0
 
 
 @pytest.mark.parametrize(

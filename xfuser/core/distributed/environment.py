@@ -8,15 +8,17 @@ from xfuser.core.checks import check_count
 
 
 def number(name: str) -> int | None:
-    """An environment variable as a number; None if it is not set.
+    """An environment variable as a number; None if it is not set, or -1, as some scripts set it without a launcher.
 
     Raises:
         ValueError: it is not a whole number of 0 or more.
     """
     value = os.environ.get(name)
-    if value is not None and not value.isdecimal():
+    if value in (None, "-1"):
+        return None
+    if not value.isdecimal():
         raise ValueError(f"the environment variable {name}={value!r} must be a whole number of 0 or more")
-    return None if value is None else int(value)
+    return int(value)
 
 
 def launched() -> tuple[int, int]:
