@@ -19,11 +19,21 @@ from xfuser.weights.loading import DTYPE_ARGUMENT
 TOLERANCE = 1e-5
 
 
-@cache
-def loaded(path: str, dtype: torch.dtype = torch.float32) -> Any:
+def fresh(path: str, dtype: torch.dtype = torch.float32) -> Any:
+    """A pipeline that a test may change, unlike the shared one of :func:`loaded`."""
     pipe = DiffusionPipeline.from_pretrained(path, **{DTYPE_ARGUMENT: dtype})
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@cache
+def loaded(path: str, dtype: torch.dtype = torch.float32) -> Any:
+    return fresh(path, dtype)
+
+
+def drawn(pipe: Any, call: dict[str, Any]) -> np.ndarray:
+    """The image of one call, always from the same noise."""
+    return array(pipe(**call, generator=seeded()))
 
 
 def wrap(pipe: Any, degrees: dict[str, Any] | None) -> Any:

@@ -10,7 +10,6 @@ import pytest
 import running
 import tiny
 import torch
-from diffusers import DiffusionPipeline
 
 from xfuser.core.tensor_parallel import structure
 
@@ -30,16 +29,6 @@ def adapter(pipe, rank=2, layers=("attn.to_q", "attn.to_v"), seed=3):
     return weights
 
 
-def fresh(path):
-    pipe = DiffusionPipeline.from_pretrained(path)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def drawn(pipe, call):
-    return running.array(pipe(**call, generator=running.seeded()))
-
-
 def same(state, other):
     return state.keys() == other.keys() and all(torch.equal(x, other[name]) for name, x in state.items())
 
@@ -55,27 +44,27 @@ CHANGES = {
 
 def changed(path, degrees, call, change, only=None):
     """Return images of the changed and the restored model, unwrap()'s message, and whether all weights are restored."""
-    pipe = fresh(path)
+    pipe = running.fresh(path)
     lora, before = adapter(pipe), {name: x.clone() for name, x in pipe.transformer.state_dict().items()}
     do, undo = CHANGES[change]
     wrapped = running.wrap(pipe, degrees)
     alone = only is None or torch.distributed.get_rank() == only
     if alone:
         do(wrapped, lora)
-    picture = None if only is not None or degrees is None else drawn(wrapped, call)
+    picture = None if only is not None or degrees is None else running.drawn(wrapped, call)
     told = ""
     if degrees is None:
-        return drawn(pipe, call)
+        return running.drawn(pipe, call)
     try:
         wrapped.unwrap()
     except ValueError as error:
         told = str(error)
         if picture is not None:  # the refusal has changed nothing
-            assert running.error(drawn(wrapped, call), picture) <= running.TOLERANCE
+            assert running.error(running.drawn(wrapped, call), picture) <= running.TOLERANCE
         if alone:
             undo(wrapped)
         wrapped.unwrap()
-    return picture, told, same(before, pipe.transformer.state_dict()), drawn(pipe, call)
+    return picture, told, same(before, pipe.transformer.state_dict()), running.drawn(pipe, call)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +97,7 @@ EVERYWHERE = ("to_q", "to_v", "to_out.0", "add_k_proj", "ff.net.0.proj", "ff.net
 
 def loads_late(path, degrees, call):
     """Load, change, fuse and unload adapters after the wrap; return images, and whether all weights are restored."""
-    pipe = fresh(path)
+    pipe = running.fresh(path)
     loras = {
         name: adapter(pipe, *more) for name, more in {"a": (2, EVERYWHERE), "b": (3,), "c": (2, EVERYWHERE, 7)}.items()
     }
@@ -117,20 +106,20 @@ def loads_late(path, degrees, call):
         wrapped = running.wrap(pipe, degrees) if degrees else pipe
         pictures = []
         wrapped.load_lora_weights(loras["a"], adapter_name="a")
-        pictures.append(drawn(wrapped, call))
+        pictures.append(running.drawn(wrapped, call))
         pipe.load_lora_weights(loras["b"], adapter_name="b")
         pipe.set_adapters(["a", "b"], [0.7, 0.3])
-        pictures.append(drawn(wrapped, call))
+        pictures.append(running.drawn(wrapped, call))
         pipe.fuse_lora(adapter_names=["a", "b"])
-        pictures.append(drawn(wrapped, call))
+        pictures.append(running.drawn(wrapped, call))
         pipe.unfuse_lora()
         pipe.delete_adapters("b")
-        pictures.append(drawn(wrapped, call))
+        pictures.append(running.drawn(wrapped, call))
         pipe.load_lora_weights(loras["c"], adapter_name="a", hotswap=True)
-        pictures.append(drawn(wrapped, call))
+        pictures.append(running.drawn(wrapped, call))
         if degrees:
             wrapped.unwrap()
-        pictures.append(drawn(pipe, call))
+        pictures.append(running.drawn(pipe, call))
     pipe.unload_lora_weights()
     after = pipe.transformer.state_dict()
     return pictures, max((x - after[name]).abs().max() for name, x in before.items())
@@ -155,16 +144,16 @@ def test_adapters_come_and_go_behind_the_wrap(pool, folder_of, adapted, degrees)
 
 def fuses_late(path, call):
     """Return the messages of a sharded pipeline's methods that fuse weights, and the image and weights after them."""
-    pipe = fresh(path)
+    pipe = running.fresh(path)
     before = {name: x.clone() for name, x in pipe.transformer.state_dict().items()}
     wrapped = running.wrap(pipe, FSDP)
-    wrapped.load_lora_weights(adapter(fresh(path)))
+    wrapped.load_lora_weights(adapter(running.fresh(path)))
     told = []
     for fuse in (wrapped.transformer.fuse_qkv_projections, wrapped.fuse_lora):
         with pytest.raises(ValueError) as refused:
             fuse()
         told.append(str(refused.value))
-    picture = drawn(wrapped, call)
+    picture = running.drawn(wrapped, call)
     wrapped.unload_lora_weights()
     wrapped.unwrap()
     return told, picture, same(before, pipe.transformer.state_dict())
@@ -180,15 +169,15 @@ def test_models_in_shares_refuse_to_fuse_weights(pool, folder_of):
 
 def loads_early(path, degrees, call):
     """Load adapters before the wrap; return images with and without them, and whether unwrap() restored everything."""
-    pipe = fresh(path)
+    pipe = running.fresh(path)
     pipe.load_lora_weights(adapter(pipe))
     wrapped = running.wrap(pipe, degrees)
-    adapted = drawn(wrapped, call)
+    adapted = running.drawn(wrapped, call)
     if degrees == TENSOR:
         wrapped.unload_lora_weights()
-    plain = drawn(wrapped, call)
+    plain = running.drawn(wrapped, call)
     wrapped.unwrap()
-    return adapted, plain, drawn(pipe, call)
+    return adapted, plain, running.drawn(pipe, call)
 
 
 @pytest.mark.parametrize("degrees", [TENSOR, FSDP])

@@ -129,6 +129,14 @@ def test_shares_of_a_model_that_was_called_before(pool, folder_of):
         assert max(errors) <= running.TOLERANCE
 
 
+def all_equal_one_rank(pool, path, action):
+    """Every image that ``action(path, call)`` returns on two ranks equals that of one rank."""
+    call = tiny.call_of("sd3")
+    expected = running.bare(path, call)
+    for pictures in pool.run(2, action, path, call):
+        assert all(running.error(picture, expected) <= running.TOLERANCE for picture in pictures)
+
+
 def wrapped_one_after_the_other(path, call):
     pipe = running.loaded(path)
     pictures = []
@@ -141,10 +149,7 @@ def wrapped_one_after_the_other(path, call):
 
 def test_shares_behind_other_groups(pool, folder_of):
     """Weights are gathered over the current groups, not over earlier equal ones."""
-    path, call = folder_of("sd3"), tiny.call_of("sd3")
-    expected = running.bare(path, call)
-    for pictures in pool.run(2, wrapped_one_after_the_other, path, call):
-        assert all(running.error(picture, expected) <= running.TOLERANCE for picture in pictures)
+    all_equal_one_rank(pool, folder_of("sd3"), wrapped_one_after_the_other)
 
 
 def in_inference_mode_first(path, call):
@@ -158,10 +163,7 @@ def in_inference_mode_first(path, call):
 
 
 def test_shares_in_and_outside_of_inference_mode(pool, folder_of):
-    path, call = folder_of("sd3"), tiny.call_of("sd3")
-    expected = running.bare(path, call)
-    for pictures in pool.run(2, in_inference_mode_first, path, call):
-        assert all(running.error(picture, expected) <= running.TOLERANCE for picture in pictures)
+    all_equal_one_rank(pool, folder_of("sd3"), in_inference_mode_first)
 
 
 def saved(path, degrees, call, folder):

@@ -7,7 +7,7 @@ import pytest
 import running
 import tiny
 import torch
-from diffusers import AutoPipelineForImage2Image, DiffusionPipeline
+from diffusers import AutoPipelineForImage2Image
 from diffusers.hooks import HookRegistry, ModelHook
 
 STAGES = {"pipefusion_parallel_degree": 2, "num_pipeline_patch": 2, "warmup_steps": 3}
@@ -15,16 +15,6 @@ SHARDS = {"ulysses_degree": 2, "fully_shard_degree": 2}
 TENSOR = {"tensor_parallel_degree": 2}
 CALL = tiny.call_of("sd3")
 FROM_IMAGE = CALL | {"image": running.picture(), "strength": 0.6, "num_inference_steps": 5}
-
-
-def fresh(path):
-    pipe = DiffusionPipeline.from_pretrained(path)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def drawn(pipe, call):
-    return running.array(pipe(**call, generator=running.seeded()))
 
 
 def message(action, *args):
@@ -35,15 +25,15 @@ def message(action, *args):
 
 def shared(path, degrees):
     """Call and wrap a bare pipeline that has a wrapped one's transformer; return messages, and the images of both."""
-    pipe = fresh(path)
+    pipe = running.fresh(path)
     other = AutoPipelineForImage2Image.from_pipe(pipe)
     other.set_progress_bar_config(disable=True)
     wrapped = running.wrap(pipe, degrees)
-    told = [message(drawn, other, FROM_IMAGE)] if degrees != TENSOR else []
+    told = [message(running.drawn, other, FROM_IMAGE)] if degrees != TENSOR else []
     told.append(message(running.wrap, other, degrees))
-    pictures = [drawn(wrapped, CALL)]
+    pictures = [running.drawn(wrapped, CALL)]
     wrapped.unwrap()
-    return told, [*pictures, drawn(other, FROM_IMAGE)]
+    return told, [*pictures, running.drawn(other, FROM_IMAGE)]
 
 
 @pytest.mark.parametrize(
@@ -58,7 +48,10 @@ def shared(path, degrees):
 def test_pipelines_that_share_divided_weights_are_refused(pool, folder_of, degrees, called, wrapped):
     """Without blocks of other stages, the image would be wrong."""
     path = folder_of("sd3")
-    expected = [drawn(fresh(path), CALL), drawn(AutoPipelineForImage2Image.from_pipe(fresh(path)), FROM_IMAGE)]
+    expected = [
+        running.drawn(running.fresh(path), CALL),
+        running.drawn(AutoPipelineForImage2Image.from_pipe(running.fresh(path)), FROM_IMAGE),
+    ]
     for told, pictures in pool.run(2, shared, path, degrees):
         assert called is None or called in told[0]
         assert wrapped in told[-1]
@@ -67,14 +60,14 @@ def test_pipelines_that_share_divided_weights_are_refused(pool, folder_of, degre
 
 def sharing_encoders(path, mode):
     """Wrap two pipelines that share text encoders; return images of both, also after unwrap() of the first."""
-    pipe = fresh(path)
+    pipe = running.fresh(path)
     other = AutoPipelineForImage2Image.from_pipe(pipe)
     other.set_progress_bar_config(disable=True)
     first, second = (running.wrap(one, {"ulysses_degree": 2, "text_encoder": mode}) for one in (pipe, other))
-    pictures = [drawn(first, CALL), drawn(second, FROM_IMAGE), drawn(first, CALL)]
+    pictures = [running.drawn(first, CALL), running.drawn(second, FROM_IMAGE), running.drawn(first, CALL)]
     first.unwrap()
-    pictures.append(drawn(second, FROM_IMAGE))
-    pictures.append(drawn(second.unwrap(), FROM_IMAGE))
+    pictures.append(running.drawn(second, FROM_IMAGE))
+    pictures.append(running.drawn(second.unwrap(), FROM_IMAGE))
     assert not {"forward", "save_pretrained"} & vars(pipe.text_encoder).keys()
     return pictures
 
@@ -82,7 +75,10 @@ def sharing_encoders(path, mode):
 @pytest.mark.parametrize("mode", ["rank0", "offload"])
 def test_wrapped_pipelines_share_text_encoders(pool, folder_of, mode):
     path = folder_of("sd3")
-    text, image = drawn(fresh(path), CALL), drawn(AutoPipelineForImage2Image.from_pipe(fresh(path)), FROM_IMAGE)
+    text, image = (
+        running.drawn(running.fresh(path), CALL),
+        running.drawn(AutoPipelineForImage2Image.from_pipe(running.fresh(path)), FROM_IMAGE),
+    )
     for pictures in pool.run(2, sharing_encoders, path, mode):
         assert max(map(running.error, pictures, [text, image, text, image, image])) <= running.TOLERANCE
 
@@ -95,7 +91,7 @@ def placing_anew(path):
     told = []
     for modes in (("shard", "shard"), ("shard", "rank0"), ("rank0", "replicate"), ("offload", "shard")):
         first, second = ({"ulysses_degree": 2, "text_encoder": mode} for mode in modes)
-        pipe = fresh(path)
+        pipe = running.fresh(path)
         other = AutoPipelineForImage2Image.from_pipe(pipe)
         wrapped = running.wrap(pipe, first)
         told.append(message(running.wrap, other, second))
@@ -114,22 +110,22 @@ def test_text_encoders_are_placed_once(pool, folder_of):
 
 def replacing(path, degrees):
     """Replace the transformer of a wrapped pipeline; return images or messages before and after unwrap()."""
-    pipe = fresh(path)
+    pipe = running.fresh(path)
     wrapped = running.wrap(pipe, degrees)
     torch.manual_seed(9)
     wrapped.transformer = tiny.sd3_transformer()
-    first = message(drawn, wrapped, CALL) if degrees == STAGES else drawn(wrapped, CALL)
+    first = message(running.drawn, wrapped, CALL) if degrees == STAGES else running.drawn(wrapped, CALL)
     wrapped.unwrap()
-    return first, drawn(pipe, CALL)
+    return first, running.drawn(pipe, CALL)
 
 
 @pytest.mark.parametrize("degrees", [STAGES, SHARDS, TENSOR], ids=["stages", "shards", "tensor"])
 def test_a_replaced_transformer_stays_or_is_refused(pool, folder_of, degrees):
     path = folder_of("sd3")
-    pipe = fresh(path)
+    pipe = running.fresh(path)
     torch.manual_seed(9)
     pipe.transformer = tiny.sd3_transformer()
-    expected = drawn(pipe, CALL)
+    expected = running.drawn(pipe, CALL)
     for first, after in pool.run(2, replacing, path, degrees):
         if degrees == STAGES:
             assert "was replaced since the pipeline was wrapped" in first
@@ -139,7 +135,7 @@ def test_a_replaced_transformer_stays_or_is_refused(pool, folder_of, degrees):
 
 
 def copied(path):
-    wrapped = running.wrap(fresh(path), {"ulysses_degree": 2})
+    wrapped = running.wrap(running.fresh(path), {"ulysses_degree": 2})
     return [message(make, wrapped) for make in (copy.copy, copy.deepcopy, pickle.dumps)]
 
 

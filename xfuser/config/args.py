@@ -169,8 +169,8 @@ class xFuserArgs:
                 not available. No process group is created then.
         """
         fail_together()
-        check_types(self)
         if self.auto:
+            check_types(self)
             return self._chosen().create_config()
         configs = self.checked(launched_world_size())
         init_distributed_environment()

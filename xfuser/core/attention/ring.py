@@ -42,7 +42,8 @@ def ring_attention(
         with_lse: whether the LSE is needed.
 
     Returns:
-        ``[B, H, S_local, Dv]`` in q's dtype, accumulated in the dtype of :func:`wide`, and the LSE ``[B, H, S_local]``.
+        ``[B, H, S_local, Dv]`` in q's dtype, accumulated in the dtype of :func:`wide`, and the LSE ``[B, H, S_local]``,
+        which may be None without ``with_lse``.
     """
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     parts: list[Tensor] = []

@@ -62,6 +62,6 @@ def check_place(world_size: int, rank: int, local_rank: int = -1) -> None:
 
 def check_group_backend(backend: str | None) -> None:
     """Raise a ValueError unless torch knows the backend of process groups; without one, it is the device's own."""
-    known, parts = dist.Backend.backend_list, str(backend).lower().split(",")  # "gloo", or "cpu:gloo,cuda:nccl"
+    known, parts = dist.Backend.backend_list, str(backend).lower().split(",")  # one, or one per device type
     if backend and any(part.rpartition(":")[2] not in known for part in parts):
         raise ValueError(f"backend={backend!r} is unknown; known are {', '.join(known)}")
